@@ -1,0 +1,19 @@
+"""The one exception that stands for a user's mistake, and the nearest-match helper its messages use."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A value from outside (a flag, a file, an argument) that cannot be used.
+
+    The message is one line that names the value and the mend. The command line prints it as
+    ``error: ...`` and leaves with exit code 2; in Python it is an ordinary ``ValueError``.
+    """
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest of `choices`, or a list of all of them."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"

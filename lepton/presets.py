@@ -1,0 +1,49 @@
+"""The table of sizes: a line each."""
+
+from dataclasses import dataclass
+
+from lepton.config import LeptonConfig
+from lepton.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named size: what it is for, the parameters it aims at, and its shape."""
+
+    name: str
+    target_params: int
+    purpose: str
+    config: LeptonConfig
+
+
+def _preset(
+    name: str, millions: int, purpose: str, width: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int,
+    embed_rank: int | None = None,
+) -> Preset:  # fmt: skip
+    config = LeptonConfig(
+        width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn, embed_rank=embed_rank
+    )
+    return Preset(name, millions * 1_000_000, purpose, config)
+
+
+# The targets hold for the complete model; each line leaves 3-10 % of them to the six ideas.
+#           name      M     purpose             width layers heads kv head  ffn    embedding
+_TABLE = (
+    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   768, 128),
+    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1536, 256),
+    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2432),
+    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3712),
+    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4608),
+    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6016),
+    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8320),
+    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10496),
+)  # fmt: skip
+
+SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}
+
+
+def preset(name: str) -> Preset:
+    """Return the size called `name`; an unknown one raises InputError with the nearest match."""
+    if name not in SIZES:
+        raise InputError(f"unknown model size '{name}'{nearest(name, SIZES)}")
+    return SIZES[name]

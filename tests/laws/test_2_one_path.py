@@ -1,0 +1,101 @@
+"""Law 2: one function. Full forward, any chunking, single tokens, verify and rollback agree, in outputs and state."""
+
+import random
+
+import pytest
+import torch
+
+from tests.laws.lab import EOS, LENGTH, VARIANTS, assert_outputs, assert_states, build, cut, text, views
+
+ROWS = slice(None)
+
+
+def plans(seed: int, length: int) -> list[list[int]]:
+    """Where to cut: everywhere, at random, around the window's edges, prefill and then single tokens."""
+    draw = random.Random(seed)
+    return [
+        list(range(1, length + 1)),
+        [*sorted(draw.sample(range(1, length), 6)), length],
+        [7, 8, 9, 16, 17, 40, length],
+        [length // 2, *range(length // 2 + 1, length + 1)],
+        [1, length],
+    ]
+
+
+def texts() -> dict[str, torch.Tensor]:
+    constant = torch.full((2, LENGTH), 5)
+    constant[1, 50] = EOS
+    return {
+        "random": text(3),
+        "one document": text(4, documents=False),
+        "constant": constant,
+        "periodic": torch.tensor([[7, 8, 9, 10, 8]]).repeat(2, LENGTH // 5),
+        "document ends only": torch.full((2, LENGTH), EOS),
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", texts())
+def test_any_chunking_equals_the_full_forward(variant, kind):
+    model, tokens = build(variant), texts()[kind]
+    full = model(tokens)
+    for plan in plans(len(kind), LENGTH):
+        state, first = model.new_state(2), 0
+        for last in plan:
+            out = model(tokens[:, first:last], state)
+            assert_outputs(cut(views(full), ROWS, slice(first, last)), views(out), f"{kind} {first}:{last} of {plan}")
+            state, first = out.state, last
+        assert_states(full.state, state, plan)
+
+
+def test_long_chunks_are_banded_without_a_seam():
+    """Chunks of more than two bands take the linear-cost path; chunks of 50 do not."""
+    model, tokens = build("complete"), text(5, rows=1, length=1100)
+    full, state = model(tokens), None
+    for first in range(0, 1100, 50):
+        out = model(tokens[:, first : first + 50], state)
+        assert_outputs(cut(views(full), ROWS, slice(first, first + 50)), views(out), first)
+        state = out.state
+    assert_states(full.state, state, "bands")
+
+
+def test_fp32_agrees_within_its_tolerance():
+    model, tokens = build("complete", dtype=torch.float32), text(6)
+    full, state = model(tokens), None
+    for t in range(LENGTH):
+        out = model(tokens[:, t : t + 1], state)
+        assert_outputs(cut(views(full), ROWS, slice(t, t + 1)), views(out), t)
+        state = out.state
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
+    """commit(n) of a chunk whose rest is junk equals reading only its first n tokens, row by row."""
+    model, tokens = build(variant), text(7, rows=3)
+    before = model(tokens[:, :37]).state
+    for length in (5, 20):
+        for counts in ([0, 1, 2], [3, 0, 5], [5, 4, 1], [4, 4, 4]):
+            junk = text(sum(counts), rows=3, length=length)
+            for row, count in enumerate(counts):
+                junk[row, :count] = tokens[row, 37 : 37 + count]
+            rolled = model(junk, before).commit(torch.tensor(counts))
+            for row, count in enumerate(counts):
+                one = torch.tensor([row])
+                state = before.rows(one)
+                for t in range(37, 37 + count):
+                    state = model(tokens[row : row + 1, t : t + 1], state).state
+                assert_states(state, rolled.rows(one), f"row {row} of {counts}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_and_idle_rows_are_the_same_function(variant):
+    model, tokens = build(variant), text(8, rows=4)
+    lengths = torch.tensor([LENGTH, 1, 33, 48])
+    out = model(tokens, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(tokens[row : row + 1, :length])
+        assert_outputs(views(alone), cut(views(out), slice(row, row + 1), slice(length)), f"row {row}")
+        assert_states(alone.state, out.state.rows(torch.tensor([row])), f"row {row}")
+    idle = model(tokens[:, :1], out.state, lengths=torch.tensor([1, 0, 1, 0])).state
+    still = torch.tensor([1, 3])
+    assert_states(out.state.rows(still), idle.rows(still), "idle rows")

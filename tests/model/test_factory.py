@@ -1,0 +1,39 @@
+"""The constructors: sizes, overrides, the dense baseline."""
+
+import pytest
+
+import model as seed_entry_point
+from lepton.errors import InputError
+from lepton.model import create_lepton, create_lepton_nano
+from lepton.model.factory import count_params, size_config
+from lepton.presets import SIZES
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_each_size_has_a_constructor_in_the_seeds_module(size):
+    assert callable(getattr(seed_entry_point, f"create_lepton_{size}"))
+
+
+def test_overrides_are_fields_of_the_configuration():
+    model = create_lepton_nano(window=16, layers=3)
+    assert (model.config.window, model.config.layers, model.config.width) == (16, 3, 192)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'window'"):
+        create_lepton_nano(windov=16)
+    with pytest.raises(InputError, match="did you mean 'nano'"):
+        create_lepton("nan")
+
+
+def test_the_dense_baseline_attends_to_everything():
+    config = create_lepton_nano(dense=True, layers=3).config
+    assert config.dense
+    assert config.window is None
+    assert config.layers == 3
+    assert size_config("nano", dense=True, ffn=100).ffn == 100
+
+
+def test_counting_allocates_nothing_and_agrees_with_the_built_model():
+    assert count_params(size_config("nano")) == create_lepton_nano().num_params()
+    assert count_params(size_config("xxl")) > 2.5e9

@@ -1,0 +1,118 @@
+"""The public surface of the model: shapes, dtypes, counts, checks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lepton.config import LeptonConfig
+from lepton.errors import InputError
+from lepton.model import Lepton, create_lepton_nano
+from tests.laws.lab import SHAPE, VARIANTS, VOCAB, build, text
+
+
+def test_the_logits_leave_out_the_padding_of_the_vocabulary():
+    model = create_lepton_nano(layers=2)
+    assert model.embed.weight.shape[0] == 50304
+    logits = model(torch.tensor([[1, 2, 50256]])).logits
+    assert logits.shape == (1, 3, 50257)
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_is_the_cross_entropy_of_the_logits(variant):
+    model, tokens = build(variant), text(1, rows=3)
+    lengths = torch.tensor([100, 2, 57])
+    logits = model(tokens[:, :-1]).logits
+    target = tokens[:, 1:].masked_fill(torch.arange(1, 100) >= lengths[:, None], -100)
+    expected = F.cross_entropy(logits.transpose(1, 2), target)
+    loss = model.loss(tokens, lengths=lengths)
+    torch.testing.assert_close(loss.parts["ce"], expected)
+    torch.testing.assert_close(loss.loss, expected + 1e-4 * loss.parts["z"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_reaches_every_parameter(variant):
+    model = build(variant)
+    model.loss(text(1)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_parameters():
+    model = build("complete", dtype=torch.float32)
+    exact = model(text(1)).logits
+    model.compute_dtype = torch.bfloat16
+    out = model(text(1))
+    assert out.hidden_BTD.dtype == out.state.keys_BLRKH.dtype == torch.bfloat16
+    assert out.logits.dtype == torch.float32
+    assert 1e-4 < (out.logits - exact).abs().mean() < 0.1
+    model.loss(text(1)).loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert model.to(torch.bfloat16)(text(1)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [64, 700])
+@pytest.mark.parametrize("overrides", [{}, {"window": 16}, {"dense": True}])
+@torch.no_grad()
+def test_flops_per_token_agrees_with_torchs_counter(length, overrides):
+    model = create_lepton_nano(layers=3, **overrides)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.ones(2, length, dtype=torch.int64))
+    assert counter.get_total_flops() / (2 * length) == pytest.approx(model.flops_per_token(length), rel=1e-6)
+
+
+def test_the_weights_start_as_the_table_says_and_each_block_as_the_identity():
+    model = create_lepton_nano()
+    for name, parameter in model.named_parameters():
+        expected = 0.02 if name == "embed.weight" else parameter.shape[1] ** -0.5
+        if name.endswith(("out.weight", "down.weight")) and not name.startswith("head"):
+            expected = 0.0
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_loading_is_strict():
+    model = build("complete")
+    weights = model.state_dict()
+    build("complete", seed=1).load_state_dict(weights)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({name: value for name, value in weights.items() if name != "embed.weight"})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model(torch.tensor([1, 2])), "tokens must be integers"),
+        (lambda model: model(torch.zeros(1, 0, dtype=torch.int64)), "tokens must be integers"),
+        (lambda model: model(torch.zeros(1, 3)), "not torch.float32"),
+        (lambda model: model(text(1), model.new_state(3)), "the state holds 3 rows and the tokens 2"),
+        (lambda model: model(text(1), lengths=torch.tensor([1, 2, 3])), "lengths must hold one value"),
+        (lambda model: model(text(1)).commit(torch.tensor([1])), "a count for each of 2 rows"),
+        (lambda model: model(text(1), depth=0.5), "depth=0.5"),
+        (lambda model: model(text(1), think=2), "think=2"),
+        (lambda model: model.loss(text(1)[:, :1]), "at least 2"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call(build("complete"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kv_heads": 3}, "heads=4 is no multiple of kv_heads=3"),
+        ({"head_dim": 6}, "head_dim=6"),
+        ({"window": 0}, "window=0"),
+        ({"eos_id": VOCAB}, "eos_id=97"),
+        ({"stem_layers": 9}, "stem_layers=9"),
+        ({"width": 0}, "width=0"),
+        ({"logit_cap": 1000.0}, "logit_cap=1000.0"),
+        ({"dense": True, "window": 8}, "window=8"),
+    ],
+)
+def test_bad_shapes_are_named(overrides, message):
+    with pytest.raises(InputError, match=message):
+        Lepton(LeptonConfig(**SHAPE | overrides))

@@ -1,0 +1,58 @@
+"""The chunked cross-entropy against the obvious one, in value and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lepton.model import loss as module
+from lepton.model.loss import IGNORE, linear_cross_entropy, soft_cap
+
+
+def reference(x, weight, target, vocab_size, cap, z_weight):
+    logits = soft_cap(x @ weight[:vocab_size].T, cap)
+    ce = F.cross_entropy(logits, target, ignore_index=IGNORE)
+    z = logits.logsumexp(-1)[target != IGNORE].square().mean()
+    return ce + z_weight * z, ce, z
+
+
+@pytest.mark.parametrize("rows", [5, 128, 300])
+@pytest.mark.parametrize("z_weight", [0.0, 0.1])
+def test_equal_to_the_reference_in_value_and_gradients(rows, z_weight):
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(128, 16, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 97, (rows,))
+    target[::4] = IGNORE
+    expected = reference(x, weight, target, 97, 15.0, z_weight)
+    expected_grads = torch.autograd.grad(3 * expected[0], (x, weight))
+    got = linear_cross_entropy(x, weight, target, vocab_size=97, cap=15.0, z_weight=z_weight)
+    got_grads = torch.autograd.grad(3 * got[0], (x, weight))
+    torch.testing.assert_close(got, tuple(part.detach() for part in expected), rtol=0, atol=1e-10, check_stride=False)
+    torch.testing.assert_close(got_grads, expected_grads, rtol=0, atol=1e-10)
+
+
+def test_the_chunk_size_does_not_matter(monkeypatch):
+    x, weight, target = torch.randn(50, 8), torch.randn(128, 8), torch.randint(0, 128, (50,))
+    losses = []
+    for chunk in (1, 7, 64):
+        monkeypatch.setattr(module, "CHUNK_CPU", chunk)
+        losses.append(linear_cross_entropy(x, weight, target, vocab_size=128, cap=15.0)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+
+
+def test_nothing_to_predict_is_zero_and_finite():
+    x = torch.randn(4, 8, requires_grad=True)
+    loss, _, _ = linear_cross_entropy(x, torch.randn(128, 8), torch.full((4,), IGNORE), vocab_size=97, cap=15.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert not x.grad.any()
+
+
+def test_the_extremes_of_the_cap_stay_finite_in_fp32():
+    x = 1e4 * torch.randn(8, 8)
+    weight = torch.randn(128, 8, requires_grad=True)
+    loss, _, _ = linear_cross_entropy(x, weight, torch.randint(0, 128, (8,)), vocab_size=128, cap=50.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(weight.grad).all()

@@ -1,0 +1,67 @@
+"""Imports run one way, importing does nothing, and only the command line parses arguments."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A room may import the rooms named here, and itself.
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "presets": {"errors", "config"},
+    "checkpoint": {"errors"},
+    "data": {"errors", "config"},
+    "model": {"errors", "config", "presets", "checkpoint"},
+    "generate": {"errors", "config", "model"},
+    "train": {"errors", "config", "presets", "checkpoint", "data", "model", "generate"},
+    "evals": {"errors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
+    "cli": {"errors", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
+}
+# `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
+LAZY_EXCEPTIONS = {("model", "generate")}
+FILES = sorted((ROOT / "lepton").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "lepton").parts[0].removesuffix(".py")
+
+
+def imported_rooms(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lepton":
+        parts = node.module.split(".")
+        return [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names if alias.name in ALLOWED]
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lepton.")]
+    return []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top_level = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        for target in imported_rooms(node):
+            lazy = id(node) not in top_level and (here, target) in LAZY_EXCEPTIONS
+            assert target == here or target in ALLOWED[here] or lazy, f"{path.name}:{node.lineno} imports {target}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_command_line_parses_arguments(path):
+    text = path.read_text(encoding="utf-8")
+    assert room(path) in ("cli", "__main__") or ("argparse" not in text and "sys.argv" not in text)
+
+
+def test_importing_everything_prints_nothing_and_asks_for_no_gpu():
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.stem != "__main__"]
+    names = [name.removesuffix(".__init__") for name in [*modules, "model", "train"]]
+    code = "import torch\n" + "\n".join(f"import {name}" for name in names)
+    code += "\nassert not torch.cuda.is_initialized()\nassert torch.get_default_dtype() == torch.float32"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
