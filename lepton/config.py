@@ -38,6 +38,42 @@ class LeptonConfig:
     """Logits are squeezed smoothly into +-logit_cap."""
     rope_base: float = 10000.0
     """Longest wavelength of the rotary positions, over 2 pi."""
+    segment: int = 64
+    """Tokens of a segment: each opens with a group of thoughts and closes with its best crystals."""
+    thoughts: int = 4
+    """Thought tokens of a group; 0 leaves the idea out."""
+    thought_ffn: int = 1536
+    """Hidden width of the thinking block's MLP."""
+    rounds: int = 2
+    """Rounds of thinking, where a call does not say."""
+    memory_heads: int = 4
+    """Heads of the working memory; 0 leaves it out."""
+    key_dim: int = 64
+    """Width of a working memory's keys."""
+    value_dim: int = 128
+    """Width of a working memory's values."""
+    slots: int = 64
+    """Crystals that are kept; 0 leaves the idea out."""
+    crystals: int = 4
+    """Crystals that a closing segment offers."""
+    hint: int = 64
+    """Width of the hint about what comes; 0 leaves the idea out."""
+    peek: int = 8
+    """Tokens ahead that the hint is taught to summarise, the next one excluded."""
+    router: bool = True
+    """Whether tokens can stop after the stem."""
+    exit_width: int = 384
+    """Hidden width of the adapter through which easy tokens leave."""
+    capacity_window: int = 64
+    """Tokens over which the share of deep tokens is kept."""
+    drafts: int = 4
+    """Tokens drafted at once; 0 leaves the idea out."""
+    draft_width: int = 256
+    """Width of the drafting cell."""
+    draft_vocab: int = 4096
+    """Frequent tokens that the drafter can propose."""
+    uncertainty: bool = True
+    """Whether the model estimates the chance that it is wrong."""
     dense: bool = False
     """The baseline: the same blocks without any idea, full attention, MLP widened to equal parameters."""
 
@@ -57,8 +93,35 @@ class LeptonConfig:
             raise InputError(f"logit_cap={self.logit_cap}: must lie in 0..50, so that its exponential fits fp32")
         if not 0 <= self.eos_id < self.vocab_size:
             raise InputError(f"eos_id={self.eos_id}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
-        if self.dense and self.window is not None:
+        if self.dense:
+            self._check_dense()
+        else:
+            self._check_ideas()
+
+    def _check_dense(self) -> None:
+        if self.window is not None:
             raise InputError(f"window={self.window}: the dense baseline attends to everything; leave window at None")
+        for name in ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty"):
+            if getattr(self, name):
+                raise InputError(f"{name}={getattr(self, name)}: the dense baseline has no ideas; leave it off")
+
+    def _check_ideas(self) -> None:
+        names = ("thoughts", "memory_heads", "slots", "hint", "drafts", "rounds")
+        for name in names:
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 0")
+        names = ("segment", "thought_ffn", "key_dim", "value_dim", "crystals", "exit_width", "capacity_window", "draft_width")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.window is not None and self.segment > self.window:
+            raise InputError(f"segment={self.segment}: must not be longer than window={self.window}")
+        if self.slots and self.window is None:
+            raise InputError("slots: crystals appear where the window ends; give a window, or slots=0")
+        if self.hint and self.peek < 2:
+            raise InputError(f"peek={self.peek}: must be at least 2, since the next token is not part of the hint")
+        if self.drafts and not 1 <= self.draft_vocab <= self.vocab_size:
+            raise InputError(f"draft_vocab={self.draft_vocab}: must lie in 1..vocab_size={self.vocab_size}")
 
     @property
     def padded_vocab_size(self) -> int:

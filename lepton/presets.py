@@ -18,25 +18,40 @@ class Preset:
 
 def _preset(
     name: str, millions: int, purpose: str, width: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int,
-    embed_rank: int | None = None,
+    memory_heads: int, draft_width: int, embed_rank: int | None = None,
 ) -> Preset:  # fmt: skip
+    small = name == "nano"
     config = LeptonConfig(
-        width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn, embed_rank=embed_rank
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        embed_rank=embed_rank,
+        thoughts=2 if small else 4,
+        thought_ffn=2 * width,
+        memory_heads=memory_heads,
+        key_dim=32 if small else 64,
+        value_dim=64 if small else 128,
+        hint=32 if small else 64,
+        exit_width=width // 2,
+        draft_width=draft_width,
     )
     return Preset(name, millions * 1_000_000, purpose, config)
 
 
-# The targets hold for the complete model; each line leaves 3-10 % of them to the six ideas.
-#           name      M     purpose             width layers heads kv head  ffn    embedding
+# The targets hold for the complete model: every trainable parameter that inference uses.
+#           name      M     purpose             width layers heads kv head  ffn  memory draft embedding
 _TABLE = (
-    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   768, 128),
-    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1536, 256),
-    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2432),
-    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3712),
-    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4608),
-    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6016),
-    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8320),
-    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10496),
+    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   768,  2,  128, 128),
+    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1536,  3,  192, 256),
+    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2432,  4,  256),
+    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3712,  4,  256),
+    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4608,  6,  256),
+    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6016,  6,  384),
+    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8320,  8,  512),
+    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10496,  8,  512),
 )  # fmt: skip
 
 SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -1,13 +1,18 @@
-"""Attention: QK-normed, grouped-query, rotary on half of each head, over a sliding window."""
+"""Attention: QK-normed, grouped-query, rotary on half of each head, over a sliding window and extra slot columns."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
+from lepton.model.route import Route
 from lepton.model.timeline import Band
 
 NORM_EPS = 1e-6
+# Width by which heads grow to carry the bias of slot columns inside the product of queries and keys.
+BIAS_WIDTH = 8
 
 
 def norm(x: Tensor) -> Tensor:
@@ -25,46 +30,62 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+@dataclass(frozen=True)
 class Rotary:
-    """Rotation angles of a chunk, for the first half of each head (Su et al., 2021).
+    """Rotation angles of some tokens, for the first half of each head (Su et al., 2021)."""
 
-    Angles are computed in fp64: at a million tokens fp32 is off by 0.016 rad.
-    """
+    cos: Tensor
+    """[..., 1, head_dim / 4], in front the shape of the tokens."""
+    sin: Tensor
 
-    def __init__(self, position_BT: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> None:
+    @staticmethod
+    def at(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> "Rotary":
+        """Angles of positions of any shape, computed in fp64: at a million tokens fp32 is off by 0.016 rad."""
         pairs = head_dim // 4
-        exponent = torch.arange(pairs, dtype=torch.float64, device=position_BT.device) / pairs
-        angle_BTH = position_BT[..., None].double() * base**-exponent
-        self.cos_BT1H = angle_BTH.cos().to(dtype)[:, :, None]
-        self.sin_BT1H = angle_BTH.sin().to(dtype)[:, :, None]
+        exponent = torch.arange(pairs, dtype=torch.float64, device=position.device) / pairs
+        angle = (position[..., None].double() * base**-exponent)[..., None, :]
+        return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
 
-    def rotate(self, x_BTNH: Tensor) -> Tensor:
-        """Rotate the first half of each head; the second half stays position-free."""
-        pairs = self.cos_BT1H.shape[-1]
-        first, second, rest = x_BTNH.split([pairs, pairs, x_BTNH.shape[-1] - 2 * pairs], -1)
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate the first half of each head of `x` [..., heads, head_dim]; the second half stays position-free."""
+        pairs = self.cos.shape[-1]
+        first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
         return torch.cat(
-            [
-                first * self.cos_BT1H - second * self.sin_BT1H,
-                first * self.sin_BT1H + second * self.cos_BT1H,
-                rest,
-            ],
+            [first * self.cos - second * self.sin, first * self.sin + second * self.cos, rest],
             -1,
         )
 
 
-def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bands: list[Band]) -> Tensor:
-    """Softmax attention of each band over the columns it can see; returns [B, T, N, H]."""
+@dataclass(frozen=True)
+class Slots:
+    """Columns that are no tokens (crystals, thoughts): every query may see some of them beside its window."""
+
+    states_BCD: Tensor
+    """What keys and values are made of, normed."""
+    mask_BTC: Tensor
+    """Which token sees which column."""
+    bias_BC: Tensor
+    """Added to the attention scores of a column."""
+
+    @staticmethod
+    def join(parts: "list[Slots]") -> "Slots":
+        """Return the columns of all parts side by side."""
+        return Slots(
+            torch.cat([part.states_BCD for part in parts], 1),
+            torch.cat([part.mask_BTC for part in parts], 2),
+            torch.cat([part.bias_BC for part in parts], 1),
+        )
+
+
+def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
+    """Softmax attention where `mask_BTJ` is true; returns [B, T, N, H]. Each key/value head serves N / K query heads."""
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
-    q_BNTH = q_BTNH.transpose(1, 2)
     k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
     v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
-    answers = [
-        F.scaled_dot_product_attention(
-            q_BNTH[:, :, band.queries], k_BNJH[:, :, band.columns], v_BNJH[:, :, band.columns], attn_mask=band.mask_B1TJ
-        )
-        for band in bands
-    ]
-    return torch.cat(answers, 2).transpose(1, 2)
+    answer_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=mask_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
+    )
+    return answer_BNTH.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -78,15 +99,64 @@ class Attention(nn.Module):
         self.v = Linear(config.width, config.kv_heads * config.head_dim)
         self.out = Linear(config.heads * config.head_dim, config.width)
 
+    def query(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Queries [..., N, H] of normed states [..., D]."""
+        return rotary.rotate(norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))))
+
+    def key_value(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., K, H] of normed states [..., D].
+
+        Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half, so
+        that they match the same at every position and nothing extrapolates.
+        """
+        k = norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
+        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if rotary is None:
+            half = self.head_dim // 2
+            return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1), v
+        return rotary.rotate(k), v
+
     def forward(
-        self, x_BTD: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, bands: list[Band]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what attention adds to `x_BTD` (already normed), and the chunk's keys and values [B, T, K, H]."""
-        q_BTNH = rotary.rotate(norm(self.q(x_BTD).unflatten(-1, (self.heads, self.head_dim))))
-        k_BTKH = rotary.rotate(norm(self.k(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))))
-        v_BTKH = self.v(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
-        past_k_BRKH, past_v_BRKH = past
-        k_BJKH = torch.cat([past_k_BRKH, k_BTKH], 1)
-        v_BJKH = torch.cat([past_v_BRKH, v_BTKH], 1)
-        answer_BTNH = attend(q_BTNH, k_BJKH, v_BJKH, bands)
-        return self.out(answer_BTNH.flatten(2)), k_BTKH, v_BTKH
+        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bands: list[Band], slots: Slots | None, route: Route | None
+    ) -> Tensor:
+        """Answer the queries of all tokens [B, T, N, H], or of the routed ones [M, N, H]; returns [..., D].
+
+        `k_BJKH` and `v_BJKH` are those of past and chunk.
+        """
+        if slots is not None:
+            q, k_BJKH, v_BJKH, slot_k, slot_v = self._with_slots(q, k_BJKH, v_BJKH, slots)
+        answers = []
+        for index, band in enumerate(bands):
+            k, v, mask = k_BJKH[:, band.columns], v_BJKH[:, band.columns], band.mask_BTJ
+            if slots is not None:
+                k, v = torch.cat([k, slot_k], 1), torch.cat([v, slot_v], 1)
+                mask = torch.cat([mask, slots.mask_BTC[:, band.queries]], 2)
+            if route is None:
+                answers.append(attend(q[:, band.queries], k, v, mask))
+            elif route.picks[index].any:
+                pick = route.picks[index]
+                answer = attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], mask[pick.rows_R[:, None], pick.query_RQ])
+                answers.append(pick.unpad(answer))
+        if not answers:
+            return self.out(q[..., : self.head_dim].flatten(-2))
+        answer = torch.cat(answers, 1 if route is None else 0)[..., : self.head_dim]
+        return self.out(answer.flatten(-2))
+
+    def _with_slots(
+        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, slots: Slots
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Widen the heads by a coordinate that is 1 in queries and carries each slot's bias in keys.
+
+        So the bias is part of the product of queries and keys, and its gradient needs no mask of its own.
+        """
+        wide = self.head_dim + BIAS_WIDTH
+        one = torch.zeros(BIAS_WIDTH, dtype=q.dtype, device=q.device)
+        one[0] = 1
+        # attend divides by sqrt(wide): queries are scaled back, so the tokens' scores stay q k / sqrt(head_dim).
+        stretch = (wide / self.head_dim) ** 0.5
+        q = torch.cat([q * stretch, one.expand(*q.shape[:-1], -1)], -1)
+        slot_k_BCKH, slot_v_BCKH = self.key_value(slots.states_BCD, None)
+        bias_BCK1 = (slots.bias_BC * wide**0.5)[:, :, None, None].expand(-1, -1, self.kv_heads, -1)
+        slot_k_BCKH = torch.cat([slot_k_BCKH, bias_BCK1.to(q.dtype)], -1)
+        pad = (0, BIAS_WIDTH)
+        return q, F.pad(k_BJKH, pad), F.pad(v_BJKH, pad), F.pad(slot_k_BCKH, (0, BIAS_WIDTH - 1)), F.pad(slot_v_BCKH, pad)

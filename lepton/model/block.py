@@ -1,37 +1,62 @@
 """A transformer block: pre-norm attention and a squared-ReLU MLP."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Attention, Linear, Rotary, norm
+from lepton.model.attention import Attention, Linear, Rotary, Slots, norm
+from lepton.model.route import Route
 from lepton.model.timeline import Band
 
 
 class MLP(nn.Module):
     """Squared-ReLU MLP (So et al., 2021: Primer)."""
 
-    def __init__(self, config: LeptonConfig) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = Linear(config.width, config.ffn)
-        self.down = Linear(config.ffn, config.width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x_BTD)).square())
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
 
 
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream. Norms have no gains."""
 
-    def __init__(self, config: LeptonConfig) -> None:
+    def __init__(self, config: LeptonConfig, ffn: int | None = None) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.width, ffn or config.ffn)
 
     def forward(
-        self, x_BTD: Tensor, past: tuple[Tensor, Tensor], rotary: Rotary, bands: list[Band]
+        self,
+        x_BTD: Tensor,
+        past: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        bands: list[Band],
+        slots: Slots | None = None,
+        route: Route | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new residual stream, and the chunk's keys and values [B, T, K, H]."""
-        added_BTD, k_BTKH, v_BTKH = self.attention(norm(x_BTD), past, rotary, bands)
-        x_BTD = x_BTD + added_BTD
-        return x_BTD + self.mlp(norm(x_BTD)), k_BTKH, v_BTKH
+        """Return the new residual stream, and the chunk's keys and values [B, T, K, H].
+
+        With a `route` only the tokens on it are computed; the others keep their state, and serve keys and values
+        made of it.
+        """
+        normed_BTD = norm(x_BTD)
+        k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
+        k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
+        if route is None:
+            q_BTNH = self.attention.query(normed_BTD, rotary)
+            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, k_BJKH, v_BJKH, bands, slots, None))
+        else:
+            here = Rotary(route.take(rotary.cos), route.take(rotary.sin))
+            q_MNH = self.attention.query(route.take(normed_BTD), here)
+            answer_MD = self.attention(q_MNH, k_BJKH, v_BJKH, bands, slots, route)
+            x_BTD = route.put(x_BTD, self._rest(route.take(x_BTD), answer_MD))
+        return x_BTD, k_BTKH, v_BTKH
+
+    def _rest(self, x: Tensor, answer: Tensor) -> Tensor:
+        x = x + answer
+        return x + self.mlp(norm(x))

@@ -9,6 +9,20 @@ from lepton.model.lepton import Lepton
 from lepton.presets import preset
 
 
+# What turns a configuration into the one of the dense baseline.
+WITHOUT_IDEAS: dict[str, Any] = {
+    "dense": True,
+    "window": None,
+    "thoughts": 0,
+    "memory_heads": 0,
+    "slots": 0,
+    "hint": 0,
+    "router": False,
+    "drafts": 0,
+    "uncertainty": False,
+}
+
+
 def size_config(size: str, **overrides: Any) -> LeptonConfig:
     """Return the configuration of a size with `overrides` of `LeptonConfig` fields.
 
@@ -20,11 +34,14 @@ def size_config(size: str, **overrides: Any) -> LeptonConfig:
     """
     complete = preset(size).config
     if not overrides.get("dense"):
+        window = overrides.get("window", complete.window)
+        if window is not None and window < complete.segment:
+            overrides = {"segment": window, **overrides}
         return complete.replace(**overrides)
-    dense = complete.replace(**{"window": None, **overrides})
+    dense = complete.replace(**{**WITHOUT_IDEAS, **overrides})
     if "ffn" in overrides:
         return dense
-    shape = {name: value for name, value in overrides.items() if name not in ("dense", "window")}
+    shape = {name: value for name, value in overrides.items() if name not in ("dense", *WITHOUT_IDEAS)}
     missing = count_params(complete.replace(**shape)) - count_params(dense)
     return dense.replace(ffn=dense.ffn + round(missing / (2 * dense.width * dense.layers)))
 

@@ -1,5 +1,6 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,30 @@ from torch import Tensor, nn
 from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
-from lepton.model.attention import Linear, Rotary, norm
+from lepton.model.accounting import flops_per_token
+from lepton.model.attention import Linear, Rotary, Slots, norm
 from lepton.model.block import Block
-from lepton.model.loss import IGNORE, Loss, linear_cross_entropy, soft_cap
-from lepton.model.output import Output
-from lepton.model.state import State, advance
-from lepton.model.timeline import Timeline, band_edges, bands
+from lepton.model.crystals import CONTEXT, Columns, CrystalRun, Crystals, Store
+from lepton.model.draft import Drafter
+from lepton.model.initialise import initialise
+from lepton.model.loss import Loss, soft_cap
+from lepton.model.memory import CONV, MemoryRun, WorkingMemory
+from lepton.model.objective import objective
+from lepton.model.output import Output, Traces
+from lepton.model.peek import Peek
+from lepton.model.route import Route
+from lepton.model.router import Router
+from lepton.model.state import Memory, State, advance, flatten, read_tensors, rebuild
+from lepton.model.thoughts import Group, ThoughtRun, Thoughts
+from lepton.model.timeline import Band, Timeline, bands
+from lepton.model.uncertainty import Uncertainty
 
 
 class Lepton(nn.Module):
     """A causal language model over a stream of documents.
 
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
-    fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses and logits are fp32 whatever it is.
+    fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
     """
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -30,30 +42,21 @@ class Lepton(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         rank = config.embed_rank or config.width
+        reads = config.memory_heads * config.value_dim
+        thoughts = config.width if config.thoughts else 0
         self.embed = nn.Embedding(config.padded_vocab_size, rank)
         self.embed_up = Linear(rank, config.width) if config.embed_rank else nn.Identity()
         self.stem = nn.ModuleList(Block(config) for _ in range(config.stem_layers))
+        self.thoughts = Thoughts(config) if config.thoughts else None
+        self.memory = WorkingMemory(config) if config.memory_heads else None
+        self.crystals = Crystals(config) if config.slots else None
+        self.peek = Peek(config, config.width + reads + thoughts, rank) if config.hint else None
+        self.router = Router(config) if config.router else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers - config.stem_layers))
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Initialise every parameter, from torch's global generator.
-
-        | parameter                        | distribution               | why                                    |
-        |----------------------------------|----------------------------|----------------------------------------|
-        | embed                            | normal, std 0.02           | tied: logits start small; input normed |
-        | attention.out, mlp.down          | zero                       | each block starts as the identity      |
-        | every other matrix               | normal, std 1/sqrt(inputs) | unit scale in, unit scale out          |
-        """
-        for name, parameter in self.named_parameters():
-            if name == "embed.weight":
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        self.drafter = Drafter(config, rank) if config.drafts else None
+        self.uncertainty = Uncertainty(config) if config.uncertainty else None
+        initialise(self)
 
     @staticmethod
     def from_checkpoint(path: str | Path) -> "Lepton":
@@ -75,6 +78,7 @@ class Lepton(nn.Module):
         lengths: Tensor | None = None,
         depth: float | None = None,
         think: int | None = None,
+        opens: Tensor | None = None,
     ) -> Output:
         """Predict the token after each token of a chunk.
 
@@ -83,17 +87,21 @@ class Lepton(nn.Module):
             state: the past, from `new_state`, `out.state` or `out.commit`; None starts fresh. It is not changed.
             lengths: int [B], valid tokens of each row in 0..T; the rest is right padding, which `out.state` leaves out
                 and whose own outputs mean nothing. None: all.
-            depth: share of the tokens allowed past the stem, in 0..1; None is the model's default.
-            think: rounds of thinking; None is the model's default.
+            depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
+            think: rounds of thinking, from 0; None is `config.rounds`.
+            opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular ones.
 
         Returns:
-            `Output` with `logits` [B, T, vocab_size] in fp32 (fp64 for an fp64 model), `commit` and `state`.
+            `Output` with `logits` [B, T, vocab_size] in fp32 (fp64 for an fp64 model), `uncertainty`, `depth`, `commit`
+            and `state`.
 
         Raises:
             InputError: a shape, dtype or value that cannot be used.
         """
-        out = self.trunk(tokens, state, lengths=lengths, depth=depth, think=think)
-        return Output(out.hidden_BTD, self.head(out.hidden_BTD), out.lengths_B, out._commit)
+        out = self.trunk(tokens, state, lengths=lengths, depth=depth, think=think, opens=opens)
+        logits = self.head(out.hidden)
+        uncertainty = self.uncertainty and self.uncertainty(out.hidden, logits, out.traces.signals_BT3)
+        return Output(out.hidden, logits, uncertainty, out.depth, out.traces, out.lengths, out._commit)
 
     def trunk(
         self,
@@ -102,78 +110,132 @@ class Lepton(nn.Module):
         *,
         lengths: Tensor | None = None,
         depth: float | None = None,
-        think: int | None = None,
+        think: int | Tensor | None = None,
+        opens: Tensor | None = None,
+        groups: int | None = None,
     ) -> Output:
         """`forward` without the head: the states that predictions are read from, and the state to go on with."""
-        past, lengths_B = self._check(tokens, state, lengths, depth, think)
-        timeline = Timeline.read(tokens, past.position_B, self.config.eos_id)
-        columns = past.keys_BLRKH.shape[2]
-        sight = bands(timeline, columns, self.config.window)
-        rotary = Rotary(timeline.position_BT, self.config.head_dim, self.config.rope_base, self.dtype)
-        chunk_keys, chunk_values = [], []
+        past, lengths, depth, think = self._check(tokens, state, lengths, depth, think, opens)
+        config = self.config
+        timeline = Timeline.read(
+            tokens, past.position_B, past.phase_B, eos_id=config.eos_id, segment=config.segment, opens_BT=opens, groups=groups
+        )
+        sight = bands(timeline, past.keys_BLRKH.shape[2], config.window)
+        rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
+        columns: list[tuple[Tensor, Tensor]] = []
 
-        x_BTD = norm(self.embed_up(self.embed(tokens).to(self.dtype)))
-        for layer, block in enumerate([*self.stem, *self.blocks]):
-            block_past = (past.keys_BLRKH[:, layer], past.values_BLRKH[:, layer])
-            x_BTD, k_BTKH, v_BTKH = block(x_BTD, block_past, rotary, sight)
-            chunk_keys.append(k_BTKH)
-            chunk_values.append(v_BTKH)
-        hidden_BTD = norm(x_BTD)
+        embedded_BTE = self.embed(tokens).to(self.dtype)
+        h_BTD = self._blocks(self.stem, norm(self.embed_up(embedded_BTE)), past, rotary, sight, columns)
+        u_BTD = norm(h_BTD)
+        thoughts = self._think(u_BTD, past, rotary, timeline, think, columns)
+        read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
+        seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
+        x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
+        deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, sight, timeline)
+        slots = self._slots(thoughts, seen)
+        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, slots, route)
+        hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
         def commit(count_B: Tensor) -> State:
             position_B = timeline.position_after(count_B)
-            keep = self._columns(int(position_B.max()) if self.config.window is None else 0)
-            keys_BLTKH, values_BLTKH = torch.stack(chunk_keys, 1), torch.stack(chunk_values, 1)
+            keep = self._columns(int(position_B.max()) if config.window is None else 0)
+            keys, values = (torch.stack(each, 1) for each in zip(*columns, strict=True))
+            tail_BXC, matrix_BHKV = memory.after(count_B, timeline) if memory else (None, None)
             return State(
                 position_B,
-                advance(past.keys_BLRKH, keys_BLTKH, count_B, position_B, keep),
-                advance(past.values_BLRKH, values_BLTKH, count_B, position_B, keep),
+                timeline.phase_after(count_B),
+                advance(past.keys_BLRKH, keys, count_B, position_B, keep),
+                advance(past.values_BLRKH, values, count_B, position_B, keep),
+                self.router.taken_after(taken_BT, count_B, past.taken_B, timeline) if self.router else past.taken_B,
+                thoughts.after(count_B) if thoughts else None,
+                Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None),
             )
 
-        return Output(hidden_BTD, None, lengths_B, commit)
+        blocks_BT = torch.where(deep_BT, config.layers, config.stem_layers)
+        return Output(hidden_BTD, None, None, blocks_BT, traces, lengths, commit)
 
-    def head(self, hidden_BTD: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""
-        x = self.head_down(hidden_BTD)
+        x = self.head_down(hidden)
         logits = x @ self.embed.weight[: self.config.vocab_size].to(x.dtype).T
         return soft_cap(logits.to(torch.promote_types(x.dtype, torch.float32)), self.config.logit_cap)
 
-    def loss(self, tokens: Tensor, *, lengths: Tensor | None = None) -> Loss:
-        """Mean loss of predicting each token from those before it.
+    def loss(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        think: int | Tensor | None = None,
+        groups: int | None = None,
+    ) -> Loss:
+        """Mean loss of predicting each token from those before it, and the small losses of the ideas.
 
         Args:
             tokens: int [B, T], T >= 2; row b predicts tokens 1 .. lengths[b] - 1.
             lengths: int [B], valid tokens of each row; None: all.
+            think: rounds of thinking, for all or for each row (int [B], at most `MAX_TRAINING_ROUNDS`).
+            groups: bound of the segments that open in a row, for static shapes; None counts them.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise InputError(f"loss needs tokens [rows, at least 2], not {tuple(tokens.shape)}")
-        hidden_BTD = self.trunk(tokens[:, :-1]).hidden_BTD
-        target_BT = tokens[:, 1:].long()
-        if lengths is not None:
-            index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
-            target_BT = target_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
-        loss, ce, z = linear_cross_entropy(
-            self.head_down(hidden_BTD).flatten(0, 1),
-            self.embed.weight,
-            target_BT.flatten(),
-            vocab_size=self.config.vocab_size,
-            cap=self.config.logit_cap,
-        )
-        return Loss(loss, {"ce": ce, "z": z})
+        out = self.trunk(tokens[:, :-1], think=think, groups=groups)
+        return objective(self, out, tokens, lengths)
 
-    def new_state(self, batch_size: int) -> State:
-        """Return the state of `batch_size` sequences that have read nothing."""
-        config = self.config
-        shape = (batch_size, config.layers, self._columns(0), config.kv_heads, config.head_dim)
-        device = self.embed.weight.device
-        return State(
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-            torch.zeros(shape, dtype=self.dtype, device=device),
-            torch.zeros(shape, dtype=self.dtype, device=device),
+    def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
+        """Return the state of `batch_size` sequences that have read nothing.
+
+        `memory` is a file that `state.memory.save` wrote: the new sequences remember what those before did, its positions
+        shifted behind the window. Its rows must be `batch_size`, or one, which all then share.
+        """
+        config, device, dtype = self.config, self.embed.weight.device, self.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        columns = config.layers + (self.thoughts is not None)
+        ring = (batch_size, columns, self._columns(0), config.kv_heads, config.head_dim)
+        counter = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        group = matrix = tail = store = None
+        if self.thoughts is not None:
+            nothing = torch.zeros(batch_size, config.thoughts, config.width, dtype=dtype, device=device)
+            group = Group(nothing, counter.bool(), torch.zeros(batch_size, dtype=dtype, device=device))
+        if self.memory is not None:
+            shape = (batch_size, config.memory_heads, config.key_dim, config.value_dim)
+            matrix = torch.zeros(shape, dtype=precise, device=device)
+            tail = torch.zeros(batch_size, CONV - 1, self.memory.channels, dtype=dtype, device=device)
+        if self.crystals is not None:
+            empty = [Columns.empty(batch_size, n, config.width, dtype, device) for n in (config.slots, config.crystals)]
+            store = Store(*empty, torch.full((batch_size, CONTEXT - 1), -1, device=device))
+        state = State(
+            counter,
+            counter,
+            torch.zeros(ring, dtype=dtype, device=device),
+            torch.zeros(ring, dtype=dtype, device=device),
+            counter,
+            group,
+            Memory(matrix, tail, store),
         )
+        return state if memory is None else self._with_memory(state, memory)
+
+    def load_state(self, path: str | Path) -> State:
+        """Read what `state.save` wrote: a stream goes on in another process with identical output.
+
+        Raises:
+            InputError: the file is missing or torn, or the state is of a model of another shape.
+        """
+        return read_tensors(path, self.new_state(1), "state")
+
+    def _with_memory(self, state: State, path: str | Path) -> State:
+        memory = read_tensors(path, self.new_state(1).memory, "state.memory")
+        rows = next(iter(flatten(memory).values())).shape[0] if flatten(memory) else state.batch_size
+        if rows not in (1, state.batch_size):
+            raise InputError(f"{path}: holds the memory of {rows} rows; give new_state({rows}), not {state.batch_size}")
+        if rows != state.batch_size:
+            memory = rebuild(memory, lambda _name, value: value.expand(state.batch_size, *value.shape[1:]).clone())
+        if memory.store is not None and self.crystals is not None:
+            memory.store = memory.store.carried(self.crystals.window)
+        memory.tail_BXC = state.memory.tail_BXC
+        return dataclasses.replace(state, memory=memory)
 
     def generate(
         self,
@@ -216,51 +278,165 @@ class Lepton(nn.Module):
         """Trainable parameters; the tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def flops_per_token(self, length: int) -> float:
-        """Floating-point operations of `forward` per token, over a fresh sequence of `length` tokens.
-
-        A multiply-add counts as two. Attention counts every column that is computed, masked or not, as torch's FLOP
-        counter does with the math backend. A training step costs three times this.
-        """
-        config = self.config
-        matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
-        head = config.vocab_size * self.embed.embedding_dim
-        pairs = sum((last - first) * (right - left) for first, last, left, right in self._band_edges(length))
-        attention = 2 * config.layers * config.heads * config.head_dim * pairs / length
-        return 2 * (matrices + head + attention)
+    def flops_per_token(self, length: int, *, depth: float | None = None, think: int | None = None) -> float:
+        """Floating-point operations of `forward` per token; see `lepton.model.accounting`."""
+        return flops_per_token(self, length, depth=depth, think=think)
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
+        with torch.device("meta"):
+            fixed = Lepton(self.config).to(self.dtype).new_state(1).nbytes
         config = self.config
-        entries = 2 * config.layers * self._columns(length) * config.kv_heads * config.head_dim
-        return entries * self.dtype.itemsize + torch.int64.itemsize
+        growing = 2 * config.layers * self._columns(length) * config.kv_heads * config.head_dim * self.dtype.itemsize
+        return fixed + growing if config.window is None else fixed
 
     def _columns(self, position: int) -> int:
         """Past columns that a state holds: all but one of a window, or `position` without one."""
         return position if self.config.window is None else self.config.window - 1
 
-    def _band_edges(self, length: int) -> list[tuple[int, int, int, int]]:
-        return band_edges(length, 0, self.config.window)
+    def _blocks(
+        self,
+        blocks: nn.ModuleList,
+        x_BTD: Tensor,
+        past: State,
+        rotary: Rotary,
+        sight: list[Band],
+        columns: list[tuple[Tensor, Tensor]],
+        slots: Slots | None = None,
+        route: Route | None = None,
+    ) -> Tensor:
+        """Run some blocks; their keys and values join `columns`, in the order in which the state keeps them."""
+        for block in blocks:
+            before = (past.keys_BLRKH[:, len(columns)], past.values_BLRKH[:, len(columns)])
+            x_BTD, k_BTKH, v_BTKH = block(x_BTD, before, rotary, sight, slots, route)
+            columns.append((k_BTKH, v_BTKH))
+        return x_BTD
+
+    def _think(
+        self,
+        u_BTD: Tensor,
+        past: State,
+        rotary: Rotary,
+        timeline: Timeline,
+        rounds: int | Tensor,
+        columns: list[tuple[Tensor, Tensor]],
+    ) -> ThoughtRun | None:
+        if self.thoughts is None:
+            return None
+        assert past.group is not None
+        k_BTKH, v_BTKH = self.thoughts.block.attention.key_value(u_BTD, rotary)
+        k_BJKH = torch.cat([past.keys_BLRKH[:, len(columns)], k_BTKH], 1)
+        v_BJKH = torch.cat([past.values_BLRKH[:, len(columns)], v_BTKH], 1)
+        columns.append((k_BTKH, v_BTKH))
+        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, rounds)
+
+    def _remember(
+        self, u_BTD: Tensor, past: State, timeline: Timeline
+    ) -> tuple[Tensor | None, Tensor | None, MemoryRun | None]:
+        if self.memory is None:
+            return None, None, None
+        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline)
+
+    def _crystallise(
+        self, h_BTD: Tensor, u_BTD: Tensor, tokens: Tensor, past: State, timeline: Timeline
+    ) -> tuple[Slots | None, CrystalRun | None]:
+        if self.crystals is None:
+            return None, None
+        return self.crystals(h_BTD, u_BTD, tokens, past.memory.store, timeline)
+
+    def _peek(
+        self,
+        h_BTD: Tensor,
+        u_BTD: Tensor,
+        embedded_BTE: Tensor,
+        thoughts: ThoughtRun | None,
+        read_BTM: Tensor | None,
+        strength_BT: Tensor | None,
+        timeline: Timeline,
+    ) -> tuple[Tensor, Traces]:
+        """Add what memory and hint say to the stem's states; gather what losses and features read."""
+        thought_BTD, change_BT = thoughts.read() if thoughts else (None, None)
+        x_BTD, inputs_BTX, hint_BTP = h_BTD, None, None
+        if self.memory is not None and read_BTM is not None:
+            x_BTD = x_BTD + self.memory.out(read_BTM)
+        if self.peek is not None:
+            inputs_BTX = torch.cat([part for part in (u_BTD, read_BTM, thought_BTD) if part is not None], -1)
+            hint_BTP = self.peek.hint(inputs_BTX)
+            x_BTD = x_BTD + self.peek.back(hint_BTP)
+        benefit_BT = self.router.score(u_BTD) if self.router else None
+        nothing_BT = torch.zeros(u_BTD.shape[:2], dtype=torch.promote_types(u_BTD.dtype, torch.float32), device=u_BTD.device)
+        signals = [nothing_BT if signal is None else signal.to(nothing_BT) for signal in (benefit_BT, change_BT, strength_BT)]
+        traces = Traces(
+            timeline=timeline,
+            embedded_BTE=embedded_BTE,
+            early_BTD=x_BTD,
+            hint_inputs_BTX=inputs_BTX,
+            hint_BTP=hint_BTP,
+            read_BTM=read_BTM,
+            thought_BTD=thought_BTD,
+            benefit_BT=benefit_BT,
+            signals_BT3=torch.stack(signals, -1).detach(),
+        )
+        return x_BTD, traces
+
+    def _route(
+        self, benefit_BT: Tensor | None, depth: float, past: State, sight: list[Band], timeline: Timeline
+    ) -> tuple[Tensor, Tensor | None, Route | None]:
+        """Choose the tokens that go deep; without a `Route` all of them do."""
+        if self.router is None or benefit_BT is None:
+            return torch.ones_like(timeline.ends_BT), None, None
+        deep_BT, taken_BT = self.router.choose(benefit_BT, depth, past.taken_B, timeline)
+        return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, sight)
+
+    def _slots(self, thoughts: ThoughtRun | None, crystals: Slots | None) -> Slots | None:
+        """The columns beside the window that the deep blocks see: crystals, and the current thoughts."""
+        parts = [part for part in (crystals, thoughts and thoughts.slots()) if part is not None]
+        return Slots.join(parts) if parts else None
+
+    def _leave(self, x_BTD: Tensor, deep_BT: Tensor, route: Route | None) -> Tensor:
+        """Send the tokens that stopped after the stem through the exit."""
+        if route is None or self.router is None:
+            return x_BTD
+        index_M = (~deep_BT).flatten().nonzero()[:, 0]
+        easy_MD = self.router.exit(x_BTD.flatten(0, 1)[index_M])
+        return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
 
     def _check(
-        self, tokens: Tensor, state: State | None, lengths: Tensor | None, depth: float | None, think: int | None
-    ) -> tuple[State, Tensor]:
-        """Validate the arguments of `forward`; return its past and the valid lengths [B]."""
+        self,
+        tokens: Tensor,
+        state: State | None,
+        lengths: Tensor | None,
+        depth: float | None,
+        think: int | Tensor | None,
+        opens: Tensor | None,
+    ) -> tuple[State, Tensor, float, int | Tensor]:
+        """Validate the arguments of `forward` and fill in what was left out."""
         if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
             raise InputError(f"tokens must be integers [rows, at least 1], not {tokens.dtype} {tuple(tokens.shape)}")
-        if depth is not None and depth != 1:
-            raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
-        if think:
-            raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
         rows, length = tokens.shape
+        depth = 1.0 if depth is None else depth
+        if not 0 <= depth <= 1:
+            raise InputError(f"depth={depth}: must lie in 0..1, the share of tokens allowed past the stem")
+        if depth < 1 and self.router is None:
+            raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
+        if think is None:
+            think = self.config.rounds if self.thoughts is not None else 0
+        if not isinstance(think, Tensor):
+            if think < 0:
+                raise InputError(f"think={think}: must be a number of rounds, from 0")
+            if think and self.thoughts is None:
+                raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
         if state is None:
             # A fresh past has no columns to look at: the same function, without computing on masked zeros.
             state = self.new_state(rows)
-            state = State(state.position_B, state.keys_BLRKH[:, :, :0], state.values_BLRKH[:, :, :0])
+            nothing = state.keys_BLRKH[:, :, :0]
+            state = dataclasses.replace(state, keys_BLRKH=nothing, values_BLRKH=nothing)
         elif state.batch_size != rows:
             raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
         if lengths is None:
             lengths = torch.full((rows,), length, device=tokens.device)
         elif lengths.shape != (rows,):
             raise InputError(f"lengths must hold one value for each of {rows} rows, not {tuple(lengths.shape)}")
-        return state, lengths
+        if opens is not None and opens.shape != tokens.shape:
+            raise InputError(f"opens must have the shape of the tokens {tuple(tokens.shape)}, not {tuple(opens.shape)}")
+        return state, lengths, depth, think

@@ -7,18 +7,47 @@ from torch import Tensor
 
 from lepton.errors import InputError
 from lepton.model.state import State
+from lepton.model.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What the ideas did, position by position: for losses, features and tests."""
+
+    timeline: Timeline
+    embedded_BTE: Tensor
+    """Token embeddings."""
+    early_BTD: Tensor
+    """States that enter the blocks behind the stem."""
+    hint_inputs_BTX: Tensor | None
+    """What the hint is made of: stem state, memory read, current thought."""
+    hint_BTP: Tensor | None
+    """The hint about what comes."""
+    read_BTM: Tensor | None
+    """What the working memory answered, normed."""
+    thought_BTD: Tensor | None
+    """Mean of the token's thoughts, normed."""
+    benefit_BT: Tensor | None
+    """Nats that depth is expected to save."""
+    signals_BT3: Tensor
+    """Benefit, thought change, memory strength: what uncertainty reads beside the prediction."""
 
 
 @dataclass(frozen=True)
 class Output:
     """Results of one chunk. `commit` and `state` compute the state only when they are asked for."""
 
-    hidden_BTD: Tensor
-    """Normed states of the last block, the input of the head."""
+    hidden: Tensor
+    """Normed last states [B, T, width], the input of the head."""
     logits: Tensor | None
     """Next-token logits [B, T, vocab_size], fp32 (None from `Lepton.trunk`)."""
-    lengths_B: Tensor
-    """Tokens of each row that are not padding."""
+    uncertainty: Tensor | None
+    """Chance in 0..1, [B, T], that the most likely next token is wrong (None without the idea, or from `trunk`)."""
+    depth: Tensor
+    """Blocks that each token went through, int64 [B, T]."""
+    traces: Traces
+    lengths: Tensor
+    """Tokens of each row that are not padding, [B]."""
     _commit: Callable[[Tensor], State]
 
     def commit(self, count_B: Tensor) -> State:
@@ -33,11 +62,11 @@ class Output:
         Raises:
             InputError: `count_B` has not one entry for each row.
         """
-        if count_B.shape != self.lengths_B.shape:
-            raise InputError(f"commit takes a count for each of {len(self.lengths_B)} rows, not {tuple(count_B.shape)}")
+        if count_B.shape != self.lengths.shape:
+            raise InputError(f"commit takes a count for each of {len(self.lengths)} rows, not {tuple(count_B.shape)}")
         return self._commit(count_B)
 
     @property
     def state(self) -> State:
         """The state after every token that is not padding."""
-        return self._commit(self.lengths_B)
+        return self._commit(self.lengths)

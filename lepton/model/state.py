@@ -1,9 +1,70 @@
 """The past of a batch of sequences, as a value: `forward` reads it and returns a new one."""
 
-from dataclasses import dataclass, fields
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lepton.errors import InputError
+from lepton.model.crystals import EMPTY, Store
+from lepton.model.thoughts import Group
+
+Part = TypeVar("Part")
+
+
+class Crystal(NamedTuple):
+    """One crystal, as a person looks at it."""
+
+    row: int
+    """Sequence of the batch."""
+    position: int
+    """Where its token stands in the document; negative if it was carried over from an earlier stream."""
+    score: float
+    """What the model gave it, in 0..1."""
+    tokens: list[int]
+    """The token and up to 15 before it."""
+
+
+@dataclass
+class Memory:
+    """What outlives the window: the working memory and the crystals. Iterating gives each `Crystal`, oldest first.
+
+    The rest of a state is never changed in place; `clear` is the one exception, and it is the user who asks for it.
+    """
+
+    matrix_BHKV: Tensor | None
+    """The working memory, fp32 or better."""
+    tail_BXC: Tensor | None
+    """The last inputs of its convolution."""
+    store: Store | None
+    """The crystals."""
+
+    def __iter__(self) -> Iterator[Crystal]:
+        if self.store is None:
+            return
+        kept = self.store.kept
+        for row, index in (kept.position_BC > EMPTY).nonzero().tolist():
+            ids = [token for token in kept.ids_BCX[row, index].tolist() if token >= 0]
+            position, score = int(kept.position_BC[row, index]), kept.log_score_BC[row, index].exp().item()
+            yield Crystal(row, position, score, ids)
+
+    def clear(self) -> None:
+        """Forget everything, in this state."""
+        if self.matrix_BHKV is not None and self.tail_BXC is not None:
+            self.matrix_BHKV = torch.zeros_like(self.matrix_BHKV)
+            self.tail_BXC = torch.zeros_like(self.tail_BXC)
+        if self.store is not None:
+            self.store = Store(self.store.kept.cleared(), self.store.pending.cleared(), self.store.ids_BX)
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory alone to a safetensors file; `Lepton.new_state` takes it into a new conversation."""
+        _write({name: value for name, value in flatten(self).items()}, path, "memory")
 
 
 @dataclass(frozen=True)
@@ -16,10 +77,19 @@ class State:
 
     position_B: Tensor
     """Tokens read of the current document; 0 means that the next token starts one."""
+    phase_B: Tensor
+    """Tokens since the segment opened, modulo its length; 0 means that the next token opens one."""
     keys_BLRKH: Tensor
-    """Keys of the last R tokens, oldest first; columns from before the document hold zeros."""
+    """Keys of the last R tokens, oldest first, of each block and then of the thinking block; zeros from before the
+    document."""
     values_BLRKH: Tensor
     """Values of the same tokens."""
+    taken_B: Tensor
+    """Tokens of the current capacity window that wanted to go deep."""
+    group: Group | None
+    """The thoughts of the open segment."""
+    memory: Memory
+    """Working memory and crystals."""
 
     @property
     def batch_size(self) -> int:
@@ -29,11 +99,71 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+        return sum(value.nbytes for value in flatten(self).values())
 
     def rows(self, index: Tensor) -> "State":
         """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once."""
-        return State(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return rebuild(self, lambda _name, value: value[index])
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file; `Lepton.load_state` goes on from it in another process."""
+        _write(flatten(self), path, "state")
+
+
+def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested dataclasses by their dotted names."""
+    tensors: dict[str, Tensor] = {}
+    for field in dataclasses.fields(part):
+        value, name = getattr(part, field.name), prefix + field.name
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif value is not None:
+            tensors |= flatten(value, name + ".")
+    return tensors
+
+
+def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
+    """Return nested dataclasses with `change(dotted name, tensor)` in each tensor's place."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        value, name = getattr(part, field.name), prefix + field.name
+        if isinstance(value, Tensor):
+            values[field.name] = change(name, value)
+        else:
+            values[field.name] = None if value is None else rebuild(value, change, name + ".")
+    return type(part)(**values)
+
+
+def read_tensors(path: str | Path, like: Part, kind: str) -> Part:
+    """Read what `State.save` or `Memory.save` wrote into the shape of `like`, on its device.
+
+    Raises:
+        InputError: no such file, not a file of this kind, or one of a model of another shape.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give one that {kind}.save wrote") from None
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
+    wanted = flatten(like)
+    if missing := sorted(wanted.keys() ^ tensors.keys()):
+        raise InputError(f"{path}: not the {kind} of this model; '{missing[0]}' does not agree")
+
+    def pick(name: str, value: Tensor) -> Tensor:
+        found = tensors[name]
+        if found.shape[1:] != value.shape[1:] and not (name.endswith("_BLRKH") and value.shape[2] == 0):
+            raise InputError(f"{path}: '{name}' has shape {tuple(found.shape)}, this model needs {tuple(value.shape)}")
+        return found.to(value.device, value.dtype)
+
+    return rebuild(like, pick)
+
+
+def _write(tensors: dict[str, Tensor], path: str | Path, kind: str) -> None:
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+    except (OSError, SafetensorError) as problem:
+        raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None
 
 
 def advance(column_BLRKH: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, keep: int) -> Tensor:

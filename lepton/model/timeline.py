@@ -1,13 +1,15 @@
-"""Where the tokens of a chunk stand: positions, documents, and which token may look at which.
+"""Where the tokens of a chunk stand: positions, documents, segments, and which token may look at which.
 
 Shape suffixes here and in the whole package:
 B rows, T tokens of the chunk, R remembered tokens before it (the past columns), J = R + T columns in all,
-D width, N query heads, K key/value heads, H head width, L blocks, V vocabulary.
+D width, N query heads, K key/value heads, H head width, L blocks, V vocabulary; G segments of the chunk, the one that
+is open on entry first; S thought slots of a group; C crystal columns; M positions picked from B x T.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Queries are answered in bands of this many tokens (or a window, if that is longer), each against the
@@ -23,25 +25,74 @@ class Timeline:
     """Tokens of its own document that stand before each token."""
     ends_BT: Tensor
     """Whether the token ends its document (it is `eos_id`); it still belongs to it."""
+    document_BT: Tensor
+    """Ordinal of the token's document in the chunk; 0 continues the past."""
+    since_BT: Tensor
+    """Tokens since the last document start or requested opening."""
+    group_BT: Tensor
+    """Ordinal of the token's segment in the chunk; 0 is the one that is open on entry."""
+    opening_BG: Tensor
+    """Index of the token that opens each new segment (groups 1, 2, ...), -1 where a row has fewer."""
     start_B: Tensor
     """Position of the chunk's first token: how many tokens of its document the past already holds."""
+    phase_B: Tensor
+    """Tokens since the opening, modulo `segment`, on entry; 0 means that the first token opens a segment."""
+    segment: int
 
     @staticmethod
-    def read(tokens_BT: Tensor, start_B: Tensor, eos_id: int) -> "Timeline":
-        """Place a chunk that continues a document of which `start_B` tokens have been read."""
+    def read(
+        tokens_BT: Tensor,
+        start_B: Tensor,
+        phase_B: Tensor,
+        *,
+        eos_id: int,
+        segment: int,
+        opens_BT: Tensor | None = None,
+        groups: int | None = None,
+    ) -> "Timeline":
+        """Place a chunk that continues a document of which `start_B` tokens have been read.
+
+        `opens_BT` requests openings. `groups` bounds the new segments of a row, for static shapes; None counts them.
+        """
         index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         ends_BT = tokens_BT == eos_id
-        opens_BT = torch.nn.functional.pad(ends_BT[:, :-1], (1, 0))
-        opened_BT = torch.where(opens_BT, index_T, -1).cummax(1).values
-        position_BT = torch.where(opened_BT >= 0, index_T - opened_BT, start_B[:, None] + index_T)
-        return Timeline(position_BT, ends_BT, start_B)
+        first_BT = F.pad(ends_BT[:, :-1], (1, 0))
+        position_BT = _since(first_BT, index_T, start_B)
+        since_BT = _since(first_BT if opens_BT is None else first_BT | opens_BT, index_T, phase_B)
+        open_BT = since_BT % segment == 0
+        group_BT = open_BT.cumsum(1)
+        if groups is None:
+            groups = int(group_BT[:, -1].max())
+        # Tokens beyond the bound would be left without a group: the extra column catches what does not open.
+        target_BT = torch.where(open_BT, group_BT - 1, groups).clamp(max=groups)
+        opening_BG = torch.full((len(start_B), groups + 1), -1, device=index_T.device)
+        opening_BG = opening_BG.scatter(1, target_BT, index_T.expand_as(target_BT))[:, :groups]
+        return Timeline(
+            position_BT, ends_BT, first_BT.cumsum(1), since_BT, group_BT, opening_BG, start_B, phase_B, segment
+        )
+
+    def at(self, value_BT: Tensor, count_B: Tensor, before: Tensor | int) -> Tensor:
+        """Return `value_BT` of each row's last of `count_B` tokens, or `before` where there is none."""
+        last_B = value_BT.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.where(count_B > 0, last_B, before)
+
+    def ended(self, count_B: Tensor) -> Tensor:
+        """Return whether the last of each row's `count_B` tokens ended its document, so that nothing of it goes on."""
+        return self.at(self.ends_BT.long(), count_B, 0) > 0
 
     def position_after(self, count_B: Tensor) -> Tensor:
         """Return the position [B] that the next token has once the first `count_B` tokens are read."""
-        last_B1 = (count_B - 1).clamp(min=0)[:, None]
-        ended_B = self.ends_BT.gather(1, last_B1)[:, 0]
-        after_B = torch.where(ended_B, 0, self.position_BT.gather(1, last_B1)[:, 0] + 1)
-        return torch.where(count_B > 0, after_B, self.start_B)
+        return torch.where(self.ended(count_B), 0, self.at(self.position_BT + 1, count_B, self.start_B))
+
+    def phase_after(self, count_B: Tensor) -> Tensor:
+        """Return the phase [B] of the next token once the first `count_B` tokens are read."""
+        return torch.where(self.ended(count_B), 0, self.at((self.since_BT + 1) % self.segment, count_B, self.phase_B))
+
+
+def _since(restart_BT: Tensor, index_T: Tensor, before_B: Tensor) -> Tensor:
+    """Tokens since the last restart of the row, or since `before_B` tokens before the chunk."""
+    last_BT = torch.where(restart_BT, index_T, -1).cummax(1).values
+    return torch.where(last_BT >= 0, index_T - last_BT, before_B[:, None] + index_T)
 
 
 @dataclass(frozen=True)
@@ -50,7 +101,7 @@ class Band:
 
     queries: slice
     columns: slice
-    mask_B1TJ: Tensor
+    mask_BTJ: Tensor
 
 
 def band_edges(chunk: int, past: int, window: int | None) -> list[tuple[int, int, int, int]]:
@@ -65,21 +116,28 @@ def band_edges(chunk: int, past: int, window: int | None) -> list[tuple[int, int
     return edges
 
 
-def bands(timeline: Timeline, past: int, window: int | None) -> list[Band]:
-    """Return the attention masks of a chunk: a token sees itself and what stands before it in its own
-    document, at most `window` tokens in all.
+def sees(timeline: Timeline, query_BQ: Tensor, column_J: Tensor, window: int | None) -> Tensor:
+    """Return [B, Q, J]: whether the chunk's token `query_BQ` sees the token `column_J` (below 0: of the past).
 
-    Past columns hold the tokens right before the chunk, oldest first, so the distance of two columns is the
-    distance of their tokens, and a column lies in the token's document exactly if it is no farther away than
-    the token's position. That one comparison covers documents, short pasts and fresh states alike.
+    A token sees itself and what stands before it in its own document, at most `window` tokens in all. Past columns hold
+    the tokens right before the chunk, oldest first, so the distance of two columns is the distance of their tokens, and
+    a column lies in the token's document exactly if it is no farther away than the token's position. That one
+    comparison covers documents, short pasts and fresh states alike.
     """
-    reach_BT = timeline.position_BT if window is None else timeline.position_BT.clamp(max=window - 1)
-    device = reach_BT.device
+    reach_BQ = timeline.position_BT.gather(1, query_BQ)
+    if window is not None:
+        reach_BQ = reach_BQ.clamp(max=window - 1)
+    distance_BQJ = query_BQ[:, :, None] - column_J
+    return (distance_BQJ >= 0) & (distance_BQJ <= reach_BQ[:, :, None])
+
+
+def bands(timeline: Timeline, past: int, window: int | None) -> list[Band]:
+    """Return the attention masks of a chunk that follows `past` columns."""
+    rows, length = timeline.position_BT.shape
+    device = timeline.position_BT.device
     result = []
-    for first, last, left, right in band_edges(reach_BT.shape[1], past, window):
-        query_T1 = torch.arange(first, last, device=device)[:, None]
+    for first, last, left, right in band_edges(length, past, window):
+        query_BT = torch.arange(first, last, device=device).expand(rows, -1)
         column_J = torch.arange(left - past, right - past, device=device)
-        distance_TJ = query_T1 - column_J
-        mask_BTJ = (distance_TJ >= 0) & (distance_TJ <= reach_BT[:, first:last, None])
-        result.append(Band(slice(first, last), slice(left, right), mask_BTJ[:, None]))
+        result.append(Band(slice(first, last), slice(left, right), sees(timeline, query_BT, column_J, window)))
     return result

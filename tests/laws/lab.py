@@ -8,22 +8,49 @@ from torch import Tensor
 
 from lepton.config import LeptonConfig
 from lepton.model import Lepton, Output, State
+from lepton.model.factory import WITHOUT_IDEAS
+from lepton.model.state import flatten
 
 VOCAB = 97
 EOS = 0
 LENGTH = 100
 SHAPE = {"width": 32, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64, "vocab_size": VOCAB}
+IDEAS = {
+    "window": 8,
+    "segment": 4,
+    "thoughts": 2,
+    "thought_ffn": 32,
+    "memory_heads": 2,
+    "key_dim": 8,
+    "value_dim": 8,
+    "slots": 5,
+    "crystals": 2,
+    "hint": 8,
+    "peek": 4,
+    "exit_width": 16,
+    "capacity_window": 8,
+    "draft_width": 16,
+    "draft_vocab": 40,
+}
 
 # Everything on, then each idea off, then the baseline.
 VARIANTS: dict[str, dict] = {
-    "complete": {"window": 8},
-    "factorised": {"window": 8, "embed_rank": 16},
-    "wide window": {"window": 37},
-    "dense": {"window": None, "dense": True},
+    "complete": IDEAS,
+    "no thoughts": {**IDEAS, "thoughts": 0},
+    "no working memory": {**IDEAS, "memory_heads": 0},
+    "no crystals": {**IDEAS, "slots": 0},
+    "no peek": {**IDEAS, "hint": 0},
+    "no router": {**IDEAS, "router": False},
+    "no drafts": {**IDEAS, "drafts": 0},
+    "no uncertainty": {**IDEAS, "uncertainty": False},
+    "factorised": {**IDEAS, "embed_rank": 16},
+    "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
+    "dense": WITHOUT_IDEAS,
 }
 CANARIES = ("complete", "dense")
-# Per-position outputs [B, T, ...] of a forward pass that the laws speak of.
-OUTPUTS = ("logits", "hidden_BTD")
+# Outputs [B, T, ...] of a forward pass that the laws speak of, and what the ideas did on the way.
+OUTPUTS = ("logits", "hidden", "uncertainty", "depth")
+TRACES = ("hint_BTP", "read_BTM", "thought_BTD", "benefit_BT", "signals_BT3")
 
 
 def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Lepton:
@@ -32,7 +59,14 @@ def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Le
     model = Lepton(LeptonConfig(**SHAPE, **VARIANTS[variant]))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    if model.crystals is not None:
+        model.crystals.score.weight.data *= 3
     return model.to(dtype)
+
+
+def half_depth(variant: str) -> dict:
+    """Routing at half depth, where the variant can."""
+    return {"depth": 0.5} if VARIANTS[variant].get("router", True) else {}
 
 
 def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True) -> Tensor:
@@ -45,7 +79,10 @@ def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True)
 
 
 def views(out: Output) -> dict[str, Tensor]:
-    return {name: getattr(out, name) for name in OUTPUTS}
+    """Every output by its name, without those of ideas that are off."""
+    found = {name: getattr(out, name) for name in OUTPUTS}
+    found |= {name: getattr(out.traces, name) for name in TRACES}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -54,9 +91,18 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def assert_outputs(expected: dict[str, Tensor], got: dict[str, Tensor], what: object) -> None:
     """Compare per-position outputs that were sliced to the same rows and positions."""
-    for name in OUTPUTS:
-        worst = (expected[name] - got[name]).abs().max().item() if got[name].numel() else 0.0
-        assert worst <= tolerance(got[name].dtype), f"{what}: {name} differs by {worst:.2e}"
+    assert expected.keys() == got.keys()
+    for name, value in got.items():
+        assert_close(expected[name], value, f"{what}: {name}")
+
+
+def assert_close(expected: Tensor, got: Tensor, what: str) -> None:
+    """Floats agree within the tolerance of their dtype; anything discrete is equal."""
+    if not got.dtype.is_floating_point:
+        assert torch.equal(expected, got), f"{what} differs"
+    elif got.numel():
+        worst = (expected - got).abs().max().item()
+        assert worst <= tolerance(got.dtype), f"{what} differs by {worst:.2e}"
 
 
 def cut(views: dict[str, Tensor], rows: slice | Tensor, columns: slice) -> dict[str, Tensor]:
@@ -65,12 +111,13 @@ def cut(views: dict[str, Tensor], rows: slice | Tensor, columns: slice) -> dict[
 
 def assert_states(expected: State, got: State, what: object) -> None:
     """Compare states; a dense state may hold more columns than the row needs, all zero and to the left."""
-    assert torch.equal(expected.position_B, got.position_B), f"{what}: position"
-    for name in ("keys_BLRKH", "values_BLRKH"):
-        a, b = getattr(expected, name), getattr(got, name)
-        shared = min(a.shape[2], b.shape[2])
-        for longer in (a, b):
-            assert not longer[:, :, : longer.shape[2] - shared].any(), f"{what}: {name} keeps what is out of sight"
-        a, b = a[:, :, a.shape[2] - shared :], b[:, :, b.shape[2] - shared :]
-        worst = (a - b).abs().max().item() if a.numel() else 0.0
-        assert worst <= tolerance(a.dtype), f"{what}: {name} differs by {worst:.2e}"
+    left, right = flatten(expected), flatten(got)
+    assert left.keys() == right.keys()
+    for name, a in left.items():
+        b = right[name]
+        if name.endswith("_BLRKH"):
+            shared = min(a.shape[2], b.shape[2])
+            for longer in (a, b):
+                assert not longer[:, :, : longer.shape[2] - shared].any(), f"{what}: {name} keeps what is out of sight"
+            a, b = a[:, :, a.shape[2] - shared :], b[:, :, b.shape[2] - shared :]
+        assert_close(a, b, f"{what}: {name}")

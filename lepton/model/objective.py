@@ -1,0 +1,117 @@
+"""The training loss: cross-entropy of the next token, and a small loss for each idea that has one.
+
+Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk; they share positions that
+are picked by a pure function of the batch.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lepton.model.loss import IGNORE, Loss, linear_cross_entropy, soft_cap
+from lepton.model.output import Output
+
+if TYPE_CHECKING:
+    from lepton.model.lepton import Lepton
+
+# Auxiliary losses in the sum. Their parameters see no other loss, and their optimizers normalise scale away; small
+# weights keep them from filling the norm by which gradients are clipped.
+WEIGHT = 0.1
+# At most this many positions are looked at with full logits (exit, router, uncertainty).
+SAMPLES = 1024
+# One position in so many teaches the drafter.
+DRAFT_STRIDE = 4
+
+
+def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | None) -> Loss:
+    """Return the loss of predicting `tokens[:, 1:]` from `out`, the trunk's pass over `tokens[:, :-1]`."""
+    following_BT = tokens[:, 1:].long()
+    if lengths is not None:
+        index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
+        following_BT = following_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
+    total, ce, z = linear_cross_entropy(
+        model.head_down(out.hidden).flatten(0, 1),
+        model.embed.weight,
+        following_BT.flatten(),
+        vocab_size=model.config.vocab_size,
+        cap=model.config.logit_cap,
+    )
+    auxiliary = {**_outcomes(model, out, following_BT), **_drafts(model, out, following_BT), **_peek(model, out)}
+    for value in auxiliary.values():
+        total = total + WEIGHT * value
+    return Loss(total, {"ce": ce, "z": z, **{name: value.detach() for name, value in auxiliary.items()}})
+
+
+def _picks(tokens_BT: Tensor, stride: int) -> Tensor:
+    """Every `stride`-th position of the flattened batch, from a start that depends on the batch alone."""
+    count = tokens_BT.numel() // stride
+    return tokens_BT.sum() % stride + stride * torch.arange(count, device=tokens_BT.device)
+
+
+def _outcomes(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
+    """Losses that compare predictions with what came: exit, router and uncertainty, at sampled positions."""
+    if model.router is None and model.uncertainty is None:
+        return {}
+    stride = max(8, -(-following_BT.numel() // SAMPLES))
+    if following_BT.numel() < stride:
+        stride = 1
+    index_M = _picks(following_BT, stride)
+    target_M = following_BT.flatten()[index_M]
+    hidden_MD = out.hidden.detach().flatten(0, 1)[index_M]
+    with torch.no_grad():
+        logits_MV = model.head(hidden_MD)
+        deep_M = F.cross_entropy(logits_MV, target_M, reduction="none", ignore_index=IGNORE)
+    losses = {}
+    if model.router is not None:
+        early_MD = model.router.exit(out.traces.early_BTD.flatten(0, 1)[index_M])
+        exit_M = F.cross_entropy(_frozen_head(model, early_MD), target_M, reduction="none", ignore_index=IGNORE)
+        valid_M = target_M >= 0
+        losses["exit"] = exit_M.sum() / valid_M.sum().clamp(min=1)
+        assert out.traces.benefit_BT is not None
+        saved_M = (exit_M.detach() - deep_M).clamp(-5, 5)
+        error_M = (out.traces.benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
+        losses["router"] = error_M.sum() / valid_M.sum().clamp(min=1)
+    if model.uncertainty is not None:
+        signals_M3 = out.traces.signals_BT3.flatten(0, 1)[index_M]
+        losses["uncertainty"] = model.uncertainty.loss(hidden_MD, logits_MV, signals_M3, target_M)
+    return losses
+
+
+def _frozen_head(model: "Lepton", x_MD: Tensor) -> Tensor:
+    """The head, differentiable in its input and not in its weights."""
+    x = F.rms_norm(x_MD, x_MD.shape[-1:], eps=1e-6)
+    if model.config.embed_rank:
+        x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
+    rows_VE = model.embed.weight.detach()[: model.config.vocab_size].to(x.dtype)
+    return soft_cap((x @ rows_VE.T).to(torch.promote_types(x.dtype, torch.float32)), model.config.logit_cap)
+
+
+def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
+    """The drafter's loss at a quarter of the positions."""
+    if model.drafter is None:
+        return {}
+    ahead = model.drafter.count + 1
+    position_BT = out.traces.timeline.position_BT
+    columns = []
+    for i in range(ahead):
+        # The token i + 1 after each position, if it is in the chunk and the same document.
+        token_BT = F.pad(following_BT[:, i:], (0, min(i, following_BT.shape[1])), value=IGNORE)
+        if i:
+            place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
+            token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
+        columns.append(token_BT)
+    following_MX = torch.stack(columns, -1).flatten(0, 1)
+    stride = DRAFT_STRIDE if following_BT.numel() >= DRAFT_STRIDE else 1
+    index_M = _picks(following_BT, stride)
+    hidden_MD = out.hidden.flatten(0, 1)[index_M]
+    return {"draft": model.drafter.loss(hidden_MD, following_MX[index_M], model.embed)}
+
+
+def _peek(model: "Lepton", out: Output) -> dict[str, Tensor]:
+    """The hint's loss: what it says about the tokens ahead."""
+    traces = out.traces
+    if model.peek is None or traces.hint_inputs_BTX is None:
+        return {}
+    return {"peek": model.peek.loss(traces.hint_inputs_BTX, traces.embedded_BTE, traces.timeline.position_BT)}

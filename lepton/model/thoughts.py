@@ -1,0 +1,147 @@
+"""Thought tokens: a group of latent tokens opens every segment, thinks in a loop, and never appears in the output.
+
+A group starts from learned vectors and the stem state of the token that opens the segment. In each round one tied block lets
+its slots attend to each other and to the window of stem states up to and including that token, which is also the first
+that sees the group: so the thoughts of an answer can influence its first token. Looped tied blocks (Universal
+Transformer, 2018; Saunshi et al. 2025), input re-injected and normed in each round.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lepton.config import LeptonConfig
+from lepton.model.attention import Linear, Rotary, Slots, attend, norm
+from lepton.model.block import Block
+from lepton.model.timeline import Timeline, sees
+
+
+@dataclass(frozen=True)
+class Group:
+    """The thoughts of the segment that is open at the end of a chunk."""
+
+    states_BSD: Tensor
+    active_B: Tensor
+    """Whether anything was thought; without rounds a group is invisible."""
+    change_B: Tensor
+    """How far the last round moved the thoughts."""
+
+
+@dataclass(frozen=True)
+class ThoughtRun:
+    """The groups of a chunk, the one open on entry first: [B, G, ...]."""
+
+    states_BGSD: Tensor
+    active_BG: Tensor
+    change_BG: Tensor
+    timeline: Timeline
+
+    def after(self, count_B: Tensor) -> Group:
+        """Return the open group once the first `count_B` tokens are read."""
+        rows = torch.arange(len(count_B), device=count_B.device)
+        group_B = self.timeline.at(self.timeline.group_BT, count_B, 0)
+        goes_on_B = ~self.timeline.ended(count_B)
+        return Group(
+            self.states_BGSD[rows, group_B] * goes_on_B[:, None, None],
+            self.active_BG[rows, group_B] & goes_on_B,
+            self.change_BG[rows, group_B] * goes_on_B,
+        )
+
+    def slots(self) -> Slots:
+        """The columns that the deep blocks see: each token sees the group of its own segment."""
+        rows, groups, slots, _ = self.states_BGSD.shape
+        group_G = torch.arange(groups, device=self.active_BG.device)
+        sees_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
+        states_BCD = norm(self.states_BGSD.flatten(1, 2))
+        bias_BC = torch.zeros(rows, groups * slots, device=states_BCD.device)
+        return Slots(states_BCD, sees_BTG.repeat_interleave(slots, 2), bias_BC)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return, for each token, the mean of its group [B, T, D] (normed; zeros without one) and its change [B, T]."""
+        mean_BGD = norm(self.states_BGSD.mean(2)) * self.active_BG[..., None]
+        group_BT = self.timeline.group_BT
+        mean_BTD = mean_BGD.gather(1, group_BT[..., None].expand(-1, -1, mean_BGD.shape[-1]))
+        return mean_BTD, (self.change_BG * self.active_BG).gather(1, group_BT)
+
+
+class Thoughts(nn.Module):
+    """Learned vectors, the projection of the opening token, and the block that thinks."""
+
+    def __init__(self, config: LeptonConfig) -> None:
+        super().__init__()
+        self.window = config.window
+        self.start = nn.Parameter(torch.empty(config.thoughts, config.width))
+        self.opening = Linear(config.width, config.width)
+        self.block = Block(config, config.thought_ffn)
+
+    def forward(
+        self,
+        u_BTD: Tensor,
+        k_BJKH: Tensor,
+        v_BJKH: Tensor,
+        past: Group,
+        rotary: Rotary,
+        timeline: Timeline,
+        rounds: int | Tensor,
+    ) -> ThoughtRun:
+        """Think at every opening of the chunk.
+
+        `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
+        chunk. `rounds` is one number for all, or a tensor [B] of at most its static maximum (see `loss`).
+        """
+        opening_BG = timeline.opening_BG
+        rows, groups = opening_BG.shape
+        first = (past.states_BSD[:, None], past.active_B[:, None], past.change_B[:, None])
+        if groups == 0:
+            return ThoughtRun(*first, timeline)
+        index_BG = opening_BG.clamp(min=0)
+        start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
+        here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
+        mask_BQJ = self._mask(index_BG, k_BJKH.shape[1], timeline)
+        most = rounds if isinstance(rounds, int) else MAX_TRAINING_ROUNDS
+        each_B = torch.full((rows,), rounds, device=u_BTD.device) if isinstance(rounds, int) else rounds
+        z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
+        for round_ in range(most):
+            thought_BGSD = self._round(norm(z_BGSD + start_BGSD), k_BJKH, v_BJKH, here, mask_BQJ)
+            on_B = round_ < each_B
+            moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
+            change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
+            z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
+        active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
+        new = (z_BGSD * active_BG[..., None, None], active_BG, change_BG * active_BG)
+        return ThoughtRun(*(torch.cat(pair, 1) for pair in zip(first, new, strict=True)), timeline)
+
+    def _mask(self, index_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
+        """Each slot sees what its opening token sees, and its own group: [B, G * S, J + G * S]."""
+        slots = len(self.start)
+        past = columns - timeline.position_BT.shape[1]
+        column_J = torch.arange(-past, columns - past, device=index_BG.device)
+        window_BQJ = sees(timeline, index_BG, column_J, self.window).repeat_interleave(slots, 1)
+        group_Q = torch.arange(index_BG.shape[1], device=index_BG.device).repeat_interleave(slots)
+        own_QQ = group_Q[:, None] == group_Q
+        return torch.cat([window_BQJ, own_QQ.expand(len(index_BG), -1, -1)], 2)
+
+    def _round(self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, mask_BQJ: Tensor) -> Tensor:
+        """One pass of the tied block over all groups; returns normed thoughts of the same shape."""
+        attention = self.block.attention
+        # Queries stand at the opening token, so that they can look for what is near; keys of slots are position-free.
+        slots = z_BGSD.shape[2]
+        place = Rotary(here.cos.repeat_interleave(slots, 1), here.sin.repeat_interleave(slots, 1))
+        z_BQD = z_BGSD.flatten(1, 2)
+        own_k, own_v = attention.key_value(z_BQD, None)
+        k, v = torch.cat([k_BJKH, own_k], 1), torch.cat([v_BJKH, own_v], 1)
+        answer_BQNH = attend(attention.query(z_BQD, place), k, v, mask_BQJ)
+        z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
+        z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
+        return norm(z_BQD).view_as(z_BGSD)
+
+
+# A row's rounds in training vary from row to row; the graph is unrolled this many times.
+MAX_TRAINING_ROUNDS = 4
+
+
+def _at(x_BT: Tensor, index_BG: Tensor) -> Tensor:
+    """Return `x_BT` [B, T, ...] at the tokens `index_BG`."""
+    index = index_BG.view(*index_BG.shape, *[1] * (x_BT.dim() - 2)).expand(-1, -1, *x_BT.shape[2:])
+    return x_BT.gather(1, index)

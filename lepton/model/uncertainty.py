@@ -1,0 +1,61 @@
+"""Uncertainty: the chance, for each token, that the model's most likely next token is wrong.
+
+A small head on stopped features: what the prediction looks like (entropy, largest probability, margin), and what the model
+knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how strongly the memory
+answered). Trained by the true outcomes, calibrated on a split of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lepton.config import LeptonConfig
+from lepton.model.attention import Linear
+
+FEATURES = 6
+HIDDEN = 64
+
+
+def prediction_features(logits: Tensor) -> Tensor:
+    """Entropy, largest probability and margin of next-token logits [..., V]: [..., 3], without gradient."""
+    logits = logits.detach()
+    log_p = logits.log_softmax(-1)
+    top2 = log_p.topk(2, -1).values.exp()
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return torch.stack([entropy, top2[..., 0], top2[..., 0] - top2[..., 1]], -1)
+
+
+class Uncertainty(nn.Module):
+    """An MLP to one logit, and the line that calibrates it."""
+
+    calibration: Tensor
+
+    def __init__(self, config: LeptonConfig) -> None:
+        super().__init__()
+        self.state = Linear(config.width, HIDDEN)
+        self.features = nn.Linear(FEATURES, HIDDEN)
+        self.out = nn.Linear(HIDDEN, 1)
+        # Scale and shift of the logit, fitted by `lepton calibrate`.
+        self.register_buffer("calibration", torch.empty(2))
+
+    def logit(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
+        """Raw logit [...] of being wrong. `signals` [..., 3]: benefit of depth, thought change, memory strength."""
+        features = torch.cat([prediction_features(logits), signals.detach().to(logits.dtype)], -1)
+        mixed = self.state(hidden.detach()).to(logits.dtype) + self._linear(self.features, features)
+        return self._linear(self.out, F.silu(mixed))[..., 0]
+
+    def forward(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
+        """Calibrated chance [...] in 0..1 that the most likely token is wrong."""
+        scale, shift = self.calibration.to(logits.dtype)
+        return torch.sigmoid(scale * self.logit(hidden, logits, signals) + shift)
+
+    def loss(self, hidden: Tensor, logits: Tensor, signals: Tensor, target: Tensor) -> Tensor:
+        """Mean binary cross-entropy against what happened; positions with a negative `target` do not count."""
+        wrong = (logits.argmax(-1) != target).to(logits.dtype)
+        each = F.binary_cross_entropy_with_logits(self.logit(hidden, logits, signals), wrong, reduction="none")
+        valid = target >= 0
+        return (each * valid).sum() / valid.sum().clamp(min=1)
+
+    @staticmethod
+    def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
