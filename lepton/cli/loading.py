@@ -1,0 +1,60 @@
+"""A trained model with its tokenizer, as the commands that use one need it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lepton.config import LeptonConfig
+from lepton.errors import InputError
+
+if TYPE_CHECKING:
+    from lepton.data.tokenizer import Tokenizer
+    from lepton.model import Lepton
+
+DTYPES = ("auto", "bf16", "fp32")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `load` reads."""
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint to load")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the one that the checkpoint carries)")
+    parser.add_argument("--device", metavar="NAME", help="such as cuda:1 (default: a GPU where there is one, else cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto is bf16 where the hardware has it (default: %(default)s)",
+    )
+
+
+def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
+    """Return the model on its device in eval mode, its tokenizer, and the training step of the checkpoint.
+
+    Raises:
+        InputError: no such checkpoint, device or tokenizer, or a tokenizer that does not fit the model.
+    """
+    import torch
+
+    from lepton import checkpoint
+    from lepton.data.tokenizer import Tokenizer, load_tokenizer
+    from lepton.model import Lepton
+    from lepton.train.hardware import pick_device, pick_dtype
+
+    device = pick_device(args.device)
+    content = checkpoint.load(args.checkpoint)
+    if args.tokenizer is not None:
+        tokenizer = load_tokenizer(Path(args.tokenizer))
+    elif content.get("tokenizer"):
+        tokenizer = Tokenizer.from_json(content["tokenizer"])
+    else:
+        raise InputError(
+            f"{args.checkpoint} carries no tokenizer: name the one that it was trained with, --tokenizer FILE"
+        )
+    with torch.device("meta"):  # the checkpoint's own tensors become the parameters: no second copy, no initialisation
+        model = Lepton(LeptonConfig.from_dict(content["config"]))
+    model.load_state_dict(content["model"], assign=True)
+    if tokenizer.size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size}: they do not fit"
+        )
+    return model.to(device, pick_dtype(args.dtype, device)).eval(), tokenizer, content["step"]

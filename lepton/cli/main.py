@@ -1,0 +1,100 @@
+"""`python -m lepton COMMAND`: find the command, run it, and turn a user's mistake into one line and an exit code."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from lepton import __version__
+from lepton.cli.arguments import Parser
+from lepton.errors import InputError, nearest
+
+COMMANDS = {
+    "train": "train a model; without --data_dir on the Python standard library's source",
+    "generate": "continue a prompt with a trained model",
+    "eval": "measure a checkpoint on held-out text",
+    "prepare": "turn text, code or JSON lines into training shards",
+    "tokenizer": "train a tokenizer",
+    "sizes": "list the model sizes, counted on the built models",
+}
+"""Each command is the module ``lepton.cli.<name>`` with ``add_arguments(parser)`` and ``run(args) -> int``.
+
+What needs torch is imported inside ``run``, so that help and mistakes in flags answer at once.
+"""
+
+BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+"""Exit codes: a user's mistake, Ctrl-C (128 + SIGINT), a reader that left early (128 + SIGPIPE)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) names and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(words))
+
+
+def run_command(name: str, argv: Sequence[str], *, prog: str | None = None) -> int:
+    """Run the command `name` with its own arguments `argv`; `prog` is the name that its help shows.
+
+    Returns 0, 2 for a user's mistake, 130 after Ctrl-C, or what the command itself returns. ``train.py`` uses it too.
+    """
+    return guarded(lambda: _parse_and_run(name, argv, prog or f"python -m lepton {name}"))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        print(overview(), file=sys.stderr)
+        return BAD_INPUT
+    name, *rest = words
+    if name in ("-h", "--help"):
+        print(overview())
+    elif name == "--version":
+        print(__version__)
+    elif name in COMMANDS:
+        return _parse_and_run(name, rest, f"python -m lepton {name}")
+    elif name.startswith("-"):
+        raise InputError(f"unknown flag '{name}': a command comes first{nearest(name, COMMANDS)}")
+    else:
+        raise InputError(f"unknown command '{name}'{nearest(name, COMMANDS)}")
+    return 0
+
+
+def _parse_and_run(name: str, argv: Sequence[str], prog: str) -> int:
+    command = importlib.import_module(f"lepton.cli.{name}")
+    parser = Parser(prog=prog, description=COMMANDS[name])
+    command.add_arguments(parser)
+    code: int = command.run(parser.parse_args(argv))
+    sys.stdout.flush()
+    return code
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Return `action`'s exit code; a user's mistake, Ctrl-C and a closed pipe become theirs, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the console lacks (cp1252) prints as "?"
+    try:
+        return action()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more: what is still buffered goes nowhere, so that the interpreter's last flush stays quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    except SystemExit as leave:  # --help leaves this way
+        return leave.code if isinstance(leave.code, int) else 0
+
+
+def overview() -> str:
+    """Return the help of `python -m lepton`: the commands, a line each."""
+    lines = [f"  {name:<11}{help}" for name, help in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m lepton COMMAND [flags]", "", *lines, "", "python -m lepton COMMAND --help lists its flags."]
+    )

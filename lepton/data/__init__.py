@@ -1,0 +1,1 @@
+"""Data: the tokenizer, preparing text into shards, and reading shards in batches."""

@@ -1,0 +1,241 @@
+"""Reading training data: a folder of memory-mapped token shards, in batches that are a function of the step.
+
+- A shard is ``shard_*.npy``: integers of any width, shape (rows, row_len). ``metadata.json`` beside them is optional.
+- A row of L tokens has L - 1 targets. Its window k covers the tokens k * seq_len .. k * seq_len + seq_len, the last
+  one included, so that a row's windows use every target exactly once; a row's last window may be shorter.
+- Training visits every window once an epoch, in a pseudo-random order that mixes the whole data set; a batch is a pure
+  function of seed, step, micro-batch and rank, so that resuming needs no state of a loader.
+
+Shapes: B batch, T seq_len.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from lepton.data.permutation import permute
+from lepton.errors import InputError
+
+OPEN_SHARDS = 64
+"""Shards that are mapped at once: each holds a file open, and there may be thousands."""
+HELD_OUT_SHARE = 100
+"""Without a ``val`` folder, one row in this many is held out for validation..."""
+HELD_OUT_ROWS = 256
+"""...but at most this many, and at least one."""
+
+
+class Batch(NamedTuple):
+    """Rows of tokens for `Lepton.loss`."""
+
+    tokens: torch.Tensor
+    """int64 [B, T + 1], padded with 0."""
+    lengths: torch.Tensor
+    """int64 [B]: valid tokens of each row, one more than its targets."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of one file that belong to a split."""
+
+    path: Path
+    rows: int
+    row_len: int
+    first: int = 0
+    """The first of the rows, counted in the file."""
+
+
+class ShardedDataset:
+    """One split of the data set in `folder`.
+
+    The validation split is ``folder/val/shard_*.npy`` where that exists; else the last rows of the last shard, about
+    1 % of all rows, which are then never trained on.
+
+    Raises InputError for a folder without whole integer shards, a `seq_len` that no row holds, a data set too small to
+    keep a validation row apart, and a `tokenizer_hash` other than the one in metadata.json.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        seq_len: int,
+        seed: int,
+        split: Literal["train", "val"],
+        vocab_size: int,
+        tokenizer_hash: str | None = None,
+    ) -> None:
+        assert split in ("train", "val"), split
+        self.folder, self.seq_len, self.seed, self.vocab_size = Path(folder), seq_len, seed, vocab_size
+        self.metadata = read_metadata(self.folder)
+        self._check_tokenizer(tokenizer_hash)
+        self.shards = _shards_of(self.folder, split)
+        row_len = self.shards[0].row_len
+        if not 1 <= seq_len <= row_len:
+            raise InputError(f"seq_len={seq_len}: must lie in 1..{row_len}, the length of a row in {self.folder}")
+        self.row_len = row_len
+        self.rows = sum(shard.rows for shard in self.shards)
+        self.windows_per_row = math.ceil((row_len - 1) / seq_len)
+        self.windows = self.rows * self.windows_per_row
+        """Windows of an epoch."""
+        self.tokens = self.rows * (row_len - 1)
+        """Targets of an epoch."""
+        self._ends = np.cumsum([shard.rows for shard in self.shards])
+        self._open: Callable[[Path], np.ndarray] = lru_cache(maxsize=OPEN_SHARDS)(_map)
+
+    def describe(self) -> str:
+        """Return a short text such as ``stdlib: 3.1 M tokens, 2 shards``."""
+        shards = f"{len(self.shards)} shard{'s' if len(self.shards) > 1 else ''}"
+        name = self.metadata.get("name") or self.folder.resolve().name
+        return f"{name}: {_readable(self.tokens)} tokens, {shards}"
+
+    def batch(
+        self, step: int, micro: int = 0, *, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """Return the windows of a step (from 0), of one of its `accumulate` micro-batches, and of a rank of `world`.
+
+        The batches of all ranks and micro-batches of the steps 0, 1, ... walk through epoch after epoch.
+        """
+        assert step >= 0, step
+        assert 0 <= micro < accumulate, (micro, accumulate)
+        assert 0 <= rank < world, (rank, world)
+        first = ((step * accumulate + micro) * world + rank) * batch_size
+        samples = first + np.arange(batch_size, dtype=np.int64)
+        return self._read(permute(samples % self.windows, self.windows, self.seed, samples // self.windows))
+
+    def batches(self, batch_size: int, limit: int | None = None, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Yield all windows in order; the last batch may be smaller.
+
+        With a `limit`, at most so many batches (over all ranks), of windows spread evenly over the split.
+        `rank` takes every `world`-th batch.
+        """
+        count = self.windows if limit is None else min(self.windows, limit * batch_size)
+        for start in range(rank * batch_size, count, world * batch_size):
+            places = np.arange(start, min(start + batch_size, count), dtype=np.int64)
+            yield self._read(places * self.windows // count)
+
+    def _read(self, windows: np.ndarray) -> Batch:
+        tokens = np.zeros((len(windows), self.seq_len + 1), np.int64)
+        lengths = np.zeros(len(windows), np.int64)
+        for i, window in enumerate(windows.tolist()):
+            stretch = self._window(window)[1]
+            lengths[i] = len(stretch)
+            tokens[i, : len(stretch)] = stretch
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            self._raise_bad_id(windows)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(lengths))
+
+    def _window(self, window: int) -> tuple[Shard, np.ndarray]:
+        """Return the shard and the tokens (a view of the file, at most T + 1) of a window."""
+        row, k = divmod(window, self.windows_per_row)
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        shard = self.shards[number]
+        row_in_file = shard.first + row - int(self._ends[number]) + shard.rows
+        return shard, self._open(shard.path)[row_in_file, k * self.seq_len : (k + 1) * self.seq_len + 1]
+
+    def _raise_bad_id(self, windows: np.ndarray) -> None:
+        for shard, stretch in map(self._window, windows.tolist()):
+            bad = stretch[(stretch < 0) | (stretch >= self.vocab_size)]
+            if len(bad):
+                raise InputError(
+                    f"{shard.path}: token id {bad[0]} lies outside the vocabulary of {self.vocab_size}; "
+                    "these shards were made with another tokenizer, or are damaged"
+                )
+
+    def _check_tokenizer(self, tokenizer_hash: str | None) -> None:
+        stored = self.metadata.get("tokenizer_hash")
+        if tokenizer_hash is not None and stored is not None and stored != tokenizer_hash:
+            raise InputError(
+                f"{self.folder} was prepared with another tokenizer (hash {str(stored)[:12]}, this one is "
+                f"{tokenizer_hash[:12]}): name that one with --tokenizer, or prepare the data again"
+            )
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return the contents of ``metadata.json`` in `folder`, or {} where there is none."""
+    path = folder / "metadata.json"
+    if not path.is_file():
+        return {}
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON ({error}); mend or remove it, it is optional") from None
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: holds no JSON object; mend or remove it, it is optional")
+    return metadata
+
+
+def read_header(path: Path) -> Shard:
+    """Read a shard's shape, without its tokens. Raises InputError if it is no whole 2-D array of integers."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            old = version == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            expected = file.tell() + math.prod(shape) * dtype.itemsize
+        size = path.stat().st_size
+    except ValueError as error:
+        raise InputError(f"{path}: no .npy file, or a torn one ({error}); fetch or prepare it again") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not np.issubdtype(dtype, np.integer):
+        raise InputError(f"{path}: holds {dtype}, not integers; a shard holds token ids")
+    if len(shape) != 2 or shape[1] < 2:
+        raise InputError(f"{path}: has the shape {shape}, not (rows, row_len) with rows of at least 2 tokens")
+    if size < expected:
+        raise InputError(f"{path}: is truncated, {size} bytes of {expected}; fetch or prepare it again")
+    return Shard(path, *shape)
+
+
+def _map(path: Path) -> np.ndarray:
+    return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+
+
+def _shards_of(folder: Path, split: str) -> list[Shard]:
+    if not folder.is_dir():
+        raise InputError(f"no such folder: {folder}; make it with: python -m lepton prepare SOURCE --out {folder}")
+    shards = _read_headers(folder)
+    val = _read_headers(folder / "val")
+    if not shards:
+        raise InputError(
+            f"no tokens in {folder} (no shard_*.npy files with rows); "
+            "make them with: python -m lepton prepare SOURCE --out DIR"
+        )
+    if val:
+        return shards if split == "train" else val
+    *before, last = shards
+    rows = sum(shard.rows for shard in shards)
+    if rows < 2:
+        raise InputError(
+            f"{folder} holds a single row of tokens: too small to keep one for validation; prepare more text"
+        )
+    held = min(last.rows, max(1, min(rows // HELD_OUT_SHARE, HELD_OUT_ROWS)))
+    if split == "val":
+        return [Shard(last.path, held, last.row_len, first=last.rows - held)]
+    return [*before, Shard(last.path, last.rows - held, last.row_len)] if held < last.rows else before
+
+
+def _read_headers(folder: Path) -> list[Shard]:
+    """Return the shards of a folder that have rows, by name; all of one row length."""
+    shards = [shard for path in sorted(folder.glob("shard_*.npy")) if (shard := read_header(path)).rows]
+    for shard in shards:
+        if shard.row_len != shards[0].row_len:
+            raise InputError(
+                f"{shard.path}: rows of {shard.row_len} tokens, but {shards[0].path.name} has {shards[0].row_len}; "
+                "all shards of a folder need the same row length"
+            )
+    return shards
+
+
+def _readable(count: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)

@@ -1,0 +1,214 @@
+"""The tokenizer: byte-level BPE over the `tokenizers` library.
+
+- Any file of that library's JSON form is read, plain or xz-compressed, as long as its decoder is byte-level.
+- Encoding never gives a special id: a text that spells ``<|endoftext|>`` is a text about it.
+- Decoding goes through bytes, so that any list of ids decodes, a torn character as U+FFFD.
+"""
+
+import codecs
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from lepton.data.sources import Corpus
+from lepton.errors import InputError
+
+EOS = "<|endoftext|>"
+SPECIALS = (EOS, "<|pad|>", "<|unk|>")
+MAX_IDS = 50257
+PUBLIC_NAME = "pile_tokenizer.json"
+SHIPPED_NAME = "tokenizer.json.xz"
+
+
+def _byte_of_character() -> dict[int, int]:
+    """The map of GPT-2's byte-level BPE, from the printable character that stands for a byte to the byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: byte for byte in printable} | {256 + n: byte for n, byte in enumerate(others)}
+
+
+class StreamDecoder:
+    """Decodes ids one by one into text, holding back the bytes of a character that is not complete yet."""
+
+    def __init__(self, bytes_of_id: list[bytes]) -> None:
+        self._bytes_of_id = bytes_of_id
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` completes; empty for a special or unknown id."""
+        known = 0 <= token < len(self._bytes_of_id)
+        return self._utf8.decode(self._bytes_of_id[token]) if known else ""
+
+    def flush(self) -> str:
+        """Return what is held back, as U+FFFD, and start anew."""
+        return self._utf8.decode(b"", final=True)
+
+
+class Tokenizer:
+    """Text to ids and back. Made by `from_json`, `load_tokenizer` or `train_tokenizer`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        eos = backend.token_to_id(EOS)
+        if eos is None:
+            raise InputError(f"the tokenizer has no {EOS}: it needs one to end a document")
+        self.eos_id: int = eos
+        """The id that ends a document."""
+        self.size: int = 1 + max(backend.get_vocab().values())
+        """Number of ids."""
+        if self.size > MAX_IDS:
+            raise InputError(f"the tokenizer has {self.size} ids: at most {MAX_IDS} fit the model")
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """Rebuild a tokenizer from `to_json` or from a file of the `tokenizers` library.
+
+        Raises InputError when it is no such text, is not byte-level, has no end of text, or has too many ids.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises the bare class
+            raise InputError(f"no tokenizer of the `tokenizers` library: {error}") from None
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            raise InputError("the tokenizer is not byte-level: give one with a ByteLevel decoder")
+        return Tokenizer(backend)
+
+    def to_json(self) -> str:
+        """Return the whole tokenizer as text, the form that a checkpoint carries."""
+        text: str = self._backend.to_str()
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without specials."""
+        ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Return the ids of each text, on all cores."""
+        batch = self._backend.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Special and unknown ids have none; a torn character becomes U+FFFD."""
+        table = self._bytes_of_id
+        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode("utf-8", "replace")
+
+    def stream_decoder(self) -> StreamDecoder:
+        """Return a decoder that takes ids one by one and only gives complete characters."""
+        return StreamDecoder(self._bytes_of_id)
+
+    def token_bytes(self) -> np.ndarray:
+        """Return the number of UTF-8 bytes of each id's text, int64 [size]; 0 for specials."""
+        return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of all that decides an id, whatever the file's format and the library's version."""
+        form = json.loads(self._backend.to_str())
+        model = form["model"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+        added = [[token["id"], token["content"]] for token in form["added_tokens"]]
+        parts = [model["type"], model["vocab"], merges, added, form["normalizer"], form["pre_tokenizer"]]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes]:
+        characters = _byte_of_character()
+        table = [b""] * self.size
+        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
+            table[i] = token.translate(characters).encode("latin-1", "replace")
+        for i, added in self._backend.get_added_tokens_decoder().items():
+            table[i] = b"" if added.special else added.content.encode()
+        return table
+
+
+def _encodable(text: str) -> str:
+    """Replace lone surrogates, which JSON and command lines can smuggle in, by question marks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
+def load_tokenizer(path: str | Path | None = None, beside: Path | None = None) -> Tokenizer:
+    """Return the tokenizer at `path`; else ``pile_tokenizer.json`` in the working folder or in the folder `beside`;
+    else the one that LEPTON ships. Raises InputError for a file that cannot be used."""
+    if path is None:
+        folders = [Path.cwd()] if beside is None else [Path.cwd(), beside]
+        path = next((folder / PUBLIC_NAME for folder in folders if (folder / PUBLIC_NAME).is_file()), None)
+    if path is None:
+        return Tokenizer.from_json(_text_of((resources.files("lepton.data") / SHIPPED_NAME).read_bytes()))
+    try:
+        return Tokenizer.from_json(_text_of(Path(path).read_bytes()))
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    except (EOFError, lzma.LZMAError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _text_of(content: bytes) -> str:
+    return (lzma.decompress(content) if content.startswith(b"\xfd7zXZ") else content).decode("utf-8-sig")
+
+
+def train_tokenizer(
+    sources: Iterable[str | Path],
+    out: str | Path,
+    vocab_size: int = MAX_IDS,
+    *,
+    text_field: str = "text",
+    force: bool = False,
+    show_progress: bool = False,
+) -> Tokenizer:
+    """Train byte-level BPE on `sources` (see `Corpus`) and write it to `out`, xz-compressed if its name ends in .xz.
+
+    The form is that of the public tokenizer: ids 0, 1, 2 are the specials, then come the 256 bytes, then the merges.
+    An existing file is only replaced with `force`. Raises InputError for sources without text, too.
+    """
+    sources, out = list(sources), Path(out)
+    smallest = len(SPECIALS) + 256
+    if not smallest <= vocab_size <= MAX_IDS:
+        raise InputError(f"vocab_size={vocab_size}: must lie in {smallest}..{MAX_IDS}")
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"{out} exists: name a new file with --out, or replace a file with --force")
+    corpus = Corpus(sources, text_field=text_field)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator((_encodable(piece.text) for piece in corpus.pieces()), trainer)
+    tokenizer = Tokenizer(backend)
+    if tokenizer.size == smallest < vocab_size:
+        raise InputError(f"found nothing to learn from in {', '.join(map(str, sources))}: name files with more text")
+    _write(out, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def _write(out: Path, content: bytes) -> None:
+    if out.suffix == ".xz":
+        content = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(out)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write the tokenizer {out}: {error.strerror}") from None

@@ -1,0 +1,159 @@
+"""The frame of the command line: help, exit codes, one-line errors with the nearest match, broken pipes."""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lepton import __version__
+from lepton.cli import main as cli
+from lepton.cli.arguments import Parser
+from lepton.errors import InputError
+from tests.cli.tiny import run
+
+
+def test_help_lists_every_command():
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(name in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name):
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: python -m lepton {name}")
+
+
+def test_help_does_not_wait_for_torch():
+    helps = "".join(f"main(['{name}', '--help']);" for name in cli.COMMANDS)
+    code = f"import sys; from lepton.cli.main import main; {helps} sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_no_command_is_a_mistake_and_shows_the_help():
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert "python -m lepton COMMAND" in err
+
+
+def test_version():
+    assert run("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["--json"], "unknown flag '--json': a command comes first"),
+        (["sizes", "--jsom"], "unknown flag '--jsom'; did you mean '--json'?"),
+        (["sizes", "extra"], "unexpected argument 'extra'"),
+        (["generate", "--checkpont=x"], "unknown flag '--checkpont'; did you mean '--checkpoint'?"),
+        (["generate", "--max-new-token", "1", "--prompt", "a"], "'--max-new-token'; did you mean '--max_new_tokens'?"),
+        (["generate", "--prompt", "a"], "required: --checkpoint"),
+        (["generate", "--checkpoint", "x", "--prompt", "a", "--top_k", "many"], "invalid int value: 'many'"),
+        (["eval", "--checkpoint", "x", "--split", "vall"], "unknown value 'vall'; did you mean 'val'?"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_mend(words, named):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def parser():
+    made = Parser(prog="x")
+    made.add_argument("--model_size")
+    made.add_argument("--text")
+    made.add_argument("words", nargs="*")
+    return made
+
+
+def test_flags_accept_dashes_and_underscores():
+    assert parser().parse_args(["--model-size", "nano"]).model_size == "nano"
+    assert parser().parse_args(["--model-size=na-no"]).model_size == "na-no"
+    assert parser().parse_args(["--model_size=nano"]).model_size == "nano"
+    assert parser().parse_args(["--", "--model-size"]).words == ["--model-size"]
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(InputError, match="unknown flag '--model'; did you mean '--model_size'"):
+        parser().parse_args(["--model", "nano"])
+
+
+def test_subcommands_share_the_rules():
+    made = Parser(prog="x")
+    inner = made.add_subparsers(required=True).add_parser("train")
+    inner.add_argument("--vocab_size")
+    assert made.parse_args(["train", "--vocab-size", "9"]).vocab_size == "9"
+    with pytest.raises(InputError, match="unknown flag '--vocab-sice'; did you mean '--vocab_size'"):
+        made.parse_args(["train", "--vocab-sice", "9"])
+    with pytest.raises(InputError, match="unknown value 'trian'; did you mean 'train'"):
+        made.parse_args(["trian"])
+
+
+class FakeCommand:
+    """A command module that ends as told."""
+
+    def __init__(self, ending):
+        self.ending = ending
+
+    def add_arguments(self, parser: argparse.ArgumentParser):
+        parser.add_argument("--value")
+
+    def run(self, args):
+        if isinstance(self.ending, BaseException):
+            raise self.ending
+        return self.ending
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "message"),
+    [
+        (0, 0, ""),
+        (3, 3, ""),
+        (InputError("value=3: must be 4"), 2, "error: value=3: must be 4\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "error: x.txt: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_how_a_command_ends_decides_the_exit_code(monkeypatch, capsys, ending, code, message):
+    monkeypatch.setattr(importlib, "import_module", lambda name: FakeCommand(ending))
+    assert cli.run_command("sizes", ["--value", "1"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: FakeCommand(KeyError("bug")))
+    with pytest.raises(KeyError):
+        cli.run_command("sizes", [])
+
+
+def test_run_command_takes_another_program_name(capsys):
+    assert cli.run_command("sizes", ["--help"], prog="sizes.py") == 0
+    assert capsys.readouterr().out.startswith("usage: sizes.py")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe in its own way")
+def test_a_closed_pipe_and_a_poor_console_are_quiet():
+    """The whole process: a reader that leaves at once, and a console that knows only ASCII."""
+    code = "import sys; from lepton.cli.main import guarded; sys.exit(guarded(lambda: print('日本' * 50_000) or 0))"
+    process = subprocess.Popen(
+        [sys.executable, "-X", "utf8=0", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(4) == b"????"
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == cli.PIPE_CLOSED

@@ -1,0 +1,152 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lepton.cli import train as command
+from lepton.cli.arguments import Parser
+from lepton.train import TrainSettings
+from tests.cli.tiny import run
+from tests.train.small import SHAPE, write_data
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("cli") / "data")
+
+
+def words(data, out, *extra):
+    shape = [word for name, value in SHAPE.items() for word in ("--override", f"{name}={value}")]
+    fixed = ["--model-size", "nano", "--seq_len", "16", "--batch_size", "2", "--sample_tokens", "2", "--device", "cpu"]
+    places = ["--data_dir", str(data), "--tokenizer", str(data / "tokenizer.json"), "--checkpoint_dir", str(out)]
+    return [*fixed, *shape, *places, *map(str, extra)]
+
+
+def settings_of(*flags):
+    parser = Parser(prog="train.py")
+    command.add_arguments(parser)
+    flags = vars(parser.parse_args(flags))
+    flags.pop("json", None)
+    return command.settings_of(flags)
+
+
+def test_without_flags_the_settings_are_the_defaults():
+    assert settings_of() == TrainSettings()
+
+
+def test_every_setting_has_a_flag():
+    parser = Parser(prog="train.py")
+    command.add_arguments(parser)
+    flags = {action.dest for action in parser._actions}
+    assert flags == TrainSettings().to_dict().keys() | {"help", "json"}
+
+
+def test_the_help_tells_the_true_defaults():
+    parser = Parser(prog="train.py")
+    command.add_arguments(parser)
+    for action in parser._actions:
+        default = getattr(TrainSettings(), action.dest, None)
+        if default not in (None, False, {}) and action.metavar != "DIR":
+            told = action.help.partition("(default: ")[2].rstrip(")")
+            assert told, action.dest
+            assert told == default if isinstance(default, str) else float(told) == default
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--lr", "1e-3"], "lr", 1e-3),
+        (["--grad-accum=2"], "grad_accum", 2),
+        (["--compile"], "compile", True),
+        (["--no_compile"], "compile", False),
+        (["--no-compile"], "compile", False),
+        (["--dense"], "dense", True),
+        (["--override", "window=16", "--override", "embed_rank=None"], "overrides", {"window": 16, "embed_rank": None}),
+    ],
+)
+def test_flags_become_settings(flags, name, value):
+    assert getattr(settings_of(*flags), name) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_size", "tinny"], "unknown value 'tinny'; did you mean 'tiny'?"),
+        (["--grad_acum", "2"], "unknown flag '--grad_acum'; did you mean '--grad_accum'?"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--override", "window"], "'window' is not NAME=VALUE"),
+        (["--override", "widow=3"], "unknown configuration field 'widow'; did you mean 'window'?"),
+        (["--max_steps", "0"], "max_steps=0: must be at least 1"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--resume", "nowhere/step_5.pt"], "step_5.pt does not exist; no whole checkpoint is there"),
+        (["--tokenizer", "nowhere.json"], "cannot read the tokenizer nowhere.json"),
+        (["--data_dir", "nowhere"], "no such folder: nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [word for name, value in SHAPE.items() for word in ("--override", f"{name}={value}")]
+    usual = [] if "--tokenizer" in flags else [*small, "--override", "vocab_size=50257"]
+    code, out, err = run("train", *usual, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == [], "a mistake makes no folder"
+
+
+def test_another_size_than_the_checkpoints(data, tmp_path):
+    assert run("train", *words(data, tmp_path / "out", "--max_steps", 1))[0] == 0
+    code, _, err = run("train", "--model_size", "micro", "--resume", tmp_path / "out" / "step_1.pt")
+    assert code == 2
+    assert "of size 'nano', --model_size asks for 'micro'" in err
+
+
+def test_with_json_stdout_is_json_alone(data, tmp_path):
+    code, out, err = run("train", *words(data, tmp_path / "out", "--max_steps", 2, "--json"))
+    assert code == 0
+    result = json.loads(out)
+    assert result.keys() == {"checkpoint", "step", "val_loss", "val_bpb"}
+    assert (result["step"], result["checkpoint"]) == (2, str(tmp_path / "out" / "final.pt"))
+    assert "2 steps in about" in err
+
+
+def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
+    from lepton.train.signals import Interrupted
+
+    def interrupted(settings, *, given, stream):
+        raise Interrupted(15, "stopped at step 3, saved x; go on with --resume x")
+
+    monkeypatch.setattr("lepton.train.train", interrupted)
+    code, _, err = run("train", *words(data, tmp_path))
+    assert (code, err) == (143, "stopped at step 3, saved x; go on with --resume x\n")
+
+
+def test_train_py_is_the_command_and_a_resumed_run_goes_on(data, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def train_py(*flags):
+        line = [sys.executable, str(ROOT / "train.py"), *map(str, flags)]
+        return subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    first = train_py(*words(data, "checkpoints", "--max_steps", 2))
+    assert (first.returncode, first.stderr) == (0, "")
+    assert f"checkpoint: {Path('checkpoints', 'final.pt')}" in first.stdout
+    second = train_py("--model_size", "nano", "--resume", "checkpoints/step_2.pt", "--max_steps", 3)
+    assert second.returncode == 0, second.stderr
+    assert "changed max_steps: 2 -> 3" in second.stdout
+    assert (tmp_path / "checkpoints" / "step_3.pt").exists()
+
+
+def test_torch_is_not_needed_to_be_helped():
+    code = "import sys; from lepton.cli.main import main; main(['train', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--grad_accum" in done.stdout
+
+

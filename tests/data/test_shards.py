@@ -1,0 +1,258 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lepton.data import shards
+from lepton.data.shards import ShardedDataset
+from lepton.errors import InputError
+
+VOCAB = 50257
+Folder = Callable[..., Path]
+
+
+def numbered(rows: int, row_len: int = 33, start: int = 0, dtype: type = np.uint16) -> np.ndarray:
+    """Rows in which every token is a different number."""
+    return (start + np.arange(rows * row_len)).reshape(rows, row_len).astype(dtype)
+
+
+def dataset(
+    folder: Path, *, seq_len: int = 8, seed: int = 0, split: str = "train", **options: object
+) -> ShardedDataset:
+    return ShardedDataset(folder, seq_len=seq_len, seed=seed, split=split, **{"vocab_size": VOCAB} | options)
+
+
+def targets(batch: shards.Batch) -> list[int]:
+    """The valid targets of a batch, checked to be right behind their inputs."""
+    found = []
+    for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
+        assert row[:length] == list(range(row[0], row[0] + length))
+        assert row[length:] == [0] * (len(row) - length)
+        found += row[1:length]
+    return found
+
+
+def epoch(data: ShardedDataset, number: int = 0) -> list[int]:
+    """All targets of an epoch, read one window a step."""
+    steps = range(number * data.windows, (number + 1) * data.windows)
+    return [target for step in steps for target in targets(data.batch(step, batch_size=1))]
+
+
+def targets_of(*arrays: np.ndarray) -> list[int]:
+    return sorted(np.concatenate([array[:, 1:].ravel() for array in arrays]).tolist())
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 8, 31, 32, 33])
+def test_an_epoch_uses_every_target_once(shard_folder: Folder, seq_len: int) -> None:
+    train = [numbered(3), numbered(4, start=200)]
+    data = dataset(shard_folder(*train, val=(numbered(1, start=900),)), seq_len=seq_len)
+    for number in (0, 1):
+        assert sorted(epoch(data, number)) == targets_of(*train)
+    assert data.tokens == len(targets_of(*train))
+    assert epoch(data, 0) != epoch(data, 1) or data.windows < 8
+
+
+def test_batches_have_their_shape_and_are_tensors_of_int64(shard_folder: Folder) -> None:
+    tokens, lengths = dataset(shard_folder(numbered(9))).batch(3, batch_size=5)
+    assert tokens.shape == (5, 9)
+    assert lengths.shape == (5,)
+    assert tokens.dtype == lengths.dtype == torch.int64
+
+
+def test_a_batch_is_a_function_of_its_arguments(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(40), numbered(40, start=2000))
+    walked, fresh = dataset(folder), dataset(folder)
+    for step in range(30):
+        walked.batch(step, batch_size=4)
+    for step in (29, 3, 100_000):
+        assert torch.equal(walked.batch(step, batch_size=4).tokens, fresh.batch(step, batch_size=4).tokens)
+    assert not torch.equal(dataset(folder, seed=1).batch(3, batch_size=4).tokens, fresh.batch(3, batch_size=4).tokens)
+
+
+def test_ranks_and_micro_batches_share_an_epoch_out(shard_folder: Folder) -> None:
+    data = dataset(shard_folder(numbered(49), val=(numbered(1, start=3000),)))
+    one = [window for step in range(2) for window in data.batch(step, batch_size=24).tokens.tolist()]
+    parts = [
+        window
+        for step in range(2)
+        for micro in range(3)
+        for rank in range(2)
+        for window in data.batch(step, micro, batch_size=4, accumulate=3, rank=rank, world=2).tokens.tolist()
+    ]
+    assert parts == one
+    assert len({window[0] for window in parts}) == 48
+
+
+def test_a_batch_may_span_epochs(shard_folder: Folder) -> None:
+    data = dataset(shard_folder(numbered(3), val=(numbered(1),)))
+    batch = data.batch(0, batch_size=2 * data.windows)
+    half = len(targets(batch)) // 2
+    assert targets(batch)[:half] == epoch(data, 0)
+    assert targets(batch)[half:] == epoch(data, 1)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64, ">i4"]
+)
+def test_every_integer_type_is_read(shard_folder: Folder, dtype: type) -> None:
+    array = numbered(3, row_len=33).astype(dtype)
+    data = dataset(shard_folder(array))
+    assert sorted(epoch(data)) == targets_of(array[:2])
+
+
+def test_an_array_in_column_order_is_read(shard_folder: Folder) -> None:
+    data = dataset(shard_folder(np.asfortranarray(numbered(3))))
+    assert sorted(epoch(data)) == targets_of(numbered(3)[:2])
+
+
+@pytest.mark.parametrize("sizes", [[2], [300], [1, 1], [5, 1], [600, 50], [0, 3, 0]])
+def test_validation_is_held_out_of_training(shard_folder: Folder, sizes: list[int]) -> None:
+    arrays = [numbered(n, row_len=5, start=10_000 * i) for i, n in enumerate(sizes)]
+    folder = shard_folder(*arrays)
+    train, val = (dataset(folder, seq_len=4, split=split) for split in ("train", "val"))
+    seen = [target for batch in val.batches(7) for target in targets(batch)]
+    assert sorted(epoch(train) + seen) == targets_of(*arrays)
+    assert val.rows == min(max(1, sum(sizes) // 100), [n for n in sizes if n][-1])
+
+
+def test_many_shards_are_read_without_many_open_files(shard_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    arrays = [numbered(2, row_len=5, start=10 * i) for i in range(50)]
+    data = dataset(shard_folder(*arrays), seq_len=4)
+    assert sorted(epoch(data)) == targets_of(*arrays)[:-4]
+    assert data._open.cache_info().currsize == 3
+
+
+def test_a_val_folder_is_the_validation_split(shard_folder: Folder) -> None:
+    train, val = numbered(4), numbered(3, start=500)
+    folder = shard_folder(train, val=(val,))
+    seen = [target for batch in dataset(folder, split="val").batches(5) for target in targets(batch)]
+    assert seen == targets_of(val)
+    assert sorted(epoch(dataset(folder))) == targets_of(train)
+
+
+def test_validation_batches_come_in_order_and_spread_out_under_a_limit(shard_folder: Folder) -> None:
+    data = dataset(shard_folder(numbered(1), val=(numbered(10),)), split="val")
+    assert [len(batch.lengths) for batch in data.batches(16)] == [16, 16, 8]
+    few = [row[0] for batch in data.batches(5, limit=2) for row in batch.tokens.tolist()]
+    assert few == [33 * row for row in range(10)]
+    both = [[batch.tokens.tolist() for batch in data.batches(6, rank=rank, world=2)] for rank in (0, 1)]
+    alone = [batch.tokens.tolist() for batch in data.batches(6)]
+    assert both == [alone[::2], alone[1::2]]
+
+
+def test_describe_names_the_data(shard_folder: Folder) -> None:
+    assert dataset(shard_folder(numbered(3))).describe() == "data: 64 tokens, 1 shard"
+    folder = shard_folder(np.zeros((101, 101), np.int32), np.zeros((9, 101), np.int32), val=(numbered(1),), name="b")
+    (folder / "metadata.json").write_text('{"name": "mine", "total_tokens": 11110}')
+    assert dataset(folder).describe() == "mine: 11.0 k tokens, 2 shards"
+
+
+def test_only_the_headers_are_read_at_the_start(shard_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shard_folder(numbered(3), numbered(3))
+    monkeypatch.setattr(np.lib.format, "open_memmap", None)
+    monkeypatch.setattr(np, "load", None)
+    assert dataset(folder).rows == 5
+
+
+def test_the_public_form_is_read(shard_folder: Folder) -> None:
+    folder = shard_folder(np.ones((300, 2048), np.int32), np.ones((4, 2048), np.int32))
+    (folder / "metadata.json").write_text('{"total_tokens": 622592}')
+    data = dataset(folder, seq_len=512, tokenizer_hash="anything")
+    assert (data.rows, data.windows, data.tokens) == (301, 1204, 301 * 2047)
+    assert sorted(data.batch(0, batch_size=1204).lengths.unique().tolist()) == [512, 513]
+
+
+# What cannot be read
+
+
+def refused(folder: Path, *words: str, **options: object) -> None:
+    with pytest.raises(InputError) as caught:
+        dataset(folder, **options)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [-1, -32768, 50257, 60000])
+def test_ids_outside_the_vocabulary_name_shard_value_and_vocabulary(shard_folder: Folder, bad: int) -> None:
+    array = numbered(4).astype(np.int32)
+    array[2, 20] = bad
+    data = dataset(shard_folder(numbered(4), array, val=(numbered(1),)))
+    with pytest.raises(InputError, match=rf"shard_00001\.npy: token id {bad} .*50257"):
+        data.batch(0, batch_size=data.windows)
+
+
+def test_unsigned_ids_beyond_int64_are_refused(shard_folder: Folder) -> None:
+    data = dataset(shard_folder(np.full((2, 33), 2**63 + 5, np.uint64)))
+    with pytest.raises(InputError, match=f"token id {2**63 + 5} "):
+        data.batch(0, batch_size=1)
+
+
+def test_a_missing_or_empty_folder_is_refused(tmp_path: Path, shard_folder: Folder) -> None:
+    refused(tmp_path / "nowhere", "no such folder", "nowhere", "prepare")
+    refused(tmp_path, "no tokens", str(tmp_path), "prepare")
+    refused(shard_folder(numbered(0)), "no tokens")
+
+
+def test_a_truncated_shard_is_named(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4), numbered(4))
+    path = folder / "shard_00001.npy"
+    for length in (path.stat().st_size - 1, 100, 40, 3, 0):
+        path.write_bytes(path.read_bytes()[:length])
+        refused(folder, "shard_00001.npy", "again")
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((4, 33), np.float32), "float32"),
+        (np.zeros((4, 33), bool), "bool"),
+        (np.array([[None] * 33] * 4), "object"),
+        (np.zeros(33, np.int32), "(33,)"),
+        (np.zeros((2, 3, 4), np.int32), "(2, 3, 4)"),
+        (np.zeros((4, 1), np.int32), "(4, 1)"),
+    ],
+)
+def test_other_arrays_are_named(shard_folder: Folder, array: np.ndarray, words: str) -> None:
+    refused(shard_folder(array), "shard_00000.npy", words)
+
+
+def test_a_file_that_is_no_array_is_named(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4))
+    (folder / "shard_00001.npy").write_text("not an array at all")
+    refused(folder, "shard_00001.npy")
+
+
+def test_rows_of_several_lengths_are_refused(shard_folder: Folder) -> None:
+    refused(shard_folder(numbered(4), numbered(4, row_len=20)), "shard_00001.npy", "20", "33")
+
+
+def test_seq_len_must_fit_a_row(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4))
+    refused(folder, "seq_len=34", "33", seq_len=34)
+    refused(folder, "seq_len=0", seq_len=0)
+
+
+def test_a_data_set_too_small_for_validation_is_refused(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(1))
+    refused(folder, "too small")
+    refused(folder, "too small", split="val")
+
+
+def test_another_tokenizer_is_refused(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4))
+    (folder / "metadata.json").write_text(json.dumps({"tokenizer_hash": "a" * 64}))
+    refused(folder, "a" * 12, "b" * 12, "--tokenizer", tokenizer_hash="b" * 64)
+    assert dataset(folder, tokenizer_hash="a" * 64).rows == 3
+    assert dataset(folder).rows == 3
+
+
+@pytest.mark.parametrize("text", ["{torn", "[1]"])
+def test_unreadable_metadata_is_named(shard_folder: Folder, text: str) -> None:
+    folder = shard_folder(numbered(4))
+    (folder / "metadata.json").write_text(text)
+    refused(folder, "metadata.json", "JSON")

@@ -1,0 +1,319 @@
+"""The engine: what comes back, what is computed, what stays untouched."""
+
+import contextlib
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from lepton.errors import InputError
+from lepton.generate import engine, generate, generate_stream, generate_with_uncertainty
+from lepton.model import Lepton
+from tests.laws.lab import VARIANTS, VOCAB, build
+
+PROMPT = [5, 9, 33, 71, 9, 2, 60, 61, 62, 63, 64, 8, 12]
+BATCH = [PROMPT, [7], [3, 1, 4, 1, 5, 9, 2, 6], PROMPT * 2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("complete").eval()
+
+
+@contextlib.contextmanager
+def embedded_shapes(model):
+    """Note the shape [rows, tokens] of each chunk that passes the token embedding."""
+    shapes = []
+    hook = model.embed.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    yield shapes
+    hook.remove()
+
+
+def naive_greedy(model, prompt, new):
+    """Recompute everything for every token."""
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == model.config.eos_id:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_equals_recomputing_everything(variant):
+    model = build(variant)
+    assert generate(model, PROMPT, 30, temperature=0) == naive_greedy(model, PROMPT, 30)
+
+
+def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch):
+    expected = generate(model, PROMPT * 3, 12, temperature=0)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
+    with embedded_shapes(model) as shapes:
+        assert generate(model, PROMPT * 3, 12, temperature=0) == expected
+    assert shapes == [(1, 7)] * 5 + [(1, 4)] + [(1, 1)] * 11
+
+
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, torch.tensor, np.array, lambda p: torch.tensor([p]), lambda p: torch.tensor(p, dtype=torch.int32)],
+)
+def test_one_prompt_in_every_form_gives_a_flat_list(model, form):
+    result = generate(model, form(PROMPT), 5, seed=1)
+    assert result == generate(model, PROMPT, 5, seed=1)
+    assert type(result) is list
+    assert all(type(token) is int for token in result)
+    assert result[: len(PROMPT)] == PROMPT
+
+
+def test_several_prompts_give_a_list_of_lists(model):
+    both = generate(model, torch.tensor([PROMPT, PROMPT]), 4, temperature=0)
+    assert both == generate(model, [PROMPT, PROMPT], 4, temperature=0)
+    assert both == [generate(model, PROMPT, 4, temperature=0)] * 2
+    assert generate(model, [PROMPT], 4, temperature=0) == both[:1]
+
+
+@pytest.mark.parametrize("chunk", [5, 1024])
+def test_rows_of_a_batch_equal_the_rows_alone(model, monkeypatch, chunk):
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+    stop = [[11], [42, 17]]
+    together = generate(model, BATCH, 40, temperature=0, stop=stop)
+    assert together == [generate(model, row, 40, temperature=0, stop=stop) for row in BATCH]
+    sampled = generate(model, BATCH, 40, temperature=1.3, seed=5)
+    assert sampled[0] == generate(model, BATCH[0], 40, temperature=1.3, seed=5)
+    assert sampled[:2] == generate(model, BATCH[:2], 40, temperature=1.3, seed=5)
+
+
+def test_equal_rows_draw_from_different_streams(model):
+    first, second = generate(model, [PROMPT, PROMPT], 20, seed=5)
+    assert first != second
+
+
+def test_a_seed_repeats_and_none_does_not(model):
+    assert generate(model, PROMPT, 20, seed=7) == generate(model, PROMPT, 20, seed=7)
+    assert generate(model, PROMPT, 20, seed=7) != generate(model, PROMPT, 20, seed=8)
+    assert generate(model, PROMPT, 20, temperature=2.0) != generate(model, PROMPT, 20, temperature=2.0)
+
+
+def test_speculation_never_changes_the_result(model):
+    fast = generate(model, PROMPT, 20, seed=7, use_speculative=True)
+    assert fast == generate(model, PROMPT, 20, seed=7, use_speculative=False)
+
+
+def test_sampling_arguments_reach_the_sampler(model):
+    greedy = generate(model, PROMPT, 10, temperature=0)
+    assert generate(model, PROMPT, 10, temperature=5.0, top_k=1) == greedy
+    assert generate(model, PROMPT, 10, temperature=5.0, top_p=1e-9) == greedy
+    assert generate(model, PROMPT, 10, temperature=5.0, top_p=1.0, seed=1) != greedy
+
+
+# Stopping
+
+
+def test_end_of_document_stops_and_is_kept(model):
+    third = generate(model, PROMPT, 3, temperature=0)[-1]
+    ends_at_third = Lepton(model.config.replace(eos_id=third)).double()
+    ends_at_third.load_state_dict(model.state_dict())
+    assert third not in PROMPT, "the prompt is one document in both models"
+    result = generate(ends_at_third, PROMPT, 50, temperature=0)
+    assert result[-1] == third
+    assert len(result) <= len(PROMPT) + 3
+
+
+def test_stop_ids_and_sequences_are_kept(model):
+    def run(stop=None):
+        return generate(model, PROMPT, 30, temperature=2.0, seed=3, stop=stop)
+
+    whole = run()
+    new = whole[len(PROMPT) :]
+    assert len(new) == 30
+    assert len(set(new)) > 20
+    for stop in (new[10], [new[10]], [[new[10]]], torch.tensor([new[10]]), np.int64(new[10])):
+        assert run(stop) == PROMPT + new[: new.index(new[10]) + 1]
+    pairs = list(itertools.pairwise(new))
+    assert run([list(pairs[10])]) == PROMPT + new[: pairs.index(pairs[10]) + 2]
+    assert run([[new[11], new[10]], list(pairs[10]), new[20]]) == run([list(pairs[10])])
+    across = (PROMPT[-1], new[0])
+    assert across not in pairs
+    assert run([list(across)]) == whole, "only new tokens count"
+
+
+def test_no_new_tokens_cost_nothing(model):
+    with embedded_shapes(model) as shapes:
+        assert generate(model, PROMPT, 0) == PROMPT
+        assert list(generate_stream(model, PROMPT, 0)) == []
+        assert generate_with_uncertainty(model, [PROMPT, [1]], 0) == ([PROMPT, [1]], [[], []])
+    assert shapes == []
+
+
+# Honest compute and purity
+
+
+def test_only_new_tokens_are_computed(model):
+    with embedded_shapes(model) as shapes:
+        new = len(generate(model, PROMPT, 20, temperature=0)) - len(PROMPT)
+    assert sum(rows * tokens for rows, tokens in shapes) == len(PROMPT) + new - 1
+
+
+def test_finished_rows_leave_the_batch(model):
+    whole = generate(model, BATCH, 30, temperature=2.0, seed=3)
+    stop = whole[2][len(BATCH[2]) + 4]
+    ended = generate(model, BATCH, 30, temperature=2.0, seed=3, stop=stop)
+    lengths = [len(row) - len(prompt) for row, prompt in zip(ended, BATCH, strict=True)]
+    assert len(set(lengths)) > 1
+    with embedded_shapes(model) as shapes:
+        generate(model, BATCH, 30, temperature=2.0, seed=3, stop=stop)
+    prefill, *decoding = shapes
+    assert prefill == (len(BATCH), max(map(len, BATCH)))
+    assert decoding == [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_changes(training):
+    model = build("complete").train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    generate(model, PROMPT, 8)
+    generate(model, BATCH, 8, seed=3)
+    generate_with_uncertainty(model, PROMPT, 8)
+    stream = generate_stream(model, PROMPT, 8)
+    next(stream)
+    assert torch.is_grad_enabled(), "between two tokens the caller's own mode holds"
+    stream.close()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training is training
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert np.random.get_state()[1].tolist() == random_states[2]
+
+
+def test_no_graph_is_kept(model):
+    """Memory would grow with every token if the state carried a graph."""
+    made = []
+    hook = model.embed.register_forward_hook(lambda module, args, out: made.append(out.requires_grad))
+    generate(model, PROMPT, 4)
+    hook.remove()
+    assert made == [False] * 4
+
+
+# The other two ways in
+
+
+def test_the_stream_is_generate_token_by_token(model):
+    stream = generate_stream(model, PROMPT, 15, seed=4, stop=[[3, 3]])
+    assert [*PROMPT, *stream] == generate(model, PROMPT, 15, seed=4, stop=[[3, 3]])
+
+
+def test_the_stream_computes_on_demand_and_can_be_left(model):
+    with embedded_shapes(model) as shapes:
+        stream = generate_stream(model, PROMPT, 15, temperature=0)
+        assert shapes == []
+        next(stream), next(stream)
+        assert len(shapes) == 2
+        stream.close()
+        assert list(stream) == []
+    assert len(shapes) == 2
+
+
+def test_the_stream_follows_one_prompt(model):
+    with pytest.raises(InputError, match="one prompt, not a list of 4"):
+        generate_stream(model, BATCH)
+
+
+def test_uncertainty_is_one_minus_the_models_own_probability(model):
+    tokens, doubts = generate_with_uncertainty(model, PROMPT, 10, temperature=1.5, seed=2)
+    assert tokens == generate(model, PROMPT, 10, temperature=1.5, seed=2)
+    p = model(torch.tensor([tokens])).logits[0, len(PROMPT) - 1 : -1].softmax(-1)
+    expected = 1 - p.gather(-1, torch.tensor(tokens[len(PROMPT) :])[:, None])[:, 0]
+    assert doubts == pytest.approx(expected.tolist(), abs=1e-9)
+    assert all(0 <= doubt <= 1 for doubt in doubts)
+
+
+def test_uncertainty_of_a_batch(model):
+    tokens, doubts = generate_with_uncertainty(model, BATCH, 6, seed=2)
+    assert tokens == generate(model, BATCH, 6, seed=2)
+    assert [len(row) for row in doubts] == [len(row) - len(prompt) for row, prompt in zip(tokens, BATCH, strict=True)]
+
+
+def test_the_model_has_them_as_methods(model):
+    assert model.generate(PROMPT, max_new_tokens=6, seed=1) == generate(model, PROMPT, 6, seed=1)
+    assert [*PROMPT, *model.generate_stream(PROMPT, max_new_tokens=6, seed=1)] == generate(model, PROMPT, 6, seed=1)
+    tokens, doubts = model.generate_with_uncertainty(PROMPT, max_new_tokens=6, seed=1)
+    assert (len(tokens), len(doubts)) == (len(PROMPT) + 6, 6)
+
+
+def test_bf16_models_generate():
+    model = build("complete", dtype=torch.bfloat16)
+    assert len(generate(model, BATCH, 5, seed=0, stop=None)) == len(BATCH)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_tokens(model):
+    on_gpu = build("complete").cuda()
+    stop = [[11], [42, 17]]
+    options = {"max_new_tokens": 40, "temperature": 1.3, "top_p": 0.8, "seed": 5, "stop": stop}
+    assert generate(on_gpu, BATCH, **options) == generate(model, BATCH, **options)
+    assert generate(on_gpu, torch.tensor(PROMPT).cuda(), **options) == generate(model, PROMPT, **options)
+    (tokens, doubts), expected = (generate_with_uncertainty(made, PROMPT, **options) for made in (on_gpu, model))
+    assert tokens == expected[0]
+    assert doubts == pytest.approx(expected[1])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([], "the prompt is empty"),
+        (torch.tensor([], dtype=torch.long), "the prompt is empty"),
+        ([[1, 2], []], "prompt 1 is empty"),
+        ([1, VOCAB, 2], f"id {VOCAB}: the vocabulary has ids 0 to {VOCAB - 1}"),
+        ([[1], [2, -1]], "prompt 1 holds id -1"),
+        (torch.tensor([1.0, 2.0]), "1.0, which is no integer"),
+        ([1, 2.5], "2.5, which is no integer"),
+        ([1, "a"], "'a', which is no integer"),
+        ([1, [2, 3]], "mixes ids and lists"),
+        ([[1, [2]], [3]], "no integer"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"shape \(1, 2, 3\)"),
+        (torch.tensor(3), r"shape \(\)"),
+        ("hello", "encode it with the tokenizer"),
+        (None, "NoneType"),
+        (7, "int"),
+    ],
+)
+def test_prompts_that_are_none(model, prompt, named):
+    for entry in (generate, generate_stream, generate_with_uncertainty):
+        with pytest.raises(InputError, match=named):
+            entry(model, prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -1}, "temperature=-1"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_p": 1.01}, "top_p=1.01"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"stop": VOCAB}, f"id {VOCAB}"),
+        ({"stop": [[]]}, "stop sequence is empty"),
+        ({"stop": "end"}, "'end', which is no integer"),
+        ({"depth": 1.5}, "depth=1.5"),
+        ({"think": -1}, "think=-1"),
+    ],
+)
+def test_options_that_cannot_be_used(model, options, named):
+    with pytest.raises(InputError, match=named):
+        generate(model, PROMPT, **options)
+
+
+def test_a_diverged_model_is_named():
+    model = build("complete")
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        generate(model, PROMPT, 3)

@@ -1,0 +1,113 @@
+"""Sampling: exact distributions, ties, borders of the unit interval, and bad values."""
+
+import math
+
+import pytest
+import torch
+
+from lepton.errors import InputError
+from lepton.generate.sampling import USUAL_NUCLEUS, check_sampling, probabilities, random_stream, sample
+
+
+def logits_of(*p):
+    return torch.tensor([p]).log()
+
+
+def naive(logits, temperature, top_p, top_k):
+    """The definition, token by token."""
+    weights = [math.exp((x - max(logits)) / temperature) for x in logits]
+    ranking = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[:top_k]
+    mass = sum(weights[i] for i in ranking)
+    kept, held = [], 0.0
+    for i in ranking:
+        if held / mass >= top_p:
+            break
+        kept.append(i)
+        held += weights[i]
+    return [weights[i] / held if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.31, 1e-9])
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+def test_probabilities_match_the_definition(temperature, top_p, top_k):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 53).mul(2).round(decimals=1)  # rounding makes ties
+    found = probabilities(logits, temperature=temperature, top_p=top_p, top_k=top_k)
+    expected = [naive(row.tolist(), temperature, top_p, top_k) for row in logits.double()]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_nucleus_wider_than_the_usual_one_is_exact():
+    torch.manual_seed(1)
+    logits = torch.randn(2, 4 * USUAL_NUCLEUS) * torch.tensor([[0.1], [6.0]])  # a flat row beside a peaked one
+    found = probabilities(logits, temperature=1.0, top_p=0.95)
+    expected = [naive(row.tolist(), 1.0, 0.95, None) for row in logits.double()]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    alone = probabilities(logits[1:], temperature=1.0, top_p=0.95)
+    assert torch.equal(found[1:], alone), "a row does not depend on its neighbours"
+
+
+def test_equals_rank_by_id():
+    kept = probabilities(torch.zeros(1, 6), temperature=1.0, top_k=4)
+    assert kept.tolist() == [[0.25] * 4 + [0.0] * 2]
+    kept = probabilities(torch.zeros(1, 4), temperature=1.0, top_p=0.5)
+    assert kept.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+
+
+def test_greedy_is_an_exact_one_hot():
+    p = probabilities(torch.tensor([[0.0, 3.0, 3.0], [-1.0, -2.0, -3.0]]), temperature=0)
+    assert p.tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert p.dtype == torch.float64
+
+
+def test_a_tiny_temperature_is_finite():
+    p = probabilities(torch.tensor([[1.0, 2.0, float("-inf")]]), temperature=1e-310)
+    assert p.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_sample_inverts_the_cumulative_distribution():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
+    below_one = math.nextafter(1.0, 0.0)
+    uniforms = [0.0, 0.2499, 0.25, 0.7499, 0.75, below_one]
+    assert [sample(p, [u])[0] for u in uniforms] == [1, 1, 3, 3, 4, 4]
+
+
+def test_sample_never_returns_an_impossible_token():
+    p = probabilities(torch.randn(1, 300), temperature=1.0, top_k=3)
+    p[0, 200:] = 0
+    p[0, 5] = 1e-300
+    below_one = math.nextafter(1.0, 0.0)
+    for u in (0.0, 0.5, below_one):
+        assert p[0, sample(p, [u])[0]] > 0
+
+
+def test_sample_frequencies():
+    p = probabilities(logits_of(0.5, 0.3, 0.15, 0.05).repeat(20_000, 1), temperature=1.0)
+    stream = random_stream(3, 0)
+    ids = torch.tensor(sample(p, [stream.random() for _ in range(20_000)]))
+    share = ids.bincount(minlength=4) / len(ids)
+    assert (share - p[0]).abs().max() < 0.015
+
+
+def test_streams_differ_by_seed_and_row_and_repeat():
+    firsts = {(seed, row): random_stream(seed, row).random() for seed in range(4) for row in range(4)}
+    assert len(set(firsts.values())) == 16
+    assert random_stream(2, 3).random() == firsts[2, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ((-0.5, 0.9, None), "temperature=-0.5"),
+        ((float("nan"), 0.9, None), "temperature=nan"),
+        ((float("inf"), 0.9, None), "temperature=inf"),
+        ((1.0, 0.0, None), "top_p=0"),
+        ((1.0, 1.5, None), "top_p=1.5"),
+        ((1.0, float("nan"), None), "top_p=nan"),
+        ((1.0, 0.9, 0), "top_k=0"),
+    ],
+)
+def test_values_that_name_no_distribution(values, named):
+    with pytest.raises(InputError, match=named):
+        check_sampling(*values)
