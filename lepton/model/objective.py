@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # Auxiliary losses in the sum. Their parameters see no other loss, and their optimizers normalise scale away; small
 # weights keep them from filling the norm by which gradients are clipped.
 WEIGHT = 0.1
-# At most this many positions are looked at with full logits (exit, router, uncertainty).
-SAMPLES = 1024
+# One position in so many is looked at with full logits (exit, router, uncertainty).
+OUTCOME_STRIDE = 32
 # One position in so many teaches the drafter.
 DRAFT_STRIDE = 4
 
@@ -46,6 +46,7 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
 
 def _picks(tokens_BT: Tensor, stride: int) -> Tensor:
     """Every `stride`-th position of the flattened batch, from a start that depends on the batch alone."""
+    stride = min(stride, tokens_BT.numel())
     count = tokens_BT.numel() // stride
     return tokens_BT.sum() % stride + stride * torch.arange(count, device=tokens_BT.device)
 
@@ -54,10 +55,7 @@ def _outcomes(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, T
     """Losses that compare predictions with what came: exit, router and uncertainty, at sampled positions."""
     if model.router is None and model.uncertainty is None:
         return {}
-    stride = max(8, -(-following_BT.numel() // SAMPLES))
-    if following_BT.numel() < stride:
-        stride = 1
-    index_M = _picks(following_BT, stride)
+    index_M = _picks(following_BT, OUTCOME_STRIDE)
     target_M = following_BT.flatten()[index_M]
     hidden_MD = out.hidden.detach().flatten(0, 1)[index_M]
     with torch.no_grad():
@@ -103,8 +101,7 @@ def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Ten
             token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
         columns.append(token_BT)
     following_MX = torch.stack(columns, -1).flatten(0, 1)
-    stride = DRAFT_STRIDE if following_BT.numel() >= DRAFT_STRIDE else 1
-    index_M = _picks(following_BT, stride)
+    index_M = _picks(following_BT, DRAFT_STRIDE)
     hidden_MD = out.hidden.flatten(0, 1)[index_M]
     return {"draft": model.drafter.loss(hidden_MD, following_MX[index_M], model.embed)}
 

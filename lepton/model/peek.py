@@ -51,11 +51,11 @@ def summary(embedded_BTE: Tensor, position_BT: Tensor, horizon: int) -> tuple[Te
     normed = norm(embedded_BTE)
     total = torch.zeros_like(normed)
     has_BT = torch.zeros_like(position_BT, dtype=torch.bool)
-    for ahead in range(horizon, 1, -1):
+    for ahead in range(min(horizon, length - 1), 1, -1):
         same_BT = torch.zeros_like(has_BT)
         # In the same document exactly if the position grew by as much as the index.
         same_BT[:, : length - ahead] = position_BT[:, ahead:] == position_BT[:, : length - ahead] + ahead
-        shifted = F.pad(normed[:, ahead:], (0, 0, 0, min(ahead, length)))
+        shifted = F.pad(normed[:, ahead:], (0, 0, 0, ahead))
         total = FADE * total + shifted * same_BT[..., None]
         has_BT = has_BT | same_BT
     return total, has_BT

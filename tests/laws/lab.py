@@ -53,10 +53,10 @@ OUTPUTS = ("logits", "hidden", "uncertainty", "depth")
 TRACES = ("hint_BTP", "read_BTM", "thought_BTD", "benefit_BT", "signals_BT3")
 
 
-def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> Lepton:
+def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lepton:
     """A small model whose parameters are all shaken: zero initialisation would hide leaks."""
     torch.manual_seed(seed)
-    model = Lepton(LeptonConfig(**SHAPE, **VARIANTS[variant]))
+    model = Lepton(LeptonConfig(**{**SHAPE, **VARIANTS[variant], **overrides}))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     if model.crystals is not None:

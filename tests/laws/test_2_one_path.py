@@ -1,11 +1,12 @@
 """Law 2: one function. Full forward, any chunking, single tokens, verify and rollback agree, in outputs and state."""
 
+import itertools
 import random
 
 import pytest
 import torch
 
-from tests.laws.lab import EOS, LENGTH, VARIANTS, assert_outputs, assert_states, build, cut, text, views
+from tests.laws.lab import EOS, LENGTH, VARIANTS, assert_outputs, assert_states, build, cut, half_depth, text, views
 
 ROWS = slice(None)
 
@@ -34,31 +35,58 @@ def texts() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", texts())
-def test_any_chunking_equals_the_full_forward(variant, kind):
+def check_chunkings(variant: str, kind: str, **options) -> None:
     model, tokens = build(variant), texts()[kind]
-    full = model(tokens)
+    opens = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.06
+    full = model(tokens, opens=opens, **options)
     for plan in plans(len(kind), LENGTH):
         state, first = model.new_state(2), 0
         for last in plan:
-            out = model(tokens[:, first:last], state)
+            out = model(tokens[:, first:last], state, opens=opens[:, first:last], **options)
             assert_outputs(cut(views(full), ROWS, slice(first, last)), views(out), f"{kind} {first}:{last} of {plan}")
             state, first = out.state, last
         assert_states(full.state, state, plan)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_any_chunking_equals_the_full_forward(variant):
+    check_chunkings(variant, "random")
+
+
+@pytest.mark.parametrize("variant", ["complete", "odd edges", "dense"])
+@pytest.mark.parametrize("kind", texts())
+@torch.no_grad()
+def test_any_chunking_of_any_kind_of_text(variant, kind):
+    check_chunkings(variant, kind, **half_depth(variant))
+
+
+@pytest.mark.parametrize("rounds", [0, 4])
+@torch.no_grad()
+def test_any_chunking_at_any_number_of_rounds(rounds):
+    check_chunkings("complete", "random", think=rounds)
+
+
+@torch.no_grad()
+def test_the_rounds_of_thinking_matter():
+    model, tokens = build("complete"), text(1)
+    logits = [model(tokens, think=rounds).logits for rounds in (0, 1, 2, 4)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(logits))
+
+
+@torch.no_grad()
 def test_long_chunks_are_banded_without_a_seam():
     """Chunks of more than two bands take the linear-cost path; chunks of 50 do not."""
     model, tokens = build("complete"), text(5, rows=1, length=1100)
-    full, state = model(tokens), None
+    full, state = model(tokens, depth=0.5), None
     for first in range(0, 1100, 50):
-        out = model(tokens[:, first : first + 50], state)
+        out = model(tokens[:, first : first + 50], state, depth=0.5)
         assert_outputs(cut(views(full), ROWS, slice(first, first + 50)), views(out), first)
         state = out.state
     assert_states(full.state, state, "bands")
 
 
+@torch.no_grad()
 def test_fp32_agrees_within_its_tolerance():
     model, tokens = build("complete", dtype=torch.float32), text(6)
     full, state = model(tokens), None
@@ -69,6 +97,7 @@ def test_fp32_agrees_within_its_tolerance():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
 def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
     """commit(n) of a chunk whose rest is junk equals reading only its first n tokens, row by row."""
     model, tokens = build(variant), text(7, rows=3)
@@ -76,9 +105,11 @@ def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
     for length in (5, 20):
         for counts in ([0, 1, 2], [3, 0, 5], [5, 4, 1], [4, 4, 4]):
             junk = text(sum(counts), rows=3, length=length)
+            opens = torch.rand(3, length, generator=torch.Generator().manual_seed(sum(counts))) < 0.3
             for row, count in enumerate(counts):
                 junk[row, :count] = tokens[row, 37 : 37 + count]
-            rolled = model(junk, before).commit(torch.tensor(counts))
+                opens[row, :count] = False
+            rolled = model(junk, before, opens=opens).commit(torch.tensor(counts))
             for row, count in enumerate(counts):
                 one = torch.tensor([row])
                 state = before.rows(one)
@@ -88,6 +119,7 @@ def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
 def test_padding_and_idle_rows_are_the_same_function(variant):
     model, tokens = build(variant), text(8, rows=4)
     lengths = torch.tensor([LENGTH, 1, 33, 48])

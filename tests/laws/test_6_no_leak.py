@@ -26,7 +26,8 @@ def pairs(rows: int, generator: torch.Generator) -> torch.Tensor:
 def train(variant: str, sample, steps: int = STEPS) -> tuple[Lepton, torch.Generator]:
     torch.manual_seed(0)
     # No id ends a document here, so that every position has a past to copy from.
-    model = Lepton(LeptonConfig(**SHAPE | {"vocab_size": VOCAB + 1}, **VARIANTS[variant], eos_id=VOCAB))
+    shape = {**SHAPE, **VARIANTS[variant], "vocab_size": VOCAB + 1, "eos_id": VOCAB}
+    model = Lepton(LeptonConfig(**shape))
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(steps):
@@ -73,7 +74,7 @@ def test_the_canary_would_die_of_a_leak(monkeypatch):
 
     def leaky(*arguments):
         return [
-            timeline.Band(band.queries, band.columns, band.mask_B1TJ | band.mask_B1TJ.roll(1, -1))
+            timeline.Band(band.queries, band.columns, band.mask_BTJ | band.mask_BTJ.roll(1, -1))
             for band in honest(*arguments)
         ]
 

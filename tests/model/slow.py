@@ -1,0 +1,154 @@
+"""The whole model, slowly: one document, one token after the other, no batches, masks, bands, chunks or states."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from lepton.model.attention import norm
+from tests.laws.lab import EOS
+
+Column = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
+
+
+def documents(tokens: list[int]) -> list[list[int]]:
+    """Split at document ends; the end belongs to its document."""
+    result: list[list[int]] = [[]]
+    for token in tokens:
+        result[-1].append(token)
+        if token == EOS:
+            result.append([])
+    return [document for document in result if document]
+
+
+def rotate(head: torch.Tensor, position: int, base: float) -> torch.Tensor:
+    """Rotate the pairs of the first half of one head as complex numbers."""
+    pairs = head.shape[0] // 4
+    pair = torch.complex(head[:pairs], head[pairs : 2 * pairs])
+    angle = torch.tensor([position * base ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
+    turned = pair * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag, head[2 * pairs :]])
+
+
+def token_column(attention, state, position, config) -> Column:
+    """Key and value [K, H] of a token's normed state, without bias."""
+    keys = (attention.k.weight @ state).view(config.kv_heads, -1)
+    keys = torch.stack([rotate(norm(key), position, config.rope_base) for key in keys])
+    return keys, (attention.v.weight @ state).view(config.kv_heads, -1), 0.0
+
+
+def slot_column(attention, state, bias, config) -> Column:
+    """Key and value of a slot: normed over the whole head, then zero in the rotary half."""
+    keys = norm((attention.k.weight @ state).view(config.kv_heads, -1))
+    keys = torch.cat([torch.zeros_like(keys[:, : config.head_dim // 2]), keys[:, config.head_dim // 2 :]], 1)
+    return keys, (attention.v.weight @ state).view(config.kv_heads, -1), bias
+
+
+def attend(attention, state, position, columns: list[Column], config) -> torch.Tensor:
+    """What attention adds at one normed state that looks at `columns`."""
+    queries = (attention.q.weight @ state).view(config.heads, -1)
+    answers = []
+    for n, query in enumerate(queries):
+        kv = n // (config.heads // config.kv_heads)
+        turned = rotate(norm(query), position, config.rope_base)
+        scores = torch.stack([turned @ keys[kv] / math.sqrt(config.head_dim) + bias for keys, _, bias in columns])
+        answers.append((scores.softmax(0)[:, None] * torch.stack([values[kv] for _, values, _ in columns])).sum(0))
+    return attention.out.weight @ torch.cat(answers)
+
+
+def run_block(block, x, extra: list[list[Column]], config) -> list[torch.Tensor]:
+    """One block over a document; token t also sees the columns `extra[t]`."""
+    columns = [token_column(block.attention, norm(state), t, config) for t, state in enumerate(x)]
+    result = []
+    for t, state in enumerate(x):
+        first = 0 if config.window is None else max(0, t - config.window + 1)
+        state = state + attend(block.attention, norm(state), t, columns[first : t + 1] + extra[t], config)
+        result.append(state + run_mlp(block.mlp, state))
+    return result
+
+
+def run_mlp(mlp, state) -> torch.Tensor:
+    return mlp.down.weight @ F.relu(mlp.up.weight @ norm(state)) ** 2
+
+
+def think(thoughts, u, t, rounds, config) -> torch.Tensor:
+    """The group that opens at token t: [S, D]."""
+    attention, first = thoughts.block.attention, max(0, t - config.window + 1)
+    window = [token_column(attention, u[s], s, config) for s in range(first, t + 1)]
+    start = [vector + thoughts.opening.weight @ u[t] for vector in thoughts.start]
+    slots = start
+    for _ in range(rounds):
+        entering = [norm(slot + begun) for slot, begun in zip(slots, start, strict=True)]
+        own = [slot_column(attention, slot, 0.0, config) for slot in entering]
+        moved = [slot + attend(attention, slot, t, window + own, config) for slot in entering]
+        slots = [norm(slot + run_mlp(thoughts.block.mlp, slot)) for slot in moved]
+    return torch.stack(slots)
+
+
+def remember(memory, u) -> list[torch.Tensor]:
+    """What the working memory answers at each token, normed a head."""
+    raw = [memory.qkv.weight @ state for state in u]
+    state = torch.zeros(memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype)
+    answers = []
+    for t in range(len(u)):
+        mixed = sum(raw[t - i] * memory.conv[:, i] for i in range(4) if i <= t)
+        parts = F.silu(mixed).view(memory.heads, -1).split([memory.key_dim, memory.key_dim, memory.value_dim], -1)
+        q, k, v = F.normalize(parts[0], dim=-1), F.normalize(parts[1], dim=-1), parts[2]
+        decay, rate = (memory.gates.weight @ u[t]).chunk(2)
+        decay, rate = torch.sigmoid(decay + memory.decay_bias), torch.sigmoid(rate)
+        for h in range(memory.heads):
+            kept = decay[h] * state[h]
+            state[h] = kept + torch.outer(k[h], rate[h] * (v[h] - kept.T @ k[h]))
+        answers.append(torch.cat([norm(state[h].T @ q[h]) for h in range(memory.heads)]))
+    return answers
+
+
+def visible_crystals(crystals, u, config) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Which earlier tokens each token sees as crystals, and the log-score of every token."""
+    log_score = [F.logsigmoid(crystals.score.weight[0] @ state + crystals.score.bias[0]) for state in u]
+    kept, open_, seen = [], [], []
+    for t, score in enumerate(log_score):
+        if t % config.segment == 0:
+            kept = sorted(kept + sorted(open_, reverse=True)[: config.crystals], reverse=True)[: config.slots]
+            open_ = []
+        open_.append((round(1024 * score.item()), t))
+        seen.append([position for _, position in kept if t - position >= config.window])
+    return seen, log_score
+
+
+def slow_logits(model, document: list[int]) -> torch.Tensor:
+    """Logits of one document."""
+    config, embedding = model.config, model.embed.weight
+    up = model.embed_up.weight if config.embed_rank else torch.eye(config.width, dtype=embedding.dtype)
+    down = model.head_down.weight if config.embed_rank else torch.eye(config.width, dtype=embedding.dtype)
+    nothing: list[list[Column]] = [[] for _ in document]
+    h = [norm(up @ embedding[token]) for token in document]
+    for block in model.stem:
+        h = run_block(block, h, nothing, config)
+    u = [norm(state) for state in h]
+    groups: list[torch.Tensor | None] = [None] * len(u)
+    if model.thoughts is not None:
+        opened = {t: think(model.thoughts, u, t, config.rounds, config) for t in range(0, len(u), config.segment)}
+        groups = [opened[t - t % config.segment] for t in range(len(u))]
+    reads = remember(model.memory, u) if model.memory is not None else None
+    x = list(h)
+    for t in range(len(u)):
+        parts = [u[t]]
+        if reads is not None:
+            x[t] = x[t] + model.memory.out.weight @ reads[t]
+            parts.append(reads[t])
+        if groups[t] is not None:
+            parts.append(norm(groups[t].mean(0)))
+        if model.peek is not None:
+            hint = norm(model.peek.down.weight @ F.silu(model.peek.up.weight @ torch.cat(parts)))
+            x[t] = x[t] + model.peek.back.weight @ hint
+    seen, log_score = ([[] for _ in u], [])
+    if model.crystals is not None:
+        seen, log_score = visible_crystals(model.crystals, u, config)
+    for block in model.blocks:
+        extra = [[slot_column(block.attention, u[s], log_score[s], config) for s in seen[t]] for t in range(len(u))]
+        for t, group in enumerate(groups):
+            extra[t] += [] if group is None else [slot_column(block.attention, norm(z), 0.0, config) for z in group]
+        x = run_block(block, x, extra, config)
+    scores = torch.stack([embedding[: config.vocab_size] @ (down @ norm(state)) for state in x])
+    return config.logit_cap * torch.tanh(scores / config.logit_cap)
