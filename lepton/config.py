@@ -110,7 +110,16 @@ class LeptonConfig:
         for name in names:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 0")
-        names = ("segment", "thought_ffn", "key_dim", "value_dim", "crystals", "exit_width", "capacity_window", "draft_width")
+        names = (
+            "segment",
+            "thought_ffn",
+            "key_dim",
+            "value_dim",
+            "crystals",
+            "exit_width",
+            "capacity_window",
+            "draft_width",
+        )
         for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")

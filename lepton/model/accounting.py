@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lepton.model.attention import BIAS_WIDTH
+from lepton.model.block import Block
 from lepton.model.memory import CHUNK
 from lepton.model.timeline import band_edges
 
@@ -27,7 +28,9 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
     crystals = config.slots + (groups + 1) * config.crystals if model.crystals is not None else 0
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)
 
-    total = length * (_weights(model.embed_up) + _weights(model.head_down) + config.vocab_size * model.embed.embedding_dim)
+    total: float = length * (
+        _weights(model.embed_up) + _weights(model.head_down) + config.vocab_size * model.embed.embedding_dim
+    )
     total += length * _weights(model.stem) + 2 * config.stem_layers * config.heads * config.head_dim * pairs
     total += _thinking(model, length, groups, think) + _memory(model, length)
     for idea in (model.crystals, model.uncertainty):
@@ -39,6 +42,7 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
         total += length * (_weights(model.router.benefit) + (1 - depth) * adapter)
     width = config.head_dim + (BIAS_WIDTH if slots else 0)
     for block in model.blocks:
+        assert isinstance(block, Block)
         always = _weights(block.attention.k) + _weights(block.attention.v)
         total += (length + slots) * always + depth * length * (_weights(block) - always)
         total += depth * 2 * config.heads * width * (pairs + slots * length)

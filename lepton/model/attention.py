@@ -78,7 +78,7 @@ class Slots:
 
 
 def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
-    """Softmax attention where `mask_BTJ` is true; returns [B, T, N, H]. Each key/value head serves N / K query heads."""
+    """Softmax attention where `mask_BTJ` is true: [B, T, N, H]. Each key/value head serves N / K query heads."""
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
     k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
     v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
@@ -106,8 +106,8 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Keys and values [..., K, H] of normed states [..., D].
 
-        Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half, so
-        that they match the same at every position and nothing extrapolates.
+        Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half,
+        so that they match the same at every position and nothing extrapolates.
         """
         k = norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -159,4 +159,10 @@ class Attention(nn.Module):
         bias_BCK1 = (slots.bias_BC * wide**0.5)[:, :, None, None].expand(-1, -1, self.kv_heads, -1)
         slot_k_BCKH = torch.cat([slot_k_BCKH, bias_BCK1.to(q.dtype)], -1)
         pad = (0, BIAS_WIDTH)
-        return q, F.pad(k_BJKH, pad), F.pad(v_BJKH, pad), F.pad(slot_k_BCKH, (0, BIAS_WIDTH - 1)), F.pad(slot_v_BCKH, pad)
+        return (
+            q,
+            F.pad(k_BJKH, pad),
+            F.pad(v_BJKH, pad),
+            F.pad(slot_k_BCKH, (0, BIAS_WIDTH - 1)),
+            F.pad(slot_v_BCKH, pad),
+        )

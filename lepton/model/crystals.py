@@ -148,7 +148,6 @@ class Store:
     ids_BX: Tensor
     """The last 15 ids, -1 before the document."""
 
-
     def carried(self, window: int) -> "Store":
         """Return the store as a new stream starts with it: nothing is open, and all of it is out of the window."""
         everything = self.kept.join(self.pending)
@@ -178,7 +177,7 @@ class CrystalRun:
         them are in the store while each group is open: alive [B, G, C].
         """
         timeline, count = self.timeline, self.module.count
-        rows, length = timeline.group_BT.shape
+        length = timeline.group_BT.shape[1]
         groups = timeline.opening_BG.shape[1] + 1
         offered = self.past.pending.join(self.chunk)
         zeros_BC = torch.zeros_like(self.past.pending.position_BC)
@@ -217,7 +216,9 @@ class CrystalRun:
         kept_BC = alive_BGC[torch.arange(len(group_B), device=group_B.device), group_B] & goes_on_B1
         slots, count = self.module.slots, self.module.count
         place_C = torch.arange(columns.position_BC.shape[1], device=group_B.device) - slots
-        pending_BC = (place_C >= 0) & (place_C // count == group_B[:, None]) & (columns.position_BC > EMPTY) & goes_on_B1
+        pending_BC = (
+            (place_C >= 0) & (place_C // count == group_B[:, None]) & (columns.position_BC > EMPTY) & goes_on_B1
+        )
         index_BX = count_B[:, None] + torch.arange(CONTEXT - 1, device=count_B.device)
         in_document_BX = torch.arange(CONTEXT - 1, device=count_B.device) >= CONTEXT - 1 - position_B[:, None]
         ids_BX = self.history_BX.gather(1, index_BX).masked_fill(~in_document_BX, -1)

@@ -1,8 +1,8 @@
 """Speculative drafts: a small recurrent cell guesses the next tokens one after the other, for the model to verify.
 
-The cell starts from the (detached) top state and is fed the embedding of the token just drafted (EAGLE, 2024; recurrent drafter, 2024).
-It proposes only frequent tokens; what it cannot propose is reached through the residual of the acceptance rule, so the
-output distribution stays exact. The trunk and the embedding never pay for it.
+The cell starts from the (detached) top state and is fed the embedding of the token just drafted (EAGLE, 2024;
+recurrent drafter, 2024). It proposes only frequent tokens; what it cannot propose is reached through the residual of
+the acceptance rule, so the output distribution stays exact. The trunk and the embedding never pay for it.
 """
 
 import torch
@@ -56,8 +56,8 @@ class Drafter(nn.Module):
     def loss(self, hidden_MD: Tensor, following_MX: Tensor, embedding: nn.Embedding) -> Tensor:
         """Faded mean cross-entropy of the drafts at M positions.
 
-        `following_MX` are the 1 + `count` tokens after each position, `IGNORE` beyond its document; the first was sampled by
-        the model itself, each next one is what the cell should have drafted.
+        `following_MX` are the 1 + `count` tokens after each position, `IGNORE` beyond its document; the first was
+        sampled by the model itself, each next one is what the cell should have drafted.
         """
         rows_VE = self.rows(embedding)
         place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_VE.device)
@@ -69,7 +69,12 @@ class Drafter(nn.Module):
             embedded_ME = F.embedding(known_MX[:, i], embedding.weight.detach()).to(state_MW.dtype)
             state_MW = self.step(state_MW, embedded_ME)
             loss, _, _ = linear_cross_entropy(
-                self.leave(state_MW), rows_VE, target_MX[:, i + 1], vocab_size=self.vocab_size, cap=self.cap, z_weight=0.0
+                self.leave(state_MW),
+                rows_VE,
+                target_MX[:, i + 1],
+                vocab_size=self.vocab_size,
+                cap=self.cap,
+                z_weight=0.0,
             )
             total, weights = total + FADE**i * loss, weights + FADE**i
         return total / weights

@@ -8,7 +8,6 @@ from lepton.config import LeptonConfig
 from lepton.model.lepton import Lepton
 from lepton.presets import preset
 
-
 # What turns a configuration into the one of the dense baseline.
 WITHOUT_IDEAS: dict[str, Any] = {
     "dense": True,

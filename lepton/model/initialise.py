@@ -24,20 +24,20 @@ ZERO = (
 def initialise(model: nn.Module) -> None:
     """Initialise `model`, from torch's global generator.
 
-    | parameter                               | value                        | why                                      |
-    |-----------------------------------------|------------------------------|------------------------------------------|
-    | embed                                   | normal, std 0.02             | tied: logits start small; input is normed |
-    | attention.out, mlp.down                 | zero                         | each block starts as the identity        |
-    | memory.out, peek.back, router.exit_down | zero                         | the ideas start by adding nothing        |
-    | drafter.down, uncertainty.out           | zero                         | likewise                                 |
-    | thoughts.start                          | normal, std 1                | slots must differ to think differently   |
-    | memory.conv                             | 1 on the token, else 0       | starts as no convolution                 |
-    | memory.decay_bias                       | 2 ... 6 over the heads       | half-lives of about 5 to 280 tokens      |
-    | other biases                            | zero                         |                                          |
-    | every other matrix                      | normal, std 1/sqrt(inputs)   | unit scale in, unit scale out            |
-    | router.quantiles                        | those of a unit normal       | what the initial scores are              |
-    | drafter.ids                             | the first ids                | byte-pair ids come by frequency          |
-    | uncertainty.calibration                 | scale 1, shift 0             | not calibrated yet                       |
+    | parameter                               | value                      | why                                       |
+    | --------------------------------------- | -------------------------- | ----------------------------------------- |
+    | embed                                   | normal, std 0.02           | tied: logits start small; input is normed |
+    | attention.out, mlp.down                 | zero                       | each block starts as the identity         |
+    | memory.out, peek.back, router.exit_down | zero                       | the ideas start by adding nothing         |
+    | drafter.down, uncertainty.out           | zero                       | likewise                                  |
+    | thoughts.start                          | normal, std 1              | slots must differ to think differently    |
+    | memory.conv                             | 1 on the token, else 0     | starts as no convolution                  |
+    | memory.decay_bias                       | 2 ... 6 over the heads     | half-lives of about 5 to 280 tokens       |
+    | other biases                            | zero                       |                                           |
+    | every other matrix                      | normal, std 1/sqrt(inputs) | unit scale in, unit scale out             |
+    | router.quantiles                        | those of a unit normal     | what the initial scores are               |
+    | drafter.ids                             | the first ids              | byte-pair ids come by frequency           |
+    | uncertainty.calibration                 | scale 1, shift 0           | not calibrated yet                        |
     """
     for name, parameter in model.named_parameters():
         if name.endswith("embed.weight"):

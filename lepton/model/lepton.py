@@ -1,6 +1,5 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ from lepton.errors import InputError
 from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Slots, norm
 from lepton.model.block import Block
-from lepton.model.crystals import CONTEXT, Columns, CrystalRun, Crystals, Store
+from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.draft import Drafter
+from lepton.model.entry import checked, fresh_state, with_memory
 from lepton.model.initialise import initialise
 from lepton.model.loss import Loss, soft_cap
-from lepton.model.memory import CONV, MemoryRun, WorkingMemory
+from lepton.model.memory import MemoryRun, WorkingMemory
 from lepton.model.objective import objective
 from lepton.model.output import Output, Traces
 from lepton.model.peek import Peek
 from lepton.model.route import Route
-from lepton.model.router import Router
-from lepton.model.state import Memory, State, advance, flatten, read_tensors, rebuild
-from lepton.model.thoughts import Group, ThoughtRun, Thoughts
+from lepton.model.router import Router, taken_after
+from lepton.model.state import Memory, State, advance, read_tensors
+from lepton.model.thoughts import ThoughtRun, Thoughts
 from lepton.model.timeline import Band, Timeline, bands
 from lepton.model.uncertainty import Uncertainty
 
@@ -89,7 +89,8 @@ class Lepton(nn.Module):
                 and whose own outputs mean nothing. None: all.
             depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
             think: rounds of thinking, from 0; None is `config.rounds`.
-            opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular ones.
+            opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular
+                ones.
 
         Returns:
             `Output` with `logits` [B, T, vocab_size] in fp32 (fp64 for an fp64 model), `uncertainty`, `depth`, `commit`
@@ -100,7 +101,9 @@ class Lepton(nn.Module):
         """
         out = self.trunk(tokens, state, lengths=lengths, depth=depth, think=think, opens=opens)
         logits = self.head(out.hidden)
-        uncertainty = self.uncertainty and self.uncertainty(out.hidden, logits, out.traces.signals_BT3)
+        uncertainty = None
+        if self.uncertainty is not None:
+            uncertainty = self.uncertainty(out.hidden, logits, out.traces.signals_BT3)
         return Output(out.hidden, logits, uncertainty, out.depth, out.traces, out.lengths, out._commit)
 
     def trunk(
@@ -115,10 +118,16 @@ class Lepton(nn.Module):
         groups: int | None = None,
     ) -> Output:
         """`forward` without the head: the states that predictions are read from, and the state to go on with."""
-        past, lengths, depth, think = self._check(tokens, state, lengths, depth, think, opens)
+        past, lengths, depth, think = checked(self, tokens, state, lengths, depth, think, opens)
         config = self.config
         timeline = Timeline.read(
-            tokens, past.position_B, past.phase_B, eos_id=config.eos_id, segment=config.segment, opens_BT=opens, groups=groups
+            tokens,
+            past.position_B,
+            past.phase_B,
+            eos_id=config.eos_id,
+            segment=config.segment,
+            opens_BT=opens,
+            groups=groups,
         )
         sight = bands(timeline, past.keys_BLRKH.shape[2], config.window)
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
@@ -146,7 +155,9 @@ class Lepton(nn.Module):
                 timeline.phase_after(count_B),
                 advance(past.keys_BLRKH, keys, count_B, position_B, keep),
                 advance(past.values_BLRKH, values, count_B, position_B, keep),
-                self.router.taken_after(taken_BT, count_B, past.taken_B, timeline) if self.router else past.taken_B,
+                past.taken_B
+                if taken_BT is None
+                else taken_after(taken_BT, count_B, past.taken_B, timeline, config.capacity_window),
                 thoughts.after(count_B) if thoughts else None,
                 Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None),
             )
@@ -187,35 +198,11 @@ class Lepton(nn.Module):
     def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
         """Return the state of `batch_size` sequences that have read nothing.
 
-        `memory` is a file that `state.memory.save` wrote: the new sequences remember what those before did, its positions
-        shifted behind the window. Its rows must be `batch_size`, or one, which all then share.
+        `memory` is a file that `state.memory.save` wrote: the new sequences remember what those before did, its
+        positions shifted behind the window. Its rows must be `batch_size`, or one, which all then share.
         """
-        config, device, dtype = self.config, self.embed.weight.device, self.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        columns = config.layers + (self.thoughts is not None)
-        ring = (batch_size, columns, self._columns(0), config.kv_heads, config.head_dim)
-        counter = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        group = matrix = tail = store = None
-        if self.thoughts is not None:
-            nothing = torch.zeros(batch_size, config.thoughts, config.width, dtype=dtype, device=device)
-            group = Group(nothing, counter.bool(), torch.zeros(batch_size, dtype=dtype, device=device))
-        if self.memory is not None:
-            shape = (batch_size, config.memory_heads, config.key_dim, config.value_dim)
-            matrix = torch.zeros(shape, dtype=precise, device=device)
-            tail = torch.zeros(batch_size, CONV - 1, self.memory.channels, dtype=dtype, device=device)
-        if self.crystals is not None:
-            empty = [Columns.empty(batch_size, n, config.width, dtype, device) for n in (config.slots, config.crystals)]
-            store = Store(*empty, torch.full((batch_size, CONTEXT - 1), -1, device=device))
-        state = State(
-            counter,
-            counter,
-            torch.zeros(ring, dtype=dtype, device=device),
-            torch.zeros(ring, dtype=dtype, device=device),
-            counter,
-            group,
-            Memory(matrix, tail, store),
-        )
-        return state if memory is None else self._with_memory(state, memory)
+        state = fresh_state(self, batch_size)
+        return state if memory is None else with_memory(self, state, memory)
 
     def load_state(self, path: str | Path) -> State:
         """Read what `state.save` wrote: a stream goes on in another process with identical output.
@@ -224,18 +211,6 @@ class Lepton(nn.Module):
             InputError: the file is missing or torn, or the state is of a model of another shape.
         """
         return read_tensors(path, self.new_state(1), "state")
-
-    def _with_memory(self, state: State, path: str | Path) -> State:
-        memory = read_tensors(path, self.new_state(1).memory, "state.memory")
-        rows = next(iter(flatten(memory).values())).shape[0] if flatten(memory) else state.batch_size
-        if rows not in (1, state.batch_size):
-            raise InputError(f"{path}: holds the memory of {rows} rows; give new_state({rows}), not {state.batch_size}")
-        if rows != state.batch_size:
-            memory = rebuild(memory, lambda _name, value: value.expand(state.batch_size, *value.shape[1:]).clone())
-        if memory.store is not None and self.crystals is not None:
-            memory.store = memory.store.carried(self.crystals.window)
-        memory.tail_BXC = state.memory.tail_BXC
-        return dataclasses.replace(state, memory=memory)
 
     def generate(
         self,
@@ -364,8 +339,12 @@ class Lepton(nn.Module):
             hint_BTP = self.peek.hint(inputs_BTX)
             x_BTD = x_BTD + self.peek.back(hint_BTP)
         benefit_BT = self.router.score(u_BTD) if self.router else None
-        nothing_BT = torch.zeros(u_BTD.shape[:2], dtype=torch.promote_types(u_BTD.dtype, torch.float32), device=u_BTD.device)
-        signals = [nothing_BT if signal is None else signal.to(nothing_BT) for signal in (benefit_BT, change_BT, strength_BT)]
+        nothing_BT = torch.zeros(
+            u_BTD.shape[:2], dtype=torch.promote_types(u_BTD.dtype, torch.float32), device=u_BTD.device
+        )
+        signals = [
+            nothing_BT if signal is None else signal.to(nothing_BT) for signal in (benefit_BT, change_BT, strength_BT)
+        ]
         traces = Traces(
             timeline=timeline,
             embedded_BTE=embedded_BTE,
@@ -390,7 +369,9 @@ class Lepton(nn.Module):
 
     def _slots(self, thoughts: ThoughtRun | None, crystals: Slots | None) -> Slots | None:
         """The columns beside the window that the deep blocks see: crystals, and the current thoughts."""
-        parts = [part for part in (crystals, thoughts and thoughts.slots()) if part is not None]
+        parts = [] if crystals is None else [crystals]
+        if thoughts is not None:
+            parts.append(thoughts.slots())
         return Slots.join(parts) if parts else None
 
     def _leave(self, x_BTD: Tensor, deep_BT: Tensor, route: Route | None) -> Tensor:
@@ -400,43 +381,3 @@ class Lepton(nn.Module):
         index_M = (~deep_BT).flatten().nonzero()[:, 0]
         easy_MD = self.router.exit(x_BTD.flatten(0, 1)[index_M])
         return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
-
-    def _check(
-        self,
-        tokens: Tensor,
-        state: State | None,
-        lengths: Tensor | None,
-        depth: float | None,
-        think: int | Tensor | None,
-        opens: Tensor | None,
-    ) -> tuple[State, Tensor, float, int | Tensor]:
-        """Validate the arguments of `forward` and fill in what was left out."""
-        if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-            raise InputError(f"tokens must be integers [rows, at least 1], not {tokens.dtype} {tuple(tokens.shape)}")
-        rows, length = tokens.shape
-        depth = 1.0 if depth is None else depth
-        if not 0 <= depth <= 1:
-            raise InputError(f"depth={depth}: must lie in 0..1, the share of tokens allowed past the stem")
-        if depth < 1 and self.router is None:
-            raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
-        if think is None:
-            think = self.config.rounds if self.thoughts is not None else 0
-        if not isinstance(think, Tensor):
-            if think < 0:
-                raise InputError(f"think={think}: must be a number of rounds, from 0")
-            if think and self.thoughts is None:
-                raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
-        if state is None:
-            # A fresh past has no columns to look at: the same function, without computing on masked zeros.
-            state = self.new_state(rows)
-            nothing = state.keys_BLRKH[:, :, :0]
-            state = dataclasses.replace(state, keys_BLRKH=nothing, values_BLRKH=nothing)
-        elif state.batch_size != rows:
-            raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
-        if lengths is None:
-            lengths = torch.full((rows,), length, device=tokens.device)
-        elif lengths.shape != (rows,):
-            raise InputError(f"lengths must hold one value for each of {rows} rows, not {tuple(lengths.shape)}")
-        if opens is not None and opens.shape != tokens.shape:
-            raise InputError(f"opens must have the shape of the tokens {tuple(tokens.shape)}, not {tuple(opens.shape)}")
-        return state, lengths, depth, think

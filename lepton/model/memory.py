@@ -2,9 +2,9 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. The chunk form below computes the same for many tokens at
-once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better, because the state
-is a sum over the whole past.
+Read after write. A document's end is a mask, never a decay of 0. The chunk form below computes the same for many
+tokens at once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better,
+because the state is a sum over the whole past.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,8 @@ class WorkingMemory(nn.Module):
         """Read and write the memory with the normed stem states `u_BTD`.
 
         `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
-        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix follows.
+        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any
+        prefix follows.
         """
         raw_BTC = self.qkv(u_BTD)
         joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
@@ -96,7 +97,9 @@ class WorkingMemory(nn.Module):
         for distance in range(CONV):
             first = CONV - 1 - distance
             seen_BT1 = (timeline.position_BT >= distance)[..., None]
-            mixed_BTC = mixed_BTC + joined_BXC[:, first : first + length] * self.conv[:, distance].to(raw_BTC) * seen_BT1
+            mixed_BTC = (
+                mixed_BTC + joined_BXC[:, first : first + length] * self.conv[:, distance].to(raw_BTC) * seen_BT1
+            )
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
         parts = F.silu(mixed_BTC).to(precise).unflatten(-1, (self.heads, -1))
         q, k, v = parts.split([self.key_dim, self.key_dim, self.value_dim], -1)
@@ -161,5 +164,7 @@ class MemoryRun:
         state_BHKV = state_BHKV.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
         index_BX = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
         tail_BXC = self.joined_BXC.gather(1, index_BX[..., None].expand(-1, -1, self.joined_BXC.shape[2]))
-        in_document_BX = torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
+        in_document_BX = (
+            torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
+        )
         return tail_BXC.where(in_document_BX[..., None], 0), state_BHKV

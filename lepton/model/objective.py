@@ -1,7 +1,7 @@
 """The training loss: cross-entropy of the next token, and a small loss for each idea that has one.
 
-Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk; they share positions that
-are picked by a pure function of the batch.
+Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk; they share positions
+that are picked by a pure function of the batch.
 """
 
 from typing import TYPE_CHECKING

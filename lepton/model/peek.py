@@ -1,8 +1,9 @@
 """Future peek: a predicted hint about what comes. It reads the past; the future appears only in its loss.
 
-The hint is a small MLP of the stem state, the memory's read and the current thought, and feeds back through a projection
-that starts at zero. It is taught to point at a summary of the next tokens, the very next one excluded, that a right-to-left
-pass over the embeddings makes. That loss stops at the hint's inputs: it shapes the hint and costs the trunk nothing.
+The hint is a small MLP of the stem state, the memory's read and the current thought, and feeds back through a
+projection that starts at zero. It is taught to point at a summary of the next tokens, the very next one excluded,
+that a right-to-left pass over the embeddings makes. That loss stops at the hint's inputs: it shapes the hint and
+costs the trunk nothing.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Which tokens of a chunk a block computes, and how to gather and scatter them.
 
-Everything linear runs on exactly the chosen tokens. Attention runs on them padded to the most that one row has, over the
-rows that have any: so what is skipped is not computed, in prefill as in decode.
+Everything linear runs on exactly the chosen tokens. Attention runs on them padded to the most that one row has, over
+the rows that have any: so what is skipped is not computed, in prefill as in decode.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Sparse depth routing: which tokens go past the stem, and how the others leave.
 
-One score a token, read off the stem state: the nats that depth is expected to save. With a depth in 0..1, a token goes on if its
-score is above the quantile that leaves that share, and fewer than `SLACK` x depth x window earlier tokens of the current
-window wanted to: first come, a running count, causal, no top-k over a sequence and no statistics of a batch. Router and
-exit learn from stopped gradients, so the trunk never pays for them.
+One score a token, read off the stem state: the nats that depth is expected to save. With a depth in 0..1, a token
+goes on if its score is above the quantile that leaves that share, and fewer than `SLACK` x depth x window earlier
+tokens of the current window wanted to: first come, a running count, causal, no top-k over a sequence and no
+statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for them.
 """
 
 import math
@@ -76,7 +76,8 @@ class Router(nn.Module):
         count_BT = total_BT - before_BT + on_entry_BT * (begun_BT < 0) * taken_B[:, None]
         return wants_BT & (count_BT <= capacity), count_BT
 
-    def taken_after(self, count_BT: Tensor, count_B: Tensor, taken_B: Tensor, timeline: Timeline) -> Tensor:
-        """Return the running count of the current window once the first `count_B` tokens are read."""
-        inside_B = timeline.position_after(count_B) % self.window > 0
-        return timeline.at(count_BT, count_B, taken_B) * inside_B
+
+def taken_after(taken_BT: Tensor, count_B: Tensor, taken_B: Tensor, timeline: Timeline, window: int) -> Tensor:
+    """Return the running count of `Router.choose` once the first `count_B` tokens are read."""
+    inside_B = timeline.position_after(count_B) % window > 0
+    return timeline.at(taken_BT, count_B, taken_B) * inside_B

@@ -64,7 +64,7 @@ class Memory:
 
     def save(self, path: str | Path) -> None:
         """Write the memory alone to a safetensors file; `Lepton.new_state` takes it into a new conversation."""
-        _write({name: value for name, value in flatten(self).items()}, path, "memory")
+        _write(flatten(self), path, "memory")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Thought tokens: a group of latent tokens opens every segment, thinks in a loop, and never appears in the output.
 
-A group starts from learned vectors and the stem state of the token that opens the segment. In each round one tied block lets
-its slots attend to each other and to the window of stem states up to and including that token, which is also the first
-that sees the group: so the thoughts of an answer can influence its first token. Looped tied blocks (Universal
-Transformer, 2018; Saunshi et al. 2025), input re-injected and normed in each round.
+A group starts from learned vectors and the stem state of the token that opens the segment. In each round one tied
+block lets its slots attend to each other and to the window of stem states up to and including that token, which is
+also the first that sees the group: so the thoughts of an answer can influence its first token. Looped tied blocks
+(Universal Transformer, 2018; Saunshi et al. 2025), input re-injected and normed in each round.
 """
 
 from dataclasses import dataclass
@@ -92,9 +92,9 @@ class Thoughts(nn.Module):
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
-        first = (past.states_BSD[:, None], past.active_B[:, None], past.change_B[:, None])
+        first = ThoughtRun(past.states_BSD[:, None], past.active_B[:, None], past.change_B[:, None], timeline)
         if groups == 0:
-            return ThoughtRun(*first, timeline)
+            return first
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
@@ -109,8 +109,12 @@ class Thoughts(nn.Module):
             change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
             z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
         active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
-        new = (z_BGSD * active_BG[..., None, None], active_BG, change_BG * active_BG)
-        return ThoughtRun(*(torch.cat(pair, 1) for pair in zip(first, new, strict=True)), timeline)
+        return ThoughtRun(
+            torch.cat([first.states_BGSD, z_BGSD * active_BG[..., None, None]], 1),
+            torch.cat([first.active_BG, active_BG], 1),
+            torch.cat([first.change_BG, change_BG * active_BG], 1),
+            timeline,
+        )
 
     def _mask(self, index_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
         """Each slot sees what its opening token sees, and its own group: [B, G * S, J + G * S]."""

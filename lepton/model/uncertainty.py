@@ -1,8 +1,8 @@
 """Uncertainty: the chance, for each token, that the model's most likely next token is wrong.
 
-A small head on stopped features: what the prediction looks like (entropy, largest probability, margin), and what the model
-knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how strongly the memory
-answered). Trained by the true outcomes, calibrated on a split of its own.
+A small head on stopped features: what the prediction looks like (entropy, largest probability, margin), and what the
+model knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how strongly the
+memory answered). Trained by the true outcomes, calibrated on a split of its own.
 """
 
 import torch

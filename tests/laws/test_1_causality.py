@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from lepton.model import timeline
-from tests.laws.lab import EOS, LENGTH, VARIANTS, VOCAB, assert_close, assert_outputs, build, cut, half_depth, text, views
+from tests.laws.lab import (
+    EOS,
+    LENGTH,
+    VARIANTS,
+    VOCAB,
+    assert_close,
+    assert_outputs,
+    build,
+    cut,
+    half_depth,
+    text,
+    views,
+)
 
 BOTH = slice(None)
 

@@ -1,4 +1,4 @@
-"""Law 5: a skipped block is not computed. torch's FLOP counter agrees with `flops_per_token`, and with what it skips."""
+"""Law 5: a skipped block is not computed. torch's FLOP counter agrees with `flops_per_token`."""
 
 import pytest
 import torch
@@ -39,7 +39,14 @@ def test_prefill_costs_what_is_said(nano, tokens, depth, think):
 
 
 def test_a_model_without_an_idea_does_not_pay_for_it(tokens):
-    for off in ({"thoughts": 0}, {"memory_heads": 0}, {"slots": 0}, {"hint": 0}, {"router": False}, {"uncertainty": False}):
+    for off in (
+        {"thoughts": 0},
+        {"memory_heads": 0},
+        {"slots": 0},
+        {"hint": 0},
+        {"router": False},
+        {"uncertainty": False},
+    ):
         model = create_lepton_nano(**OVERRIDES | off)
         assert counted(model, tokens)[0] / tokens.numel() == pytest.approx(model.flops_per_token(700), rel=1e-6), off
 

@@ -93,7 +93,7 @@ def reach(model, tokens: torch.Tensor) -> list[int]:
 
 
 def test_the_memory_reaches_beyond_every_window():
-    """With window 8 and 4 blocks a token is out of sight after 32; memory and crystals carry it on, and nothing else."""
+    """With window 8 and 4 blocks a token is out of sight after 32; only memory and crystals carry it on."""
     tokens = text(1, rows=1, documents=False)
     assert min(reach(build("complete"), tokens)) == 0
     assert min(reach(build("no crystals"), tokens)) == 0
