@@ -110,17 +110,8 @@ class LeptonConfig:
         for name in names:
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 0")
-        names = (
-            "segment",
-            "thought_ffn",
-            "key_dim",
-            "value_dim",
-            "crystals",
-            "exit_width",
-            "capacity_window",
-            "draft_width",
-        )
-        for name in names:
+        widths = ("thought_ffn", "key_dim", "value_dim", "exit_width", "draft_width")
+        for name in ("segment", "crystals", "capacity_window", *widths):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.window is not None and self.segment > self.window:

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model; without --data_dir on the Python standard library's source",
     "generate": "continue a prompt with a trained model",
     "eval": "measure a checkpoint on held-out text",
+    "calibrate": "fit what a checkpoint's uncertainty and depth mean",
     "prepare": "turn text, code or JSON lines into training shards",
     "tokenizer": "train a tokenizer",
     "sizes": "list the model sizes, counted on the built models",

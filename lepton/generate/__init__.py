@@ -1,5 +1,15 @@
-"""Generation: sampling as arithmetic on probabilities, and the engine that carries the state."""
+"""Generation: sampling and acceptance as arithmetic on probabilities, and the cycles that carry the state."""
 
-from lepton.generate.engine import generate, generate_stream, generate_with_uncertainty
+from lepton.generate.engine import generate, generate_stream, generate_with_stats, generate_with_uncertainty
+from lepton.generate.generation import Generation, Options
+from lepton.generate.stats import Stats
 
-__all__ = ["generate", "generate_stream", "generate_with_uncertainty"]
+__all__ = [
+    "Generation",
+    "Options",
+    "Stats",
+    "generate",
+    "generate_stream",
+    "generate_with_stats",
+    "generate_with_uncertainty",
+]

@@ -146,7 +146,9 @@ class Lepton(nn.Module):
         hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
         def commit(count_B: Tensor) -> State:
-            position_B = timeline.position_after(count_B)
+            position_B, taken_B = timeline.position_after(count_B), past.taken_B
+            if taken_BT is not None:
+                taken_B = taken_after(taken_BT, count_B, taken_B, timeline, config.capacity_window)
             keep = self._columns(int(position_B.max()) if config.window is None else 0)
             keys, values = (torch.stack(each, 1) for each in zip(*columns, strict=True))
             tail_BXC, matrix_BHKV = memory.after(count_B, timeline) if memory else (None, None)
@@ -155,9 +157,7 @@ class Lepton(nn.Module):
                 timeline.phase_after(count_B),
                 advance(past.keys_BLRKH, keys, count_B, position_B, keep),
                 advance(past.values_BLRKH, values, count_B, position_B, keep),
-                past.taken_B
-                if taken_BT is None
-                else taken_after(taken_BT, count_B, past.taken_B, timeline, config.capacity_window),
+                taken_B,
                 thoughts.after(count_B) if thoughts else None,
                 Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None),
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lepton.model.loss import IGNORE, Loss, linear_cross_entropy, soft_cap
 from lepton.model.output import Output
@@ -80,7 +80,7 @@ def _outcomes(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, T
 def _frozen_head(model: "Lepton", x_MD: Tensor) -> Tensor:
     """The head, differentiable in its input and not in its weights."""
     x = F.rms_norm(x_MD, x_MD.shape[-1:], eps=1e-6)
-    if model.config.embed_rank:
+    if isinstance(model.head_down, nn.Linear):
         x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
     rows_VE = model.embed.weight.detach()[: model.config.vocab_size].to(x.dtype)
     return soft_cap((x @ rows_VE.T).to(torch.promote_types(x.dtype, torch.float32)), model.config.logit_cap)

@@ -1,6 +1,8 @@
 """`python -m lepton generate`: streamed text, stop texts, figures, and what a user can get wrong."""
 
 import argparse
+import io
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from lepton import checkpoint
 from lepton.cli import generate as command
 from lepton.cli.loading import load
 from lepton.cli.main import INTERRUPTED
-from lepton.generate import generate
+from lepton.generate import generate, generate_with_stats, generate_with_uncertainty
+from lepton.generate.stats import Stats
+from lepton.model import Lepton
 from tests.cli.tiny import run, run_json, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +27,15 @@ ROOT = Path(__file__).parents[2]
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("generate") / "final.pt"
     return path, *save_tiny(path)
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """A checkpoint of a model without drafts and uncertainty."""
+    path = tmp_path_factory.mktemp("baseline") / "final.pt"
+    config = tiny_model().config.replace(drafts=0, uncertainty=False)
+    save_tiny(path, model=Lepton(config).state_dict(), config=config.to_dict())
+    return path
 
 
 def command_of(path):
@@ -49,6 +62,21 @@ def test_sampling_flags_reach_the_engine(saved):
     assert out == "fox" + expected(saved, "fox", **options) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--depth", 0.5], {"depth": 0.5}),
+        (["--depth", 0], {"depth": 0}),
+        (["--think", 0], {"think": 0}),
+        (["--think", 5], {"think": 5}),
+        (["--no-speculative", "--temperature", 2], {"use_speculative": False, "temperature": 2.0}),
+    ],
+)
+def test_the_models_knobs_reach_it(saved, flags, options):
+    out = run(*command_of(saved[0]), "--prompt", "The fox", "--seed", 1, "--max_new_tokens", 20, *flags)[1]
+    assert out == "The fox" + expected(saved, "The fox", seed=1, max_new_tokens=20, **options) + "\n"
+
+
 def test_json_is_alone_on_stdout(saved):
     figures = run_json(*command_of(saved[0]), "--prompt", "fox", "--seed", 2, "--max_new_tokens", 9)
     assert figures["prompt"] == "fox"
@@ -57,6 +85,28 @@ def test_json_is_alone_on_stdout(saved):
     assert figures["prompt_tokens"] == len(saved[2].encode("fox"))
     assert figures["ended_by"] == "max_new_tokens"
     assert figures["tokens_per_second"] > 0
+    _, model, tokenizer = saved
+    tokens, uncertainties = generate_with_uncertainty(model, tokenizer.encode("fox"), 9, seed=2)
+    assert figures["tokens"] == tokens[-9:]
+    assert figures["uncertainties"] == pytest.approx(uncertainties, abs=1e-4)
+    stats = generate_with_stats(model, tokenizer.encode("fox"), 9, seed=2)[1]
+    assert figures["stats"] == stats.to_dict()
+    assert stats.forward_calls < 10
+
+
+def test_json_of_a_model_without_the_ideas(baseline):
+    figures = run_json(*command_of(baseline), "--prompt", "fox", "--seed", 2, "--max_new_tokens", 9)
+    assert figures["uncertainties"] is None
+    assert figures["stats"] == {
+        "new_tokens": 9,
+        "forward_calls": 9,
+        "tokens_a_cycle": 1.0,
+        "acceptance": [],
+        "mean_depth": 3.0,
+    }
+    code, out, err = run(*command_of(baseline), "--prompt", "fox", "--uncertainty")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: this model has no uncertainty head")
 
 
 def test_json_names_the_end_of_a_document(tmp_path):
@@ -108,26 +158,30 @@ class Pieces:
     ],
 )
 def test_stop_texts_are_found_across_tokens(stops, text, taken):
-    ids = []
-    pieces = list(command.continuation(iter(range(4)), Pieces(["abc", "de", "ab", "f"]), stops, ids))
-    assert "".join(pieces) == text
-    assert len(ids) == taken
+    tokens = []
+    stream = ((token, token / 10) for token in range(4))
+    pieces = list(command.continuation(stream, Pieces(["abc", "de", "ab", "f"]), stops, tokens))
+    assert "".join(piece.text for piece in pieces) == text
+    assert tokens == [(token, token / 10) for token in range(taken)]
+    assert [piece.uncertainty for piece in pieces] == [token / 10 for token in range(taken)]
 
 
 def test_an_incomplete_character_is_shown_at_the_end(saved):
     tokenizer = saved[2]
     ids = tokenizer.encode("東")
     assert len(ids) > 1
-    assert "".join(command.continuation(iter(ids), tokenizer, [], [])) == "東"
-    assert "".join(command.continuation(iter(ids[:-1]), tokenizer, [], [])) == "�"
+    unsure = [0.2, 0.7, *[0.1] * (len(ids) - 2)]
+    tokens = list(zip(ids, unsure, strict=True))
+    assert list(command.continuation(tokens, tokenizer, [], [])) == [("東", 0.7)]
+    assert list(command.continuation(tokens[:-1], tokenizer, [], [])) == [("�", max(unsure[:-1]))]
 
 
 def test_interruption_ends_the_line(saved, monkeypatch):
-    def interrupted(*args, **options):
-        yield from saved[2].encode("jumps")
+    def interrupted(generation):
+        yield from ((token, 0.0) for token in saved[2].encode("jumps"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lepton.generate.generate_stream", interrupted)
+    monkeypatch.setattr(command, "tokens", interrupted)
     code, out, err = run(*command_of(saved[0]), "--prompt", "fox ")
     assert (code, out, err) == (INTERRUPTED, "fox jumps\n", "")
 
@@ -155,6 +209,66 @@ def test_ctrl_c_in_a_real_process(saved):
     assert out.endswith(b"\n")
 
 
+# Uncertainty
+
+PIECES = [
+    command.Piece(text, uncertainty)
+    for text, uncertainty in [("The", 0.1), (" qu", 0.85), ("ick\n", 0.3), ("\n", 0.9), ("fox", 0.5), ("es run", 1.0)]
+]
+
+
+def test_colours_shade_by_uncertainty_and_never_a_line_end():
+    pale, warm, hot = (f"\033[30;48;5;{colour}m" for colour in (229, 222, 210))
+    off = "\033[0m"
+    expected = f"The{hot} qu{off}{pale}ick{off}\n\n{warm}fox{off}{hot}es run{off}"
+    assert "".join(command.shaded(PIECES)) == expected
+
+
+def test_marks_stand_behind_words():
+    assert "".join(command.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
+    assert "".join(command.marked([])) == ""
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert command.has_colours(Screen())
+    assert not command.has_colours(io.StringIO())
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert not command.has_colours(Screen())
+
+
+def test_uncertainty_on_the_command_line(saved, monkeypatch):
+    monkeypatch.setattr(command, "DOUBTFUL", 0.5)
+    words = [*command_of(saved[0]), "--prompt", "fox", "--seed", 5, "--temperature", 2]
+    plain = run(*words)[1]
+    code, out, err = run(*words, "--uncertainty")
+    assert code == 0
+    assert 0 < out.count(command.MARK) < 100
+    assert out.replace(command.MARK, "") == plain
+    legend, figures = err.splitlines()
+    assert legend == "[?] marks words with a token of uncertainty 0.5 or more"
+    assert re.fullmatch(
+        r"100 new tokens; \d+ forward calls; [1-5]\.\d\d tokens a cycle; "
+        r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks",
+        figures,
+    )
+
+
+def test_figures_without_drafts():
+    assert command.describe(Stats(new_tokens=3, forward_calls=3, positions=5, blocks=15)) == (
+        "3 new tokens; 3 forward calls; mean depth 3.00 blocks"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -163,6 +277,8 @@ def test_ctrl_c_in_a_real_process(saved):
         (["--top_p", 0], "top_p=0.0"),
         (["--top_k", 0], "top_k=0"),
         (["--max_new_tokens", -5], "max_new_tokens=-5"),
+        (["--depth", 1.5], "depth=1.5"),
+        (["--think", -1], "think=-1"),
         (["--stop", ""], "--stop ''"),
         (["--checkpoint", "nowhere.pt"], "nowhere.pt does not exist"),
         (["--device", "cudda"], "device 'cudda'"),
