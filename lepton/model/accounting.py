@@ -25,7 +25,7 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
     think = (config.rounds if model.thoughts is not None else 0) if think is None else think
     pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, config.window))
     groups = -(-length // config.segment)
-    crystals = config.slots + (groups + 1) * config.crystals if model.crystals is not None else 0
+    crystals = (groups + 1) * config.crystals if model.crystals is not None else 0
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)
 
     total: float = length * (

@@ -215,7 +215,7 @@ class CrystalRun:
         position_B = self.timeline.position_after(count_B)
         kept_BC = alive_BGC[torch.arange(len(group_B), device=group_B.device), group_B] & goes_on_B1
         slots, count = self.module.slots, self.module.count
-        place_C = torch.arange(columns.position_BC.shape[1], device=group_B.device) - slots
+        place_C = torch.arange(columns.position_BC.shape[1], device=group_B.device) - self.past.kept.position_BC.shape[1]
         pending_BC = (
             (place_C >= 0) & (place_C // count == group_B[:, None]) & (columns.position_BC > EMPTY) & goes_on_B1
         )
@@ -226,7 +226,12 @@ class CrystalRun:
 
 
 def _oldest_first(columns: Columns, keep_BC: Tensor, places: int) -> Columns:
-    """Return the kept columns in order of position, then empty places."""
+    """Return the kept columns in order of position, then empty places, `places` in all."""
+    missing = places - columns.position_BC.shape[1]
+    if missing > 0:
+        rows, _, width = columns.states_BCD.shape
+        blank = Columns.empty(rows, missing, width, columns.states_BCD.dtype, columns.states_BCD.device)
+        columns, keep_BC = columns.join(blank), F.pad(keep_BC, (0, missing))
     position_BC = torch.where(keep_BC, columns.position_BC, torch.iinfo(torch.int64).max)
     index_BC = position_BC.argsort(dim=1, stable=True)[:, :places]
     return columns.take(index_BC, keep_BC.gather(1, index_BC))

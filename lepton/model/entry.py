@@ -92,6 +92,9 @@ def checked(
         state = model.new_state(rows)
         nothing = state.keys_BLRKH[:, :, :0]
         state = dataclasses.replace(state, keys_BLRKH=nothing, values_BLRKH=nothing)
+        if state.memory.store is not None:
+            kept = Columns.empty(rows, 0, model.config.width, model.dtype, tokens.device)
+            state.memory.store = dataclasses.replace(state.memory.store, kept=kept)
     elif state.batch_size != rows:
         raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
     if lengths is None:

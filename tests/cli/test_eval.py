@@ -5,10 +5,13 @@ import lzma
 
 import numpy as np
 import pytest
+import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
+from lepton.evals.calibration import brier, fit_temperature, measure_uncertainty
 from lepton.evals.heldout import evaluate_documents, evaluate_rows
+from lepton.train.calibration import calibration_batches, evaluation_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 
 
@@ -79,6 +82,78 @@ def test_lines_for_people(saved, data_dir):
     assert "val split" in err
 
 
+def test_reliability_of_both_sources_on_the_second_half(saved, data_dir):
+    path, model, _ = saved
+    report = run_json(*command_of(path), "--data_dir", data_dir)
+    data = ShardedDataset(data_dir, seq_len=16, seed=0, split="val", vocab_size=320)
+    temperature = fit_temperature(model, calibration_batches(data, 8))
+    expected = measure_uncertainty(model, evaluation_batches(data, 8), temperature=temperature).to_dict()
+    got = report["uncertainty"]
+    assert got["tokens"] == expected["tokens"] == 15
+    assert got["temperature"] == pytest.approx(temperature)
+    assert list(got["scores"]) == ["uncertainty", "max-probability", "scaled max-probability"]
+    for source, scores in got["scores"].items():
+        assert scores == pytest.approx(expected["scores"][source])
+
+
+def test_reliability_on_text_reads_on_from_chunk_to_chunk(saved, tmp_path):
+    path, model, tokenizer = saved
+    (tmp_path / "a.txt").write_text(TEXT * 20, encoding="utf-8")
+    report = run_json(*command_of(path), "--text", tmp_path / "a.txt")
+    ids = [tokenizer.eos_id, *tokenizer.encode(TEXT * 20), tokenizer.eos_id]
+    out = model(torch.tensor([ids[:-1]]))
+    wrong = out.logits[0].argmax(-1) != torch.tensor(ids[1:])
+    assert len(ids) > 1026
+    assert report["uncertainty"]["tokens"] == len(ids) - 1
+    assert report["uncertainty"]["wrong"] == pytest.approx(wrong.double().mean().item())
+    expected = brier(out.uncertainty[0].detach(), wrong)
+    assert report["uncertainty"]["scores"]["uncertainty"]["brier"] == pytest.approx(expected, abs=1e-6)
+    assert report["uncertainty"]["temperature"] is None
+
+
+def test_depth_and_think(saved, data_dir):
+    words = [*command_of(saved[0]), "--data_dir", data_dir]
+    full, shallow = run_json(*words), run_json(*words, "--depth", 0, "--think", 0)
+    assert (full["mean_depth"], shallow["mean_depth"]) == (3, 2)
+    assert full["layers"] == 3
+    assert full["nats_per_token"] != shallow["nats_per_token"]
+    assert full["uncertainty"]["scores"] != shallow["uncertainty"]["scores"]
+
+
+def test_ablations(saved, data_dir):
+    words = [*command_of(saved[0]), "--data_dir", data_dir]
+    table = run_json(*words, "--ablate")["ablation"]
+    by_name = {row["off"]: row for row in table}
+    assert list(by_name)[:5] == ["nothing", "thoughts", "working memory", "crystals", "peek"]
+    assert by_name["nothing"]["nats_per_token"] == pytest.approx(run_json(*words)["nats_per_token"])
+    assert by_name["depth 0"]["nats_per_token"] == pytest.approx(run_json(*words, "--depth", 0)["nats_per_token"])
+    assert all(row["change"] for row in table[1:3])
+    assert "ablation" not in run_json(*words)
+
+
+def test_speculation(saved, data_dir, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    for data in (["--data_dir", data_dir, "--split", "train"], ["--text", tmp_path / "a.txt"]):
+        rows = run_json(*command_of(saved[0]), *data, "--speculation", 3)["speculation"]
+        assert [row["temperature"] for row in rows] == [0, 1]
+        assert all(row["prompts"] == (3 if "--split" in data else 1) for row in rows)
+        assert all(row["tokens_a_cycle"] >= 1 for row in rows)
+
+
+def test_every_part_has_lines_for_people(saved, data_dir):
+    code, out, _ = run(*command_of(saved[0]), "--data_dir", data_dir, "--ablate", "--speculation", 2)
+    assert code == 0
+    for word in (
+        "mean depth      3.00 of 3",
+        "scaled max-probability",
+        "AUROC",
+        "crystals",
+        "depth 0.5",
+        "temperature 1",
+    ):
+        assert word in out
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -87,6 +162,7 @@ def test_lines_for_people(saved, data_dir):
         (["--text", "a.txt", "--data_dir", "b"], "give one of them"),
         (["--max_tokens", 0], "--max_tokens 0"),
         (["--batch_size", 0], "--batch_size 0"),
+        (["--speculation", 0], "--speculation 0"),
     ],
 )
 def test_mistakes_are_one_line(saved, flags, named):
@@ -95,6 +171,13 @@ def test_mistakes_are_one_line(saved, flags, named):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert named in err
+
+
+@pytest.mark.parametrize("flags", [["--depth", 1.5], ["--think", -1]])
+def test_knobs_out_of_range(saved, data_dir, flags):
+    code, out, err = run(*command_of(saved[0]), "--data_dir", data_dir, *flags)
+    assert (code, out) == (2, "")
+    assert f"error: {flags[0][2:]}={flags[1]}" in err
 
 
 def test_data_of_another_tokenizer(saved, data_dir):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from lepton.data.shards import ShardedDataset
+from lepton.data.shards import Batch, ShardedDataset
 from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 from lepton.evals import heldout
 from lepton.evals.heldout import evaluate_documents, evaluate_rows
+from lepton.train import calibration
 from tests.cli.tiny import TEXT, small_bpe, tiny_model
 
 
@@ -34,6 +35,11 @@ def naive(model, rows):
     return nats
 
 
+def set_chunk(monkeypatch, chunk):
+    for module in (calibration, heldout):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+
+
 DOCUMENTS = [TEXT, "short", TEXT[::-1]]
 
 
@@ -44,8 +50,8 @@ def stream_of(tokenizer):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_documents_are_measured_whole_whatever_the_chunk(model, tokenizer, monkeypatch, chunk):
-    monkeypatch.setattr(heldout, "CHUNK", chunk)
-    monkeypatch.setattr(heldout, "POSITIONS", 5)
+    set_chunk(monkeypatch, chunk)
+    monkeypatch.setattr(calibration, "POSITIONS", 5)
     pieces = [Piece(text, last=True) for text in DOCUMENTS]
     result = evaluate_documents(model, iter(pieces), tokenizer)
     row = stream_of(tokenizer)
@@ -64,14 +70,14 @@ def test_a_document_in_pieces_is_one_document(model, tokenizer):
 
 @pytest.mark.parametrize("limit", [1, 6, 7, 8, 20])
 def test_max_tokens_is_exact_for_documents(model, tokenizer, monkeypatch, limit):
-    monkeypatch.setattr(heldout, "CHUNK", 7)
+    set_chunk(monkeypatch, 7)
     result = evaluate_documents(model, [Piece(TEXT, last=True)], tokenizer, max_tokens=limit)
     assert result.tokens == limit
     assert result.nats == pytest.approx(naive(model, [stream_of(tokenizer)[: limit + 1]]), abs=1e-6)
 
 
 def test_rows_are_measured_each_on_its_own(model, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(heldout, "CHUNK", 10)
+    set_chunk(monkeypatch, 10)
     ids = tokenizer.encode(TEXT)[:72]
     rows = np.array(ids, dtype=np.uint16).reshape(3, 24)
     (tmp_path / "val").mkdir()
@@ -87,9 +93,22 @@ def test_rows_are_measured_each_on_its_own(model, tokenizer, monkeypatch, tmp_pa
 def test_short_rows_leave_their_padding_out(model, tokenizer):
     row = tokenizer.encode(TEXT)[:30]
     tokens = torch.tensor([row, [*row[:9], *[0] * 21]])
-    result = evaluate_rows(model, [heldout.Batch(tokens, torch.tensor([30, 9]))], tokenizer)
+    result = evaluate_rows(model, [Batch(tokens, torch.tensor([30, 9]))], tokenizer)
     assert result.nats == pytest.approx(naive(model, [row, row[:9]]), abs=1e-6)
     assert result.tokens == 29 + 8
+
+
+def test_depth_and_thinking_are_passed_on(model, tokenizer):
+    pieces = [Piece(TEXT, last=True)]
+    full = evaluate_documents(model, pieces, tokenizer)
+    shallow = evaluate_documents(model, pieces, tokenizer, depth=0)
+    thoughtless = evaluate_documents(model, pieces, tokenizer, think=0)
+    assert full.mean_depth == model.config.layers
+    assert shallow.mean_depth == model.config.stem_layers
+    assert len({full.nats, shallow.nats, thoughtless.nats}) == 3
+    row = torch.tensor([stream_of(tokenizer)[: full.tokens + 1]])
+    log_p = model(row[:, :-1], depth=0).logits[0].log_softmax(-1)
+    assert shallow.nats == pytest.approx(-log_p.gather(1, row[0, 1:, None]).sum().item(), abs=1e-6)
 
 
 def test_measuring_changes_nothing(model, tokenizer):

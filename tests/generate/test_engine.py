@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate import engine, generate, generate_stream, generate_with_uncertainty
-from lepton.model import Lepton
+from lepton.generate import generate, generate_stream, generate_with_stats, generate_with_uncertainty, generation
+from tests.generate.models import lively
 from tests.laws.lab import VARIANTS, VOCAB, build
 
-PROMPT = [5, 9, 33, 71, 9, 2, 60, 61, 62, 63, 64, 8, 12]
+# Its last token stands where no segment opens by itself.
+PROMPT = [5, 9, 33, 71, 9, 2, 60, 61, 62, 63, 64, 8, 14, 12]
 BATCH = [PROMPT, [7], [3, 1, 4, 1, 5, 9, 2, 6], PROMPT * 2]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build("complete").eval()
+    return lively("complete")
 
 
 @contextlib.contextmanager
@@ -31,11 +32,12 @@ def embedded_shapes(model):
     hook.remove()
 
 
-def naive_greedy(model, prompt, new):
+def naive_greedy(model, prompt, new, **options):
     """Recompute everything for every token."""
     tokens = list(prompt)
     for _ in range(new):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        opens = torch.arange(len(tokens))[None] == len(prompt) - 1
+        tokens.append(int(model(torch.tensor([tokens]), opens=opens, **options).logits[0, -1].argmax()))
         if tokens[-1] == model.config.eos_id:
             break
     return tokens
@@ -43,16 +45,28 @@ def naive_greedy(model, prompt, new):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_equals_recomputing_everything(variant):
-    model = build(variant)
+    model = lively(variant)
     assert generate(model, PROMPT, 30, temperature=0) == naive_greedy(model, PROMPT, 30)
 
 
-def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch):
-    expected = generate(model, PROMPT * 3, 12, temperature=0)
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
-    with embedded_shapes(model) as shapes:
-        assert generate(model, PROMPT * 3, 12, temperature=0) == expected
-    assert shapes == [(1, 7)] * 5 + [(1, 4)] + [(1, 1)] * 11
+def test_the_models_knobs_reach_every_pass(model):
+    knobs = [{"depth": 0.5}, {"depth": 0}, {"think": 0}, {"think": 3}, {}]
+    found = [generate(model, PROMPT, 20, temperature=0, **each) for each in knobs]
+    assert found == [naive_greedy(model, PROMPT, 20, **each) for each in knobs]
+    assert len(set(map(tuple, found))) == len(knobs)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
+    options = {"temperature": 0, "use_speculative": speculative}
+    expected = naive_greedy(model, PROMPT * 3, 12)
+    for chunk, parts in ((7, [7] * 6), (14, [14] * 3), (41, [41, 1]), (42, [42]), (1, [1] * 42)):
+        monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+        with embedded_shapes(model) as shapes:
+            assert generate(model, PROMPT * 3, 12, **options) == expected
+        assert shapes[: len(parts)] == [(1, part) for part in parts]
+        if not speculative:
+            assert shapes[len(parts) :] == [(1, 1)] * 11
 
 
 @pytest.mark.parametrize(
@@ -76,13 +90,13 @@ def test_several_prompts_give_a_list_of_lists(model):
 
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_rows_of_a_batch_equal_the_rows_alone(model, monkeypatch, chunk):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
     stop = [[11], [42, 17]]
-    together = generate(model, BATCH, 40, temperature=0, stop=stop)
-    assert together == [generate(model, row, 40, temperature=0, stop=stop) for row in BATCH]
-    sampled = generate(model, BATCH, 40, temperature=1.3, seed=5)
-    assert sampled[0] == generate(model, BATCH[0], 40, temperature=1.3, seed=5)
-    assert sampled[:2] == generate(model, BATCH[:2], 40, temperature=1.3, seed=5)
+    together = generate(model, BATCH, 24, temperature=0, stop=stop)
+    assert together == [generate(model, row, 24, temperature=0, stop=stop) for row in BATCH]
+    sampled = generate(model, BATCH, 24, temperature=1.3, seed=5)
+    assert sampled[0] == generate(model, BATCH[0], 24, temperature=1.3, seed=5)
+    assert sampled[:2] == generate(model, BATCH[:2], 24, temperature=1.3, seed=5)
 
 
 def test_equal_rows_draw_from_different_streams(model):
@@ -96,11 +110,6 @@ def test_a_seed_repeats_and_none_does_not(model):
     assert generate(model, PROMPT, 20, temperature=2.0) != generate(model, PROMPT, 20, temperature=2.0)
 
 
-def test_speculation_never_changes_the_result(model):
-    fast = generate(model, PROMPT, 20, seed=7, use_speculative=True)
-    assert fast == generate(model, PROMPT, 20, seed=7, use_speculative=False)
-
-
 def test_sampling_arguments_reach_the_sampler(model):
     greedy = generate(model, PROMPT, 10, temperature=0)
     assert generate(model, PROMPT, 10, temperature=5.0, top_k=1) == greedy
@@ -112,13 +121,11 @@ def test_sampling_arguments_reach_the_sampler(model):
 
 
 def test_end_of_document_stops_and_is_kept(model):
-    third = generate(model, PROMPT, 3, temperature=0)[-1]
-    ends_at_third = Lepton(model.config.replace(eos_id=third)).double()
-    ends_at_third.load_state_dict(model.state_dict())
-    assert third not in PROMPT, "the prompt is one document in both models"
-    result = generate(ends_at_third, PROMPT, 50, temperature=0)
-    assert result[-1] == third
-    assert len(result) <= len(PROMPT) + 3
+    whole = generate(model, PROMPT, 20, temperature=0)
+    ending = next(i for i in range(len(PROMPT) + 3, len(whole)) if whole[i] not in whole[:i])
+    assert model.config.eos_id not in whole, "the text is one document in both models"
+    ends = lively("complete", eos_id=whole[ending])
+    assert generate(ends, PROMPT, 50, temperature=0) == whole[: ending + 1]
 
 
 def test_stop_ids_and_sequences_are_kept(model):
@@ -152,18 +159,41 @@ def test_no_new_tokens_cost_nothing(model):
 
 def test_only_new_tokens_are_computed(model):
     with embedded_shapes(model) as shapes:
-        new = len(generate(model, PROMPT, 20, temperature=0)) - len(PROMPT)
+        new = len(generate(model, PROMPT, 20, temperature=0, use_speculative=False)) - len(PROMPT)
     assert sum(rows * tokens for rows, tokens in shapes) == len(PROMPT) + new - 1
 
 
+def test_drafts_are_computed_where_there_is_room(model):
+    """A cycle computes the newest token and its drafts, never more than could still be handed out."""
+    with embedded_shapes(model) as shapes:
+        generate(model, PROMPT, 1)
+        assert shapes == [(1, len(PROMPT))]
+        generate(model, PROMPT, 2)
+        assert shapes[2:] == [(1, 1)]
+        generate(model, PROMPT, 3)
+        assert shapes[4] == (1, 2)
+        generate(model, PROMPT, 40)
+    assert max(tokens for rows, tokens in shapes if tokens != len(PROMPT)) == 1 + model.config.drafts
+
+
+def test_padding_opens_no_segments(model, monkeypatch):
+    """Shorter prompts are filled up with a token that does not end a document: each end would be thought about."""
+    groups = []
+    monkeypatch.setattr(model.thoughts, "forward", lambda *args: groups.append(args[5].opening_BG) or forward(*args))
+    forward = type(model.thoughts).forward.__get__(model.thoughts)
+    generate(model, [[7], PROMPT * 2], 1)
+    assert groups[0].shape == (2, len(PROMPT) * 2 // model.config.segment + 1)
+
+
 def test_finished_rows_leave_the_batch(model):
-    whole = generate(model, BATCH, 30, temperature=2.0, seed=3)
+    options = {"temperature": 2.0, "seed": 3, "use_speculative": False}
+    whole = generate(model, BATCH, 30, **options)
     stop = whole[2][len(BATCH[2]) + 4]
-    ended = generate(model, BATCH, 30, temperature=2.0, seed=3, stop=stop)
+    ended = generate(model, BATCH, 30, stop=stop, **options)
     lengths = [len(row) - len(prompt) for row, prompt in zip(ended, BATCH, strict=True)]
     assert len(set(lengths)) > 1
     with embedded_shapes(model) as shapes:
-        generate(model, BATCH, 30, temperature=2.0, seed=3, stop=stop)
+        generate(model, BATCH, 30, stop=stop, **options)
     prefill, *decoding = shapes
     assert prefill == (len(BATCH), max(map(len, BATCH)))
     assert decoding == [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
@@ -193,9 +223,10 @@ def test_no_graph_is_kept(model):
     """Memory would grow with every token if the state carried a graph."""
     made = []
     hook = model.embed.register_forward_hook(lambda module, args, out: made.append(out.requires_grad))
-    generate(model, PROMPT, 4)
+    generate(model, PROMPT, 9)
     hook.remove()
-    assert made == [False] * 4
+    assert len(made) > 1
+    assert not any(made)
 
 
 # The other two ways in
@@ -210,7 +241,9 @@ def test_the_stream_computes_on_demand_and_can_be_left(model):
     with embedded_shapes(model) as shapes:
         stream = generate_stream(model, PROMPT, 15, temperature=0)
         assert shapes == []
-        next(stream), next(stream)
+        next(stream)
+        assert len(shapes) == 1
+        next(stream)
         assert len(shapes) == 2
         stream.close()
         assert list(stream) == []
@@ -222,19 +255,67 @@ def test_the_stream_follows_one_prompt(model):
         generate_stream(model, BATCH)
 
 
-def test_uncertainty_is_one_minus_the_models_own_probability(model):
-    tokens, doubts = generate_with_uncertainty(model, PROMPT, 10, temperature=1.5, seed=2)
-    assert tokens == generate(model, PROMPT, 10, temperature=1.5, seed=2)
-    p = model(torch.tensor([tokens])).logits[0, len(PROMPT) - 1 : -1].softmax(-1)
-    expected = 1 - p.gather(-1, torch.tensor(tokens[len(PROMPT) :])[:, None])[:, 0]
-    assert doubts == pytest.approx(expected.tolist(), abs=1e-9)
+@pytest.mark.parametrize("speculative", [False, True])
+def test_uncertainty_is_what_the_head_said_where_the_token_was_predicted(model, speculative):
+    options = {"temperature": 1.5, "seed": 2, "use_speculative": speculative}
+    tokens, doubts = generate_with_uncertainty(model, PROMPT, 25, **options)
+    assert tokens == generate(model, PROMPT, 25, **options)
+    opens = torch.arange(len(tokens))[None] == len(PROMPT) - 1
+    out = model(torch.tensor([tokens]), opens=opens)
+    assert doubts == pytest.approx(out.uncertainty[0, len(PROMPT) - 1 : -1].tolist(), abs=1e-9)
     assert all(0 <= doubt <= 1 for doubt in doubts)
+    assert max(doubts) - min(doubts) > 0.01
+
+
+@pytest.mark.parametrize("variant", ["dense", "no uncertainty"])
+def test_uncertainty_needs_its_head(variant):
+    with pytest.raises(InputError, match="no uncertainty head: use generate, or a model"):
+        generate_with_uncertainty(build(variant), PROMPT, 3)
 
 
 def test_uncertainty_of_a_batch(model):
     tokens, doubts = generate_with_uncertainty(model, BATCH, 6, seed=2)
     assert tokens == generate(model, BATCH, 6, seed=2)
     assert [len(row) for row in doubts] == [len(row) - len(prompt) for row, prompt in zip(tokens, BATCH, strict=True)]
+    for row in range(len(BATCH)):
+        opens = torch.arange(len(tokens[row]))[None] == len(BATCH[row]) - 1
+        out = model(torch.tensor([tokens[row]]), opens=opens)
+        assert doubts[row] == pytest.approx(out.uncertainty[0, len(BATCH[row]) - 1 : -1].tolist(), abs=1e-9)
+
+
+def test_stats_count_what_was_done(model):
+    (tokens, stats), plain = (
+        generate_with_stats(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5),
+        generate_with_stats(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5, use_speculative=False)[1],
+    )
+    assert tokens == generate(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5)
+    new = sum(len(row) - len(prompt) for row, prompt in zip(tokens, BATCH, strict=True))
+    assert stats.new_tokens == new
+    assert stats.cycle_tokens == new - len(BATCH)
+    assert stats.cycles >= stats.drafted[0]
+    assert stats.drafted == sorted(stats.drafted, reverse=True)
+    assert stats.accepted == sorted(stats.accepted, reverse=True)
+    assert model.config.stem_layers < stats.mean_depth < model.config.layers
+    assert stats.forward_calls < plain.forward_calls
+    assert (plain.tokens_a_cycle, plain.drafted, plain.acceptance) == (1.0, [], [])
+    assert plain.positions == sum(map(len, BATCH)) + plain.cycles
+
+
+def test_stats_of_nothing(model):
+    stats = generate_with_stats(model, PROMPT, 0)[1]
+    assert stats.to_dict() == {
+        "new_tokens": 0,
+        "forward_calls": 0,
+        "tokens_a_cycle": 0.0,
+        "acceptance": [],
+        "mean_depth": 0.0,
+    }
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_mean_depth_at_its_ends(model, depth):
+    stats = generate_with_stats(model, BATCH, 12, depth=depth, seed=1)[1]
+    assert stats.mean_depth == (model.config.layers if depth else model.config.stem_layers)
 
 
 def test_the_model_has_them_as_methods(model):
@@ -252,7 +333,7 @@ def test_bf16_models_generate():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_tokens(model):
-    on_gpu = build("complete").cuda()
+    on_gpu = lively("complete").cuda()
     stop = [[11], [42, 17]]
     options = {"max_new_tokens": 40, "temperature": 1.3, "top_p": 0.8, "seed": 5, "stop": stop}
     assert generate(on_gpu, BATCH, **options) == generate(model, BATCH, **options)

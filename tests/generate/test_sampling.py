@@ -48,6 +48,13 @@ def test_a_nucleus_wider_than_the_usual_one_is_exact():
     assert torch.equal(found[1:], alone), "a row does not depend on its neighbours"
 
 
+def test_more_places_than_rows():
+    logits = torch.randn(3, 4, 53)
+    found = probabilities(logits, temperature=0.7, top_p=0.8, top_k=20)
+    alone = probabilities(logits.flatten(0, 1), temperature=0.7, top_p=0.8, top_k=20)
+    assert torch.equal(found.flatten(0, 1), alone)
+
+
 def test_equals_rank_by_id():
     kept = probabilities(torch.zeros(1, 6), temperature=1.0, top_k=4)
     assert kept.tolist() == [[0.25] * 4 + [0.0] * 2]
@@ -69,8 +76,9 @@ def test_a_tiny_temperature_is_finite():
 def test_sample_inverts_the_cumulative_distribution():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
     below_one = math.nextafter(1.0, 0.0)
-    uniforms = [0.0, 0.2499, 0.25, 0.7499, 0.75, below_one]
-    assert [sample(p, [u])[0] for u in uniforms] == [1, 1, 3, 3, 4, 4]
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, below_one], dtype=torch.float64)
+    for scale in (1.0, 0.3):
+        assert sample(scale * p.repeat(6, 1), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
 
 
 def test_sample_never_returns_an_impossible_token():
@@ -79,13 +87,18 @@ def test_sample_never_returns_an_impossible_token():
     p[0, 5] = 1e-300
     below_one = math.nextafter(1.0, 0.0)
     for u in (0.0, 0.5, below_one):
-        assert p[0, sample(p, [u])[0]] > 0
+        assert p[0, sample(p, torch.tensor([u], dtype=torch.float64))] > 0
+
+
+def test_what_is_no_distribution_gives_an_index_still():
+    p = torch.full((1, 5), float("nan"), dtype=torch.float64)
+    assert 0 <= sample(p, torch.tensor([0.5])) < 5
 
 
 def test_sample_frequencies():
     p = probabilities(logits_of(0.5, 0.3, 0.15, 0.05).repeat(20_000, 1), temperature=1.0)
     stream = random_stream(3, 0)
-    ids = torch.tensor(sample(p, [stream.random() for _ in range(20_000)]))
+    ids = sample(p, torch.tensor([stream.random() for _ in range(20_000)]))
     share = ids.bincount(minlength=4) / len(ids)
     assert (share - p[0]).abs().max() < 0.015
 

@@ -1,0 +1,62 @@
+"""The held-out data of the commands that measure a checkpoint."""
+
+import argparse
+import math
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from lepton.errors import InputError
+
+if TYPE_CHECKING:
+    from lepton.data.shards import ShardedDataset
+    from lepton.data.tokenizer import Tokenizer
+    from lepton.model import Lepton
+
+
+def add_data_set(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_data_set` reads."""
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="folder of shard_*.npy (default: the Python standard library's source)"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for a flag of `names` that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1")
+
+
+def open_data_set(
+    args: argparse.Namespace,
+    model: "Lepton",
+    tokenizer: "Tokenizer",
+    split: Literal["train", "val"] = "val",
+) -> "tuple[str, ShardedDataset, ShardedDataset]":
+    """Return what a split is, and the split in windows of whole rows and in windows of half a row.
+
+    Half rows, so that also a single row has one window to calibrate on and another one to measure. Says on stderr
+    what the data is.
+    """
+    from lepton.data.shards import ShardedDataset
+    from lepton.data.stdlib import default_corpus
+
+    folder = args.data_dir or default_corpus(tokenizer)
+
+    def windows(seq_len: int) -> ShardedDataset:
+        return ShardedDataset(
+            folder,
+            seq_len=seq_len,
+            seed=0,
+            split=split,
+            vocab_size=model.config.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+        )
+
+    targets = windows(1).row_len - 1
+    rows, halves = windows(targets), windows(math.ceil(targets / 2))
+    what = f"{rows.describe()}, {split} split"
+    print(what, file=sys.stderr)
+    return what, rows, halves

@@ -1,0 +1,108 @@
+"""What each idea is worth at run time: the model's loss with the idea switched off, nothing retrained.
+
+The other parts were trained with the idea at hand, so this is how much the model uses it, not how good a model
+without it could be.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lepton.model import Lepton
+
+DEPTHS = (0.75, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """A model with one idea switched off."""
+
+    off: str
+    nats_per_token: float
+    change: float
+    """Nats a token more than with everything on."""
+
+
+def ideas(model: Lepton) -> list[str]:
+    """Return the names of what can be switched off in `model`."""
+    parts = {
+        "thoughts": model.thoughts,
+        "working memory": model.memory,
+        "crystals": model.crystals,
+        "peek": model.peek,
+        **{_depth_name(depth): model.router for depth in DEPTHS},
+    }
+    return [name for name, part in parts.items() if part is not None]
+
+
+@contextmanager
+def without(model: Lepton, idea: str) -> Iterator[dict[str, Any]]:
+    """Switch one of `ideas(model)` off inside the block, and restore the very same parameters and modules after it.
+
+    Yields the arguments (`think`, `depth`) with which the model is to be called. No state may cross the block's border.
+
+    - thoughts: no rounds, so that no group is visible.
+    - working memory: its values are zero, and so is all that is read from it.
+    - crystals: the store is left out, as in a model that is built without it.
+    - peek: the hint is not fed back.
+    - depth D: only that share of the tokens goes past the stem.
+    """
+    if idea == "thoughts":
+        yield {"think": 0}
+    elif idea == "working memory":
+        assert model.memory is not None
+        memory = model.memory
+        with _replaced(memory.qkv.weight, _without_values(memory.qkv.weight, memory.heads, memory.value_dim)):
+            yield {}
+    elif idea == "crystals":
+        crystals, model.crystals = model.crystals, None
+        try:
+            yield {}
+        finally:
+            model.crystals = crystals
+    elif idea == "peek":
+        assert model.peek is not None
+        weight = model.peek.back.weight
+        with _replaced(weight, weight.new_zeros(weight.shape)):
+            yield {}
+    else:
+        yield {"depth": next(depth for depth in DEPTHS if idea == _depth_name(depth))}
+
+
+def ablate(model: Lepton, nats_per_token: Callable[..., float], **options: Any) -> list[Ablated]:
+    """Measure `model` with everything on, and then with one idea off at a time.
+
+    `nats_per_token(**options)` measures it; `options` (`depth`, `think`) hold where a switch does not decide them.
+    """
+    everything = nats_per_token(**options)
+    table = [Ablated("nothing", everything, 0.0)]
+    for idea in ideas(model):
+        with without(model, idea) as switch:
+            nats = nats_per_token(**options | switch)
+        table.append(Ablated(idea, nats, nats - everything))
+    return table
+
+
+def _depth_name(depth: float) -> str:
+    return f"depth {depth:g}"
+
+
+@contextmanager
+def _replaced(parameter: Tensor, value: Tensor) -> Iterator[None]:
+    """Let `parameter` hold `value` for a while; its own tensor is put aside, not written to."""
+    own = parameter.data
+    parameter.data = value
+    try:
+        yield
+    finally:
+        parameter.data = own
+
+
+def _without_values(weight: Tensor, heads: int, value_dim: int) -> Tensor:
+    """Return the projection [heads x (query, key, value), width] with zero values."""
+    changed = weight.detach().clone()
+    changed.unflatten(0, (heads, -1))[:, -value_dim:] = 0
+    return changed

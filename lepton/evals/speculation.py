@@ -1,0 +1,47 @@
+"""How many tokens a cycle of speculation gives on held-out prompts.
+
+Greedy loops of a small model are easy to draft and flatter it, so temperature 1 stands beside temperature 0.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from lepton.data.shards import Batch
+from lepton.errors import InputError
+from lepton.generate import Stats, generate_with_stats
+from lepton.model import Lepton
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+TEMPERATURES = (0.0, 1.0)
+
+
+def prompts_of(batches: Iterable[Batch], count: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
+    """Return the beginnings of the first `count` rows of `batches`, at most `length` tokens each.
+
+    Raises:
+        InputError: there are no rows.
+    """
+    rows = (tokens[: min(length, size)] for batch in batches for tokens, size in zip(*batch, strict=True))
+    prompts = [row.tolist() for row in islice(rows, count)]
+    if not prompts:
+        raise InputError("the text is too short for a prompt: give a longer one")
+    return prompts
+
+
+def measure_speculation(
+    model: Lepton,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = NEW_TOKENS,
+    depth: float | None = None,
+    think: int | None = None,
+    seed: int = 0,
+) -> dict[float, Stats]:
+    """Continue `prompts` at each of TEMPERATURES, without top-p and top-k, and return the counts by temperature."""
+    found = {}
+    for temperature in TEMPERATURES:
+        _, found[temperature] = generate_with_stats(
+            model, prompts, max_new_tokens, temperature, top_p=1.0, seed=seed, depth=depth, think=think
+        )
+    return found

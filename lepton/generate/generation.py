@@ -1,0 +1,220 @@
+"""A generation: read the prompts in chunks, then draft tokens, verify them in one pass, and keep what stands.
+
+Nothing is computed twice. Decoding one token at a time is the same cycle with no drafts.
+
+Shapes: B rows of the call, R rows still running, K drafts, T = K + 1 tokens of a verification, D width, V vocabulary.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lepton.errors import InputError
+from lepton.generate.acceptance import Verdict, accept
+from lepton.generate.drafting import Drafts, draft, no_drafts
+from lepton.generate.prompts import read_stops
+from lepton.generate.sampling import check_sampling, probabilities, random_stream
+from lepton.generate.stats import Stats
+from lepton.model import Lepton, State
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens computed at once: bounds the memory of a long prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to generate; `lepton.generate.generate` says what each means."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_p: float = 0.9
+    top_k: int | None = None
+    use_speculative: bool = True
+    seed: int | None = None
+    stop: Any = None
+    depth: float | None = None
+    think: int | None = None
+    uncertainty: bool = False
+    """Whether to compute the uncertainty of each new token."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 0")
+        check_sampling(self.temperature, self.top_p, self.top_k)
+
+
+class News(NamedTuple):
+    """What a cycle gave one row."""
+
+    row: int
+    tokens: list[int]
+    uncertainties: list[float]
+    """One for each token if they were asked for, else empty."""
+
+
+class Chunk(NamedTuple):
+    """What the trunk made of the newest tokens of each row, the last of which predict the next."""
+
+    hidden_RTD: Tensor
+    signals_RT3: Tensor
+    blocks_RT: Tensor
+    """Blocks that the tokens went through; of a prompt, the sum over its tokens."""
+    commit: Callable[[Tensor], State]
+    """The state after the first token and that many drafts."""
+
+
+class Generation:
+    """The continuation of some prompts. Iterating it computes, cycle by cycle; `stats` grows on the way.
+
+    The first cycle reads the prompts. A generation is iterated once; it may be left early.
+    """
+
+    def __init__(self, model: Lepton, prompts: Sequence[Sequence[int]], options: Options) -> None:
+        if options.uncertainty and model.uncertainty is None:
+            raise InputError(
+                "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
+            )
+        self.model, self.prompts, self.options = model, prompts, options
+        self.stats = Stats()
+        self._device = model.embed.weight.device
+        self._drafts = model.drafter.count if options.use_speculative and model.drafter is not None else 0
+        self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
+        seed = secrets.randbits(64) if options.seed is None else options.seed
+        self._streams = [random_stream(seed, row) for row in range(len(prompts))]
+        self._distribution = partial(
+            probabilities, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+        )
+        self._pass = partial(model.trunk, depth=options.depth, think=options.think)
+        self._new: list[list[int]] = [[] for _ in prompts]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[list[News]]:
+        rows = list(range(len(self.prompts)))
+        if self.options.max_new_tokens == 0:
+            return
+        draws_RX = self._draws(rows)
+        chunk, limits = self._prefill(), [0] * len(rows)
+        drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
+        while True:
+            logits_RTV = self.model.head(chunk.hidden_RTD)
+            trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
+            verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
+            yield self._hand_out(rows, limits, chunk, logits_RTV, drafts, verdict)
+
+            index = [i for i, row in enumerate(rows) if not self._ended(row)]
+            if not index:
+                return
+            rows = [rows[i] for i in index]
+            index_R = torch.tensor(index, device=self._device)
+            state = chunk.commit(verdict.accepted_R).rows(index_R)
+            token_R = verdict.next_R[index_R]
+            hidden_RD = chunk.hidden_RTD[index_R, verdict.accepted_R[index_R]]
+
+            draws_RX = self._draws(rows)
+            limits = [min(self._drafts, self.options.max_new_tokens - len(self._new[row]) - 1) for row in rows]
+            drafts = self._draft(hidden_RD, token_R, limits, draws_RX)
+            chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state)
+
+    def _prefill(self) -> Chunk:
+        """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
+
+        It opens a segment: the thoughts of the answer start from the whole question. Shorter rows are padded on the
+        right; a row that has ended idles with length 0.
+        """
+        rows_B = torch.arange(len(self.prompts), device=self._device)
+        filler = int(self.model.config.eos_id == 0)  # the end of a document would open segments in the padding
+        state: State | None = None
+        last: list[Tensor] = []
+        blocks_B = torch.zeros_like(rows_B)
+        longest = max(map(len, self.prompts))
+        for start in range(0, longest, PREFILL_CHUNK):
+            width = min(PREFILL_CHUNK, longest - start)
+            parts = [prompt[start : start + width] for prompt in self.prompts]
+            tokens_BT = torch.tensor([[*part, *[filler] * (width - len(part))] for part in parts], device=self._device)
+            lengths_B = torch.tensor([len(part) for part in parts], device=self._device)
+            ends_B = torch.tensor([0 <= len(p) - start - 1 < width for p in self.prompts], device=self._device)
+            index_T = torch.arange(width, device=self._device)
+            opens_BT = (index_T == lengths_B[:, None] - 1) & ends_B[:, None]
+            out = self._pass(tokens_BT, state, lengths=lengths_B, opens=opens_BT)
+            state = out.state
+            at_B = (lengths_B - 1).clamp(min=0)
+            found = out.hidden[rows_B, at_B], out.traces.signals_BT3[rows_B, at_B]
+            last = [torch.where(ends_B[:, None], *pair) for pair in zip(found, last or found, strict=True)]
+            blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
+            self.stats.forward_calls += 1
+        assert state is not None, "prompts are not empty"
+        read = state
+        self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
+        return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
+
+    def _draft(self, hidden_RD: Tensor, token_R: Tensor, limits: Sequence[int], draws_RX: Tensor) -> Drafts:
+        """Draft after the newest tokens, no more than any row has room for."""
+        if max(limits) == 0:
+            return no_drafts(len(token_R), self.model.config.vocab_size, self._device)
+        limit_R = torch.tensor(limits, device=self._device)
+        return draft(self.model, hidden_RD, token_R, limit_R, draws_RX[:, : max(limits)], self._distribution)
+
+    def _verify(self, tokens_RT: Tensor, state: State) -> Chunk:
+        """Pass the newest tokens and their drafts through the model."""
+        out = self._pass(tokens_RT, state)
+        self.stats.forward_calls += 1
+        return Chunk(out.hidden, out.traces.signals_BT3, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
+
+    def _hand_out(
+        self,
+        rows: Sequence[int],
+        limits: Sequence[int],
+        chunk: Chunk,
+        logits_RTV: Tensor,
+        drafts: Drafts,
+        verdict: Verdict,
+    ) -> list[News]:
+        """Fetch the outcome from the device, cut it where a row ends, and count."""
+        ids_RT = torch.cat([drafts.ids_RK, verdict.next_R[:, None]], 1)
+        ids_RT = ids_RT.scatter(1, verdict.accepted_R[:, None], verdict.next_R[:, None])
+        finite_R = logits_RTV.isfinite().all(-1).all(-1) & drafts.q_RKV.isfinite().all(-1).all(-1)
+        blocks_R = chunk.blocks_RT.sum(1)
+        # The one place of a cycle that waits for the device.
+        outcomes = torch.cat([ids_RT, torch.stack([verdict.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
+        uncertainties: list[list[float]] = [[] for _ in rows]
+        if self.options.uncertainty:
+            assert self.model.uncertainty is not None, "the constructor asked"
+            uncertainties = self.model.uncertainty(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
+
+        news = []
+        for row, limit, (*ids, accepted, blocks, finite), unsure in zip(
+            rows, limits, outcomes, uncertainties, strict=True
+        ):
+            if not finite:
+                raise InputError("the model's logits are not finite: its training diverged; use an earlier checkpoint")
+            self.stats.positions += len(ids)
+            self.stats.blocks += blocks
+            from_prompt, tokens = not self._new[row], []
+            for token in ids[: accepted + 1]:
+                tokens.append(token)
+                self._new[row].append(token)
+                if self._ended(row):
+                    break
+            self.stats.new_tokens += len(tokens)
+            if not from_prompt:
+                self.stats.add_cycle(len(tokens), drafted=limit, accepted=accepted)
+            news.append(News(row, tokens, unsure[: len(tokens)]))
+        return news
+
+    def _ended(self, row: int) -> bool:
+        new = self._new[row]
+        return len(new) >= self.options.max_new_tokens or any(new[-len(stop) :] == stop for stop in self._stops)
+
+    def _draws(self, rows: Sequence[int]) -> Tensor:
+        """Uniform numbers for a cycle: K to draft by, K to accept by, and one for the token behind [R, 2 * K + 1].
+
+        K is what the model drafts at most, so that what a row draws depends on nothing but itself.
+        """
+        count = 2 * self._drafts + 1
+        draws = [[self._streams[row].random() for _ in range(count)] for row in rows]
+        return torch.tensor(draws, dtype=torch.float64, device=self._device)

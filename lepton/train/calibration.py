@@ -1,0 +1,247 @@
+"""Calibration: what a model's scores mean, measured on text that it was not trained on.
+
+Two things are fitted, neither of which changes a prediction at full depth: the line that turns the logit of the
+uncertainty head into a chance (Platt, 1999), and the router's table of quantiles, which turns a share of tokens into a
+score. The first half of the validation split is for that; the second is left for measuring, so no figure is taken
+where it was fitted.
+
+Shapes: B rows, T tokens of a chunk, D width, V vocabulary; M positions of a slice, N in all.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lepton.data.shards import Batch, ShardedDataset
+from lepton.errors import InputError
+from lepton.model import Lepton, Output
+from lepton.model.router import QUANTILES
+
+TOKENS = 1 << 16
+"""Positions that are looked at, where a call does not say."""
+CHUNK = 1024
+"""Tokens of a row in one forward pass."""
+POSITIONS = 256
+"""Positions whose logits exist at once: more take memory and, on a CPU, time."""
+BINS = 15
+"""Bins of the calibration error."""
+PRIOR = 1e-3
+"""Weight, in observations, of the line that changes nothing: it decides where all logits are equal."""
+
+
+class Positions(NamedTuple):
+    """Some positions whose next token is known."""
+
+    hidden_MD: Tensor
+    logits_MV: Tensor
+    signals_M3: Tensor
+    depth_M: Tensor
+    target_M: Tensor
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model said of N positions and what came: fp64 on the CPU."""
+
+    wrong_N: Tensor
+    """1 where the most likely token is not the one that came, else 0."""
+    logit_N: Tensor | None
+    """Raw logit of the uncertainty head (None without the idea)."""
+    benefit_N: Tensor | None
+    """The router's score (None without the idea)."""
+    doubt_N: Tensor
+    """One minus the largest probability."""
+    scaled_doubt_N: Tensor
+    """The same with the logits divided by a temperature."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was fitted."""
+
+    tokens: int
+    """Positions it was fitted on."""
+    line: tuple[float, float] | None
+    """Scale and shift of the uncertainty's logit (None without the idea)."""
+    quantiles: Tensor | None
+    """Scores of the router at the quantiles 0, 1/64, ..., 1, fp64 (None without the idea)."""
+
+
+@torch.no_grad()
+def calibrate(model: Lepton, batches: Iterable[Batch], max_tokens: int = TOKENS) -> Calibration:
+    """Fit the uncertainty's line and the router's quantiles on `batches`, and put them into `model`'s buffers.
+
+    `batches` are windows that the model was not trained on, such as `calibration_batches` gives; at most `max_tokens`
+    of their positions are read. A model without router and uncertainty is left alone.
+
+    Raises:
+        InputError: `batches` hold no token to predict.
+    """
+    if model.router is None and model.uncertainty is None:
+        return Calibration(0, None, None)
+    outcomes = collect(model, batches, max_tokens)
+    line, quantiles = None, None
+    if model.uncertainty is not None and outcomes.logit_N is not None:
+        line = fit_line(outcomes.logit_N, outcomes.wrong_N)
+        model.uncertainty.calibration.copy_(torch.tensor(line))
+    if model.router is not None and outcomes.benefit_N is not None:
+        places = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+        quantiles = outcomes.benefit_N.quantile(places)
+        model.router.quantiles.copy_(quantiles)
+    return Calibration(len(outcomes.wrong_N), line, quantiles)
+
+
+def calibration_batches(data: ShardedDataset, batch_size: int, max_tokens: int = TOKENS) -> Iterator[Batch]:
+    """Yield windows of the first half of a validation split, spread evenly, with about `max_tokens` targets."""
+    return _half(data, batch_size, max_tokens, second=False)
+
+
+def evaluation_batches(data: ShardedDataset, batch_size: int, max_tokens: int = TOKENS) -> Iterator[Batch]:
+    """Yield windows of the second half, which `calibration_batches` never gives (unless there is just one window)."""
+    return _half(data, batch_size, max_tokens, second=True)
+
+
+def _half(data: ShardedDataset, batch_size: int, max_tokens: int, *, second: bool) -> Iterator[Batch]:
+    limit = 2 * math.ceil(max_tokens / (batch_size * data.seq_len))
+    count = min(data.windows, limit * batch_size)
+    first, last = (math.ceil(count / 2), count) if second else (0, count // 2)
+    if count < 2:
+        first, last = 0, count
+    for number, batch in enumerate(data.batches(batch_size, limit)):
+        start = number * batch_size
+        rows = slice(max(first - start, 0), max(last - start, 0))
+        if len(batch.lengths[rows]):
+            yield Batch(batch.tokens[rows], batch.lengths[rows])
+
+
+@torch.no_grad()
+def walk(
+    model: Lepton,
+    batches: Iterable[Batch],
+    *,
+    max_tokens: int | None = None,
+    carry: bool = False,
+    depth: float | None = None,
+    think: int | None = None,
+) -> Iterator[Positions]:
+    """Yield every position of `batches` whose next token is known, at most POSITIONS at a time and `max_tokens` in all.
+
+    Each row stands on its own; with `carry`, the rows of a batch go on where those of the batch before ended.
+    """
+    device = model.embed.weight.device
+    left = math.inf if max_tokens is None else max_tokens
+    out: Output | None = None
+    for batch in batches:
+        tokens_BN = batch.tokens.to(device)
+        counts_B = (batch.lengths - 1).to(device)
+        out = out if carry else None
+        for start in range(0, tokens_BN.shape[1] - 1, CHUNK):
+            target_BT = tokens_BN[:, start + 1 : start + 1 + CHUNK]
+            chunk_BT = tokens_BN[:, start : start + target_BT.shape[1]]
+            here_B = (counts_B - start).clamp(0, chunk_BT.shape[1])
+            state = None if out is None else out.state
+            out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think)
+            valid_BT = torch.arange(chunk_BT.shape[1], device=device) < here_B[:, None]
+            for index_M in valid_BT.flatten().nonzero()[:, 0].split(POSITIONS):
+                index_M = index_M[: int(min(left, POSITIONS))]
+                left -= len(index_M)
+                hidden_MD = out.hidden.flatten(0, 1)[index_M]
+                others = (out.traces.signals_BT3, out.depth, target_BT)
+                yield Positions(hidden_MD, model.head(hidden_MD), *(each.flatten(0, 1)[index_M] for each in others))
+                if left <= 0:
+                    return
+
+
+@torch.no_grad()
+def collect(
+    model: Lepton,
+    batches: Iterable[Batch],
+    max_tokens: int | None = None,
+    *,
+    temperature: float = 1.0,
+    carry: bool = False,
+    depth: float | None = None,
+    think: int | None = None,
+) -> Outcomes:
+    """Return what `model` says of the positions of `batches`; `temperature` is that of `Outcomes.scaled_doubt_N`.
+
+    Raises:
+        InputError: there is nothing to predict.
+    """
+    slices = []
+    for part in walk(model, batches, max_tokens=max_tokens, carry=carry, depth=depth, think=think):
+        logits_MV = part.logits_MV
+        columns = [
+            (logits_MV.argmax(-1) != part.target_M).to(logits_MV.dtype),
+            logits_MV.log_softmax(-1).amax(-1),
+            (logits_MV / temperature).log_softmax(-1).amax(-1),
+            part.signals_M3[:, 0].to(logits_MV.dtype),
+        ]
+        if model.uncertainty is not None:
+            columns.append(model.uncertainty.logit(part.hidden_MD, logits_MV, part.signals_M3))
+        slices.append(torch.stack(columns).cpu().double())
+    if not slices:
+        raise InputError("the text holds no token to predict: give a longer one")
+    wrong_N, likely_N, scaled_N, benefit_N, *logit_N = torch.cat(slices, 1)
+    return Outcomes(
+        wrong_N,
+        logit_N[0] if logit_N else None,
+        benefit_N if model.router is not None else None,
+        # From the logarithm, for what is left of a probability near 1.
+        -torch.expm1(likely_N),
+        -torch.expm1(scaled_N),
+    )
+
+
+def fit_line(logit_N: Tensor, wrong_N: Tensor) -> tuple[float, float]:
+    """Return the scale and shift under which `sigmoid(scale * logit + shift)` fits the outcomes best.
+
+    Maximum likelihood by Newton's method in fp64 (Platt, 1999; Lin, Lin and Weng, 2007). Platt's targets, a little
+    inside of 0 and 1, keep the line finite where the logits separate the outcomes.
+    """
+    wrongs = wrong_N.double().sum()
+    rights = len(wrong_N) - wrongs
+    target_N = torch.where(wrong_N > 0, (wrongs + 1) / (wrongs + 2), 1 / (rights + 2))
+    input_N2 = torch.stack([logit_N.double(), torch.ones_like(target_N)], -1)
+    neutral_2 = torch.tensor([1.0, 0.0], dtype=torch.float64)
+
+    def cost(line_2: Tensor) -> Tensor:
+        score_N = input_N2 @ line_2
+        return (F.softplus(score_N) - target_N * score_N).sum() + PRIOR / 2 * (line_2 - neutral_2).square().sum()
+
+    line_2 = neutral_2
+    for _ in range(100):
+        chance_N = torch.sigmoid(input_N2 @ line_2)
+        slope_2 = input_N2.T @ (chance_N - target_N) + PRIOR * (line_2 - neutral_2)
+        weight_N1 = (chance_N * (1 - chance_N))[:, None]
+        curve_22 = input_N2.T @ (weight_N1 * input_N2) + PRIOR * torch.eye(2, dtype=torch.float64)
+        step_2 = torch.linalg.solve(curve_22, slope_2)
+        while cost(line_2 - step_2) > cost(line_2) and step_2.abs().max() > 1e-12:
+            step_2 = step_2 / 2
+        line_2 = line_2 - step_2
+        if step_2.abs().max() < 1e-10:
+            break
+    scale, shift = line_2.tolist()
+    return scale, shift
+
+
+def calibration_error(chance_N: Tensor, wrong_N: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error in 0..1: mean |chance - share of wrong| over bins of equally many positions.
+
+    Equal chances count as equally wrong, so the result does not depend on the order of the positions.
+    """
+    chance_N, wrong_N = sorted_by_chance(chance_N, wrong_N)
+    parts = zip(chance_N.tensor_split(bins), wrong_N.tensor_split(bins), strict=True)
+    return sum((chance - wrong).sum().abs().item() for chance, wrong in parts) / len(chance_N)
+
+
+def sorted_by_chance(chance_N: Tensor, wrong_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chances in rising order and the outcomes beside them, those of equal chances averaged; fp64."""
+    values_U, place_N, count_U = chance_N.double().unique(return_inverse=True, return_counts=True)
+    share_U = torch.zeros_like(values_U).index_add(0, place_N, wrong_N.double()) / count_U
+    return values_U.repeat_interleave(count_U), share_U.repeat_interleave(count_U)

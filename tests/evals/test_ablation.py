@@ -1,0 +1,97 @@
+"""Switching ideas off: each switch does something, says what it does, and leaves no trace."""
+
+import pytest
+import torch
+
+from lepton.evals.ablation import ablate, ideas, without
+from tests.laws.lab import build, text
+
+ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0"]
+
+
+def snapshot(model):
+    """Where every tensor lies and what it holds, and every module."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return (
+        {name: (id(value), value.data_ptr(), value.clone()) for name, value in tensors.items()},
+        {name: id(module) for name, module in model.named_modules()},
+    )
+
+
+def assert_same(before, after):
+    assert before[1] == after[1]
+    assert list(before[0]) == list(after[0])
+    for name, (identity, place, value) in before[0].items():
+        assert after[0][name][:2] == (identity, place)
+        assert torch.equal(after[0][name][2], value)
+
+
+def test_a_complete_model_has_all_switches():
+    assert ideas(build("complete")) == ALL
+    assert ideas(build("no peek")) == [name for name in ALL if name != "peek"]
+    assert ideas(build("dense")) == []
+
+
+@pytest.mark.parametrize("idea", ALL)
+def test_a_switch_changes_the_output_and_leaves_no_trace(idea):
+    model, tokens = build("complete"), text(1, documents=False)
+    before, expected = snapshot(model), model(tokens).logits
+    with without(model, idea) as options:
+        ablated = model(tokens, **options).logits
+        # It works on any path: in chunks as in one pass.
+        first = model(tokens[:, :37], **options)
+        rest = model(tokens[:, 37:], first.state, **options)
+    assert (ablated - expected).abs().max() > 1e-3
+    assert (torch.cat([first.logits, rest.logits], 1) - ablated).abs().max() < 1e-9
+    assert_same(before, snapshot(model))
+    assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("idea", ALL)
+def test_an_error_inside_leaves_no_trace_either(idea):
+    model = build("complete")
+    before = snapshot(model)
+    with pytest.raises(KeyError), without(model, idea):
+        raise KeyError
+    assert_same(before, snapshot(model))
+
+
+def test_what_the_switches_switch_off():
+    model, tokens = build("complete"), text(2, documents=False)
+    with without(model, "working memory"):
+        assert not model(tokens).traces.read_BTM.any()
+    with without(model, "crystals"):
+        out = model(tokens)
+        assert not list(out.state.memory)
+    with without(model, "thoughts") as options:
+        assert not model(tokens, **options).traces.thought_BTD.any()
+    with without(model, "depth 0") as options:
+        assert (model(tokens, **options).depth == model.config.stem_layers).all()
+    with without(model, "peek"):
+        traces = model(tokens).traces
+        plain = build("complete")(tokens).traces
+        assert torch.equal(traces.hint_BTP, plain.hint_BTP)
+        assert not torch.equal(traces.early_BTD, plain.early_BTD)
+
+
+def test_without_crystals_is_a_model_built_without_them():
+    complete, tokens = build("complete"), text(3)
+    bare = build("no crystals")
+    bare.load_state_dict({n: v for n, v in complete.state_dict().items() if not n.startswith("crystals.")})
+    with without(complete, "crystals"):
+        assert torch.equal(complete(tokens).logits, bare(tokens).logits)
+
+
+def test_the_table():
+    model, tokens = build("complete"), text(4)
+
+    def nats(**options):
+        logits = model(tokens[:, :-1], **options).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+    table = ablate(model, nats, think=1)
+    assert [row.off for row in table] == ["nothing", *ALL]
+    assert table[0].nats_per_token == nats(think=1)
+    assert table[1].nats_per_token == nats(think=0)
+    assert table[-1].nats_per_token == nats(think=1, depth=0)
+    assert all(row.change == row.nats_per_token - table[0].nats_per_token for row in table)

@@ -1,0 +1,64 @@
+"""Models whose greedy text varies, and drafters that know it."""
+
+import torch
+from torch import Tensor, nn
+
+from lepton.generate import generate
+from lepton.model import Lepton
+from tests.laws.lab import build
+
+
+def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepton:
+    """A model whose blocks outweigh the embedding: one that is only shaken would repeat the last token forever."""
+    shaken = build(variant)
+    model = Lepton(shaken.config.replace(**changes)).double()
+    model.load_state_dict(shaken.state_dict())
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.data += 6 * noise / parameter.shape[-1] ** 0.5
+    return model.to(dtype).eval()
+
+
+class Oracle(nn.Module):
+    """A drafter that recognises where in known texts it is, and drafts what comes, or a wrong token where told to.
+
+    It has the surface of `lepton.model.draft.Drafter`; its cell's state is the place of the next token.
+    """
+
+    def __init__(self, count: int, vocab_size: int, hidden_PD: Tensor, following_P: Tensor, wrong_P: Tensor) -> None:
+        super().__init__()
+        self.count = count
+        self.ids = torch.arange(vocab_size)
+        self.hidden_PD, self.following_P, self.wrong_P = hidden_PD, following_P, wrong_P
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        distance, place = torch.cdist(hidden.double(), self.hidden_PD.double()).min(-1)
+        assert distance.max() < 1e-3, "the text left the known path"
+        return place[:, None]
+
+    def step(self, state: Tensor, embedded: Tensor) -> Tensor:
+        return (state + 1).clamp(max=len(self.following_P) - 1)
+
+    def rows(self, embedding: nn.Embedding) -> Tensor:
+        return embedding.weight[self.ids]
+
+    def logits(self, state: Tensor, rows: Tensor) -> Tensor:
+        token = (self.following_P + self.wrong_P)[state[..., 0]] % len(self.ids)
+        return 100.0 * nn.functional.one_hot(token, len(self.ids))
+
+
+def oracle(
+    model: Lepton, prompts: list[list[int]], new: int, *, count: int = 4, right: float = 1.0, **options
+) -> Oracle:
+    """A drafter that knows the greedy continuations, and is right at a share `right` of the places."""
+    hidden, following = [], []
+    plain = {"temperature": 0, "use_speculative": False}
+    for prompt, tokens in zip(prompts, generate(model, prompts, new, **plain, **options), strict=True):
+        opens = torch.arange(len(tokens))[None] == len(prompt) - 1
+        hidden.append(model.trunk(torch.tensor([tokens]), opens=opens, **options).hidden[0])
+        following.append(torch.tensor([*tokens[1:], 0]))
+    places = sum(map(len, following))
+    wrong = torch.rand(places, generator=torch.Generator().manual_seed(1)) >= right
+    return Oracle(count, model.config.vocab_size, torch.cat(hidden).detach(), torch.cat(following), wrong.long())

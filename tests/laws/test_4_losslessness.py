@@ -1,0 +1,284 @@
+"""Law 4: speculation changes what is computed at once, never what comes out, nor what the model then remembers."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from lepton.config import LeptonConfig
+from lepton.generate import Generation, Options, generate, generate_with_stats
+from lepton.generate.sampling import probabilities
+from lepton.model import Lepton
+from tests.generate.models import lively, oracle
+from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, text
+
+GREEDY = {"temperature": 0}
+PLAIN = {"use_speculative": False}
+DRAFTS, NEW = 4, 24
+
+
+@functools.cache
+def model_of(variant, dtype=torch.float64, **changes):
+    return lively(variant, dtype, **changes)
+
+
+def prompts_of(count, seed=0):
+    """Prompts of 1 to 40 tokens: within the window of 8, at its edge and far across it, some with document ends."""
+    lengths = torch.randint(1, 41, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        text(100 * seed + i, rows=1, length=length, documents=i % 3 == 0)[0].tolist()
+        for i, length in enumerate(lengths)
+    ]
+
+
+def with_drafter(model, drafter, action):
+    """Run `action` while the model drafts with `drafter`."""
+    own, model.drafter = model.drafter, drafter
+    try:
+        return action()
+    finally:
+        model.drafter = own
+
+
+def assert_same_tokens(model, plain, drafted, prompts, **options):
+    """Equal, save that fp32 may take the other of two tokens whose logits lie within 1e-5."""
+    for a, b, prompt in zip(plain, drafted, prompts, strict=True):
+        if a == b:
+            continue
+        at = next(i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y)
+        assert model.dtype == torch.float32, f"differs at token {at} of {len(a)}"
+        opens = torch.arange(at)[None] == len(prompt) - 1
+        logits = model(torch.tensor([a[:at]]), opens=opens, **options).logits[0, -1]
+        assert abs(float(logits[a[at]] - logits[b[at]])) < 1e-5, f"differs at token {at} of {len(a)}"
+
+
+# Token for token
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_text_is_that_of_plain_decoding(variant, dtype):
+    """With the model's own drafts, and with some that are right three times in four, so that many are kept."""
+    model, prompts = model_of(variant, dtype), prompts_of(12)
+    plain = generate(model, prompts, NEW, **GREEDY, **PLAIN)
+    new = [token for row, prompt in zip(plain, prompts, strict=True) for token in row[len(prompt) :]]
+    assert len(set(new)) > 12, "constant text would show nothing"
+    assert_same_tokens(model, plain, generate(model, prompts, NEW, **GREEDY), prompts)
+    drafter = oracle(model, prompts, NEW, right=0.75)
+    drafted, stats = with_drafter(model, drafter, lambda: generate_with_stats(model, prompts, NEW, **GREEDY))
+    assert_same_tokens(model, plain, drafted, prompts)
+    assert 2 < stats.tokens_a_cycle < 4.5
+
+
+def test_fifty_prompts_in_fp32():
+    model, prompts = model_of("complete", torch.float32), prompts_of(50, seed=1)
+    plain = generate(model, prompts, 40, **GREEDY, **PLAIN)
+    assert_same_tokens(model, plain, generate(model, prompts, 40, **GREEDY), prompts)
+
+
+@pytest.mark.parametrize("options", [half_depth("complete"), {"depth": 0}, {"think": 0}, {"think": 4}])
+def test_greedy_text_with_the_models_knobs(options):
+    model, prompts = model_of("complete"), prompts_of(8, seed=2)
+    plain = generate(model, prompts, 30, **GREEDY, **PLAIN, **options)
+    assert plain == generate(model, prompts, 30, **GREEDY, **options)
+    drafter = oracle(model, prompts, 30, right=0.75, **options)
+    assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, 30, **GREEDY, **options))
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 5, 6, 7])
+def test_the_last_token_is_the_last_that_was_asked_for(new):
+    model, prompts = model_of("complete"), prompts_of(6, seed=3)
+    plain = generate(model, prompts, new, **GREEDY, **PLAIN)
+    for right in (1.0, 0.5):
+        drafter = oracle(model, prompts, new, right=right)
+        assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, new, **GREEDY))
+
+
+def test_what_ends_the_text_ends_it_inside_a_chunk():
+    """At every place of a chunk: an id, a pair of ids that two cycles may share, and the end of the document."""
+    model, prompts = model_of("complete"), prompts_of(4, seed=4)
+    whole = generate(model, prompts, 20, **GREEDY, **PLAIN)
+    drafter = oracle(model, prompts, 20)
+    new, cuts = whole[0][len(prompts[0]) :], set()
+    for at in range(2, 8):
+        for stop in ([new[at]], [new[at - 1 : at + 1]]):
+            options = {"max_new_tokens": 20, "stop": stop, **GREEDY}
+            plain = generate(model, prompts, **options, **PLAIN)
+            assert plain == with_drafter(model, drafter, functools.partial(generate, model, prompts, **options))
+            cuts |= {(len(row) - len(prompt) - 2) % (DRAFTS + 1) for row, prompt in zip(plain, prompts, strict=True)}
+    assert cuts == set(range(DRAFTS + 1))
+
+
+def test_the_end_of_the_document_is_the_last_token():
+    tokens = [
+        token for row in generate(model_of("complete"), prompts_of(6, seed=4), 40, **GREEDY) for token in row[-30:]
+    ]
+    eos = max(set(tokens), key=tokens.count)
+    model, prompts = model_of("complete", eos_id=eos), prompts_of(24, seed=5)
+    plain = generate(model, prompts, 30, **GREEDY, **PLAIN)
+    ends = {len(row) - len(prompt) for row, prompt in zip(plain, prompts, strict=True) if row[-1] == eos}
+    assert len(ends - {30}) > 3, "rows end at different places"
+    for right in (1.0, 0.75):
+        drafter = oracle(model, prompts, 30, right=right)
+        assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, 30, **GREEDY))
+
+
+# In distribution
+
+SMALL = {"vocab_size": 6, "draft_vocab": 4, "drafts": 3}
+PROMPT = [1, 5, 2, 3, 1, 4, 4, 2, 5, 3]
+ROWS = 4000
+AHEAD = 4
+
+
+@functools.cache
+def small_model():
+    """Few ids, so that whole continuations can be counted; two of them are never drafted."""
+    torch.manual_seed(3)
+    model = Lepton(LeptonConfig(**{**SHAPE, **IDEAS, **SMALL})).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.6 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+    return model
+
+
+def exact(model, **sampling):
+    """The probability of every continuation of AHEAD tokens, or up to the end of the document, under plain decoding."""
+    prefixes = list(itertools.product(range(SMALL["vocab_size"]), repeat=AHEAD - 1))
+    tokens = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])
+    opens = (torch.arange(tokens.shape[1]) == len(PROMPT) - 1).expand_as(tokens)
+    logits = model(tokens, opens=opens).logits[:, len(PROMPT) - 1 :]
+    p = probabilities(logits, **sampling).tolist()
+    found = {}
+    for prefix, steps in zip(prefixes, p, strict=True):
+        chance = 1.0
+        for i, token in enumerate(prefix):
+            chance *= steps[i][token]
+            if token == model.config.eos_id:
+                found[prefix[: i + 1]] = chance
+                break
+        else:
+            found |= {(*prefix, token): chance * steps[-1][token] for token in range(SMALL["vocab_size"])}
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sampling", "speculative"),
+    [
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": None}, True),
+        ({"temperature": 1.0, "top_p": 0.8, "top_k": None}, True),
+        ({"temperature": 1.0, "top_p": 1.0, "top_k": 3}, True),
+        ({"temperature": 1.6, "top_p": 0.9, "top_k": 5}, True),
+        ({"temperature": 1.6, "top_p": 0.9, "top_k": 5}, False),
+    ],
+)
+def test_sampled_text_has_the_distribution_of_plain_decoding(sampling, speculative):
+    model = small_model()
+    expected = exact(model, **sampling)
+    options = {**sampling, "seed": 11, "use_speculative": speculative}
+    rows, stats = generate_with_stats(model, [PROMPT] * ROWS, AHEAD, **options)
+    counts = dict.fromkeys(expected, 0)
+    for row in rows:
+        counts[tuple(row[len(PROMPT) :])] += 1
+    assert not any(count for path, count in counts.items() if expected[path] == 0), "an excluded token was returned"
+    assert chi_square_p(counts, {path: ROWS * chance for path, chance in expected.items()}) > 1e-3
+    if speculative:
+        assert all(0.05 < share < 0.95 for share in stats.acceptance), "drafts are kept and rejected"
+
+
+def chi_square_p(counts, expected):
+    """The chance of counts at least this far from what is expected; rare outcomes count as one."""
+    often = [(counts[path], value) for path, value in expected.items() if value >= 5]
+    rest = sum(counts.values()) - sum(count for count, _ in often), sum(expected.values()) - sum(v for _, v in often)
+    cells = [*often, rest] if rest[1] >= 5 else often
+    statistic = sum((count - value) ** 2 / value for count, value in cells)
+    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+# What the model then remembers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_state_is_that_of_a_model_that_never_drafted(variant, monkeypatch):
+    """At each cycle, rows of different lengths: keys, values, memory, crystals and thoughts."""
+    model, prompts = model_of(variant), prompts_of(4, seed=6)
+    drafter = oracle(model, prompts, 24, right=0.6)
+    received, trunk = [], model.trunk
+
+    def noting(tokens, state, **options):
+        received.append((tokens[:, 0].tolist(), state))
+        return trunk(tokens, state, **options)
+
+    def check():
+        monkeypatch.setattr(model, "trunk", noting)
+        generation = Generation(model, prompts, Options(max_new_tokens=24, temperature=0))
+        plain = [None] * len(prompts)
+        tokens = [[] for _ in prompts]
+        for news in generation:
+            newest, state = received[-1]
+            for i, (row, new, _) in enumerate(news):
+                if plain[row] is None:  # the first cycle reads the prompt
+                    opens = torch.arange(len(prompts[row]))[None] == len(prompts[row]) - 1
+                    plain[row] = trunk(torch.tensor([prompts[row]]), opens=opens).state
+                else:
+                    unread = tokens[row]
+                    assert newest[i] == unread[-1]
+                    for token in unread[:-1]:
+                        plain[row] = trunk(torch.tensor([[token]]), plain[row]).state
+                    del unread[:-1]
+                    assert_states(plain[row], state.rows(torch.tensor([i])), f"row {row}")
+                tokens[row] += new
+        return generation.stats
+
+    with torch.no_grad():
+        stats = with_drafter(model, drafter, check)
+    assert 1.5 < stats.tokens_a_cycle < 4.5
+
+
+# What it saves
+
+
+@pytest.mark.parametrize(("right", "least", "most"), [(1.0, 5.0, 5.0), (0.0, 1.0, 1.0), (0.5, 1.6, 2.4)])
+@pytest.mark.parametrize("variant", ["complete", "dense"])
+def test_tokens_a_cycle_follow_the_drafter(variant, right, least, most):
+    model, new = model_of(variant), 1 + 8 * (DRAFTS + 1)
+    candidates = prompts_of(12, seed=7)
+    plain = generate(model, candidates, new, **GREEDY, **PLAIN)
+    whole = [(p, row) for p, row in zip(candidates, plain, strict=True) if len(row) == len(p) + new]
+    prompts, rows = zip(*whole, strict=True)
+    drafter = oracle(model, list(prompts), new, right=right)
+    tokens, stats = with_drafter(model, drafter, lambda: generate_with_stats(model, list(prompts), new, **GREEDY))
+    assert tokens == list(rows)
+    assert least <= stats.tokens_a_cycle <= most
+    assert 1 + sum(stats.acceptance) == pytest.approx(stats.tokens_a_cycle, abs=0.15)
+    if right == 1:
+        assert stats.forward_calls == 1 + 8
+        assert stats.acceptance == [1.0] * DRAFTS
+    if right == 0:
+        assert stats.forward_calls == new
+        assert stats.acceptance == [0.0] * DRAFTS
+
+
+def test_a_model_without_a_drafter_decodes_plainly():
+    prompts = prompts_of(3, seed=8)
+    sampled = {"temperature": 1.0, "seed": 4}
+    for variant in ("dense", "no drafts"):
+        model = model_of(variant)
+        tokens, stats = generate_with_stats(model, prompts, 12, **sampled)
+        assert tokens == generate(model, prompts, 12, **sampled, **PLAIN)
+        assert (stats.drafted, stats.tokens_a_cycle) == ([], 1.0)
+
+
+def test_speculation_computes_no_more_than_it_drafts():
+    model, shapes = model_of("complete"), []
+    hook = model.embed.register_forward_pre_hook(lambda module, args: shapes.append(args[0].numel()))
+    prompt = prompts_of(1, seed=9)[0]
+    tokens = generate(model, prompt, 20, **GREEDY, **PLAIN)
+    assert sum(shapes) == len(tokens) - 1
+    shapes.clear()
+    stats = generate_with_stats(model, prompt, 20, **GREEDY)[1]
+    hook.remove()
+    assert sum(shapes) == stats.positions == len(prompt) + stats.cycles + sum(stats.drafted)
+    assert stats.drafted[0] <= stats.cycles < VOCAB
