@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lepton.cli import train as command
 from lepton.cli.arguments import Parser
@@ -143,10 +144,30 @@ def test_train_py_is_the_command_and_a_resumed_run_goes_on(data, tmp_path):
     assert (tmp_path / "checkpoints" / "step_3.pt").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM there ends a process without asking it")
+def test_sigterm_saves_and_gives_143(data, tmp_path):
+    line = [
+        sys.executable,
+        "train.py",
+        *words(data, tmp_path, "--max_steps", 10**6, "--eval_every", 10**6, "--log_every", 1),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, text=True, **pipes)
+    while not process.stdout.readline().startswith("step 2/"):
+        assert process.poll() is None, process.stderr.read()
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    (path,) = tmp_path.glob("step_*.pt")
+    step = torch.load(path)["step"]
+    assert errors.endswith(f"stopped at step {step}, saved {path}; go on with --resume {path}\n")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(step + 1))
+
+
 def test_torch_is_not_needed_to_be_helped():
     code = "import sys; from lepton.cli.main import main; main(['train', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--grad_accum" in done.stdout
-
-

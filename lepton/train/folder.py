@@ -1,0 +1,77 @@
+"""The folder of a run: which checkpoints it holds, which are kept, and what happens to those of an earlier run."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lepton import checkpoint
+from lepton.errors import InputError
+
+BEST, FINAL, METRICS = "best.pt", "final.pt", "metrics.jsonl"
+
+
+class RunFolder:
+    """`checkpoint_dir`: step_N.pt (the newest `keep`), best.pt, final.pt and metrics.jsonl."""
+
+    def __init__(self, path: str | Path, *, keep: int) -> None:
+        self.path = Path(path)
+        self.keep = keep
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"checkpoint_dir={path} is no folder and cannot be made one: {error.strerror}") from error
+        checkpoint.remove_unfinished(self.path)
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    def step_path(self, step: int) -> Path:
+        return self.path / f"step_{step}.pt"
+
+    def save(self, payload: dict[str, Any], *, best: bool, step: bool) -> None:
+        """Save `payload` as best.pt, as its step_N.pt, or as both sharing the disk space; prune beyond `keep`.
+
+        best.pt comes first: a run killed between the two resumes from an earlier step and writes best.pt again.
+        """
+        path = self.step_path(payload["step"])
+        if best:
+            checkpoint.save(self.path / BEST, payload)
+        if step and best:
+            checkpoint.duplicate(self.path / BEST, path)
+        elif step:
+            checkpoint.save(path, payload)
+        for _, old in checkpoint.steps_in(self.path)[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def finish(self, payload: dict[str, Any]) -> Path:
+        """Save the end of the run as final.pt."""
+        path, last = self.path / FINAL, self.step_path(payload["step"])
+        if last.exists():
+            checkpoint.duplicate(last, path)
+        else:
+            checkpoint.save(path, payload)
+        return path
+
+    def set_aside(self, *, after: int = -1) -> Path | None:
+        """Move an earlier run out of the way, so that nothing of it is overwritten; return where to.
+
+        With `after`, a run is resumed from that step: only if step_N.pt with a larger N exist does anything move,
+        and metrics.jsonl is copied, since its beginning belongs to both.
+        """
+        fresh = after < 0
+        later = [path for step, path in checkpoint.steps_in(self.path) if step > after]
+        named = [path for name in (BEST, FINAL) if (path := self.path / name).exists()]
+        if not later and not (fresh and named):
+            if fresh:
+                self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            return None
+        aside = next(path for n in range(1, 10**6) if not (path := self.path / f"previous-{n}").exists())
+        aside.mkdir()
+        if self.metrics.exists():
+            shutil.copy2(self.metrics, aside / METRICS)
+            if fresh:
+                self.metrics.unlink()
+        for path in [*named, *later]:
+            path.rename(aside / path.name)
+        return aside

@@ -1,0 +1,113 @@
+"""What the machine can do: devices, bf16, peak rates. Nothing is asked of it before a function is called."""
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+
+import torch
+
+from lepton.errors import InputError
+
+PEAK_TFLOPS = (
+    ("B300", 2500), ("B200", 2250), ("GB200", 2500), ("H200", 989), ("H100 PCIe", 756), ("H100", 989), ("GH200", 989),
+    ("H800", 989), ("A100", 312), ("A800", 312), ("A40", 150), ("A30", 165), ("A10G", 70), ("A10", 125), ("L40S", 362),
+    ("L40", 181), ("L4", 121), ("RTX PRO 6000", 504), ("RTX 6000 Ada", 364), ("RTX A6000", 155), ("RTX 5090", 210),
+    ("RTX 5080", 113), ("RTX 5070 Ti", 88), ("RTX 5070", 62), ("RTX 4090", 165), ("RTX 4080", 97), ("RTX 4070 Ti", 80),
+    ("RTX 4070", 58), ("RTX 4060", 30), ("RTX 3090", 71), ("RTX 3080", 60), ("RTX 3070", 41), ("RTX 3060", 26),
+    ("MI300X", 1307), ("MI325X", 1307), ("MI250X", 191),
+)  # fmt: skip
+"""Dense bf16 peaks with fp32 accumulation, from the makers' data sheets. The first that a card's name holds counts."""
+USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
+"""Share of a plain matrix product's rate that training reaches, for estimates."""
+HOST_SECONDS = 0.006
+"""Time that a GPU's host takes to launch a micro-batch, however small, for estimates."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, or by default a GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises an AssertionError where it is built without CUDA
+        raise InputError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _cpu_has_bf16()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of activations for 'auto', 'bf16' or 'fp32'."""
+    bf16 = name == "bf16" or (name == "auto" and has_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """Return the device's name for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' if threads > 1 else ''})" if device.type == "cpu" else str(device)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the card's bf16 peak in FLOP/s, None where the table does not know it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for card, tflops in PEAK_TFLOPS if re.search(rf"\b{card}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors have held on the GPU so far, None without one."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def training_seconds(flops: float, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return about how long training of so many `flops` takes, from a matrix product timed on the spot."""
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))
+    rate = 2 * size**3 / seconds * USUAL_SHARE.get(device.type, 0.2)
+    return flops / rate + (0 if device.type == "cpu" else micro_batches * HOST_SECONDS)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return max(time.perf_counter() - start, 1e-9)
+
+
+def _cpu_has_bf16() -> bool:
+    # torch has no public question for this; without the private ones the answer is no, which is slower and right.
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return _arm_features_hold("bf16")
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def _arm_features_hold(feature: str) -> bool:
+    if not os.path.exists("/proc/cpuinfo"):  # macOS, Windows: fp32 is the safe and fast choice there
+        return False
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return any(line.startswith("Features") and feature in line.split() for line in file)

@@ -1,0 +1,145 @@
+"""Which parameter is trained by what: Muon for the matrices of blocks, AdamW for everything else.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
+orthogonal matrix. Its update has spectral norm sqrt(max(1, rows / columns)) x rate whatever the width, so one rate
+serves all sizes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.95)
+EPS = 1e-10
+"""Far below the gradients of rare tokens' embeddings, which a usual 1e-8 would slow down."""
+MOMENTUM = 0.95
+
+STACKED = 2**25
+"""Numbers of matrices that are orthogonalised at once; bounds the memory of the copies."""
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
+    """Return the trainable parameters of `model` that Muon takes, and the rest.
+
+    Muon's are the matrices of the stem and of the blocks. The embedding (whose rows are updated one by one), the
+    projections of a factorised embedding and everything that is not a matrix are left to AdamW.
+    """
+    muon: NamedParameters = []
+    rest: NamedParameters = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            hidden_matrix = parameter.ndim == 2 and name.startswith(("stem.", "blocks."))
+            (muon if hidden_matrix else rest).append((name, parameter))
+    return muon, rest
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` in a few large kernels: matrices of one shape are orthogonalised together.
+
+    One by one, their kernels take a GPU's host longer to launch than the GPU to run. State and options are those of the
+    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters."""
+        assert closure is None
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for matrices in _alike([matrix for matrix in group["params"] if matrix.grad is not None]):
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+                for matrix in matrices:
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                torch._foreach_lerp_(averages, gradients, 1 - momentum)
+                torch._foreach_lerp_(gradients, averages, momentum)
+                update = orthogonal(torch.stack(gradients), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rows, columns = matrices[0].shape
+                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(matrices, update.unbind(), alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonal(stack_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Return about the nearest orthogonal matrix of each of a stack, by Newton-Schulz iterations in bf16.
+
+    Singular values come out between about 0.5 and 1.5, which serves as well as exactly 1.
+    """
+    a, b, c = coefficients
+    wide = stack_NRC.shape[1] <= stack_NRC.shape[2]
+    x = (stack_NRC if wide else stack_NRC.mT).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(stack_NRC.dtype)
+
+
+class Optimizers:
+    """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
+
+    A matrix shrinks by weight_decay x lr a step under either optimizer; embedding and vectors do not decay.
+    """
+
+    def __init__(self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float) -> None:
+        muon, rest = split_parameters(model)
+        if kind == "adamw":
+            muon, rest = [], muon + rest
+        self.kind = kind
+        self._parameters = [parameter for _, parameter in muon + rest]
+        groups = [
+            {"params": [item for item in rest if _decays(*item)], "weight_decay": weight_decay},
+            {"params": [item for item in rest if not _decays(*item)], "weight_decay": 0.0},
+        ]
+        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self._parameters)
+        adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=lr, betas=BETAS, eps=EPS, fused=fused
+        )
+        self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
+        if muon:
+            self._members["muon"] = BatchedMuon(
+                muon, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
+            )
+        self._peak = {"adamw": lr, "muon": muon_lr}
+
+    def step(self, scale: float, grad_clip: float) -> Tensor:
+        """Update at `scale` times the peak rates, clear the gradients, and return their norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, grad_clip)
+        for name, member in self._members.items():
+            for group in member.param_groups:
+                group["lr"] = self._peak[name] * scale
+            member.step()
+            member.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs; rates and other hyperparameters are not part of it."""
+        states = {name: member.state_dict()["state"] for name, member in self._members.items()}
+        return {"kind": self.kind, "states": states}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` of an instance of the same kind, on the same model, returned."""
+        assert saved["kind"] == self.kind
+        for name, member in self._members.items():
+            own = member.state_dict()["param_groups"]
+            member.load_state_dict({"state": saved["states"][name], "param_groups": own})
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and name != "embed.weight"
+
+
+def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the matrices in groups of one shape, of at most STACKED numbers where that is more than one matrix."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        shapes.setdefault(matrix.shape, []).append(matrix)
+    for shape, group in shapes.items():
+        at_once = max(1, STACKED // shape.numel())
+        for first in range(0, len(group), at_once):
+            yield group[first : first + at_once]

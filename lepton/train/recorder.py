@@ -1,0 +1,116 @@
+"""What the loop has done and not yet told: figures stay on the device until someone reads them."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lepton.errors import InputError
+from lepton.train import hardware
+from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
+
+
+class Pending(NamedTuple):
+    """A step that is done but not told yet."""
+
+    step: int
+    names: list[str]
+    figures: Tensor
+    """[names], fp32, on the device."""
+    lr: float
+    targets: int
+
+
+class Recorder:
+    """Writes steps and validations to metrics.jsonl, and shows a line from time to time."""
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        progress: Progress,
+        device: torch.device,
+        *,
+        flops_per_target: float,
+        first: int,
+        last: int,
+    ) -> None:
+        self._log = log
+        self._progress = progress
+        self._device = device
+        self._peak = hardware.peak_flops(device)
+        self._flops_per_target = flops_per_target
+        self._first, self._last = first, last
+        self._pending: list[Pending] = []
+        self._watch = Stopwatch()
+        self._seconds = 0.0
+        self._entry: dict[str, Any] = {}
+
+    def add(self, step: int, figures: dict[str, Tensor], *, lr: float, targets: int) -> None:
+        """Note a finished step without waiting for the device; `figures` are scalars on it, 'loss' among them."""
+        self._pending.append(Pending(step, list(figures), torch.stack(list(figures.values())), lr, targets))
+
+    def settle(self) -> None:
+        """Write what is pending.
+
+        Raises:
+            InputError: a loss or a gradient is not finite; the steps before that one are written.
+        """
+        if not self._pending:
+            return
+        rows = torch.stack([pending.figures for pending in self._pending]).tolist()
+        seconds = self._watch.lap()
+        self._seconds += seconds
+        rate = sum(pending.targets for pending in self._pending) / seconds
+        pending, self._pending = self._pending, []
+        for done, values in zip(pending, rows, strict=True):
+            figures = dict(zip(done.names, values, strict=True))
+            check_finite(figures, done.step)
+            self._entry = {"step": done.step, **figures, "lr": done.lr, "tokens_per_s": round(rate, 1)}
+            self._log.write(self._entry)
+
+    def show(self) -> None:
+        """Settle, and show the newest step, the rate and the remaining time."""
+        self.settle()
+        step, rate = self._entry["step"], self._entry["tokens_per_s"]
+        words = [
+            f"step {step:,}/{self._last:,}",
+            f"loss {self._entry['loss']:.3f}",
+            f"lr {self._entry['lr']:.1e}",
+            f"{rate:,.0f} tokens/s",
+        ]
+        if self._peak:
+            words.append(f"MFU {100 * rate * self._flops_per_target / self._peak:.0f} %")
+        memory = hardware.peak_memory(self._device)
+        if memory is not None:
+            words.append(f"{memory / 1e9:.1f} GB")
+        if step < self._last:
+            words.append(f"{duration(self._seconds / (step - self._first) * (self._last - step))} left")
+        self._progress.update("  ".join(words))
+
+    def note(self, figures: dict[str, Any]) -> None:
+        """Write figures that are no step's, such as a validation's, which must be finite."""
+        check_finite(figures, figures["step"])
+        self._log.write(figures)
+
+    def sync(self) -> None:
+        """Settle, and make all that was written durable."""
+        self.settle()
+        self._log.sync()
+
+    def resume_clock(self) -> None:
+        """Leave the time since the last `settle` out of the rate: it was spent on something else than steps."""
+        self._watch.lap()
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def check_finite(figures: dict[str, Any], step: int) -> None:
+    """Raise InputError if a figure is infinite or not a number."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} is {value} at step {step}; nothing was saved after that: "
+                "go on from an earlier checkpoint with a lower --lr and --muon_lr"
+            )

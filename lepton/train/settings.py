@@ -1,0 +1,140 @@
+"""Every choice of a training run that is not the model's shape: a flag of the command line each."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lepton.errors import InputError, nearest
+
+OPTIMIZERS = ("muon", "adamw")
+DTYPES = ("auto", "bf16", "fp32")
+NOT_INHERITED = (
+    "checkpoint_dir", "resume", "init_from", "device", "compile", "threads", "overrides", "model_size", "dense",
+)  # fmt: skip
+"""Settings that a resumed run does not take over: where it runs, and what the checkpoint's own config says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of one run. `None` leaves the choice to the trainer, as the field says."""
+
+    model_size: str | None = None
+    """Name of the size; None is 'tiny', or the checkpoint's own size when one is resumed or initialised from."""
+    dense: bool = False
+    """Train the baseline of equal parameters, without any of the ideas."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `LeptonConfig` that differ from the size's."""
+    data_dir: str | None = None
+    """Folder of shard_*.npy; None is the default corpus, the Python standard library's source."""
+    tokenizer: str | None = None
+    """Tokenizer file; None is the checkpoint's own, pile_tokenizer.json where there is one, or the shipped one."""
+    seq_len: int = 512
+    """Targets of a training window."""
+    batch_size: int = 4
+    """Windows of a micro-batch."""
+    grad_accum: int | None = None
+    """Micro-batches of an optimizer step; None is 16, and 1 on a CPU."""
+    max_steps: int = 50_000
+    """Optimizer steps in all, those before a resume included."""
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+    lr: float = 6e-4
+    """Peak rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak rate of Muon, in units of the spectral norm of an update, so that one value serves every width."""
+    optimizer: str = "muon"
+    """'muon': Muon for the matrices of blocks, AdamW for the rest; 'adamw': AdamW for everything."""
+    weight_decay: float = 0.1
+    """Each step matrices outside the embedding shrink by weight_decay x lr (AdamW's rate, for both optimizers)."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up, at most a tenth of max_steps."""
+    cooldown: float = 0.4
+    """Share of max_steps, at the end, over which the rates fall linearly; between is the peak."""
+    min_lr_ratio: float = 0.0
+    """Where the cool-down ends, as a share of the peak."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    checkpoint_dir: str = "checkpoints"
+    """Folder of checkpoints and metrics.jsonl."""
+    resume: str | None = None
+    """Checkpoint to go on from; 'auto' is the newest whole one in checkpoint_dir, or a fresh start without one."""
+    init_from: str | None = None
+    """Checkpoint whose weights a new run starts from."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Newest step_N.pt that are kept; best.pt and final.pt always are."""
+    eval_every: int = 500
+    """Steps between validations."""
+    eval_batches: int = 32
+    """Batches of a validation."""
+    log_every: int = 10
+    """Steps between progress lines."""
+    sample_every: int = 1000
+    """Steps between text samples."""
+    sample_prompt: str | None = None
+    """Text that samples continue; None is the beginning of the validation data."""
+    sample_tokens: int = 64
+    """New tokens of a sample."""
+    device: str | None = None
+    """Device such as 'cuda:1'; None is a GPU where there is one, else the CPU."""
+    dtype: str = "auto"
+    """Arithmetic of the model: 'bf16', 'fp32', or 'auto': bf16 where the hardware has it. Parameters stay fp32."""
+    compile: bool | None = None
+    """Compile the model's loss; None compiles on a GPU."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
+        for name in ("lr", "muon_lr", "grad_clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name)}: must be a positive number")
+        for name in ("weight_decay", "warmup_steps", "seed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("cooldown", "min_lr_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)}: must lie in 0..1")
+        for name, choices in (("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
+        if self.resume and self.init_from:
+            raise InputError(f"resume={self.resume} and init_from={self.init_from}: give one of them")
+
+    def replace(self, **changes: Any) -> "TrainSettings":
+        """Return a copy with `changes`."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, the form that a checkpoint stores."""
+        return {**dataclasses.asdict(self), "overrides": dict(self.overrides)}
+
+    def changed(self) -> set[str]:
+        """Return the names of the settings that differ from their defaults."""
+        mine, default = self.to_dict(), TrainSettings().to_dict()
+        return {name for name in mine if mine[name] != default[name]}
+
+    def resumed_from(self, saved: Mapping[str, Any], given: Collection[str]) -> tuple["TrainSettings", list[str]]:
+        """Return the settings of a run that goes on from one with settings `saved`, and what changes, a line each.
+
+        The settings named in `given` win; the others keep their saved values.
+        """
+        names = [field.name for field in dataclasses.fields(self) if field.name not in NOT_INHERITED]
+        inherited = {name: saved[name] for name in names if name in saved and name not in given}
+        changes = [
+            f"{name}: {saved[name]} -> {getattr(self, name)}"
+            for name in names
+            if name in given and name in saved and saved[name] != getattr(self, name)
+        ]
+        return self.replace(**inherited), changes
+
+
+_AT_LEAST_ONE = (
+    "seq_len", "batch_size", "grad_accum", "max_steps", "save_every", "keep", "eval_every", "eval_batches", "log_every",
+    "sample_every", "sample_tokens", "threads",
+)  # fmt: skip

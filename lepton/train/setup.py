@@ -1,0 +1,139 @@
+"""Building the parts of a run from its settled start: device, data, model, optimizers, folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lepton.data.shards import ShardedDataset
+from lepton.data.stdlib import default_corpus
+from lepton.data.tokenizer import Tokenizer
+from lepton.errors import InputError
+from lepton.model import Lepton
+from lepton.train import hardware
+from lepton.train.folder import RunFolder
+from lepton.train.metrics import MetricsLog, duration
+from lepton.train.optimizer import Optimizers
+from lepton.train.settings import TrainSettings
+from lepton.train.start import Start
+
+GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the trainer works with."""
+
+    settings: TrainSettings
+    """With `grad_accum` and `compile` settled for the device."""
+    size: str | None
+    device: torch.device
+    tokenizer: Tokenizer
+    data: ShardedDataset
+    held_out: ShardedDataset
+    model: Lepton
+    optimizers: Optimizers
+    folder: RunFolder
+
+
+def assemble(start: Start) -> Parts:
+    """Build the parts. Nothing of an earlier run is touched yet.
+
+    Raises:
+        InputError: a device, data or weights that cannot be used.
+    """
+    device = hardware.pick_device(start.settings.device)
+    settings = _for_device(start.settings, device)
+    folder = settings.data_dir or default_corpus(start.tokenizer)
+
+    def split(name: Literal["train", "val"]) -> ShardedDataset:
+        return ShardedDataset(
+            folder,
+            seq_len=settings.seq_len,
+            seed=settings.seed,
+            split=name,
+            vocab_size=start.config.vocab_size,
+            tokenizer_hash=start.tokenizer.hash,
+        )
+
+    data, held_out = split("train"), split("val")
+    model = _build_model(start, settings, device)
+    optimizers = Optimizers(
+        model,
+        kind=settings.optimizer,
+        lr=settings.lr,
+        muon_lr=settings.muon_lr,
+        weight_decay=settings.weight_decay,
+    )
+    if start.resumed is not None:
+        _restore(start.resumed, optimizers, device)
+    run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep)
+    return Parts(settings, start.size, device, start.tokenizer, data, held_out, model, optimizers, run_folder)
+
+
+def make_room(start: Start, folder: RunFolder, say: Callable[[str], None]) -> MetricsLog:
+    """Move what the run would overwrite of an earlier one, and return its metrics.jsonl, cut at the first step."""
+    goes_on = start.path is not None and start.path.resolve().parent == folder.path.resolve()
+    aside = folder.set_aside(after=start.step if goes_on else -1)
+    if aside:
+        hint = "" if goes_on else "; --resume auto would have gone on with it"
+        say(f"{folder.path} held an earlier run, which is now in {aside}{hint}")
+    MetricsLog.rewind(folder.metrics, start.step)
+    return MetricsLog(folder.metrics)
+
+
+def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
+    """Say what is trained on what and for about how long, and what was decided on the way."""
+    settings, model = parts.settings, parts.model
+    assert settings.grad_accum is not None
+    tokens = settings.batch_size * settings.grad_accum * settings.seq_len
+    left = settings.max_steps - start.step
+    flops = 3 * model.flops_per_token(settings.seq_len) * tokens * left
+    seconds = hardware.training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
+    dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
+    name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
+    say(
+        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens a step; {parts.data.describe()}; "
+        f"{left:,} steps in about {duration(seconds)} on {hardware.describe(parts.device)}, {dtype}"
+    )
+    if parts.device.type == "cpu":
+        choices = {"grad_accum": f"--grad_accum {GRAD_ACCUM_CPU} instead of {GRAD_ACCUM}", "compile": "not compiled"}
+        chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
+        if chosen:
+            say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
+    for note in start.notes:
+        say(note)
+
+
+def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    """Settle what depends on the device; on a CPU smaller steps, which reach results in minutes."""
+    grad_accum, compiled = settings.grad_accum, settings.compile
+    if grad_accum is None:
+        grad_accum = GRAD_ACCUM_CPU if device.type == "cpu" else GRAD_ACCUM
+    if compiled is None:
+        compiled = device.type == "cuda"
+    return settings.replace(grad_accum=grad_accum, compile=compiled)
+
+
+def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Lepton:
+    torch.manual_seed(settings.seed)
+    model = Lepton(start.config)
+    if start.weights is not None:
+        try:
+            model.load_state_dict(start.weights)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"the checkpoint's weights do not fit this shape: {reason}") from error
+    model.to(device).train()
+    model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
+    return model
+
+
+def _restore(content: dict[str, Any], optimizers: Optimizers, device: torch.device) -> None:
+    """Take over the optimizers' state and the random generators of a checkpoint."""
+    if content["optimizer"]["kind"] == optimizers.kind:
+        optimizers.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["rng"]["cpu"])
+    if device.type == "cuda" and "cuda" in content["rng"]:
+        torch.cuda.set_rng_state(content["rng"]["cuda"], device)

@@ -1,0 +1,143 @@
+"""How a run begins: afresh, from a checkpoint's weights, or where a checkpoint left off."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lepton
+from lepton import checkpoint
+from lepton.config import LeptonConfig, check_names
+from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from lepton.errors import InputError
+from lepton.model.factory import size_config
+from lepton.train.settings import TrainSettings
+
+DEFAULT_SIZE = "tiny"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that is decided before the model is built."""
+
+    settings: TrainSettings
+    config: LeptonConfig
+    size: str | None
+    tokenizer: Tokenizer
+    weights: dict[str, Any] | None
+    """The model's state_dict to begin with; None: fresh ones."""
+    resumed: dict[str, Any] | None
+    """Content of the checkpoint that the run goes on from."""
+    path: Path | None = None
+    """Its file."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of these decisions, a line each."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done already."""
+        return self.resumed["step"] if self.resumed else 0
+
+
+def begin(settings: TrainSettings, given: Collection[str]) -> Start:
+    """Find what the run starts from and settle its settings; `given` are those that the user chose.
+
+    Raises:
+        InputError: a checkpoint that is missing, torn or of another shape, or a tokenizer that does not fit.
+    """
+    path = _resume_path(settings)
+    if path is not None:
+        return _resume(settings, given, path)
+    if settings.init_from:
+        return _initialise(settings, Path(settings.init_from))
+    tokenizer = _load_tokenizer(settings)
+    size = settings.model_size or DEFAULT_SIZE
+    shape = {"eos_id": tokenizer.eos_id, "dense": settings.dense, **settings.overrides}
+    notes = [f"no checkpoint in {settings.checkpoint_dir} yet: starting afresh"] if settings.resume else []
+    return _checked(Start(settings, size_config(size, **shape), size, tokenizer, None, None, notes=notes))
+
+
+def _resume_path(settings: TrainSettings) -> Path | None:
+    if settings.resume == AUTO:
+        return checkpoint.newest_whole(settings.checkpoint_dir)
+    return Path(settings.resume) if settings.resume else None
+
+
+def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Start:
+    content = checkpoint.load(path)
+    if "optimizer" not in content or "training" not in content:
+        raise InputError(f"{path} holds weights only: start from it with --init_from instead of --resume")
+    config = LeptonConfig.from_dict(content["config"])
+    _check_size(settings, content["size"], config, path)
+    _check_overrides(settings, config, path)
+    tokenizer = _tokenizer_of(settings, content, path)
+    saved = content["training"]
+    settings, changes = settings.resumed_from(saved, given)
+    settings = settings.replace(model_size=content["size"], dense=saved["dense"], overrides=saved["overrides"])
+    if "checkpoint_dir" not in given and path.parent != Path(settings.checkpoint_dir):
+        settings = settings.replace(checkpoint_dir=str(path.parent))
+    if content["step"] > settings.max_steps:
+        raise InputError(f"{path} is at step {content['step']}: give --max_steps more than {settings.max_steps}")
+    notes = [f"resuming {path} at step {content['step']:,}", *(f"changed {change}" for change in changes)]
+    if content["optimizer"]["kind"] != settings.optimizer:
+        notes.append(f"{settings.optimizer} starts without the momentum of {content['optimizer']['kind']}")
+    return _checked(Start(settings, config, content["size"], tokenizer, content["model"], content, path, notes))
+
+
+def _initialise(settings: TrainSettings, path: Path) -> Start:
+    content = checkpoint.load(path)
+    config = LeptonConfig.from_dict(content["config"])
+    _check_size(settings, content.get("size"), config, path)
+    config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
+    tokenizer = _tokenizer_of(settings, content, path)
+    return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))
+
+
+def _check_overrides(settings: TrainSettings, config: LeptonConfig, path: Path) -> None:
+    """Raise InputError if the user asks for a field's value that is not the checkpoint's."""
+    check_names(settings.overrides)
+    wanted = {**settings.overrides, **({"dense": True} if settings.dense else {})}
+    have = config.to_dict()
+    differing = [f"{name}={have[name]} not {value}" for name, value in wanted.items() if have[name] != value]
+    if differing:
+        raise InputError(f"{path} has {', '.join(differing)}: a resumed model keeps its shape")
+
+
+def _check_size(settings: TrainSettings, size: str | None, config: LeptonConfig, path: Path) -> None:
+    """Raise InputError if the user names a size that is not the checkpoint's."""
+    if settings.model_size is None or settings.model_size == size:
+        return
+    wanted = size_config(settings.model_size).to_dict()
+    have = config.to_dict()
+    differing = ", ".join(f"{name} {have[name]} not {wanted[name]}" for name in have if have[name] != wanted[name])
+    if size is not None or differing:
+        raise InputError(
+            f"{path} holds a model of size '{size}', --model_size asks for '{settings.model_size}' ({differing}); "
+            "leave --model_size out or start another --checkpoint_dir"
+        )
+
+
+def _tokenizer_of(settings: TrainSettings, content: dict[str, Any], path: Path) -> Tokenizer:
+    """Return the checkpoint's own tokenizer; one that --tokenizer names must be the same."""
+    stored = content.get("tokenizer")
+    if stored is None:
+        return _load_tokenizer(settings)
+    tokenizer = Tokenizer.from_json(stored)
+    if settings.tokenizer and load_tokenizer(settings.tokenizer).hash != tokenizer.hash:
+        raise InputError(f"{path} was trained with another tokenizer than {settings.tokenizer}; leave --tokenizer out")
+    return tokenizer
+
+
+def _load_tokenizer(settings: TrainSettings) -> Tokenizer:
+    beside_train_py = Path(lepton.__file__).resolve().parent.parent
+    return load_tokenizer(settings.tokenizer, beside=beside_train_py)
+
+
+def _checked(start: Start) -> Start:
+    if start.tokenizer.size > start.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {start.tokenizer.size} ids and the model's vocabulary {start.config.vocab_size}: "
+            "name a smaller tokenizer with --tokenizer"
+        )
+    return start

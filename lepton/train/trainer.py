@@ -1,0 +1,209 @@
+"""The training loop.
+
+- A run is a function of its settings: batches depend on seed and step alone, and a checkpoint holds the rest.
+- The loss of a step is the mean over all of its targets, however they are split into micro-batches.
+- The loop waits for the device only to report: losses stay there until then.
+- What is told of a step is durable before its checkpoint is, so that a resumed run tells each step once.
+"""
+
+import math
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from lepton.errors import InputError
+from lepton.train.compiling import LossFunction, compiled_loss
+from lepton.train.metrics import Progress
+from lepton.train.recorder import Recorder
+from lepton.train.schedule import lr_scale
+from lepton.train.settings import TrainSettings
+from lepton.train.setup import Parts, assemble, introduce, make_room
+from lepton.train.signals import Interrupted, StopRequest
+from lepton.train.start import Start, begin
+from lepton.train.validation import evaluate, sample_text
+
+
+def train(settings: TrainSettings, *, given: Collection[str] | None = None, stream: TextIO | None = None) -> Path:
+    """Train a model as `settings` say and return the path of its final checkpoint.
+
+    Args:
+        settings: everything about the run.
+        given: names of the settings that the user chose. A resumed run takes all others from its checkpoint; by default
+            those that differ from their defaults count as chosen.
+        stream: where lines for people go, by default stdout.
+
+    Raises:
+        InputError: a setting, a file or data that cannot be used, or a loss that is not finite.
+        Interrupted: SIGINT or SIGTERM came; what was reached is saved.
+    """
+    progress = Progress(stream or sys.stdout)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    start = begin(settings, settings.changed() if given is None else given)
+    try:
+        return Trainer(start, progress).run()
+    except torch.OutOfMemoryError as error:
+        size = start.settings.batch_size
+        raise InputError(f"out of GPU memory with batch_size={size}: halve it and double --grad_accum") from error
+
+
+class Trainer:
+    """One run: its parts, where it stands, and the loop over steps."""
+
+    def __init__(self, start: Start, progress: Progress) -> None:
+        self.parts: Parts = assemble(start)
+        self.settings = self.parts.settings
+        self.start = start
+        self.progress = progress
+        self.step = start.step
+        self.validation: dict[str, Any] | None = start.resumed["validation"] if start.resumed else None
+        self.best: float = start.resumed["best"] if start.resumed else math.inf
+
+    def run(self) -> Path:
+        """Train until `max_steps` and return the final checkpoint."""
+        settings, parts = self.settings, self.parts
+        introduce(parts, self.start, self.progress.say)
+        log = make_room(self.start, parts.folder, self.progress.say)
+        with StopRequest() as stop:
+            loss_function = self._loss_function()
+            self.recorder = Recorder(
+                log,
+                self.progress,
+                parts.device,
+                flops_per_target=3 * parts.model.flops_per_token(settings.seq_len),
+                first=self.step,
+                last=settings.max_steps,
+            )
+            try:
+                if self.step == 0:
+                    self._validate()
+                while self.step < settings.max_steps:
+                    self._train_step(loss_function)
+                    last = self.step == settings.max_steps
+                    if self.step % settings.log_every == 0 or last:
+                        self.recorder.show()
+                    improved = (self.step % settings.eval_every == 0 or last) and self._validate()
+                    saving = self.step % settings.save_every == 0 or last or stop.signum is not None
+                    if improved or saving:
+                        self._save(best=improved, step=saving)
+                    if stop.signum is not None:
+                        raise Interrupted(stop.signum, self._farewell())
+                    if self.step % settings.sample_every == 0 and not last:
+                        self._sample()
+            finally:
+                self.recorder.close()
+        return self._finish()
+
+    def _train_step(self, loss_function: LossFunction) -> None:
+        """One optimizer step: all its micro-batches, an update, and a record that stays on the device."""
+        settings, parts = self.settings, self.parts
+        assert settings.grad_accum is not None
+        batches = [
+            parts.data.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
+            for micro in range(settings.grad_accum)
+        ]
+        counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
+        figures: dict[str, Tensor] = {}
+        for batch, count in zip(batches, counts, strict=True):
+            loss = loss_function(self._to_device(batch.tokens), lengths=self._to_device(batch.lengths))
+            share = count / sum(counts)
+            (loss.loss * share).backward()
+            for name, part in loss.parts.items():
+                name = "loss" if name == "ce" else name
+                figures[name] = figures.get(name, 0) + part.float() * share
+        scale = lr_scale(
+            self.step,
+            max_steps=settings.max_steps,
+            warmup_steps=settings.warmup_steps,
+            cooldown=settings.cooldown,
+            min_lr_ratio=settings.min_lr_ratio,
+        )
+        figures["grad_norm"] = parts.optimizers.step(scale, settings.grad_clip).float()
+        self.step += 1
+        self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
+
+    def _validate(self) -> bool:
+        """Measure the held-out loss; return whether it is the best so far (an untrained model's never is)."""
+        settings, parts = self.settings, self.parts
+        self.recorder.settle()
+        loss, bpb = evaluate(
+            parts.model, parts.held_out, parts.tokenizer, batch_size=settings.batch_size, limit=settings.eval_batches
+        )
+        self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb}
+        self.recorder.note(self.validation)
+        self.progress.say(f"step {self.step:,}: {_readable(self.validation)}")
+        self.recorder.resume_clock()
+        improved = self.step > 0 and loss < self.best
+        if improved:
+            self.best = loss
+        return improved
+
+    def _save(self, *, best: bool, step: bool) -> None:
+        self.recorder.sync()
+        self.parts.folder.save(self._payload(), best=best, step=step)
+        self.recorder.resume_clock()
+
+    def _payload(self) -> dict[str, Any]:
+        """Return everything that a run goes on from, and that generation needs."""
+        parts = self.parts
+        rng = {"cpu": torch.get_rng_state()}
+        if parts.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(parts.device)
+        return {
+            "model": parts.model.state_dict(),
+            "config": parts.model.config.to_dict(),
+            "size": parts.size,
+            "tokenizer": parts.tokenizer.to_json(),
+            "step": self.step,
+            "optimizer": parts.optimizers.state_dict(),
+            "rng": rng,
+            "training": self.settings.to_dict(),
+            "validation": self.validation,
+            "best": self.best,
+        }
+
+    def _finish(self) -> Path:
+        """Save final.pt, and show what the run has come to."""
+        path = self.parts.folder.finish(self._payload())
+        self._sample()
+        if self.validation:
+            self.progress.say(f"validation: {_readable(self.validation)}")
+        self.progress.say(f"checkpoint: {path}")
+        return path
+
+    def _sample(self) -> None:
+        """Show a text that the model writes."""
+        settings, parts = self.settings, self.parts
+        text = sample_text(
+            parts.model,
+            parts.held_out,
+            parts.tokenizer,
+            prompt=settings.sample_prompt,
+            max_new_tokens=settings.sample_tokens,
+            seed=settings.seed,
+        )
+        self.progress.say("\n".join([f"sample at step {self.step:,}:", *(f"  | {line}" for line in text.splitlines())]))
+        self.recorder.resume_clock()
+
+    def _farewell(self) -> str:
+        path = self.parts.folder.step_path(self.step)
+        return f"stopped at step {self.step:,}, saved {path}; go on with --resume {path}"
+
+    def _loss_function(self) -> LossFunction:
+        settings, model = self.settings, self.parts.model
+        if not settings.compile:
+            return model.loss
+        return compiled_loss(model, settings.batch_size, settings.seq_len, self.progress.say)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.parts.device.type == "cuda":
+            return tensor.pin_memory().to(self.parts.device, non_blocking=True)
+        return tensor.to(self.parts.device)
+
+
+def _readable(validation: dict[str, Any]) -> str:
+    return f"validation loss {validation['val_loss']:.4f} nats a token, {validation['val_bpb']:.4f} bits a byte"

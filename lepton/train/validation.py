@@ -1,0 +1,63 @@
+"""Looking at a model from outside: its loss on held-out data, and a sample of what it writes."""
+
+import math
+
+import numpy as np
+import torch
+
+from lepton.data.shards import ShardedDataset
+from lepton.data.tokenizer import Tokenizer
+from lepton.generate.engine import generate
+from lepton.model import Lepton
+
+PROMPT_TOKENS = 16
+
+
+@torch.no_grad()
+def evaluate(
+    model: Lepton, data: ShardedDataset, tokenizer: Tokenizer, *, batch_size: int, limit: int | None
+) -> tuple[float, float]:
+    """Return the mean loss of `model` on `data` in nats a token, and the same in bits per byte of text.
+
+    Bits per byte counts the UTF-8 bytes of the predicted tokens, so it compares models with different tokenizers.
+
+    Args:
+        model: left in the mode (train or eval) that it came in.
+        data: a validation split.
+        tokenizer: the one that `data` was made with.
+        batch_size: windows at a time.
+        limit: batches at most; None: all.
+    """
+    device = model.embed.weight.device
+    bytes_of_id = np.zeros(model.config.vocab_size, dtype=np.int64)
+    bytes_of_id[: tokenizer.size] = tokenizer.token_bytes()
+    training = model.training
+    model.eval()
+    total = torch.zeros((), device=device)
+    targets = text_bytes = 0
+    for tokens, lengths in data.batches(batch_size, limit):
+        count = int(lengths.sum()) - len(lengths)
+        parts = model.loss(tokens.to(device), lengths=lengths.to(device)).parts
+        total += parts["ce"].float() * count
+        targets += count
+        valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
+        text_bytes += int(bytes_of_id[tokens[:, 1:][valid].numpy()].sum())
+    model.train(training)
+    nats = float(total)
+    return nats / targets, nats / math.log(2) / max(text_bytes, 1)
+
+
+def sample_text(
+    model: Lepton, data: ShardedDataset, tokenizer: Tokenizer, *, prompt: str | None, max_new_tokens: int, seed: int
+) -> str:
+    """Return a prompt and what `model` continues it with; without a `prompt`, the beginning of `data`."""
+    if prompt is None:
+        tokens, lengths = next(data.batches(1))
+        ids = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
+    else:
+        ids = tokenizer.encode(prompt)
+    training = model.training
+    model.eval()
+    ids = generate(model, ids, max_new_tokens=max_new_tokens, seed=seed)
+    model.train(training)
+    return tokenizer.decode(ids)

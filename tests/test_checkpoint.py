@@ -1,0 +1,186 @@
+import errno
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lepton import checkpoint
+from lepton.errors import InputError
+
+
+def payload(step=1, **extra):
+    return {"model": {"w": torch.arange(5000.0) + step}, "config": {}, "step": step, **extra}
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_what_is_saved_loads_with_torch_alone(tmp_path):
+    path = tmp_path / "new" / "step_1.pt"
+    checkpoint.save(path, payload(nested={"a": [torch.ones(2), (1, None)], "text": "ü"}))
+    for content in (torch.load(path), checkpoint.load(path), checkpoint.load(str(path))):
+        assert content["format"] == checkpoint.FORMAT
+        assert torch.equal(content["model"]["w"], torch.arange(5000.0) + 1)
+        assert content["nested"]["text"] == "ü"
+        assert content["nested"]["a"][1] == (1, None)
+    assert [file.name for file in path.parent.iterdir()] == ["step_1.pt"]
+
+
+def test_saving_again_replaces(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "best.pt", payload(step))
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
+
+
+@pytest.mark.parametrize("harm", [flip_a_byte, cut_short, lambda path: path.write_bytes(b"")])
+def test_a_torn_file_names_the_newest_whole_one_before_it(tmp_path, harm):
+    for step in (5, 10, 20, 30, 40):
+        checkpoint.save(tmp_path / f"step_{step}.pt", payload(step))
+    harm(tmp_path / "step_30.pt")
+    with pytest.raises(InputError, match=r"step_30\.pt is torn .*before it is .*step_20\.pt$"):
+        checkpoint.load(tmp_path / "step_30.pt")
+    harm(tmp_path / "step_20.pt")
+    with pytest.raises(InputError, match=r"before it is .*step_10\.pt$"):
+        checkpoint.load(tmp_path / "step_30.pt")
+
+
+def test_a_torn_first_file_names_what_else_there_is(tmp_path):
+    checkpoint.save(tmp_path / "step_5.pt", payload(5))
+    flip_a_byte(tmp_path / "step_5.pt")
+    with pytest.raises(InputError, match="no whole checkpoint is there"):
+        checkpoint.load(tmp_path / "step_5.pt")
+    checkpoint.save(tmp_path / "best.pt", payload(4))
+    with pytest.raises(InputError, match=r"newest whole one there is .*best\.pt"):
+        checkpoint.load(tmp_path / "step_5.pt")
+
+
+def test_a_missing_file_names_one_that_is_there(tmp_path):
+    with pytest.raises(InputError, match=r"gone.step_9\.pt does not exist; no whole checkpoint is there"):
+        checkpoint.load(tmp_path / "gone" / "step_9.pt")
+    checkpoint.save(tmp_path / "step_5.pt", payload(5))
+    for name in ("step_9.pt", "final.pt"):
+        with pytest.raises(InputError, match=rf"{name} does not exist; .*step_5\.pt"):
+            checkpoint.load(tmp_path / name)
+    with pytest.raises(InputError, match=r"is a folder; give a checkpoint file; .*step_5\.pt"):
+        checkpoint.load(tmp_path)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    path = tmp_path / "other.pt"
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(InputError, match="no LEPTON checkpoint: it lacks"):
+        checkpoint.load(path)
+    torch.save(Path("x"), path)  # a pickle that may run code
+    with pytest.raises(InputError, match="no LEPTON checkpoint"):
+        checkpoint.load(path)
+    path.write_text("hello")
+    with pytest.raises(InputError, match="torn"):
+        checkpoint.load(path)
+    torch.save(payload() | {"format": 99}, path)
+    with pytest.raises(InputError, match="format 99; this version reads format 1"):
+        checkpoint.load(path)
+
+
+def test_the_newest_whole_one(tmp_path):
+    assert checkpoint.newest_whole(tmp_path / "missing") is None
+    assert checkpoint.newest_whole(tmp_path) is None
+    checkpoint.save(tmp_path / "final.pt", payload(7))
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "final.pt"
+    for step in (9, 10, 100):
+        checkpoint.save(tmp_path / f"step_{step}.pt", payload(step))
+    (tmp_path / "step_1000.pt.tmp").write_bytes(b"half")
+    (tmp_path / "step_x.pt").write_bytes(b"")
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_100.pt"
+    assert [step for step, _ in checkpoint.steps_in(tmp_path)] == [9, 10, 100]
+    flip_a_byte(tmp_path / "step_100.pt")
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step_10.pt"
+    assert checkpoint.newest_whole(tmp_path, before=10) == tmp_path / "step_9.pt"
+    assert checkpoint.newest_whole(tmp_path, before=9) is None
+
+
+def assert_intact(folder):
+    assert checkpoint.load(folder / "best.pt")["step"] == 1
+    assert [file.name for file in folder.iterdir()] == ["best.pt"], "nothing half-written stays"
+
+
+@pytest.mark.parametrize("call", ["torch.save", "os.fsync", "os.replace"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
+    checkpoint.save(tmp_path / "best.pt", payload(1))
+
+    def full(*args, **options):
+        if call == "torch.save":
+            args[1].write(b"part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(call, full)
+    with pytest.raises(InputError, match=r"cannot save .*best\.pt: No space left on device; checkpoints saved before"):
+        checkpoint.save(tmp_path / "best.pt", payload(2))
+    assert_intact(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_device_that_is_really_full(tmp_path):
+    checkpoint.save(tmp_path / "best.pt", payload(1))
+    (tmp_path / "best.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot save"):
+        checkpoint.save(tmp_path / "best.pt", payload(2))
+    assert_intact(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_fills_up_amid_the_file(tmp_path):
+    import resource
+
+    checkpoint.save(tmp_path / "best.pt", payload(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot save"):
+            checkpoint.save(tmp_path / "best.pt", payload(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_intact(tmp_path)
+
+
+def test_ctrl_c_amid_a_save_leaves_what_was_there(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "best.pt", payload(1))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "best.pt", payload(2))
+    assert_intact(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_duplicate_is_independent_of_its_source(tmp_path, monkeypatch, links):
+    def no_links(*args):
+        raise OSError(errno.EPERM, "this file system has no links")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    checkpoint.save(tmp_path / "step_1.pt", payload(1))
+    (tmp_path / "final.pt.tmp").write_bytes(b"left by a killed process")
+    checkpoint.duplicate(tmp_path / "step_1.pt", tmp_path / "final.pt")
+    checkpoint.save(tmp_path / "step_1.pt", payload(2))
+    assert checkpoint.load(tmp_path / "final.pt")["step"] == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["final.pt", "step_1.pt"]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    checkpoint.save(tmp_path / "step_1.pt", payload(1))
+    for name in ("step_2.pt.tmp", "best.pt.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    checkpoint.remove_unfinished(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.tmp", "step_1.pt"]

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from lepton.errors import InputError
+from lepton.train import hardware
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
+        hardware.pick_device(name)
+
+
+def test_the_cpu_is_always_there(monkeypatch):
+    assert hardware.pick_device("cpu") == CPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert hardware.pick_device(None) == CPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert hardware.pick_device(None) == torch.device("cuda")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "arm64"])
+def test_bf16_where_the_hardware_has_it(monkeypatch, machine):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    for has in (True, False):
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr("lepton.train.hardware._arm_features_hold", lambda feature, has=has: has)
+        assert hardware.has_bf16(CPU) == has
+        assert hardware.pick_dtype("auto", CPU) == (torch.bfloat16 if has else torch.float32)
+        assert hardware.pick_dtype("fp32", CPU) == torch.float32
+        assert hardware.pick_dtype("bf16", CPU) == torch.bfloat16
+
+
+def test_a_torch_without_the_questions_has_no_bf16(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported", raising=False)
+    monkeypatch.delattr("torch.cpu._is_amx_tile_supported", raising=False)
+    assert not hardware.has_bf16(CPU)
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 80),
+        ("NVIDIA RTX A4000", None),
+    ],
+)
+def test_peaks_of_cards(monkeypatch, card, tflops):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: card)
+    peak = hardware.peak_flops(torch.device("cuda"))
+    assert peak == (tflops and tflops * 1e12)
+
+
+def test_a_cpu_has_neither_peak_nor_memory_but_a_speed():
+    assert hardware.peak_flops(CPU) is None
+    assert hardware.peak_memory(CPU) is None
+    assert 1e-4 < hardware.training_seconds(1e10, 1, CPU, torch.float32) < 1e3
+    assert "1 thread" in hardware.describe(CPU)

@@ -1,0 +1,71 @@
+import io
+import json
+
+import pytest
+import torch
+
+from lepton.errors import InputError
+from lepton.train.metrics import MetricsLog, Progress
+from lepton.train.recorder import Recorder
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A recorder of ten steps, and functions that return what it wrote and showed."""
+    stream = io.StringIO()
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=10)
+    yield recorder, lambda: MetricsLog.read(log.path), stream.getvalue
+    recorder.close()
+
+
+def add(recorder, step, loss=2.0, norm=1.0):
+    recorder.add(step, {"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, lr=1e-3, targets=100)
+
+
+def test_steps_are_written_when_it_settles(told):
+    recorder, written, _ = told
+    for step in (1, 2):
+        add(recorder, step, loss=2.0 / step)
+    recorder.sync()
+    assert [(entry["step"], entry["loss"], entry["lr"]) for entry in written()] == [(1, 2.0, 1e-3), (2, 1.0, 1e-3)]
+    assert all(entry["tokens_per_s"] > 0 for entry in written())
+    recorder.sync()
+    assert len(written()) == 2
+
+
+def test_a_line_for_people(told):
+    recorder, _, shown = told
+    add(recorder, 1)
+    recorder.show()
+    assert shown().startswith("step 1/10  loss 2.000  lr 1.0e-03  ")
+    assert "tokens/s" in shown()
+    assert shown().endswith("left\n")
+    add(recorder, 10)
+    recorder.show()
+    assert "left" not in shown().splitlines()[-1]
+
+
+def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
+    recorder, written, shown = told
+    recorder._peak = 1e12
+    monkeypatch.setattr("lepton.train.hardware.peak_memory", lambda device: 2_500_000_000)
+    add(recorder, 1)
+    recorder.show()
+    recorder.sync()
+    assert f"MFU {written()[0]['tokens_per_s'] * 1e6 / 1e12 * 100:.0f} %  2.5 GB" in shown()
+
+
+@pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"norm": float("inf")}])
+def test_a_figure_that_is_not_finite_stops(told, bad):
+    recorder, written, _ = told
+    add(recorder, 1)
+    add(recorder, 2, **bad)
+    add(recorder, 3)
+    with pytest.raises(InputError, match=r"is (nan|inf) at step 2; .*lower --lr"):
+        recorder.sync()
+    recorder.sync()
+    assert [entry["step"] for entry in written()] == [1]
+    with pytest.raises(InputError, match="val_loss is nan"):
+        recorder.note({"step": 3, "val_loss": float("nan")})
+    assert len(json.dumps(written())) > 0
