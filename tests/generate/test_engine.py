@@ -50,7 +50,7 @@ def test_greedy_equals_recomputing_everything(variant):
 
 
 def test_the_models_knobs_reach_every_pass(model):
-    knobs = [{"depth": 0.5}, {"depth": 0}, {"think": 0}, {"think": 3}, {}]
+    knobs = [{"depth": 0.5}, {"depth": 0}, {"think": 0}, {"think": 8}, {}]
     found = [generate(model, PROMPT, 20, temperature=0, **each) for each in knobs]
     assert found == [naive_greedy(model, PROMPT, 20, **each) for each in knobs]
     assert len(set(map(tuple, found))) == len(knobs)

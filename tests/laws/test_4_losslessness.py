@@ -11,7 +11,7 @@ from lepton.generate import Generation, Options, generate, generate_with_stats
 from lepton.generate.sampling import probabilities
 from lepton.model import Lepton
 from tests.generate.models import lively, oracle
-from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, text
+from tests.laws.lab import CANARIES, IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, text
 
 GREEDY = {"temperature": 0}
 PLAIN = {"use_speculative": False}
@@ -56,8 +56,10 @@ def assert_same_tokens(model, plain, drafted, prompts, **options):
 # Token for token
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((variant, torch.float32) for variant in VARIANTS), *((variant, torch.float64) for variant in CANARIES)],
+)
 def test_greedy_text_is_that_of_plain_decoding(variant, dtype):
     """With the model's own drafts, and with some that are right three times in four, so that many are kept."""
     model, prompts = model_of(variant, dtype), prompts_of(12)
