@@ -82,7 +82,8 @@ class Generation:
         self.model, self.prompts, self.options = model, prompts, options
         self.stats = Stats()
         self._device = model.embed.weight.device
-        self._drafts = model.drafter.count if options.use_speculative and model.drafter is not None else 0
+        # Drafts of a cycle.
+        self._most = model.drafter.count if options.use_speculative and model.drafter is not None else 0
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self._streams = [random_stream(seed, row) for row in range(len(prompts))]
@@ -102,7 +103,7 @@ class Generation:
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
             logits_RTV = self.model.head(chunk.hidden_RTD)
-            trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
+            trials_RK = draws_RX[:, self._most : self._most + drafts.ids_RK.shape[1]]
             verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
             yield self._hand_out(rows, limits, chunk, logits_RTV, drafts, verdict)
 
@@ -116,7 +117,7 @@ class Generation:
             hidden_RD = chunk.hidden_RTD[index_R, verdict.accepted_R[index_R]]
 
             draws_RX = self._draws(rows)
-            limits = [min(self._drafts, self.options.max_new_tokens - len(self._new[row]) - 1) for row in rows]
+            limits = [min(self._most, self.options.max_new_tokens - len(self._new[row]) - 1) for row in rows]
             drafts = self._draft(hidden_RD, token_R, limits, draws_RX)
             chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state)
 
@@ -149,6 +150,7 @@ class Generation:
             self.stats.forward_calls += 1
         assert state is not None, "prompts are not empty"
         read = state
+        # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
         return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
 
@@ -215,6 +217,6 @@ class Generation:
 
         K is what the model drafts at most, so that what a row draws depends on nothing but itself.
         """
-        count = 2 * self._drafts + 1
+        count = 2 * self._most + 1
         draws = [[self._streams[row].random() for _ in range(count)] for row in rows]
         return torch.tensor(draws, dtype=torch.float64, device=self._device)

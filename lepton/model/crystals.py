@@ -215,7 +215,9 @@ class CrystalRun:
         position_B = self.timeline.position_after(count_B)
         kept_BC = alive_BGC[torch.arange(len(group_B), device=group_B.device), group_B] & goes_on_B1
         slots, count = self.module.slots, self.module.count
-        place_C = torch.arange(columns.position_BC.shape[1], device=group_B.device) - self.past.kept.position_BC.shape[1]
+        place_C = (
+            torch.arange(columns.position_BC.shape[1], device=group_B.device) - self.past.kept.position_BC.shape[1]
+        )
         pending_BC = (
             (place_C >= 0) & (place_C // count == group_B[:, None]) & (columns.position_BC > EMPTY) & goes_on_B1
         )

@@ -15,7 +15,8 @@ from torch import Tensor
 IGNORE = -100
 # Positions a pass: on a CPU few enough that a chunk of logits stays near the caches.
 CHUNK_CPU = 128
-CHUNK_GPU = 2048
+ENTRIES_GPU = 1 << 28
+"""Logits a pass on a GPU: 1 GiB of them in fp32, enough that launching costs nothing beside computing."""
 Z_WEIGHT = 1e-4
 
 
@@ -53,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squares = torch.zeros_like(nats)
         dx_MD = torch.empty_like(x_MD) if grads else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if grads else None
-        chunk = CHUNK_CPU if x_MD.device.type == "cpu" else CHUNK_GPU
+        chunk = CHUNK_CPU if x_MD.device.type == "cpu" else max(1, ENTRIES_GPU // len(weight_VD))
         for first in range(0, x_MD.shape[0], chunk):
             rows = slice(first, first + chunk)
             x, target = x_MD[rows], target_M[rows]

@@ -7,6 +7,7 @@ import torch
 
 from lepton.model import Lepton
 from lepton.model.loss import Loss
+from lepton.train.thinking import plan_thoughts
 
 LossFunction: TypeAlias = Callable[..., Loss]
 
@@ -18,11 +19,12 @@ def compiled_loss(model: Lepton, batch_size: int, seq_len: int, say: Callable[[s
     """
     say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
     device = model.embed.weight.device
-    tokens = torch.zeros(batch_size, seq_len + 1, dtype=torch.int64, device=device)
+    tokens = torch.full((batch_size, seq_len + 1), model.config.eos_id + 1, device=device)
+    think, groups = plan_thoughts(model.config, tokens.cpu(), seed=0, step=0, micro=0)
     lengths = torch.full((batch_size,), seq_len + 1, device=device)
     compiled: LossFunction = torch.compile(model.loss, dynamic=False)
     try:
-        compiled(tokens, lengths=lengths).loss.backward()
+        compiled(tokens, lengths=lengths, think=None if think is None else think.to(device), groups=groups).loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without

@@ -20,20 +20,39 @@ MOMENTUM = 0.95
 STACKED = 2**25
 """Numbers of matrices that are orthogonalised at once; bounds the memory of the copies."""
 
+HIDDEN = (
+    "stem.",
+    "blocks.",
+    "thoughts.block.",
+    "thoughts.opening.",
+    "memory.qkv.",
+    "memory.out.",
+    "peek.",
+    "router.exit_",
+    "drafter.",
+)
+"""How the names of Muon's matrices begin."""
+EMBEDDING = ("embed.", "embed_up.", "head_down.")
+EMBEDDING_RATE = 10
+"""The embedding and its projections learn this much faster than AdamW's other parameters. Adam's step does not depend on
+the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they lag far behind the matrices
+(docs/log.md, 2026-11-22)."""
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
     """Return the trainable parameters of `model` that Muon takes, and the rest.
 
-    Muon's are the matrices of the stem and of the blocks. The embedding (whose rows are updated one by one), the
-    projections of a factorised embedding and everything that is not a matrix are left to AdamW.
+    Muon's are the matrices that map hidden states to hidden states: of stem, blocks and thoughts, of memory, hint, exit
+    and drafter. The embedding (whose rows are updated one by one), the projections of a factorised embedding, gates, scores
+    and everything that is not a matrix are left to AdamW.
     """
     muon: NamedParameters = []
     rest: NamedParameters = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            hidden_matrix = parameter.ndim == 2 and name.startswith(("stem.", "blocks."))
+            hidden_matrix = parameter.ndim == 2 and name.startswith(HIDDEN)
             (muon if hidden_matrix else rest).append((name, parameter))
     return muon, rest
 
@@ -93,8 +112,13 @@ class Optimizers:
         self.kind = kind
         self._parameters = [parameter for _, parameter in muon + rest]
         groups = [
-            {"params": [item for item in rest if _decays(*item)], "weight_decay": weight_decay},
-            {"params": [item for item in rest if not _decays(*item)], "weight_decay": 0.0},
+            {
+                "params": [item for item in rest if _kind(*item) == (rate, decays)],
+                "weight_decay": decays * weight_decay,
+                "rate": rate,
+            }
+            for rate in (EMBEDDING_RATE, 1)
+            for decays in (True, False)
         ]
         fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self._parameters)
         adamw = torch.optim.AdamW(
@@ -112,7 +136,7 @@ class Optimizers:
         norm = nn.utils.clip_grad_norm_(self._parameters, grad_clip)
         for name, member in self._members.items():
             for group in member.param_groups:
-                group["lr"] = self._peak[name] * scale
+                group["lr"] = self._peak[name] * group.get("rate", 1) * scale
             member.step()
             member.zero_grad(set_to_none=True)
         return norm
@@ -130,9 +154,10 @@ class Optimizers:
             member.load_state_dict({"state": saved["states"][name], "param_groups": own})
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim == 2 and name != "embed.weight"
-
+def _kind(name: str, parameter: Tensor) -> tuple[int, bool]:
+    """Return how much faster than AdamW's rate a parameter learns, and whether it decays."""
+    rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
+    return rate, parameter.ndim == 2 and name != "embed.weight"
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the matrices in groups of one shape, of at most STACKED numbers where that is more than one matrix."""

@@ -19,6 +19,8 @@ from lepton.train.settings import TrainSettings
 from lepton.train.start import Start
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
+COUNTED_WINDOWS, COUNTED_AT_ONCE = 1024, 16
+"""Windows in which the frequency of ids is counted."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def assemble(start: Start) -> Parts:
 
     data, held_out = split("train"), split("val")
     model = _build_model(start, settings, device)
+    if start.weights is None and model.drafter is not None:
+        model.drafter.ids.copy_(frequent_ids(data, model.config.vocab_size, len(model.drafter.ids)))
     optimizers = Optimizers(
         model,
         kind=settings.optimizer,
@@ -128,6 +132,14 @@ def _build_model(start: Start, settings: TrainSettings, device: torch.device) ->
     model.to(device).train()
     model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
     return model
+
+
+def frequent_ids(data: ShardedDataset, vocab_size: int, count: int) -> torch.Tensor:
+    """Return the `count` most frequent ids of the data's first windows, ties by id: what drafts may propose."""
+    seen = torch.zeros(vocab_size, dtype=torch.int64)
+    for step in range(COUNTED_WINDOWS // COUNTED_AT_ONCE):
+        seen += torch.bincount(data.batch(step, batch_size=COUNTED_AT_ONCE).tokens.flatten(), minlength=vocab_size)
+    return seen.argsort(descending=True, stable=True)[:count]
 
 
 def _restore(content: dict[str, Any], optimizers: Optimizers, device: torch.device) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lepton.errors import InputError
+from lepton.train.calibration import calibrate, calibration_batches
 from lepton.train.compiling import LossFunction, compiled_loss
 from lepton.train.metrics import Progress
 from lepton.train.recorder import Recorder
@@ -24,7 +25,11 @@ from lepton.train.settings import TrainSettings
 from lepton.train.setup import Parts, assemble, introduce, make_room
 from lepton.train.signals import Interrupted, StopRequest
 from lepton.train.start import Start, begin
-from lepton.train.validation import evaluate, sample_text
+from lepton.train.thinking import plan_thoughts
+from lepton.train.validation import evaluate, idea_figures, sample_text
+
+CALIBRATION_TOKENS = 1 << 12
+"""Held-out tokens that uncertainty and routing are fitted on, before each validation."""
 
 
 def train(settings: TrainSettings, *, given: Collection[str] | None = None, stream: TextIO | None = None) -> Path:
@@ -108,8 +113,14 @@ class Trainer:
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         figures: dict[str, Tensor] = {}
-        for batch, count in zip(batches, counts, strict=True):
-            loss = loss_function(self._to_device(batch.tokens), lengths=self._to_device(batch.lengths))
+        for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            think, groups = plan_thoughts(parts.model.config, batch.tokens, settings.seed, self.step, micro)
+            loss = loss_function(
+                self._to_device(batch.tokens),
+                lengths=self._to_device(batch.lengths),
+                think=None if think is None else self._to_device(think),
+                groups=groups,
+            )
             share = count / sum(counts)
             (loss.loss * share).backward()
             for name, part in loss.parts.items():
@@ -127,13 +138,15 @@ class Trainer:
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
 
     def _validate(self) -> bool:
-        """Measure the held-out loss; return whether it is the best so far (an untrained model's never is)."""
+        """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is)."""
         settings, parts = self.settings, self.parts
         self.recorder.settle()
+        calibrate(parts.model, calibration_batches(parts.held_out, settings.batch_size, CALIBRATION_TOKENS))
         loss, bpb = evaluate(
             parts.model, parts.held_out, parts.tokenizer, batch_size=settings.batch_size, limit=settings.eval_batches
         )
-        self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb}
+        ideas = idea_figures(parts.model, parts.held_out, batch_size=settings.batch_size)
+        self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb, **ideas}
         self.recorder.note(self.validation)
         self.progress.say(f"step {self.step:,}: {_readable(self.validation)}")
         self.recorder.resume_clock()
@@ -206,4 +219,7 @@ class Trainer:
 
 
 def _readable(validation: dict[str, Any]) -> str:
-    return f"validation loss {validation['val_loss']:.4f} nats a token, {validation['val_bpb']:.4f} bits a byte"
+    ideas = {"mean_depth": "mean depth", "tokens_a_cycle": "tokens a cycle", "calibration_error": "calibration error"}
+    figures = [f"{ideas[name]} {validation[name]:g}" for name in ideas if name in validation]
+    loss = f"validation loss {validation['val_loss']:.4f} nats a token, {validation['val_bpb']:.4f} bits a byte"
+    return "; ".join([loss, *figures])

@@ -7,10 +7,13 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
-from lepton.generate.engine import generate
+from lepton.generate.engine import generate, generate_with_stats
 from lepton.model import Lepton
+from lepton.train.calibration import calibration_error, collect, evaluation_batches
 
 PROMPT_TOKENS = 16
+FIGURE_TOKENS, FIGURE_NEW_TOKENS = 1024, 32
+"""Held-out tokens and new tokens that the ideas' figures are measured on."""
 
 
 @torch.no_grad()
@@ -45,6 +48,31 @@ def evaluate(
     model.train(training)
     nats = float(total)
     return nats / targets, nats / math.log(2) / max(text_bytes, 1)
+
+
+@torch.no_grad()
+def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dict[str, float]:
+    """Return what the ideas do on held-out text, without those that `model` lacks.
+
+    `mean_depth` is the mean number of blocks a token goes through and `tokens_a_cycle` what speculation gives, both in
+    one greedy continuation; `calibration_error` is that of the uncertainty.
+    """
+    figures: dict[str, float] = {}
+    training = model.training
+    model.eval()
+    if model.uncertainty is not None:
+        outcomes = collect(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
+        assert outcomes.logit_N is not None
+        scale, shift = model.uncertainty.calibration.double().tolist()
+        chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
+        figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
+    if model.drafter is not None:
+        prompt = next(data.batches(1)).tokens[0, :PROMPT_TOKENS].tolist()
+        _, stats = generate_with_stats(model, prompt, max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
+        figures["tokens_a_cycle"] = round(stats.tokens_a_cycle, 3)
+        figures["mean_depth"] = round(stats.mean_depth, 3)
+    model.train(training)
+    return figures
 
 
 def sample_text(

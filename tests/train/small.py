@@ -12,7 +12,8 @@ from tests.cli.tiny import TEXT, small_bpe
 
 SHAPE = {
     "width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 48, "window": 16,
-    "vocab_size": 300, "embed_rank": None,
+    "vocab_size": 300, "embed_rank": None, "segment": 8, "thought_ffn": 32, "memory_heads": 1, "key_dim": 8,
+    "value_dim": 8, "slots": 8, "hint": 8, "exit_width": 16, "draft_width": 16, "draft_vocab": 64,
 }  # fmt: skip
 ROW_LEN = 129
 

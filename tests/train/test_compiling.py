@@ -16,7 +16,7 @@ def test_it_is_tried_and_leaves_no_gradients(model, monkeypatch):
     calls = []
 
     def compile(function, *, dynamic):
-        def compiled(tokens, *, lengths):
+        def compiled(tokens, *, lengths, think, groups):
             calls.append((tuple(tokens.shape), lengths.tolist(), dynamic))
             return function(tokens, lengths=lengths)
 
@@ -31,7 +31,7 @@ def test_it_is_tried_and_leaves_no_gradients(model, monkeypatch):
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
-    def failing(tokens, *, lengths):
+    def failing(tokens, **_):
         raise RuntimeError("no C++ compiler found\nand a long trace")
 
     monkeypatch.setattr("torch.compile", lambda function, *, dynamic: failing)
@@ -41,7 +41,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
 
 
 def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
-    def full(tokens, *, lengths):
+    def full(tokens, **_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("torch.compile", lambda function, *, dynamic: full)

@@ -37,7 +37,10 @@ def test_a_run_leaves_its_files(finished):
     assert (final["step"], final["size"], final["training"]["lr"]) == (8, "nano", 6e-4)
     model = Lepton.from_checkpoint(out / "final.pt")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in final["model"].items())
-    assert all(tensor.dtype == torch.float32 for tensor in final["model"].values())
+    assert {tensor.dtype for name, tensor in final["model"].items() if name != "drafter.ids"} == {torch.float32}
+    assert final["model"]["drafter.ids"].tolist() != list(range(64)), "the drafter proposes what the data holds"
+    assert final["model"]["router.quantiles"].diff().min() >= 0
+    assert final["model"]["uncertainty.calibration"].tolist() != [1, 0]
 
 
 def test_the_metrics_tell_each_step_and_validation_once(finished):
@@ -47,7 +50,8 @@ def test_the_metrics_tell_each_step_and_validation_once(finished):
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, 4, 8]
     train, validation = entries[1], entries[0]
     assert {"step", "loss", "lr", "grad_norm"} <= train.keys()
-    assert {"step", "val_loss", "val_bpb"} == validation.keys()
+    ideas = {"mean_depth", "tokens_a_cycle", "calibration_error"}
+    assert {"step", "val_loss", "val_bpb", *ideas} == validation.keys()
     assert validation["val_loss"] == pytest.approx(np.log(300), rel=0.02)
     assert entries[-1]["val_loss"] < validation["val_loss"] - 0.3
 

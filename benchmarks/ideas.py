@@ -1,0 +1,229 @@
+"""The complete model and the dense one on equal data: loss, speed, memory, and what each idea does.
+
+One run trains one variant once over the data and prints lines of JSON, one a finding, the last with all of them.
+Variants:
+`complete`, `dense` (equal parameters, full attention), and `no_X`, which leaves one idea out. `--smoke` runs on a CPU.
+
+    python -m benchmarks.ideas --data_dir D --size tiny --variant complete --tokens 49e6
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lepton.data.shards import ShardedDataset
+from lepton.data.tokenizer import load_tokenizer
+from lepton.evals.ablation import ablate
+from lepton.evals.calibration import measure_uncertainty
+from lepton.evals.speculation import measure_speculation, prompts_of
+from lepton.model import Lepton
+from lepton.model.factory import size_config
+from lepton.model.initialise import initialise
+from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
+from lepton.train.compiling import LossFunction, compiled_loss
+from lepton.train.optimizer import Optimizers
+from lepton.train.schedule import lr_scale
+from lepton.train.setup import frequent_ids
+from lepton.train.thinking import plan_thoughts
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "complete": {},
+    "dense": {"dense": True},
+    "no_thoughts": {"thoughts": 0},
+    "no_memory": {"memory_heads": 0},
+    "no_crystals": {"slots": 0},
+    "no_peek": {"hint": 0},
+    "no_ideas": {"thoughts": 0, "memory_heads": 0, "slots": 0, "hint": 0},
+}
+WARM_UP = 100
+
+
+class Run:
+    """One model, its data, and the findings so far."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.begun = time.perf_counter()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(arguments.seed)
+        self.model = Lepton(size_config(arguments.size, **VARIANTS[arguments.variant])).to(self.device)
+        self.model.compute_dtype = torch.bfloat16
+        self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
+        self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
+        self.findings: dict[str, Any] = {
+            **vars(arguments),
+            "params": self.model.num_params(),
+            "steps": self.steps,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
+        }
+
+    def split(self, name: Any, seq_len: int) -> ShardedDataset:
+        return ShardedDataset(
+            self.arguments.data_dir, split=name, seq_len=seq_len, seed=self.arguments.seed, vocab_size=50257
+        )
+
+    def tell(self, **found: Any) -> None:
+        """Add findings, and print them at once with the time."""
+        self.findings |= found
+        print(json.dumps({"variant": self.arguments.variant, "at_s": round(self.elapsed()), **found}), flush=True)
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether `seconds` more fit before the deadline."""
+        return self.elapsed() + seconds < self.arguments.deadline
+
+    def optimizers(self) -> Optimizers:
+        chosen = self.arguments
+        return Optimizers(
+            self.model, kind="muon", lr=chosen.lr, muon_lr=chosen.muon_lr, weight_decay=chosen.weight_decay
+        )
+
+    def step(self, loss: LossFunction, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor, step: int,
+             steps: int) -> torch.Tensor:  # fmt: skip
+        """One optimizer step; returns the cross-entropy, on the device."""
+        think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
+        think = None if think is None else think.to(self.device)
+        result = loss(tokens.to(self.device), lengths=lengths.to(self.device), think=think, groups=groups)
+        result.loss.backward()
+        scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
+        optimizers.step(scale, grad_clip=1.0)
+        return result.parts["ce"].detach()
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def compile(self) -> LossFunction:
+        if self.device == "cpu":
+            return self.model.loss
+        loss = compiled_loss(self.model, self.arguments.batch_size, self.arguments.seq_len, print)
+        self.synchronize()
+        self.tell(compile_s=round(self.elapsed(), 1))
+        return loss
+
+    def train(self, loss: LossFunction) -> None:
+        """One pass; the clock runs from step 20 on."""
+        if self.model.drafter is not None:
+            self.model.drafter.ids.copy_(frequent_ids(self.train_set, 50257, len(self.model.drafter.ids)))
+        optimizers, curve, clock, timed = self.optimizers(), [], 0.0, min(20, self.steps - 1)
+        rows, length = self.arguments.batch_size, self.arguments.seq_len
+        for step in range(self.steps):
+            if step == timed:
+                self.synchronize()
+                clock = time.perf_counter()
+            batch = self.train_set.batch(step, batch_size=rows)
+            nats = self.step(loss, optimizers, *batch, step, self.steps)
+            if step % 100 == 0 or step == self.steps - 1:
+                curve.append([step, round(nats.item(), 4)])
+                print(f"{self.arguments.variant} step {step} {nats.item():.4f} {self.elapsed():.0f}s", flush=True)
+        self.synchronize()
+        speed = (self.steps - timed) * rows * length / (time.perf_counter() - clock)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else None
+        self.tell(curve=curve, tokens_per_s=round(speed), peak_gb=peak and round(peak, 2))
+
+    @torch.no_grad()
+    def held_out_loss(self, limit: int | None = None, **options: Any) -> float:
+        """Nats a token on the validation split, or on `limit` batches spread over it."""
+        nats, targets = 0.0, 0
+        for tokens, lengths in self.held_out.batches(self.arguments.batch_size, limit):
+            out = self.model.trunk(tokens[:, :-1].to(self.device), **options)
+            for row, length in enumerate(lengths.tolist()):
+                logits = self.model.head(out.hidden[row, : length - 1])
+                target = tokens[row, 1:length].to(self.device)
+                nats += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+            targets += int(lengths.sum()) - len(lengths)
+        return nats / targets
+
+    def judge(self) -> None:
+        """Everything that is measured on the trained model."""
+        self.model.eval()
+        self.tell(val_loss=round(self.held_out_loss(self.arguments.eval_batches), 4))
+        if self.arguments.brief:
+            return
+        if self.model.router is not None:
+            self.ideas()
+        tokenizer = load_tokenizer(self.arguments.tokenizer)
+        prompt = prompts_of(self.held_out.batches(1), 1)[0]
+        self.tell(sample=tokenizer.decode(self.model.generate(prompt, max_new_tokens=100, seed=0)))
+
+    def ideas(self) -> None:
+        calibrate(self.model, calibration_batches(self.held_out, 16))
+        reliability = measure_uncertainty(self.model, evaluation_batches(self.held_out, 16))
+        self.tell(reliability=reliability.to_dict())
+        counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1), 24))
+        self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
+        few = None if self.arguments.smoke else 4
+        table = ablate(self.model, lambda **options: self.held_out_loss(few, **options))
+        self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
+
+    def canary(self, loss: LossFunction) -> None:
+        """Law 6 at this size: fresh weights, 300 steps on uniform random tokens, then fresh noise."""
+        vocabulary, steps = self.model.config.vocab_size, self.arguments.canary
+        torch.manual_seed(1)
+        initialise(self.model)
+        self.model.train()
+        optimizers = self.optimizers()
+        shape = (self.arguments.batch_size, self.arguments.seq_len + 1)
+        lengths = torch.full((shape[0],), shape[1])
+        for step in range(steps):
+            self.step(loss, optimizers, torch.randint(1, vocabulary, shape), lengths, step, steps)
+        with torch.no_grad():
+            tokens = torch.randint(1, vocabulary, shape).to(self.device)
+            hidden = self.model.trunk(tokens[:, :-1]).hidden
+            nats = [
+                torch.nn.functional.cross_entropy(self.model.head(row), target, reduction="none")
+                for row, target in zip(hidden, tokens[:, 1:], strict=True)
+            ]
+        all_nats = torch.cat(nats).double()
+        error = all_nats.std().item() / math.sqrt(len(all_nats))
+        mean, chance = all_nats.mean().item(), math.log(vocabulary - 1)
+        self.tell(canary={"nats": mean, "chance": chance, "error": error, "no_leak": mean >= chance - 4 * error})
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Callable[..., Any] = parser.add_argument
+    add("--data_dir", required=True)
+    add("--tokenizer", help="the one that the data was made with")
+    add("--size", default="micro")
+    add("--variant", default="complete", choices=VARIANTS)
+    add("--lr", type=float, default=6e-4)
+    add("--muon_lr", type=float, default=0.02)
+    add("--weight_decay", type=float, default=0.1)
+    add("--tokens", type=float, default=16e6)
+    add("--batch_size", type=int, default=64)
+    add("--seq_len", type=int, default=512)
+    add("--seed", type=int, default=0)
+    add("--eval_batches", type=int, help="validation batches (default: all)")
+    add("--brief", action="store_true", help="measure the loss alone")
+    add("--canary", type=int, default=0, help="steps of the leak canary")
+    add("--deadline", type=float, default=math.inf, help="seconds after which nothing more is begun")
+    add("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
+        arguments.eval_batches = 1
+    return arguments
+
+
+def main() -> None:
+    run = Run(read_arguments())
+    loss = run.compile()
+    run.train(loss)
+    run.judge()
+    if run.arguments.canary and run.has_time(60):
+        run.canary(loss)
+    run.findings["seconds"] = round(run.elapsed(), 1)
+    print(json.dumps(run.findings), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""How much each row of a batch thinks in training: a pure function of seed, step and micro-batch."""
+
+import torch
+from torch import Tensor
+
+from lepton.config import LeptonConfig
+from lepton.model.timeline import Timeline
+
+ROUNDS = (0, 1, 2, 2, 4)
+"""Rounds are drawn from these, so that any number works afterwards, and none at all."""
+GROUPS = 16
+"""The bound on a row's segments is a multiple of this: few bounds mean few compiled programs."""
+
+
+def plan_thoughts(
+    config: LeptonConfig, tokens_BT: Tensor, seed: int, step: int, micro: int
+) -> tuple[Tensor | None, int | None]:
+    """Return the rounds of each row [B], or None without thoughts, and a bound on the segments that open in a row.
+
+    Args:
+        config: of the model.
+        tokens_BT: a batch as `Lepton.loss` takes it, on the CPU.
+        seed: of the run.
+        step: of the optimizer.
+        micro: which part of the step's batch.
+    """
+    rows = len(tokens_BT)
+    nothing = torch.zeros(rows, dtype=torch.int64)
+    timeline = Timeline.read(tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment)
+    groups = -(-timeline.opening_BG.shape[1] // GROUPS) * GROUPS
+    if not config.thoughts:
+        return None, groups
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
+    return torch.tensor(ROUNDS)[torch.randint(len(ROUNDS), (rows,), generator=generator)], groups

@@ -1,0 +1,120 @@
+"""Every idea is alive on a trained model: a NANO after 100 steps on real text, the standard library's own source."""
+
+import pytest
+import torch
+
+from lepton.data.shards import ShardedDataset
+from lepton.data.stdlib import default_corpus
+from lepton.data.tokenizer import load_tokenizer
+from lepton.evals.ablation import without
+from lepton.model import create_lepton_nano
+from lepton.train.calibration import calibrate, calibration_batches
+from lepton.train.optimizer import Optimizers
+from lepton.train.setup import frequent_ids
+from lepton.train.thinking import plan_thoughts
+
+STEPS, ROWS, LENGTH = 100, 4, 128
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The model, its parameters before training, and held-out tokens [4, 384]."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEPTON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        folder = default_corpus(load_tokenizer())
+    torch.manual_seed(0)
+    model = create_lepton_nano(window=32, segment=16)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    common = {"seed": 0, "vocab_size": model.config.vocab_size}
+    data = ShardedDataset(folder, split="train", seq_len=LENGTH, **common)
+    model.drafter.ids.copy_(frequent_ids(data, model.config.vocab_size, len(model.drafter.ids)))
+    optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
+    for step in range(STEPS):
+        batch = data.batch(step, batch_size=ROWS)
+        think, _ = plan_thoughts(model.config, batch.tokens, 0, step, 0)
+        model.loss(batch.tokens, lengths=batch.lengths, think=think).loss.backward()
+        optimizers.step(min(1.0, (step + 1) / 10, (STEPS - step) / 40), 1.0)
+    held_out = ShardedDataset(folder, split="val", seq_len=384, **common)
+    calibrate(model, calibration_batches(held_out, 4, 4096))
+    return model.eval(), before, next(held_out.batches(4, 1)).tokens[:, :384]
+
+
+def test_it_has_learned(trained):
+    model, _, tokens = trained
+    with torch.no_grad():
+        assert model.loss(tokens).parts["ce"] < 7.0
+
+
+def test_every_parameter_moved(trained):
+    model, before, _ = trained
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[name]).abs()
+        assert moved.max() > 1e-4, f"{name} stands still"
+
+
+@pytest.mark.parametrize("idea", ["thoughts", "working memory", "crystals", "peek"])
+@torch.no_grad()
+def test_every_idea_changes_the_predictions(trained, idea):
+    model, _, tokens = trained
+    on = model(tokens).logits
+    with without(model, idea) as options:
+        off = model(tokens, **options).logits
+    assert (on - off).abs().mean() > 1e-3, f"{idea} is inert"
+
+
+@torch.no_grad()
+def test_more_thinking_is_other_thinking(trained):
+    model, _, tokens = trained
+    logits = [model(tokens, think=rounds).logits for rounds in (1, 2, 4)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+    assert (logits[1] - logits[2]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_token_far_beyond_every_window_is_remembered(trained):
+    """7 blocks of window 32 see 7 x 31 tokens back; the first token is 383 before the last."""
+    model, _, tokens = trained
+    changed = tokens.clone()
+    changed[:, :8] = changed[:, :8].flip(0)
+
+    def difference() -> float:
+        return (model(tokens).logits - model(changed).logits)[:, -1].abs().max().item()
+
+    assert difference() > 1e-5
+    with without(model, "working memory"), without(model, "crystals"):
+        assert difference() == 0
+
+
+@torch.no_grad()
+def test_depth_is_a_knob(trained):
+    model, _, tokens = trained
+    shallow, half, full = (model(tokens, depth=depth) for depth in (0.0, 0.5, 1.0))
+    assert (shallow.depth == 2).all()
+    assert (full.depth == 7).all()
+    assert (shallow.logits - full.logits).abs().mean() > 1e-2
+    assert 0.2 < (half.depth == 7).float().mean() < 0.7
+    benefit = full.traces.benefit_BT
+    assert benefit[half.depth == 7].mean() > benefit[half.depth == 2].mean()
+
+
+@torch.no_grad()
+def test_the_uncertainty_is_more_than_the_largest_probability(trained):
+    model, _, tokens = trained
+    out = model(tokens)
+    uncertainty, likely = out.uncertainty.flatten(), out.logits.softmax(-1).amax(-1).flatten()
+    assert uncertainty.std() > 0.02
+    assert ((uncertainty >= 0) & (uncertainty <= 1)).all()
+    # Among tokens of nearly the same largest probability it still differs: it is no function of it.
+    order = likely.argsort()
+    neighbours = uncertainty[order].unfold(0, 32, 32)
+    assert neighbours.std(1).mean() > 0.1 * uncertainty.std()
+
+
+@torch.no_grad()
+def test_drafts_are_sometimes_right(trained):
+    from lepton.generate import generate_with_stats
+
+    model, _, tokens = trained
+    _, stats = generate_with_stats(model, tokens[0, :64].tolist(), max_new_tokens=64, temperature=0.0)
+    assert stats.tokens_a_cycle > 1
+    assert stats.forward_calls < 64
