@@ -128,6 +128,16 @@ def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
     assert (code, err) == (143, "stopped at step 3, saved x; go on with --resume x\n")
 
 
+@pytest.mark.parametrize(("own", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_wants_otherwise(data, tmp_path, monkeypatch, own, then):
+    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("lepton.train.train", lambda settings, *, given, stream: tmp_path / "final.pt")
+    assert run("train", *words(data, tmp_path))[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == then
+
+
 def test_train_py_is_the_command_and_a_resumed_run_goes_on(data, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
