@@ -105,6 +105,8 @@ class Run:
         if self.device == "cpu":
             return self.model.loss
         loss = compiled_loss(self.model, self.arguments.batch_size, self.arguments.seq_len, print)
+        if loss == self.model.loss:
+            raise SystemExit("the loss did not compile, so nothing here would be worth timing")
         self.synchronize()
         self.tell(compile_s=round(self.elapsed(), 1))
         return loss
