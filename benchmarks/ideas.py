@@ -167,7 +167,7 @@ class Run:
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
 
     def canary(self, loss: LossFunction) -> None:
-        """Law 6 at this size: fresh weights, 300 steps on uniform random tokens, then fresh noise."""
+        """Law 6 at this size: fresh weights, some steps on uniform random tokens, then fresh noise."""
         vocabulary, steps = self.model.config.vocab_size, self.arguments.canary
         torch.manual_seed(1)
         initialise(self.model)

@@ -7,18 +7,19 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import without
+from lepton.generate import generate_with_stats
 from lepton.model import create_lepton_nano
 from lepton.train.calibration import calibrate, calibration_batches
 from lepton.train.optimizer import Optimizers
 from lepton.train.setup import frequent_ids
 from lepton.train.thinking import plan_thoughts
 
-STEPS, ROWS, LENGTH = 100, 4, 128
+STEPS, ROWS, LENGTH = 100, 4, 96
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The model, its parameters before training, and held-out tokens [4, 384]."""
+    """The model, its parameters before training, and held-out tokens [2, 384]."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEPTON_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         folder = default_corpus(load_tokenizer())
@@ -35,8 +36,8 @@ def trained(tmp_path_factory):
         model.loss(batch.tokens, lengths=batch.lengths, think=think).loss.backward()
         optimizers.step(min(1.0, (step + 1) / 10, (STEPS - step) / 40), 1.0)
     held_out = ShardedDataset(folder, split="val", seq_len=384, **common)
-    calibrate(model, calibration_batches(held_out, 4, 4096))
-    return model.eval(), before, next(held_out.batches(4, 1)).tokens[:, :384]
+    calibrate(model, calibration_batches(held_out, 4, 2048))
+    return model.eval(), before, next(held_out.batches(2, 1)).tokens[:, :384]
 
 
 def test_it_has_learned(trained):
@@ -75,7 +76,7 @@ def test_a_token_far_beyond_every_window_is_remembered(trained):
     """7 blocks of window 32 see 7 x 31 tokens back; the first token is 383 before the last."""
     model, _, tokens = trained
     changed = tokens.clone()
-    changed[:, :8] = changed[:, :8].flip(0)
+    changed[:, :8] = changed[:, :8].flip(1)
 
     def difference() -> float:
         return (model(tokens).logits - model(changed).logits)[:, -1].abs().max().item()
@@ -112,9 +113,8 @@ def test_the_uncertainty_is_more_than_the_largest_probability(trained):
 
 @torch.no_grad()
 def test_drafts_are_sometimes_right(trained):
-    from lepton.generate import generate_with_stats
-
     model, _, tokens = trained
-    _, stats = generate_with_stats(model, tokens[0, :64].tolist(), max_new_tokens=64, temperature=0.0)
-    assert stats.tokens_a_cycle > 1
-    assert stats.forward_calls < 64
+    prompts = tokens.reshape(-1, 64)[:8].tolist()
+    _, stats = generate_with_stats(model, prompts, max_new_tokens=48, temperature=0.0)
+    assert stats.tokens_a_cycle > 1.2
+    assert stats.forward_calls < 48

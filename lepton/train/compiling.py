@@ -24,7 +24,8 @@ def compiled_loss(model: Lepton, batch_size: int, seq_len: int, say: Callable[[s
     lengths = torch.full((batch_size,), seq_len + 1, device=device)
     compiled: LossFunction = torch.compile(model.loss, dynamic=False)
     try:
-        compiled(tokens, lengths=lengths, think=None if think is None else think.to(device), groups=groups).loss.backward()
+        think = None if think is None else think.to(device)
+        compiled(tokens, lengths=lengths, think=think, groups=groups).loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without

@@ -34,8 +34,8 @@ HIDDEN = (
 """How the names of Muon's matrices begin."""
 EMBEDDING = ("embed.", "embed_up.", "head_down.")
 EMBEDDING_RATE = 10
-"""The embedding and its projections learn this much faster than AdamW's other parameters. Adam's step does not depend on
-the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they lag far behind the matrices
+"""The embedding and its projections learn this much faster than AdamW's other parameters. Adam's step does not depend
+on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they lag far behind the matrices
 (docs/log.md, 2026-11-22)."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -45,8 +45,8 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
     """Return the trainable parameters of `model` that Muon takes, and the rest.
 
     Muon's are the matrices that map hidden states to hidden states: of stem, blocks and thoughts, of memory, hint, exit
-    and drafter. The embedding (whose rows are updated one by one), the projections of a factorised embedding, gates, scores
-    and everything that is not a matrix are left to AdamW.
+    and drafter. The embedding (whose rows are updated one by one), the projections of a factorised embedding, gates,
+    scores and everything that is not a matrix are left to AdamW.
     """
     muon: NamedParameters = []
     rest: NamedParameters = []
@@ -158,6 +158,7 @@ def _kind(name: str, parameter: Tensor) -> tuple[int, bool]:
     """Return how much faster than AdamW's rate a parameter learns, and whether it decays."""
     rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
     return rate, parameter.ndim == 2 and name != "embed.weight"
+
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the matrices in groups of one shape, of at most STACKED numbers where that is more than one matrix."""

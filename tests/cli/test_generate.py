@@ -200,7 +200,12 @@ def test_ctrl_c_in_a_real_process(saved):
         "1000000",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "lepton", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [sys.executable, "-m", "lepton", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.read(20).startswith(b"fox")
     process.send_signal(signal.SIGINT)

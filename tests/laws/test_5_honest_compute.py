@@ -48,7 +48,7 @@ def test_a_model_without_an_idea_does_not_pay_for_it(tokens):
         {"uncertainty": False},
     ):
         model = create_lepton_nano(**OVERRIDES | off)
-        assert counted(model, tokens)[0] / tokens.numel() == pytest.approx(model.flops_per_token(700), rel=1e-6), off
+        assert counted(model, tokens[:1, :300])[0] / 300 == pytest.approx(model.flops_per_token(300), rel=1e-6), off
 
 
 @torch.no_grad()
