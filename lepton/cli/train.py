@@ -101,7 +101,7 @@ def _add_files_and_reports(group: argparse._ArgumentGroup) -> None:
     add("--save_every", type=int, metavar="N", help="steps between checkpoints (default: 1000)")
     add("--keep", type=int, metavar="N", help="newest step_N.pt to keep (default: 3)")
     add("--eval_every", type=int, metavar="N", help="steps between validations (default: 500)")
-    add("--eval_batches", type=int, metavar="N", help="batches of a validation (default: 32)")
+    add("--eval_batches", type=int, metavar="N", help="batches of a validation (default: 16)")
     add("--log_every", type=int, metavar="N", help="steps between progress lines (default: 10)")
     add("--sample_every", type=int, metavar="N", help="steps between text samples (default: 1000)")
     add("--sample_prompt", metavar="TEXT", help="text that samples continue (default: a beginning of the data)")

@@ -178,6 +178,7 @@ class Lepton(nn.Module):
         lengths: Tensor | None = None,
         think: int | Tensor | None = None,
         groups: int | None = None,
+        auxiliary: bool = True,
     ) -> Loss:
         """Mean loss of predicting each token from those before it, and the small losses of the ideas.
 
@@ -186,6 +187,7 @@ class Lepton(nn.Module):
             lengths: int [B], valid tokens of each row; None: all.
             think: rounds of thinking, for all or for each row (int [B], at most `MAX_TRAINING_ROUNDS`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
+            auxiliary: whether the losses of the ideas are computed; validation does without.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
@@ -193,7 +195,7 @@ class Lepton(nn.Module):
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise InputError(f"loss needs tokens [rows, at least 2], not {tuple(tokens.shape)}")
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
-        return objective(self, out, tokens, lengths)
+        return objective(self, out, tokens, lengths, auxiliary=auxiliary)
 
     def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
         """Return the state of `batch_size` sequences that have read nothing.

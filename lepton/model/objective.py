@@ -25,7 +25,7 @@ OUTCOME_STRIDE = 32
 DRAFT_STRIDE = 4
 
 
-def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | None) -> Loss:
+def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool) -> Loss:
     """Return the loss of predicting `tokens[:, 1:]` from `out`, the trunk's pass over `tokens[:, :-1]`."""
     following_BT = tokens[:, 1:].long()
     if lengths is not None:
@@ -38,10 +38,12 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
         vocab_size=model.config.vocab_size,
         cap=model.config.logit_cap,
     )
-    auxiliary = {**_outcomes(model, out, following_BT), **_drafts(model, out, following_BT), **_peek(model, out)}
-    for value in auxiliary.values():
+    small: dict[str, Tensor] = {}
+    if auxiliary:
+        small = {**_outcomes(model, out, following_BT), **_drafts(model, out, following_BT), **_peek(model, out)}
+    for value in small.values():
         total = total + WEIGHT * value
-    return Loss(total, {"ce": ce, "z": z, **{name: value.detach() for name, value in auxiliary.items()}})
+    return Loss(total, {"ce": ce, "z": z, **{name: value.detach() for name, value in small.items()}})
 
 
 def _picks(tokens_BT: Tensor, stride: int) -> Tensor:

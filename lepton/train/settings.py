@@ -67,7 +67,7 @@ class TrainSettings:
     """Newest step_N.pt that are kept; best.pt and final.pt always are."""
     eval_every: int = 500
     """Steps between validations."""
-    eval_batches: int = 32
+    eval_batches: int = 16
     """Batches of a validation."""
     log_every: int = 10
     """Steps between progress lines."""

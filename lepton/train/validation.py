@@ -40,7 +40,7 @@ def evaluate(
     targets = text_bytes = 0
     for tokens, lengths in data.batches(batch_size, limit):
         count = int(lengths.sum()) - len(lengths)
-        parts = model.loss(tokens.to(device), lengths=lengths.to(device)).parts
+        parts = model.loss(tokens.to(device), lengths=lengths.to(device), auxiliary=False).parts
         total += parts["ce"].float() * count
         targets += count
         valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
