@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,20 @@ def test_importing_everything_prints_nothing_and_asks_for_no_gpu():
     code += "\nassert not torch.cuda.is_initialized()\nassert torch.get_default_dtype() == torch.float32"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    """A library that happens to be installed beside another one is no dependency."""
+    used = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                used.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                used |= {alias.name.split(".")[0] for alias in node.names}
+    used -= set(sys.stdlib_module_names) | {"lepton"}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        ranges = {name.split(">=")[0] for name in tomllib.load(file)["project"]["dependencies"]}
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = {line.split("==")[0] for line in lines if "==" in line}
+    assert used == ranges == pins

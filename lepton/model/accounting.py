@@ -44,7 +44,7 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
     for block in model.blocks:
         assert isinstance(block, Block)
         always = _weights(block.attention.k) + _weights(block.attention.v)
-        total += (length + slots) * always + depth * length * (_weights(block) - always)
+        total += (length + (slots if depth > 0 else 0)) * always + depth * length * (_weights(block) - always)
         total += depth * 2 * config.heads * width * (pairs + slots * length)
     return 2 * total / length
 

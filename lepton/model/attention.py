@@ -123,6 +123,8 @@ class Attention(nn.Module):
 
         `k_BJKH` and `v_BJKH` are those of past and chunk.
         """
+        if route is not None and not any(pick.any for pick in route.picks):
+            return self.out(q.flatten(-2))
         if slots is not None:
             q, k_BJKH, v_BJKH, slot_k, slot_v = self._with_slots(q, k_BJKH, v_BJKH, slots)
         answers = []
@@ -137,8 +139,6 @@ class Attention(nn.Module):
                 pick = route.picks[index]
                 answer = attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], mask[pick.rows_R[:, None], pick.query_RQ])
                 answers.append(pick.unpad(answer))
-        if not answers:
-            return self.out(q[..., : self.head_dim].flatten(-2))
         answer = torch.cat(answers, 1 if route is None else 0)[..., : self.head_dim]
         return self.out(answer.flatten(-2))
 

@@ -62,6 +62,14 @@ def with_memory(model: "Lepton", state: State, path: str | Path) -> State:
     return dataclasses.replace(state, memory=memory)
 
 
+def check_range(values: Tensor, low: int, high: int, what: str) -> None:
+    """Raise InputError for a value outside low..high. Only on a CPU: elsewhere looking would wait for the device."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = int(values.min()), int(values.max())
+        if least < low or most > high:
+            raise InputError(f"{what} {least if least < low else most}: must lie in {low}..{high}")
+
+
 def checked(
     model: "Lepton",
     tokens: Tensor,
@@ -75,6 +83,7 @@ def checked(
     if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise InputError(f"tokens must be integers [rows, at least 1], not {tokens.dtype} {tuple(tokens.shape)}")
     rows, length = tokens.shape
+    check_range(tokens, 0, model.config.vocab_size - 1, "token id")
     depth = 1.0 if depth is None else depth
     if not 0 <= depth <= 1:
         raise InputError(f"depth={depth}: must lie in 0..1, the share of tokens allowed past the stem")
@@ -83,8 +92,8 @@ def checked(
     if think is None:
         think = model.config.rounds if model.thoughts is not None else 0
     if not isinstance(think, Tensor):
-        if think < 0:
-            raise InputError(f"think={think}: must be a number of rounds, from 0")
+        if not isinstance(think, int) or think < 0:
+            raise InputError(f"think={think}: must be a whole number of rounds, from 0")
         if think and model.thoughts is None:
             raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
     if state is None:
@@ -101,6 +110,8 @@ def checked(
         lengths = torch.full((rows,), length, device=tokens.device)
     elif lengths.shape != (rows,):
         raise InputError(f"lengths must hold one value for each of {rows} rows, not {tuple(lengths.shape)}")
+    else:
+        check_range(lengths, 0, length, "length")
     if opens is not None and opens.shape != tokens.shape:
         raise InputError(f"opens must have the shape of the tokens {tuple(tokens.shape)}, not {tuple(opens.shape)}")
     return state, lengths, depth, think

@@ -60,10 +60,12 @@ class Output:
             count_B: int64 [B], each in 0..T.
 
         Raises:
-            InputError: `count_B` has not one entry for each row.
+            InputError: `count_B` has not one entry for each row, or (seen on a CPU) a count is out of range.
         """
-        if count_B.shape != self.lengths.shape:
-            raise InputError(f"commit takes a count for each of {len(self.lengths)} rows, not {tuple(count_B.shape)}")
+        if not isinstance(count_B, Tensor) or count_B.shape != self.lengths.shape:
+            raise InputError(f"commit takes an int64 tensor with a count for each of {len(self.lengths)} rows")
+        if count_B.device.type == "cpu" and not 0 <= int(count_B.min()) <= int(count_B.max()) <= self.hidden.shape[1]:
+            raise InputError(f"commit {count_B.tolist()}: counts must lie in 0..{self.hidden.shape[1]}")
         return self._commit(count_B)
 
     @property

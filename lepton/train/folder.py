@@ -29,6 +29,11 @@ class RunFolder:
     def step_path(self, step: int) -> Path:
         return self.path / f"step_{step}.pt"
 
+    @property
+    def has_best(self) -> bool:
+        """Whether best.pt is there."""
+        return (self.path / BEST).exists()
+
     def save(self, payload: dict[str, Any], *, best: bool, step: bool) -> None:
         """Save `payload` as best.pt, as its step_N.pt, or as both sharing the disk space; prune beyond `keep`.
 
@@ -57,7 +62,7 @@ class RunFolder:
         """Move an earlier run out of the way, so that nothing of it is overwritten; return where to.
 
         With `after`, a run is resumed from that step: only if step_N.pt with a larger N exist does anything move,
-        and metrics.jsonl is copied, since its beginning belongs to both.
+        and metrics.jsonl is copied, since its beginning belongs to both; so is a best.pt from before.
         """
         fresh = after < 0
         later = [path for step, path in checkpoint.steps_in(self.path) if step > after]
@@ -73,5 +78,13 @@ class RunFolder:
             if fresh:
                 self.metrics.unlink()
         for path in [*named, *later]:
-            path.rename(aside / path.name)
+            if path.name == BEST and self._is_from(path, after):
+                checkpoint.duplicate(path, aside / BEST)
+            else:
+                path.rename(aside / path.name)
         return aside
+
+    @staticmethod
+    def _is_from(path: Path, after: int) -> bool:
+        """Whether a checkpoint is whole and of step `after` or earlier: it belongs to the resumed run as well."""
+        return checkpoint.is_whole(path) and checkpoint.load(path)["step"] <= after

@@ -73,6 +73,8 @@ class Trainer:
         settings, parts = self.settings, self.parts
         introduce(parts, self.start, self.progress.say)
         log = make_room(self.start, parts.folder, self.progress.say)
+        if not parts.folder.has_best:
+            self.best = math.inf  # the one that the checkpoint knows of is not here: the next validation writes another
         with StopRequest() as stop:
             loss_function = self._loss_function()
             self.recorder = Recorder(
@@ -184,7 +186,7 @@ class Trainer:
         path = self.parts.folder.finish(self._payload())
         self._sample()
         if self.validation:
-            self.progress.say(f"validation: {_readable(self.validation)}")
+            self.progress.say(_readable(self.validation))
         self.progress.say(f"checkpoint: {path}")
         return path
 

@@ -82,3 +82,15 @@ def test_unfinished_files_go_and_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"checkpoint_dir=.*file is no folder"):
         RunFolder(tmp_path / "file", keep=1)
+
+
+@pytest.mark.parametrize(("best", "stays"), [(5, True), (15, False)])
+def test_the_best_one_stays_when_it_belongs_to_the_resumed_run(tmp_path, best, stays):
+    folder = RunFolder(tmp_path, keep=3)
+    for step in (5, 10, 15):
+        folder.save(payload(step), best=step == best, step=True)
+    aside = folder.set_aside(after=10)
+    assert aside is not None
+    assert folder.has_best == stays
+    assert (aside / "best.pt").exists()
+    assert not (tmp_path / "step_15.pt").exists()

@@ -64,7 +64,7 @@ def test_the_output_begins_and_ends_as_promised(finished):
     assert lines[1] == "on a CPU: --grad_accum 1 instead of 16, not compiled; explicit flags win"
     assert [line.split()[1] for line in lines if "tokens/s" in line] == ["2/8", "4/8", "6/8", "8/8"]
     assert "sample at step 8:" in lines
-    assert lines[-2].startswith("validation: validation loss")
+    assert lines[-2].startswith("validation loss")
     assert lines[-1] == f"checkpoint: {out / 'final.pt'}"
 
 
