@@ -1,5 +1,6 @@
 """How a run begins: afresh, from a checkpoint's weights, or where a checkpoint left off."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,8 @@ def begin(settings: TrainSettings, given: Collection[str]) -> Start:
     """
     path = _resume_path(settings)
     if path is not None:
-        return _resume(settings, given, path)
+        start = _resume(settings, given, path)
+        return dataclasses.replace(start, notes=_skipped(settings, path) + start.notes)
     if settings.init_from:
         return _initialise(settings, Path(settings.init_from))
     tokenizer = _load_tokenizer(settings)
@@ -62,6 +64,15 @@ def _resume_path(settings: TrainSettings) -> Path | None:
     if settings.resume == AUTO:
         return checkpoint.newest_whole(settings.checkpoint_dir)
     return Path(settings.resume) if settings.resume else None
+
+
+def _skipped(settings: TrainSettings, path: Path) -> list[str]:
+    """Say which newer checkpoints `--resume auto` found and could not use."""
+    if settings.resume != AUTO:
+        return []
+    steps = checkpoint.steps_in(settings.checkpoint_dir)
+    chosen = next((step for step, found in steps if found == path), -1)
+    return [f"skipped {found}: not whole" for step, found in steps if step > chosen]
 
 
 def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Start:

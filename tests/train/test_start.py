@@ -56,7 +56,9 @@ def test_auto_is_the_newest_whole_one(run, tmp_path):
     assert started(resume="auto", checkpoint_dir=str(tmp_path)).step == 8
     with open(tmp_path / "step_8.pt", "r+b") as file:
         file.truncate(1000)
-    assert started(resume="auto", checkpoint_dir=str(tmp_path)).step == 4
+    start = started(resume="auto", checkpoint_dir=str(tmp_path))
+    assert start.step == 4
+    assert start.notes[0] == f"skipped {tmp_path / 'step_8.pt'}: not whole"
 
 
 def test_changes_are_told(run):
