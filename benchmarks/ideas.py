@@ -2,7 +2,8 @@
 
 One run trains one variant once over the data and prints lines of JSON, one a finding, the last with all of them.
 Variants:
-`complete`, `dense` (equal parameters, full attention), and `no_X`, which leaves one idea out. `--smoke` runs on a CPU.
+`complete`, `dense` (full attention), and `no_X`, which leaves one idea out; all have as many parameters as `complete`,
+in wider MLPs. `--smoke` runs on a CPU.
 
     python -m benchmarks.ideas --data_dir D --size tiny --variant complete --tokens 49e6
 """
@@ -16,16 +17,18 @@ from typing import Any
 
 import torch
 
+from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
 from lepton.evals.calibration import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
-from lepton.model import Lepton
-from lepton.model.factory import size_config
+from lepton.model import Lepton, objective
+from lepton.model.factory import count_params, size_config, widened
 from lepton.model.initialise import initialise
+from lepton.train import thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
-from lepton.train.compiling import LossFunction, compiled_loss
+from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
 from lepton.train.schedule import lr_scale
 from lepton.train.setup import frequent_ids
@@ -43,6 +46,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 WARM_UP = 100
 
 
+def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
+    """Return the configuration of a variant; what its ideas leave of the parameters goes into the MLPs."""
+    overrides = {name: int(value) for name, value in (change.split("=") for change in changes)}
+    return widened(size_config(size, **VARIANTS[variant], **overrides), count_params(size_config(size)))
+
+
 class Run:
     """One model, its data, and the findings so far."""
 
@@ -51,7 +60,7 @@ class Run:
         self.begun = time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
-        self.model = Lepton(size_config(arguments.size, **VARIANTS[arguments.variant])).to(self.device)
+        self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
         self.model.compute_dtype = torch.bfloat16
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
@@ -86,32 +95,31 @@ class Run:
             self.model, kind="muon", lr=chosen.lr, muon_lr=chosen.muon_lr, weight_decay=chosen.weight_decay
         )
 
-    def step(self, loss: LossFunction, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor, step: int,
-             steps: int) -> torch.Tensor:  # fmt: skip
+    def step(self, micro_step: MicroStep, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor,
+             step: int, steps: int) -> torch.Tensor:  # fmt: skip
         """One optimizer step; returns the cross-entropy, on the device."""
         think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
-        think = None if think is None else think.to(self.device)
-        result = loss(tokens.to(self.device), lengths=lengths.to(self.device), think=think, groups=groups)
-        result.loss.backward()
+        micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
         optimizers.step(scale, grad_clip=1.0)
-        return result.parts["ce"].detach()
+        return micro_step.take_figures()["loss"]
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def compile(self) -> LossFunction:
-        if self.device == "cpu":
-            return self.model.loss
-        loss = compiled_loss(self.model, self.arguments.batch_size, self.arguments.seq_len, print)
-        if loss == self.model.loss:
-            raise SystemExit("the loss did not compile, so nothing here would be worth timing")
+    def prepare(self) -> MicroStep:
+        """Compile and record, which is not part of the time of training."""
+        on_gpu, lines = self.device == "cuda", []
+        micro_step = MicroStep(self.model, compiled=on_gpu and not self.arguments.no_compile, say=lines.append)
+        micro_step.prepare(self.arguments.batch_size, self.arguments.seq_len)
+        if any("cannot" in line for line in lines):
+            raise SystemExit(f"{lines[-1]}, so nothing here would be worth timing")
         self.synchronize()
-        self.tell(compile_s=round(self.elapsed(), 1))
-        return loss
+        self.tell(prepare_s=round(self.elapsed(), 1))
+        return micro_step
 
-    def train(self, loss: LossFunction) -> None:
+    def train(self, micro_step: MicroStep) -> None:
         """One pass; the clock runs from step 20 on."""
         if self.model.drafter is not None:
             self.model.drafter.ids.copy_(frequent_ids(self.train_set, 50257, len(self.model.drafter.ids)))
@@ -122,7 +130,7 @@ class Run:
                 self.synchronize()
                 clock = time.perf_counter()
             batch = self.train_set.batch(step, batch_size=rows)
-            nats = self.step(loss, optimizers, *batch, step, self.steps)
+            nats = self.step(micro_step, optimizers, *batch, step, self.steps)
             if step % 100 == 0 or step == self.steps - 1:
                 curve.append([step, round(nats.item(), 4)])
                 print(f"{self.arguments.variant} step {step} {nats.item():.4f} {self.elapsed():.0f}s", flush=True)
@@ -166,7 +174,7 @@ class Run:
         table = ablate(self.model, lambda **options: self.held_out_loss(few, **options))
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
 
-    def canary(self, loss: LossFunction) -> None:
+    def canary(self, micro_step: MicroStep) -> None:
         """Law 6 at this size: fresh weights, some steps on uniform random tokens, then fresh noise."""
         vocabulary, steps = self.model.config.vocab_size, self.arguments.canary
         torch.manual_seed(1)
@@ -176,7 +184,7 @@ class Run:
         shape = (self.arguments.batch_size, self.arguments.seq_len + 1)
         lengths = torch.full((shape[0],), shape[1])
         for step in range(steps):
-            self.step(loss, optimizers, torch.randint(1, vocabulary, shape), lengths, step, steps)
+            self.step(micro_step, optimizers, torch.randint(1, vocabulary, shape), lengths, step, steps)
         with torch.no_grad():
             tokens = torch.randint(1, vocabulary, shape).to(self.device)
             hidden = self.model.trunk(tokens[:, :-1]).hidden
@@ -203,26 +211,32 @@ def read_arguments() -> argparse.Namespace:
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
+    add("--rounds", type=int, nargs="+", default=thinking.ROUNDS, help="what rounds of thinking are drawn from")
+    add("--change", nargs="+", default=[], metavar="FIELD=N", help="fields of the configuration to change")
+    add("--weights", nargs="+", default=[], metavar="LOSS=W", help="weights of auxiliary losses to change")
     add("--seed", type=int, default=0)
     add("--eval_batches", type=int, help="validation batches (default: all)")
     add("--brief", action="store_true", help="measure the loss alone")
     add("--canary", type=int, default=0, help="steps of the leak canary")
     add("--deadline", type=float, default=math.inf, help="seconds after which nothing more is begun")
+    add("--no_compile", action="store_true", help="record the kernels without compiling them")
     add("--smoke", action="store_true")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
         arguments.eval_batches = 1
+    thinking.ROUNDS = tuple(arguments.rounds)
+    objective.WEIGHTS |= {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
     return arguments
 
 
 def main() -> None:
     run = Run(read_arguments())
-    loss = run.compile()
-    run.train(loss)
+    micro_step = run.prepare()
+    run.train(micro_step)
     run.judge()
     if run.arguments.canary and run.has_time(60):
-        run.canary(loss)
+        run.canary(micro_step)
     run.findings["seconds"] = round(run.elapsed(), 1)
     print(json.dumps(run.findings), flush=True)
 

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lepton.model.attention import BIAS_WIDTH
 from lepton.model.block import Block
 from lepton.model.memory import CHUNK
 from lepton.model.timeline import band_edges
@@ -40,12 +39,11 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
     if model.router is not None:
         adapter = _weights(model.router.exit_up) + _weights(model.router.exit_down)
         total += length * (_weights(model.router.benefit) + (1 - depth) * adapter)
-    width = config.head_dim + (BIAS_WIDTH if slots else 0)
     for block in model.blocks:
         assert isinstance(block, Block)
         always = _weights(block.attention.k) + _weights(block.attention.v)
         total += (length + (slots if depth > 0 else 0)) * always + depth * length * (_weights(block) - always)
-        total += depth * 2 * config.heads * width * (pairs + slots * length)
+        total += depth * 2 * config.heads * config.head_dim * (pairs + slots * length)
     return 2 * total / length
 
 

@@ -11,8 +11,6 @@ from lepton.model.route import Route
 from lepton.model.timeline import Band
 
 NORM_EPS = 1e-6
-# Width by which heads grow to carry the bias of slot columns inside the product of queries and keys.
-BIAS_WIDTH = 8
 
 
 def norm(x: Tensor) -> Tensor:
@@ -89,11 +87,17 @@ def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> 
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer. Its past is an argument."""
+    """Projections of one attention layer. Its past is an argument.
+
+    In a model with crystals the last coordinate of each head carries the bias of slot columns: a constant in queries,
+    the bias in slots' keys, zero in tokens' keys. So it is part of the product of queries and keys, every attention
+    kernel takes it, and its gradient needs no mask of its own.
+    """
 
     def __init__(self, config: LeptonConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.biased = config.slots > 0
         self.q = Linear(config.width, config.heads * config.head_dim)
         self.k = Linear(config.width, config.kv_heads * config.head_dim)
         self.v = Linear(config.width, config.kv_heads * config.head_dim)
@@ -101,20 +105,28 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries [..., N, H] of normed states [..., D]."""
-        return rotary.rotate(norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))))
+        q = rotary.rotate(norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))))
+        # Scores are divided by sqrt(head_dim).
+        return F.pad(q[..., :-1], (0, 1), value=self.head_dim**0.5) if self.biased else q
 
-    def key_value(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+    def key_value(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [..., K, H] of normed states [..., D].
 
         Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half,
-        so that they match the same at every position and nothing extrapolates.
+        so that they match the same at every position and nothing extrapolates. `bias` [...] is added to their scores.
         """
         k = norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if rotary is None:
             half = self.head_dim // 2
-            return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1), v
-        return rotary.rotate(k), v
+            k = torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
+        else:
+            k = rotary.rotate(k)
+        if not self.biased:
+            return k, v
+        if bias is None:
+            return F.pad(k[..., :-1], (0, 1)), v
+        return torch.cat([k[..., :-1], bias.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)], -1), v
 
     def forward(
         self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bands: list[Band], slots: Slots | None, route: Route | None
@@ -126,7 +138,7 @@ class Attention(nn.Module):
         if route is not None and not any(pick.any for pick in route.picks):
             return self.out(q.flatten(-2))
         if slots is not None:
-            q, k_BJKH, v_BJKH, slot_k, slot_v = self._with_slots(q, k_BJKH, v_BJKH, slots)
+            slot_k, slot_v = self.key_value(slots.states_BCD, None, slots.bias_BC)
         answers = []
         for index, band in enumerate(bands):
             k, v, mask = k_BJKH[:, band.columns], v_BJKH[:, band.columns], band.mask_BTJ
@@ -139,30 +151,4 @@ class Attention(nn.Module):
                 pick = route.picks[index]
                 answer = attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], mask[pick.rows_R[:, None], pick.query_RQ])
                 answers.append(pick.unpad(answer))
-        answer = torch.cat(answers, 1 if route is None else 0)[..., : self.head_dim]
-        return self.out(answer.flatten(-2))
-
-    def _with_slots(
-        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, slots: Slots
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Widen the heads by a coordinate that is 1 in queries and carries each slot's bias in keys.
-
-        So the bias is part of the product of queries and keys, and its gradient needs no mask of its own.
-        """
-        wide = self.head_dim + BIAS_WIDTH
-        one = torch.zeros(BIAS_WIDTH, dtype=q.dtype, device=q.device)
-        one[0] = 1
-        # attend divides by sqrt(wide): queries are scaled back, so the tokens' scores stay q k / sqrt(head_dim).
-        stretch = (wide / self.head_dim) ** 0.5
-        q = torch.cat([q * stretch, one.expand(*q.shape[:-1], -1)], -1)
-        slot_k_BCKH, slot_v_BCKH = self.key_value(slots.states_BCD, None)
-        bias_BCK1 = (slots.bias_BC * wide**0.5)[:, :, None, None].expand(-1, -1, self.kv_heads, -1)
-        slot_k_BCKH = torch.cat([slot_k_BCKH, bias_BCK1.to(q.dtype)], -1)
-        pad = (0, BIAS_WIDTH)
-        return (
-            q,
-            F.pad(k_BJKH, pad),
-            F.pad(v_BJKH, pad),
-            F.pad(slot_k_BCKH, (0, BIAS_WIDTH - 1)),
-            F.pad(slot_v_BCKH, pad),
-        )
+        return self.out(torch.cat(answers, 1 if route is None else 0).flatten(-2))

@@ -8,6 +8,9 @@ from lepton.config import LeptonConfig
 from lepton.model.lepton import Lepton
 from lepton.presets import preset
 
+# A matrix width that is no multiple of 8 numbers halves the speed of a matrix unit.
+WIDTH_STEP = 8
+
 # What turns a configuration into the one of the dense baseline.
 WITHOUT_IDEAS: dict[str, Any] = {
     "dense": True,
@@ -41,8 +44,13 @@ def size_config(size: str, **overrides: Any) -> LeptonConfig:
     if "ffn" in overrides:
         return dense
     shape = {name: value for name, value in overrides.items() if name not in ("dense", *WITHOUT_IDEAS)}
-    missing = count_params(complete.replace(**shape)) - count_params(dense)
-    return dense.replace(ffn=dense.ffn + round(missing / (2 * dense.width * dense.layers)))
+    return widened(dense, count_params(complete.replace(**shape)))
+
+
+def widened(config: LeptonConfig, params: int) -> LeptonConfig:
+    """Return `config` with the MLP widened to about `params` parameters, in steps that matrix units like."""
+    missing = params - count_params(config)
+    return config.replace(ffn=config.ffn + WIDTH_STEP * round(missing / (2 * config.width * config.layers * WIDTH_STEP)))
 
 
 def count_params(config: LeptonConfig) -> int:

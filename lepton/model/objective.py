@@ -16,9 +16,8 @@ from lepton.model.output import Output
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
 
-# Auxiliary losses in the sum. Their parameters see no other loss, and their optimizers normalise scale away; small
-# weights keep them from filling the norm by which gradients are clipped.
-WEIGHT = 0.1
+# Auxiliary losses in the sum. Most of their parameters see no other loss, and their optimizers normalise scale away.
+WEIGHTS = {"exit": 0.1, "router": 0.1, "uncertainty": 0.1, "draft": 0.1, "peek": 0.1}
 # One position in so many is looked at with full logits (exit, router, uncertainty).
 OUTCOME_STRIDE = 32
 # One position in so many teaches the drafter.
@@ -41,8 +40,8 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
     small: dict[str, Tensor] = {}
     if auxiliary:
         small = {**_outcomes(model, out, following_BT), **_drafts(model, out, following_BT), **_peek(model, out)}
-    for value in small.values():
-        total = total + WEIGHT * value
+    for name, value in small.items():
+        total = total + WEIGHTS[name] * value
     return Loss(total, {"ce": ce, "z": z, **{name: value.detach() for name, value in small.items()}})
 
 

@@ -38,6 +38,9 @@ EMBEDDING_RATE = 10
 on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they lag far behind the matrices
 (docs/log.md, 2026-11-22)."""
 
+AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
+"""Parameters that only auxiliary losses reach. Their gradients are clipped apart, so that they leave the trunk alone."""
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -110,7 +113,9 @@ class Optimizers:
         if kind == "adamw":
             muon, rest = [], muon + rest
         self.kind = kind
-        self._parameters = [parameter for _, parameter in muon + rest]
+        both = muon + rest
+        self._trunk = [parameter for name, parameter in both if not name.startswith(AUXILIARY)]
+        self._auxiliary = [parameter for name, parameter in both if name.startswith(AUXILIARY)]
         groups = [
             {
                 "params": [item for item in rest if _kind(*item) == (rate, decays)],
@@ -120,7 +125,7 @@ class Optimizers:
             for rate in (EMBEDDING_RATE, 1)
             for decays in (True, False)
         ]
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self._parameters)
+        fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in both)
         adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=lr, betas=BETAS, eps=EPS, fused=fused
         )
@@ -132,13 +137,17 @@ class Optimizers:
         self._peak = {"adamw": lr, "muon": muon_lr}
 
     def step(self, scale: float, grad_clip: float) -> Tensor:
-        """Update at `scale` times the peak rates, clear the gradients, and return their norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, grad_clip)
+        """Update at `scale` times the peak rates and set the gradients to zero.
+
+        Returns the norm of the trunk's gradients before clipping.
+        """
+        norm = nn.utils.clip_grad_norm_(self._trunk, grad_clip)
+        nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for name, member in self._members.items():
             for group in member.param_groups:
                 group["lr"] = self._peak[name] * group.get("rate", 1) * scale
             member.step()
-            member.zero_grad(set_to_none=True)
+            member.zero_grad(set_to_none=False)
         return norm
 
     def state_dict(self) -> dict[str, Any]:

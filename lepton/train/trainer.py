@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 
 from lepton.errors import InputError
 from lepton.train.calibration import calibrate, calibration_batches
-from lepton.train.compiling import LossFunction, compiled_loss
 from lepton.train.metrics import Progress
+from lepton.train.micro_step import MicroStep
 from lepton.train.recorder import Recorder
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
@@ -76,7 +75,7 @@ class Trainer:
         if not parts.folder.has_best:
             self.best = math.inf  # the one that the checkpoint knows of is not here: the next validation writes another
         with StopRequest() as stop:
-            loss_function = self._loss_function()
+            micro_step = self._micro_step()
             self.recorder = Recorder(
                 log,
                 self.progress,
@@ -89,7 +88,7 @@ class Trainer:
                 if self.step == 0:
                     self._validate()
                 while self.step < settings.max_steps:
-                    self._train_step(loss_function)
+                    self._train_step(micro_step)
                     last = self.step == settings.max_steps
                     if self.step % settings.log_every == 0 or last:
                         self.recorder.show()
@@ -105,7 +104,7 @@ class Trainer:
                 self.recorder.close()
         return self._finish()
 
-    def _train_step(self, loss_function: LossFunction) -> None:
+    def _train_step(self, micro_step: MicroStep) -> None:
         """One optimizer step: all its micro-batches, an update, and a record that stays on the device."""
         settings, parts = self.settings, self.parts
         assert settings.grad_accum is not None
@@ -114,20 +113,10 @@ class Trainer:
             for micro in range(settings.grad_accum)
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
-        figures: dict[str, Tensor] = {}
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             think, groups = plan_thoughts(parts.model.config, batch.tokens, settings.seed, self.step, micro)
-            loss = loss_function(
-                self._to_device(batch.tokens),
-                lengths=self._to_device(batch.lengths),
-                think=None if think is None else self._to_device(think),
-                groups=groups,
-            )
-            share = count / sum(counts)
-            (loss.loss * share).backward()
-            for name, part in loss.parts.items():
-                name = "loss" if name == "ce" else name
-                figures[name] = figures.get(name, 0) + part.float() * share
+            micro_step(batch.tokens, batch.lengths, think, groups, count / sum(counts))
+        figures = micro_step.take_figures()
         scale = lr_scale(
             self.step,
             max_steps=settings.max_steps,
@@ -208,16 +197,11 @@ class Trainer:
         path = self.parts.folder.step_path(self.step)
         return f"stopped at step {self.step:,}, saved {path}; go on with --resume {path}"
 
-    def _loss_function(self) -> LossFunction:
-        settings, model = self.settings, self.parts.model
-        if not settings.compile:
-            return model.loss
-        return compiled_loss(model, settings.batch_size, settings.seq_len, self.progress.say)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.parts.device.type == "cuda":
-            return tensor.pin_memory().to(self.parts.device, non_blocking=True)
-        return tensor.to(self.parts.device)
+    def _micro_step(self) -> MicroStep:
+        settings = self.settings
+        micro_step = MicroStep(self.parts.model, compiled=bool(settings.compile), say=self.progress.say)
+        micro_step.prepare(settings.batch_size, settings.seq_len)
+        return micro_step
 
 
 def _readable(validation: dict[str, Any]) -> str:

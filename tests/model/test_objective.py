@@ -20,7 +20,7 @@ def test_the_trunk_never_pays_for_an_auxiliary_loss(monkeypatch):
     """Law 6: without them its gradients are the same, and so is the forward pass, which they are no part of."""
     model, tokens = build("complete"), text(1, rows=3)
     together = gradients(model, tokens)
-    monkeypatch.setattr(objective, "WEIGHT", 0.0)
+    monkeypatch.setattr(objective, "WEIGHTS", dict.fromkeys(objective.WEIGHTS, 0.0))
     alone = gradients(model, tokens)
     for name, gradient in together.items():
         if not name.startswith(OWN):

@@ -263,9 +263,9 @@ def test_a_mistake_touches_nothing_of_an_earlier_run(data, tmp_path):
 
 def test_explicit_settings_win_on_a_cpu(data, tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(trainer, "compiled_loss", lambda model, *shape: compiled.append(shape[:2]) or model.loss)
+    monkeypatch.setattr("torch.compile", lambda part, *, dynamic: compiled.append(part) or part)
     _, text = small_run(data, tmp_path, grad_accum=3, compile=True, threads=1, max_steps=1)
-    assert compiled == [(2, 32)]
+    assert compiled
     assert "192 tokens a step" in text
     assert "on a CPU" not in text
     assert small_settings(data, tmp_path).grad_accum is None

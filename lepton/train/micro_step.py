@@ -1,0 +1,156 @@
+"""Forward and backward of micro-batches: as they are, compiled, or recorded on a GPU and replayed.
+
+A GPU's host takes longer to launch the thousands of kernels of a micro-batch than the GPU to run them. So a
+micro-batch is run once, recorded as a CUDA graph, and from then on replayed in one launch. Compiled are the parts
+that the model repeats, each once, not the whole of it: a compiler's time grows with the size of the program.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lepton.model import Lepton
+from lepton.train.thinking import plan_thoughts
+
+WARM_UP = 2
+"""Runs before a recording, so that everything that is compiled or set up at first use is."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a micro-batch is, on the device."""
+
+    tokens_BX: Tensor
+    lengths_B: Tensor
+    think_B: Tensor | None
+    share: Tensor
+
+    def copy_(self, other: "Inputs") -> None:
+        """Take over the values of another micro-batch of the same shape."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
+
+
+class MicroStep:
+    """Adds the gradients of micro-batches to the parameters' own, and their loss terms to `figures`.
+
+    The gradients' memory is kept from step to step: whoever uses them sets them to zero, and not to None.
+    """
+
+    def __init__(
+        self, model: Lepton, *, compiled: bool, recorded: bool = True, say: Callable[[str], None] = print
+    ) -> None:
+        self._model = model
+        self._say = say
+        self._parts: list[tuple[nn.Module, Callable[..., Any]]] = []
+        if compiled:
+            self._parts = [(part, torch.compile(part.forward, dynamic=False)) for part in repeated_parts(model)]
+        self._record = recorded and model.embed.weight.device.type == "cuda"
+        self._recordings: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
+        self._pool: Any = None
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def prepare(self, batch_size: int, seq_len: int) -> None:
+        """Compile and record batches of this shape before the clock runs; where that fails, say why and do without."""
+        if not self._parts and not self._record:
+            return
+        if self._parts:
+            self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
+        model = self._model
+        tokens = torch.full((batch_size, seq_len + 1), model.config.eos_id + 1)
+        think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
+        lengths = torch.full((batch_size,), seq_len + 1)
+        try:
+            self(tokens, lengths, think, groups, share=0.0)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._say(f"cannot compile here ({reason}): going on without, which runs slower")
+            self._parts, self._record = [], False
+            self._recordings.clear()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if self._sums is not None:
+            self._sums.zero_()
+
+    def __call__(self, tokens: Tensor, lengths: Tensor, think: Tensor | None, groups: int | None, share: float) -> None:
+        """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Lepton.loss` takes them."""
+        device = self._model.embed.weight.device
+        given = (tokens, lengths, think, torch.tensor(share))
+        inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
+        if not self._record:
+            with self._compiled():
+                self._run(inputs, groups)
+            return
+        key = (tuple(tokens.shape), groups)
+        if key not in self._recordings:
+            self._recordings[key] = self._recorded(inputs, groups)
+        graph, place = self._recordings[key]
+        place.copy_(inputs)
+        graph.replay()
+
+    def take_figures(self) -> dict[str, Tensor]:
+        """Return the sums of the loss terms since the last call, each weighted by its micro-batch's share."""
+        assert self._sums is not None
+        figures = dict(zip(self._names, self._sums.clone().unbind(), strict=True))
+        self._sums.zero_()
+        return figures
+
+    def _run(self, inputs: Inputs, groups: int | None) -> None:
+        loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
+        (loss.loss * inputs.share).backward()
+        self._names = ["loss" if name == "ce" else name for name in loss.parts]
+        terms = torch.stack([term.float() for term in loss.parts.values()])
+        if self._sums is None:
+            self._sums = torch.zeros_like(terms)
+        self._sums += terms * inputs.share
+
+    def _recorded(self, inputs: Inputs, groups: int | None) -> tuple[torch.cuda.CUDAGraph, Inputs]:
+        """Record a micro-batch of this shape. Only replaying adds anything: the runs before have no share."""
+        idle = Inputs(inputs.tokens_BX, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
+        for parameter in self._model.parameters():
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with self._compiled():
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self._run(idle, groups)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._run(idle, groups)
+        self._pool = graph.pool()
+        return graph, idle
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Let the model's parts run compiled; outside, its shapes vary, and it runs as it is."""
+        try:
+            for part, forward in self._parts:
+                part.forward = forward  # type: ignore[method-assign]
+            yield
+        finally:
+            for part, _ in self._parts:
+                part.__dict__.pop("forward", None)
+
+
+def repeated_parts(model: Lepton) -> list[nn.Module]:
+    """Return the modules that are compiled, each on its own; alike ones share a program."""
+    ideas = (model.thoughts, model.memory, model.crystals)
+    return [*model.stem, *model.blocks, *(idea for idea in ideas if idea is not None)]
+
+
+def _to_device(value: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)

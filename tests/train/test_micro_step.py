@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from lepton.config import LeptonConfig
+from lepton.model import Lepton
+from lepton.train.micro_step import MicroStep, repeated_parts
+from tests.train.small import SHAPE
+
+TOKENS = torch.arange(1, 37).view(4, 9)
+LENGTHS = torch.tensor([9, 9, 5, 9])
+THINK = torch.tensor([0, 1, 2, 4])
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Lepton(LeptonConfig(**SHAPE))
+
+
+def gradients(model):
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_micro_batches_add_up_by_their_shares(model):
+    loss = model.loss(TOKENS, lengths=LENGTHS, think=THINK)
+    loss.loss.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=False)
+    micro_step = MicroStep(model, compiled=False)
+    for share in (0.25, 0.75):
+        micro_step(TOKENS, LENGTHS, THINK, None, share)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+    figures = micro_step.take_figures()
+    assert figures.keys() == {"loss", "z", "exit", "router", "uncertainty", "draft", "peek"}
+    torch.testing.assert_close(figures["loss"], loss.parts["ce"])
+    micro_step(TOKENS, LENGTHS, THINK, None, 0.5)
+    torch.testing.assert_close(micro_step.take_figures()["loss"], loss.parts["ce"] / 2)
+
+
+def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
+    ran = []
+
+    def compile(forward, *, dynamic):
+        assert not dynamic
+        return lambda *args: ran.append(forward.__self__) or forward(*args)
+
+    monkeypatch.setattr("torch.compile", compile)
+    micro_step = MicroStep(model, compiled=True, say=(said := []).append)
+    micro_step.prepare(2, 8)
+    assert ran == repeated_parts(model)[:2] + [model.thoughts, model.memory, model.crystals, *model.blocks]
+    assert len(said) == 1
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    ran.clear()
+    model(TOKENS)
+    assert ran == []
+    micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert len(ran) == len(repeated_parts(model))
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("no C++ compiler found\nand a long trace")
+
+    monkeypatch.setattr("torch.compile", lambda forward, *, dynamic: failing)
+    micro_step = MicroStep(model, compiled=True, say=(said := []).append)
+    micro_step.prepare(2, 8)
+    assert said[1] == "cannot compile here (no C++ compiler found): going on without, which runs slower"
+    micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert micro_step.take_figures()["loss"] > 0
+
+
+def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.compile", lambda forward, *, dynamic: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        MicroStep(model, compiled=True, say=[].append).prepare(2, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recording_equals_the_plain_pass(model, compiled):
+    """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
+    model.cuda()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    plain = MicroStep(model, compiled=False, recorded=False)
+    for share in (0.25, 0.75):
+        plain(TOKENS, LENGTHS, THINK, 4, share)
+    expected, figures = gradients(model), plain.take_figures()
+    recorded = MicroStep(model, compiled=compiled)
+    recorded.prepare(4, 8)
+    for parameter in model.parameters():
+        parameter.grad.fill_(1)
+    for share in (0.25, 0.75):
+        recorded(TOKENS, LENGTHS, THINK, 4, share)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorded.take_figures(), figures, rtol=1e-5, atol=1e-5)
