@@ -3,11 +3,15 @@
 The head's product, the softmax and their gradients are computed for a chunk of positions at a time, in one
 pass: the gradient of a chunk's logits is known as soon as the logits are, so nothing of size positions x vocabulary
 is ever kept (the idea of Liger Kernel's fused linear cross-entropy). What happens between a chunk's products is
-`plain_chunk`. `tests/model/test_loss.py` holds the slow reference it is compared with, in value and gradients.
+`plain_chunk`, or in half precision on a GPU a Triton kernel. `tests/model/test_loss.py` holds the slow reference that
+both are compared with, in value and gradients.
 
 Shapes: M positions, C positions of a chunk, V rows of the vocabulary with padding, D width.
 """
 
+import functools
+import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -23,6 +27,8 @@ ENTRIES_GPU = 1 << 28
 MULTIPLE_GPU = 128
 """Positions a pass on a GPU are a multiple of this, the tiles of its matrix products."""
 Z_WEIGHT = 1e-4
+# It comes with PyTorch's builds for GPUs on Linux, and is no dependency of its own.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Chunk: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, int, float, float, bool],
@@ -119,6 +125,63 @@ def _in_chunks(
     return nats, squares, dx_MD, dweight_VD
 
 
+def _wants_kernel(x_MD: Tensor) -> bool:
+    return x_MD.is_cuda and x_MD.dtype in (torch.bfloat16, torch.float16) and HAS_TRITON
+
+
+@functools.cache
+def _kernel_chunk(device: torch.device, dtype: torch.dtype) -> Chunk:
+    """The kernel, after a trial; or `plain_chunk` and a warning where Triton cannot build it (no C compiler, say)."""
+    try:
+        from lepton.model.kernels.cross_entropy import fused_chunk
+
+        raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
+        zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
+        fused_chunk(raw_CV, zero, one, 16, 15.0, 0.0, True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"the loss runs slower: Triton cannot build its kernel here ({reason})", stacklevel=2)
+        return plain_chunk
+    return fused_chunk
+
+
+@torch.library.custom_op("lepton::in_kernel_chunks", mutates_args=())
+def _in_kernel_chunks(
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_in_chunks` with the kernel. One operator, so that a compiled model calls it as it is: the kernel works in
+    place, and a compiler that cannot see that nobody else reads the logits would copy them."""
+    chunk = _kernel_chunk(x_MD.device, x_MD.dtype)
+    return _in_chunks(chunk, x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
+
+
+@_in_kernel_chunks.register_fake
+def _(
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(x_MD.dtype, torch.float32)
+    nats = x_MD.new_empty((), dtype=precise)
+    if not grads:
+        return nats, torch.empty_like(nats), x_MD.new_empty(0), nats.new_empty(0)
+    return nats, torch.empty_like(nats), torch.empty_like(x_MD), torch.empty_like(weight_VD, dtype=precise)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,7 +196,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = (target_M != IGNORE).sum().clamp(min=1)
         given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
-        nats, squares, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
+        if _wants_kernel(x_MD):
+            nats, squares, dx_MD, dweight_VD = _in_kernel_chunks(*given)
+        else:
+            nats, squares, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
         ce, z = nats / count, squares / count
         ctx.save_for_backward(dx_MD, dweight_VD)
         ctx.mark_non_differentiable(ce, z)
