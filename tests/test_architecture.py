@@ -1,6 +1,7 @@
 """Imports run one way, importing does nothing, and only the command line parses arguments."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,8 @@ ALLOWED = {
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
 LAZY_EXCEPTIONS = {("model", "generate")}
+# Comes with PyTorch's builds for GPUs; the files of this folder need it, and are imported only where it is there.
+OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "model" / "kernels"
 FILES = sorted((ROOT / "lepton").rglob("*.py"))
 
 
@@ -60,12 +63,20 @@ def test_only_the_command_line_parses_arguments(path):
 
 
 def test_importing_everything_prints_nothing_and_asks_for_no_gpu():
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.stem != "__main__"]
+    files = [path for path in FILES if path.stem != "__main__"]
+    if importlib.util.find_spec(OPTIONAL) is None:
+        files = [path for path in files if path.parent != OPTIONAL_FOLDER or path.stem == "__init__"]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     names = [name.removesuffix(".__init__") for name in [*modules, "model", "train"]]
     code = "import torch\n" + "\n".join(f"import {name}" for name in names)
     code += "\nassert not torch.cuda.is_initialized()\nassert torch.get_default_dtype() == torch.float32"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_the_kernels_need_what_is_optional(path):
+    assert path.parent == OPTIONAL_FOLDER or f"import {OPTIONAL}" not in path.read_text(encoding="utf-8")
 
 
 def test_every_third_party_import_is_a_declared_dependency():
@@ -77,7 +88,7 @@ def test_every_third_party_import_is_a_declared_dependency():
                 used.add(node.module.split(".")[0])
             elif isinstance(node, ast.Import):
                 used |= {alias.name.split(".")[0] for alias in node.names}
-    used -= set(sys.stdlib_module_names) | {"lepton"}
+    used -= set(sys.stdlib_module_names) | {"lepton", OPTIONAL}
     with (ROOT / "pyproject.toml").open("rb") as file:
         ranges = {name.split(">=")[0] for name in tomllib.load(file)["project"]["dependencies"]}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()

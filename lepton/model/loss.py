@@ -2,12 +2,19 @@
 
 The head's product, the softmax and their gradients are computed for a chunk of positions at a time, in one
 pass: the gradient of a chunk's logits is known as soon as the logits are, so nothing of size positions x vocabulary
-is ever kept (the idea of Liger Kernel's fused linear cross-entropy). `tests/model/test_loss.py` holds the slow
-reference it is compared with, in value and gradients.
+is ever kept (the idea of Liger Kernel's fused linear cross-entropy). What happens between a chunk's products is
+`plain_chunk`, or in half precision on a GPU a Triton kernel. `tests/model/test_loss.py` holds the slow reference that
+both are compared with, in value and gradients.
+
+Shapes: M positions, C positions of a chunk, V rows of the vocabulary with padding, D width.
 """
 
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +24,17 @@ IGNORE = -100
 CHUNK_CPU = 128
 ENTRIES_GPU = 1 << 28
 """Logits a pass on a GPU: 1 GiB of them in fp32, enough that launching costs nothing beside computing."""
+MULTIPLE_GPU = 128
+"""Positions a pass on a GPU are a multiple of this, the tiles of its matrix products."""
 Z_WEIGHT = 1e-4
+# It comes with PyTorch's builds for GPUs on Linux, and is no dependency of its own.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+Chunk: TypeAlias = Callable[
+    [Tensor, Tensor, Tensor, int, float, float, bool],
+    tuple[Tensor, Tensor, Tensor | None],
+]
+"""What happens between the two products of a chunk; `plain_chunk` says what goes in and comes out."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,136 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
 
 
+def plain_chunk(
+    raw_CV: Tensor, target_C: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses of a chunk's rows, and the slopes of the loss of all `count` valid positions; overwrites `raw_CV`.
+
+    Returns:
+        Nats and the squared log-normaliser of each position, 0 where there is nothing to predict; the gradient with
+        respect to `raw_CV`, in its dtype, if `grads`.
+    """
+    precise = torch.promote_types(raw_CV.dtype, torch.float32)
+    valid_C = target_C != IGNORE
+    label_C1 = target_C.clamp(min=0)[:, None]
+    # In place wherever it can be: the passes over these chunk x vocabulary tensors are the cost on a CPU.
+    tanh_CV = raw_CV.to(precise).div_(cap).tanh_()
+    # No maximum is subtracted: the cap bounds the exponent.
+    exp_CV = (tanh_CV * cap).exp_()
+    exp_CV[:, vocab_size:] = 0
+    total_C = exp_CV.sum(-1)
+    lse_C = total_C.log()
+    nats_C = (lse_C - cap * tanh_CV.gather(1, label_C1)[:, 0]) * valid_C
+    squares_C = lse_C.square() * valid_C
+    if not grads:
+        return nats_C, squares_C, None
+    share_C = valid_C.to(precise) / count
+    slope_CV = exp_CV.mul_(((1 + 2 * z_weight * lse_C) * share_C / total_C)[:, None])
+    slope_CV.scatter_add_(1, label_C1, -share_C[:, None])
+    slope_CV.addcmul_(slope_CV, tanh_CV.square_(), value=-1)
+    return nats_C, squares_C, slope_CV.to(raw_CV.dtype)
+
+
+def _chunk_size(x_MD: Tensor, rows: int) -> int:
+    """Positions a pass: on a GPU the fewest passes that `ENTRIES_GPU` allows, of about the same size."""
+    if x_MD.device.type == "cpu":
+        return CHUNK_CPU
+    tiles = max(1, -(-x_MD.shape[0] // MULTIPLE_GPU))
+    most = max(1, ENTRIES_GPU // (rows * MULTIPLE_GPU))
+    passes = -(-tiles // most)
+    return MULTIPLE_GPU * -(-tiles // passes)
+
+
+def _in_chunks(
+    chunk: Chunk,
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum nats and squared log-normalisers over all positions; the gradients come last, empty unless `grads`."""
+    precise = torch.promote_types(x_MD.dtype, torch.float32)
+    matrix_VD = weight_VD.to(x_MD.dtype)
+    nats = torch.zeros((), dtype=precise, device=x_MD.device)
+    squares = torch.zeros_like(nats)
+    dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
+    dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if grads else nats.new_empty(0)
+    size = _chunk_size(x_MD, len(weight_VD))
+    for first in range(0, x_MD.shape[0], size):
+        rows = slice(first, first + size)
+        x_CD = x_MD[rows]
+        raw_CV = x_CD @ matrix_VD.T
+        nats_C, squares_C, slope_CV = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
+        nats += nats_C.sum()
+        squares += squares_C.sum()
+        if slope_CV is not None:
+            dx_MD[rows] = slope_CV @ matrix_VD
+            dweight_VD += slope_CV.T @ x_CD
+        del raw_CV, slope_CV  # before the next chunk's logits are made
+    return nats, squares, dx_MD, dweight_VD
+
+
+def _wants_kernel(x_MD: Tensor) -> bool:
+    return x_MD.is_cuda and x_MD.dtype in (torch.bfloat16, torch.float16) and HAS_TRITON
+
+
+@functools.cache
+def _kernel_chunk(device: torch.device, dtype: torch.dtype) -> Chunk:
+    """The kernel, after a trial; or `plain_chunk` and a warning where Triton cannot build it (no C compiler, say)."""
+    try:
+        from lepton.model.kernels.cross_entropy import fused_chunk
+
+        raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
+        zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
+        fused_chunk(raw_CV, zero, one, 16, 15.0, 0.0, True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"the loss runs slower: Triton cannot build its kernel here ({reason})", stacklevel=2)
+        return plain_chunk
+    return fused_chunk
+
+
+@torch.library.custom_op("lepton::in_kernel_chunks", mutates_args=())
+def _in_kernel_chunks(
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_in_chunks` with the kernel. One operator, so that a compiled model calls it as it is: the kernel works in
+    place, and a compiler that cannot see that nobody else reads the logits would copy them."""
+    chunk = _kernel_chunk(x_MD.device, x_MD.dtype)
+    return _in_chunks(chunk, x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
+
+
+@_in_kernel_chunks.register_fake
+def _(
+    x_MD: Tensor,
+    weight_VD: Tensor,
+    target_M: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(x_MD.dtype, torch.float32)
+    nats = x_MD.new_empty((), dtype=precise)
+    if not grads:
+        return nats, torch.empty_like(nats), x_MD.new_empty(0), nats.new_empty(0)
+    return nats, torch.empty_like(nats), torch.empty_like(x_MD), torch.empty_like(weight_VD, dtype=precise)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,36 +194,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_weight: float,
         grads: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        precise = torch.promote_types(x_MD.dtype, torch.float32)
-        matrix_VD = weight_VD.to(x_MD.dtype)
         count = (target_M != IGNORE).sum().clamp(min=1)
-        nats = torch.zeros((), dtype=precise, device=x_MD.device)
-        squares = torch.zeros_like(nats)
-        dx_MD = torch.empty_like(x_MD) if grads else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if grads else None
-        chunk = CHUNK_CPU if x_MD.device.type == "cpu" else max(1, ENTRIES_GPU // len(weight_VD))
-        for first in range(0, x_MD.shape[0], chunk):
-            rows = slice(first, first + chunk)
-            x, target = x_MD[rows], target_M[rows]
-            valid = target != IGNORE
-            label = target.clamp(min=0)[:, None]
-            # In place wherever it can be: the passes over these chunk x vocabulary tensors are the cost on a CPU.
-            tanh = (x @ matrix_VD.T).to(precise).div_(cap).tanh_()
-            # No maximum is subtracted: the cap bounds the exponent.
-            exp = (tanh * cap).exp_()
-            exp[:, vocab_size:] = 0
-            total = exp.sum(-1)
-            lse = total.log()
-            nats += ((lse - cap * tanh.gather(1, label)[:, 0]) * valid).sum()
-            squares += (lse.square() * valid).sum()
-            if dx_MD is not None and dweight_VD is not None:
-                share = valid.to(precise) / count
-                slope = exp.mul_(((1 + 2 * z_weight * lse) * share / total)[:, None])
-                slope.scatter_add_(1, label, -share[:, None])
-                slope.addcmul_(slope, tanh.square_(), value=-1)
-                slope = slope.to(x.dtype)
-                dx_MD[rows] = slope @ matrix_VD
-                dweight_VD += slope.T @ x
+        given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
+        if _wants_kernel(x_MD):
+            nats, squares, dx_MD, dweight_VD = _in_kernel_chunks(*given)
+        else:
+            nats, squares, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
         ce, z = nats / count, squares / count
         ctx.save_for_backward(dx_MD, dweight_VD)
         ctx.mark_non_differentiable(ce, z)

@@ -1,0 +1,220 @@
+"""The cross-entropy kernel against the slow reference of test_loss.py, in value and gradients.
+
+The kernel runs on a GPU, or on a CPU in Triton's interpreter, ``TRITON_INTERPRET=1 pytest``; how it is called is tested
+everywhere.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from lepton.model import loss as module
+from lepton.model.loss import HAS_TRITON, IGNORE, linear_cross_entropy
+from tests.model.test_loss import reference
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+COMPILED = HAS_TRITON and not INTERPRETED and torch.cuda.is_available()
+GPU_MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not COMPILED, reason="needs a CUDA device, Triton, and no TRITON_INTERPRET"),
+]
+CPU_MARK = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
+DEVICES = [pytest.param("cpu", marks=CPU_MARK), pytest.param("cuda", marks=GPU_MARKS)]
+
+
+@pytest.fixture
+def _forced(monkeypatch):
+    """The kernel for all that is asked, on any device and in fp32 too, which shows errors that half precision hides."""
+    monkeypatch.setattr(module, "_wants_kernel", lambda x: True)
+
+
+def data(device, dtype, rows, columns, real, ignored=True):
+    """Logits far enough out for the cap to bend them, some targets to ignore, the first and the last real column."""
+    x = (2 * torch.randn(rows, 16)).to(device, dtype).requires_grad_()
+    weight = torch.randn(columns, 16).to(device, dtype).requires_grad_()
+    target = torch.randint(0, real, (rows,))
+    target[1], target[2] = 0, real - 1
+    if ignored:
+        target[::4] = IGNORE
+    return x, weight, target.to(device)
+
+
+def check(x, weight, target, tolerance, **options):
+    """Value, parts and both gradients, each within `tolerance` of its size."""
+    slow = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = reference(*slow, target, *options.values())
+    expected_grads = torch.autograd.grad(3 * expected[0], slow)
+    got = linear_cross_entropy(x, weight, target, **options)
+    got_grads = torch.autograd.grad(3 * got[0], (x, weight))
+    with torch.no_grad():
+        plain = linear_cross_entropy(x, weight, target, **options)
+    torch.testing.assert_close(plain, tuple(part.detach() for part in got))
+    for one, other in zip((*got, *got_grads), (*expected, *expected_grads), strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+    assert not got_grads[1][options["vocab_size"] :].any()
+    assert not got_grads[0][target == IGNORE].any()
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("z_weight", [0.0, 0.1])
+@pytest.mark.parametrize(("columns", "real"), [(128, 97), (64, 64), (201, 150)])
+def test_equal_to_the_reference_in_fp32(device, columns, real, z_weight, monkeypatch):
+    """In several passes, the last one shorter, and several blocks of a row, the last one cut off."""
+    from lepton.model.kernels import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "BLOCK", 64)
+    monkeypatch.setattr(module, "CHUNK_CPU", 16)
+    monkeypatch.setattr(module, "ENTRIES_GPU", 128 * columns)
+    x, weight, target = data(device, torch.float32, 37 if device == "cpu" else 300, columns, real)
+    check(x, weight, target, 1e-5, vocab_size=real, cap=15.0, z_weight=z_weight)
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("z_weight", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_near_the_reference_in_half_precision(device, dtype, z_weight):
+    """bf16 rounds to one part in 256, logits and slopes alike; the errors of many add up to less than one's."""
+    x, weight, target = data(device, dtype, 64, 5008, 4999)
+    check(x, weight, target, 1e-2, vocab_size=4999, cap=15.0, z_weight=z_weight)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize(("rows", "columns", "real"), [(700, 50_304, 50_257), (9000, 4096, 4096)])
+def test_near_the_reference_at_the_sizes_of_training(device, rows, columns, real):
+    x, weight, target = data(device, torch.bfloat16, rows, columns, real)
+    check(x, weight, target, 1e-2, vocab_size=real, cap=15.0, z_weight=1e-4)
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [0, 4])
+def test_nothing_to_predict_is_zero_and_finite(device, rows):
+    x = torch.randn(rows, 8, device=device, requires_grad=True)
+    weight = torch.randn(128, 8, device=device, requires_grad=True)
+    target = torch.full((rows,), IGNORE, device=device)
+    got = linear_cross_entropy(x, weight, target, vocab_size=97, cap=15.0)
+    got[0].backward()
+    assert [part.item() for part in got] == [0, 0, 0]
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # an infinity is meant to come and go
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_extremes_of_the_cap_stay_finite(device, dtype):
+    x, weight, target = data(device, dtype, 8, 128, 128)
+    loss, _, _ = linear_cross_entropy(1e4 * x, weight, target, vocab_size=128, cap=50.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_no_number_shows(device):
+    x, weight, target = data(device, torch.float32, 5, 128, 97)
+    with torch.no_grad():
+        weight[50] = torch.nan
+    loss, _, _ = linear_cross_entropy(x, weight, target, vocab_size=97, cap=15.0)
+    loss.backward()
+    assert loss.isnan()
+    assert x.grad[1].isnan().any()
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("device", DEVICES)
+def test_targets_may_be_a_column_of_a_table(device):
+    x, weight, target = data(device, torch.float32, 12, 128, 97)
+    table = torch.stack([torch.zeros_like(target), target], -1)
+    check(x, weight, table[:, 1], 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+def test_a_cuda_graph_replays_it(device):
+    """With other targets to ignore than those it was captured with: their number is never known on the host."""
+    x, weight, target = data(device, torch.bfloat16, 300, 512, 500)
+
+    def step():
+        loss, ce, z = linear_cross_entropy(x, weight, target, vocab_size=500, cap=15.0)
+        return loss, ce, z, *torch.autograd.grad(loss, (x, weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+        target[100:] = IGNORE
+    graph.replay()
+    torch.testing.assert_close(replayed, step())
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
+def test_compiled_it_is_the_same(device):
+    x, weight, target = data(device, torch.bfloat16, 300, 512, 500)
+    both = []
+    for function in (linear_cross_entropy, torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False)):
+        loss, ce, z = function(x, weight, target, vocab_size=500, cap=15.0)
+        both.append((loss, ce, z, *torch.autograd.grad(loss, (x, weight))))
+    torch.testing.assert_close(*both)
+
+
+# From here on, the kernel is not needed: how it is called.
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("grads", [True, False])
+def test_the_operator_keeps_its_word_to_the_compiler(grads, monkeypatch):
+    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    x, weight, target = data("cpu", torch.float32, 5, 128, 97)
+    given = (x.detach(), weight.detach(), target, torch.tensor(3), 97, 15.0, 0.1, grads)
+    torch.library.opcheck(module._in_kernel_chunks, given)
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
+def test_a_graph_of_the_whole_loss_holds_the_operator(monkeypatch):
+    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    x, weight, target = data("cpu", torch.float32, 300, 128, 97)
+    both = []
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager")
+    for function in (linear_cross_entropy, compiled):
+        loss, ce, z = function(x, weight, target, vocab_size=97, cap=15.0)
+        both.append((loss, ce, z, *torch.autograd.grad(loss, (x, weight))))
+    torch.testing.assert_close(*both)
+
+
+@pytest.mark.usefixtures("_forced")
+def test_a_kernel_that_cannot_be_built_is_done_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lepton.model.kernels.cross_entropy", None)
+    monkeypatch.setattr(module, "_kernel_chunk", module._kernel_chunk.__wrapped__)
+    x, weight, target = data("cpu", torch.float32, 12, 128, 97)
+    with pytest.warns(UserWarning, match="the loss runs slower: Triton cannot build its kernel here"):
+        check(x, weight, target, 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 128, 5_000, 16_384, 100_000])
+@pytest.mark.parametrize("columns", [1, 4096, 50_304, 10**7])
+def test_passes_on_a_gpu_are_even_and_bounded(rows, columns):
+    size = module._chunk_size(torch.empty(rows, 1, device="meta"), columns)
+    assert size % module.MULTIPLE_GPU == 0
+    assert size * columns <= module.ENTRIES_GPU or size == module.MULTIPLE_GPU
+    passes = -(-rows // size)
+    assert passes * size - rows < module.MULTIPLE_GPU * max(1, passes) or rows == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_has_no_use_for_it(dtype):
+    assert not module._wants_kernel(torch.empty(1, 1, dtype=dtype))
