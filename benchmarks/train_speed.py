@@ -87,8 +87,15 @@ class Case:
             "peak_gb": self.device.type == "cuda" and round(torch.cuda.max_memory_allocated() / 1e9, 2),
         }
         if profiled:
-            found |= self.profile(profiled)
+            found |= {"compile_s": self.compile_seconds()} | self.profile(profiled)
         return found
+
+    def compile_seconds(self) -> dict[str, list[float]]:
+        """What the compiler took for each part: all of it, and its back end alone, forward and backward."""
+        lines = torch._dynamo.utils.compile_times(repr="csv")
+        table = dict(zip(*lines, strict=True))
+        names = ("_compile.compile_inner", "compile_fx_inner")
+        return {name: [round(float(x), 1) for x in str(table[name]).split(",")] for name in names if name in table}
 
     def profile(self, rows: int) -> dict[str, Any]:
         """Kernels of one optimizer step: how many, and which take longest."""

@@ -28,7 +28,7 @@ def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None,
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)
 
     total: float = length * (
-        _weights(model.embed_up) + _weights(model.head_down) + config.vocab_size * model.embed.embedding_dim
+        _weights(model.embed_up) + _weights(model.head_down) + config.padded_vocab_size * model.embed.embedding_dim
     )
     total += length * _weights(model.stem) + 2 * config.stem_layers * config.heads * config.head_dim * pairs
     total += _thinking(model, length, groups, think) + _memory(model, length)

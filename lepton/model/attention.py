@@ -89,7 +89,7 @@ def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> 
 class Attention(nn.Module):
     """Projections of one attention layer. Its past is an argument.
 
-    In a model with crystals the last coordinate of each head carries the bias of slot columns: a constant in queries,
+    But in the dense baseline the last coordinate of each head carries the bias of slot columns: a constant in queries,
     the bias in slots' keys, zero in tokens' keys. So it is part of the product of queries and keys, every attention
     kernel takes it, and its gradient needs no mask of its own.
     """
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     def __init__(self, config: LeptonConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.biased = config.slots > 0
+        self.biased = not config.dense
         self.q = Linear(config.width, config.heads * config.head_dim)
         self.k = Linear(config.width, config.kv_heads * config.head_dim)
         self.v = Linear(config.width, config.kv_heads * config.head_dim)

@@ -68,7 +68,7 @@ class Drafter(nn.Module):
         for i in range(self.count):
             embedded_ME = F.embedding(known_MX[:, i], embedding.weight.detach()).to(state_MW.dtype)
             state_MW = self.step(state_MW, embedded_ME)
-            loss, _, _ = linear_cross_entropy(
+            loss, *_ = linear_cross_entropy(
                 self.leave(state_MW),
                 rows_VE,
                 target_MX[:, i + 1],

@@ -50,7 +50,9 @@ def size_config(size: str, **overrides: Any) -> LeptonConfig:
 def widened(config: LeptonConfig, params: int) -> LeptonConfig:
     """Return `config` with the MLP widened to about `params` parameters, in steps that matrix units like."""
     missing = params - count_params(config)
-    return config.replace(ffn=config.ffn + WIDTH_STEP * round(missing / (2 * config.width * config.layers * WIDTH_STEP)))
+    return config.replace(
+        ffn=config.ffn + WIDTH_STEP * round(missing / (2 * config.width * config.layers * WIDTH_STEP))
+    )
 
 
 def count_params(config: LeptonConfig) -> int:

@@ -168,7 +168,8 @@ class Lepton(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""
         x = self.head_down(hidden)
-        logits = x @ self.embed.weight[: self.config.vocab_size].to(x.dtype).T
+        # The padded product is the fast one: a row of it is a whole number of 16 bytes.
+        logits = (x @ self.embed.weight.to(x.dtype).T)[..., : self.config.vocab_size]
         return soft_cap(logits.to(torch.promote_types(x.dtype, torch.float32)), self.config.logit_cap)
 
     def loss(

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 IGNORE = -100
 # Positions a pass: on a CPU few enough that a chunk of logits stays near the caches.
@@ -102,27 +103,27 @@ def _in_chunks(
     cap: float,
     z_weight: float,
     grads: bool,
+    weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sum nats and squared log-normalisers over all positions; the gradients come last, empty unless `grads`."""
+    """Nats and squared log-normaliser of each position; then the gradients, empty where they are not wanted."""
     precise = torch.promote_types(x_MD.dtype, torch.float32)
     matrix_VD = weight_VD.to(x_MD.dtype)
-    nats = torch.zeros((), dtype=precise, device=x_MD.device)
-    squares = torch.zeros_like(nats)
+    nats_M = torch.empty(len(x_MD), dtype=precise, device=x_MD.device)
+    squares_M = torch.empty_like(nats_M)
     dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
-    dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if grads else nats.new_empty(0)
+    dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
     size = _chunk_size(x_MD, len(weight_VD))
     for first in range(0, x_MD.shape[0], size):
         rows = slice(first, first + size)
         x_CD = x_MD[rows]
         raw_CV = x_CD @ matrix_VD.T
-        nats_C, squares_C, slope_CV = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
-        nats += nats_C.sum()
-        squares += squares_C.sum()
+        nats_M[rows], squares_M[rows], slope_CV = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
         if slope_CV is not None:
             dx_MD[rows] = slope_CV @ matrix_VD
-            dweight_VD += slope_CV.T @ x_CD
+            if weight_grads:
+                dweight_VD += slope_CV.T @ x_CD
         del raw_CV, slope_CV  # before the next chunk's logits are made
-    return nats, squares, dx_MD, dweight_VD
+    return nats_M, squares_M, dx_MD, dweight_VD
 
 
 def _wants_kernel(x_MD: Tensor) -> bool:
@@ -157,11 +158,12 @@ def _in_kernel_chunks(
     cap: float,
     z_weight: float,
     grads: bool,
+    weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_in_chunks` with the kernel. One operator, so that a compiled model calls it as it is: the kernel works in
     place, and a compiler that cannot see that nobody else reads the logits would copy them."""
     chunk = _kernel_chunk(x_MD.device, x_MD.dtype)
-    return _in_chunks(chunk, x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
+    return _in_chunks(chunk, x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads, weight_grads)
 
 
 @_in_kernel_chunks.register_fake
@@ -174,12 +176,19 @@ def _(
     cap: float,
     z_weight: float,
     grads: bool,
+    weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     precise = torch.promote_types(x_MD.dtype, torch.float32)
-    nats = x_MD.new_empty((), dtype=precise)
-    if not grads:
-        return nats, torch.empty_like(nats), x_MD.new_empty(0), nats.new_empty(0)
-    return nats, torch.empty_like(nats), torch.empty_like(x_MD), torch.empty_like(weight_VD, dtype=precise)
+    nats_M = x_MD.new_empty(len(x_MD), dtype=precise)
+    dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
+    dweight_VD = torch.empty_like(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
+    return nats_M, torch.empty_like(nats_M), dx_MD, dweight_VD
+
+
+@register_flop_formula(torch.ops.lepton.in_kernel_chunks)
+def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """The products of a pass: logits, and each gradient that is wanted."""
+    return 2 * x[0] * x[1] * weight[0] * (1 + args[-2] + args[-1])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -193,27 +202,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         cap: float,
         z_weight: float,
         grads: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight_grads: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count = (target_M != IGNORE).sum().clamp(min=1)
-        given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads)
+        given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads, weight_grads)
         if _wants_kernel(x_MD):
-            nats, squares, dx_MD, dweight_VD = _in_kernel_chunks(*given)
+            nats_M, squares_M, dx_MD, dweight_VD = _in_kernel_chunks(*given)
         else:
-            nats, squares, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
-        ce, z = nats / count, squares / count
+            nats_M, squares_M, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
+        ce, z = nats_M.sum() / count, squares_M.sum() / count
         ctx.save_for_backward(dx_MD, dweight_VD)
-        ctx.mark_non_differentiable(ce, z)
-        return ce + z_weight * z, ce, z
+        ctx.mark_non_differentiable(ce, z, nats_M)
+        return ce + z_weight * z, ce, z, nats_M
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _ce: Tensor, _z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
         dx_MD, dweight_VD = ctx.saved_tensors
-        return dx_MD * grad.to(dx_MD.dtype), dweight_VD * grad, None, None, None, None, None
+        dweight_VD = dweight_VD * grad if ctx.needs_input_grad[1] else None
+        return dx_MD * grad.to(dx_MD.dtype), dweight_VD, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
     x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, vocab_size: int, cap: float, z_weight: float = Z_WEIGHT
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean cross-entropy of ``soft_cap(x @ weight.T)`` with z-loss, without keeping the logits.
 
     Args:
@@ -225,7 +236,9 @@ def linear_cross_entropy(
         z_weight: weight of the mean squared log-normaliser (PaLM).
 
     Returns:
-        The differentiable loss, and the detached cross-entropy and z term.
+        The differentiable loss; detached, the mean cross-entropy, the z term, and the nats of each position [M], 0
+        where there is nothing to predict.
     """
-    grads = torch.is_grad_enabled() and (x_MD.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, vocab_size, cap, z_weight, grads)
+    weight_grads = torch.is_grad_enabled() and weight_VD.requires_grad
+    grads = (torch.is_grad_enabled() and x_MD.requires_grad) or weight_grads
+    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, vocab_size, cap, z_weight, grads, weight_grads)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.model.loss import IGNORE, Loss, linear_cross_entropy, soft_cap
+from lepton.model.attention import norm
+from lepton.model.loss import IGNORE, Loss, linear_cross_entropy
 from lepton.model.output import Output
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 WEIGHTS = {"exit": 0.1, "router": 0.1, "uncertainty": 0.1, "draft": 0.1, "peek": 0.1}
 # One position in so many is looked at with full logits (exit, router, uncertainty).
 OUTCOME_STRIDE = 32
-# One position in so many teaches the drafter.
+# One position in so many teaches the drafter, and one row in so many the hint, whose summary needs neighbours.
 DRAFT_STRIDE = 4
 
 
@@ -30,7 +31,7 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
         following_BT = following_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
-    total, ce, z = linear_cross_entropy(
+    total, ce, z, nats_M = linear_cross_entropy(
         model.head_down(out.hidden).flatten(0, 1),
         model.embed.weight,
         following_BT.flatten(),
@@ -39,7 +40,11 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
     )
     small: dict[str, Tensor] = {}
     if auxiliary:
-        small = {**_outcomes(model, out, following_BT), **_drafts(model, out, following_BT), **_peek(model, out)}
+        small = {
+            **_outcomes(model, out, following_BT, nats_M),
+            **_drafts(model, out, following_BT),
+            **_peek(model, out, following_BT),
+        }
     for name, value in small.items():
         total = total + WEIGHTS[name] * value
     return Loss(total, {"ce": ce, "z": z, **{name: value.detach() for name, value in small.items()}})
@@ -52,39 +57,42 @@ def _picks(tokens_BT: Tensor, stride: int) -> Tensor:
     return tokens_BT.sum() % stride + stride * torch.arange(count, device=tokens_BT.device)
 
 
-def _outcomes(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
+def _outcomes(model: "Lepton", out: Output, following_BT: Tensor, nats_M: Tensor) -> dict[str, Tensor]:
     """Losses that compare predictions with what came: exit, router and uncertainty, at sampled positions."""
-    if model.router is None and model.uncertainty is None:
-        return {}
     index_M = _picks(following_BT, OUTCOME_STRIDE)
     target_M = following_BT.flatten()[index_M]
-    hidden_MD = out.hidden.detach().flatten(0, 1)[index_M]
-    with torch.no_grad():
-        logits_MV = model.head(hidden_MD)
-        deep_M = F.cross_entropy(logits_MV, target_M, reduction="none", ignore_index=IGNORE)
     losses = {}
     if model.router is not None:
         early_MD = model.router.exit(out.traces.early_BTD.flatten(0, 1)[index_M])
-        exit_M = F.cross_entropy(_frozen_head(model, early_MD), target_M, reduction="none", ignore_index=IGNORE)
-        valid_M = target_M >= 0
-        losses["exit"] = exit_M.sum() / valid_M.sum().clamp(min=1)
+        losses["exit"], early_nats_M = _frozen_head(model, early_MD, target_M)
         assert out.traces.benefit_BT is not None
-        saved_M = (exit_M.detach() - deep_M).clamp(-5, 5)
+        valid_M = target_M >= 0
+        saved_M = (early_nats_M - nats_M[index_M]).clamp(-5, 5)
         error_M = (out.traces.benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
         losses["router"] = error_M.sum() / valid_M.sum().clamp(min=1)
     if model.uncertainty is not None:
+        hidden_MD = out.hidden.detach().flatten(0, 1)[index_M]
+        with torch.no_grad():
+            logits_MV = model.head(hidden_MD)
         signals_M3 = out.traces.signals_BT3.flatten(0, 1)[index_M]
         losses["uncertainty"] = model.uncertainty.loss(hidden_MD, logits_MV, signals_M3, target_M)
     return losses
 
 
-def _frozen_head(model: "Lepton", x_MD: Tensor) -> Tensor:
-    """The head, differentiable in its input and not in its weights."""
-    x = F.rms_norm(x_MD, x_MD.shape[-1:], eps=1e-6)
+def _frozen_head(model: "Lepton", x_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, differentiable in `x_MD` and not in the head's weights, and the nats of each position."""
+    x = norm(x_MD)
     if isinstance(model.head_down, nn.Linear):
         x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
-    rows_VE = model.embed.weight.detach()[: model.config.vocab_size].to(x.dtype)
-    return soft_cap((x @ rows_VE.T).to(torch.promote_types(x.dtype, torch.float32)), model.config.logit_cap)
+    loss, _, _, nats_M = linear_cross_entropy(
+        x,
+        model.embed.weight.detach(),
+        target_M,
+        vocab_size=model.config.vocab_size,
+        cap=model.config.logit_cap,
+        z_weight=0.0,
+    )
+    return loss, nats_M
 
 
 def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
@@ -107,9 +115,12 @@ def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Ten
     return {"draft": model.drafter.loss(hidden_MD, following_MX[index_M], model.embed)}
 
 
-def _peek(model: "Lepton", out: Output) -> dict[str, Tensor]:
+def _peek(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
     """The hint's loss: what it says about the tokens ahead."""
     traces = out.traces
     if model.peek is None or traces.hint_inputs_BTX is None:
         return {}
-    return {"peek": model.peek.loss(traces.hint_inputs_BTX, traces.embedded_BTE, traces.timeline.position_BT)}
+    position_BT = traces.timeline.position_BT
+    rows_R = _picks(following_BT[:, 0], DRAFT_STRIDE)
+    inputs_RTX, embedded_RTE = traces.hint_inputs_BTX[rows_R], traces.embedded_BTE[rows_R]
+    return {"peek": model.peek.loss(inputs_RTX, embedded_RTE, position_BT[rows_R])}

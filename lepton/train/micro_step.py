@@ -47,9 +47,12 @@ class MicroStep:
     ) -> None:
         self._model = model
         self._say = say
-        self._parts: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
-            self._parts = [(part, torch.compile(part.forward, dynamic=False)) for part in repeated_parts(model)]
+            self._parts = [
+                (module, name, torch.compile(getattr(module, name), dynamic=False))
+                for module, name in compiled_parts(model)
+            ]
         self._record = recorded and model.embed.weight.device.type == "cuda"
         self._recordings: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
         self._pool: Any = None
@@ -136,18 +139,19 @@ class MicroStep:
     def _compiled(self) -> Iterator[None]:
         """Let the model's parts run compiled; outside, its shapes vary, and it runs as it is."""
         try:
-            for part, forward in self._parts:
-                part.forward = forward  # type: ignore[method-assign]
+            for module, name, function in self._parts:
+                setattr(module, name, function)
             yield
         finally:
-            for part, _ in self._parts:
-                part.__dict__.pop("forward", None)
+            for module, name, _ in self._parts:
+                module.__dict__.pop(name, None)
 
 
-def repeated_parts(model: Lepton) -> list[nn.Module]:
-    """Return the modules that are compiled, each on its own; alike ones share a program."""
-    ideas = (model.thoughts, model.memory, model.crystals)
-    return [*model.stem, *model.blocks, *(idea for idea in ideas if idea is not None)]
+def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
+    """Return the modules and their functions that are compiled, each on its own; alike ones share a program."""
+    parts = [(module, "forward") for module in [*model.stem, *model.blocks]]
+    parts += [(idea, "forward") for idea in (model.thoughts, model.memory, model.crystals) if idea is not None]
+    return parts + [(idea, "loss") for idea in (model.peek, model.drafter) if idea is not None]
 
 
 def _to_device(value: Tensor, device: torch.device) -> Tensor:

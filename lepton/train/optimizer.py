@@ -39,7 +39,7 @@ on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they
 (docs/log.md, 2026-11-22)."""
 
 AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
-"""Parameters that only auxiliary losses reach. Their gradients are clipped apart, so that they leave the trunk alone."""
+"""Parameters that only auxiliary losses reach; clipped apart, they leave the trunk alone."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 

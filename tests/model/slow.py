@@ -51,7 +51,7 @@ def attend(attention, state, position, columns: list[Column], config) -> torch.T
     for n, query in enumerate(queries):
         kv = n // (config.heads // config.kv_heads)
         turned = rotate(norm(query), position, config.rope_base)
-        if config.slots:  # the last coordinate is taken by the bias
+        if not config.dense:  # the last coordinate is taken by the bias
             turned = torch.cat([turned[:-1], torch.zeros(1)])
         scores = torch.stack([turned @ keys[kv] / math.sqrt(config.head_dim) + bias for keys, _, bias in columns])
         answers.append((scores.softmax(0)[:, None] * torch.stack([values[kv] for _, values, _ in columns])).sum(0))

@@ -10,9 +10,10 @@ from lepton.model.loss import IGNORE, linear_cross_entropy, soft_cap
 
 def reference(x, weight, target, vocab_size, cap, z_weight):
     logits = soft_cap(x @ weight[:vocab_size].T, cap)
-    ce = F.cross_entropy(logits, target, ignore_index=IGNORE)
+    nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    ce = nats.sum() / (target != IGNORE).sum()
     z = logits.logsumexp(-1)[target != IGNORE].square().mean()
-    return ce + z_weight * z, ce, z
+    return ce + z_weight * z, ce, z, nats
 
 
 @pytest.mark.parametrize("rows", [5, 128, 300])
@@ -43,7 +44,7 @@ def test_the_chunk_size_does_not_matter(monkeypatch):
 
 def test_nothing_to_predict_is_zero_and_finite():
     x = torch.randn(4, 8, requires_grad=True)
-    loss, _, _ = linear_cross_entropy(x, torch.randn(128, 8), torch.full((4,), IGNORE), vocab_size=97, cap=15.0)
+    loss, *_ = linear_cross_entropy(x, torch.randn(128, 8), torch.full((4,), IGNORE), vocab_size=97, cap=15.0)
     loss.backward()
     assert loss.item() == 0
     assert not x.grad.any()
@@ -52,7 +53,16 @@ def test_nothing_to_predict_is_zero_and_finite():
 def test_the_extremes_of_the_cap_stay_finite_in_fp32():
     x = 1e4 * torch.randn(8, 8)
     weight = torch.randn(128, 8, requires_grad=True)
-    loss, _, _ = linear_cross_entropy(x, weight, torch.randint(0, 128, (8,)), vocab_size=128, cap=50.0)
+    loss, *_ = linear_cross_entropy(x, weight, torch.randint(0, 128, (8,)), vocab_size=128, cap=50.0)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(weight.grad).all()
+
+
+def test_a_frozen_weight_costs_no_gradient():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(128, 8, requires_grad=True)
+    target = torch.randint(0, 128, (5,))
+    linear_cross_entropy(x, weight, target, vocab_size=128, cap=15.0)[0].backward()
+    both, x.grad = x.grad, None
+    linear_cross_entropy(x, weight.detach(), target, vocab_size=128, cap=15.0)[0].backward()
+    torch.testing.assert_close(x.grad, both, rtol=0, atol=0)

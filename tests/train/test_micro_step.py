@@ -3,7 +3,7 @@ import torch
 
 from lepton.config import LeptonConfig
 from lepton.model import Lepton
-from lepton.train.micro_step import MicroStep, repeated_parts
+from lepton.train.micro_step import MicroStep, compiled_parts
 from tests.train.small import SHAPE
 
 TOKENS = torch.arange(1, 37).view(4, 9)
@@ -47,14 +47,14 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     monkeypatch.setattr("torch.compile", compile)
     micro_step = MicroStep(model, compiled=True, say=(said := []).append)
     micro_step.prepare(2, 8)
-    assert ran == repeated_parts(model)[:2] + [model.thoughts, model.memory, model.crystals, *model.blocks]
+    assert ran == [*model.stem, model.thoughts, model.memory, model.crystals, *model.blocks, model.drafter, model.peek]
     assert len(said) == 1
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     ran.clear()
     model(TOKENS)
     assert ran == []
     micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
-    assert len(ran) == len(repeated_parts(model))
+    assert len(ran) == len(compiled_parts(model))
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
