@@ -142,20 +142,23 @@ class Run:
     @torch.no_grad()
     def held_out_loss(self, limit: int | None = None, **options: Any) -> float:
         """Nats a token on the validation split, or on `limit` batches spread over it."""
-        nats, targets = 0.0, 0
+        nats, targets = torch.zeros(self.arguments.seq_len), torch.zeros(self.arguments.seq_len)
         for tokens, lengths in self.held_out.batches(self.arguments.batch_size, limit):
             out = self.model.trunk(tokens[:, :-1].to(self.device), **options)
             for row, length in enumerate(lengths.tolist()):
                 logits = self.model.head(out.hidden[row, : length - 1])
                 target = tokens[row, 1:length].to(self.device)
-                nats += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-            targets += int(lengths.sum()) - len(lengths)
-        return nats / targets
+                each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+                nats[: length - 1] += each.cpu()
+                targets[: length - 1] += 1
+        self.quarters = (nats.view(4, -1).sum(1) / targets.view(4, -1).sum(1)).tolist()
+        return (nats.sum() / targets.sum()).item()
 
     def judge(self) -> None:
         """Everything that is measured on the trained model."""
         self.model.eval()
-        self.tell(val_loss=round(self.held_out_loss(self.arguments.eval_batches), 4))
+        loss = self.held_out_loss(self.arguments.eval_batches)
+        self.tell(val_loss=round(loss, 4), loss_of_quarters=[round(quarter, 4) for quarter in self.quarters])
         if self.arguments.brief:
             return
         if self.model.router is not None:

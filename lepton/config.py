@@ -42,7 +42,7 @@ class LeptonConfig:
     """Tokens of a segment: each opens with a group of thoughts and closes with its best crystals."""
     thoughts: int = 4
     """Thought tokens of a group; 0 leaves the idea out."""
-    thought_ffn: int = 1536
+    thought_ffn: int = 768
     """Hidden width of the thinking block's MLP."""
     rounds: int = 2
     """Rounds of thinking, where a call does not say."""

@@ -30,7 +30,7 @@ def _preset(
         ffn=ffn,
         embed_rank=embed_rank,
         thoughts=2 if small else 4,
-        thought_ffn=2 * width,
+        thought_ffn=width,
         memory_heads=memory_heads,
         key_dim=32 if small else 64,
         value_dim=64 if small else 128,
@@ -44,14 +44,14 @@ def _preset(
 # The targets hold for the complete model: every trainable parameter that inference uses.
 #           name      M     purpose             width layers heads kv head  ffn  memory draft embedding
 _TABLE = (
-    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   768,  2,  128, 128),
-    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1536,  3,  192, 256),
-    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2432,  4,  256),
-    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3712,  4,  256),
-    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4608,  6,  256),
-    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6016,  6,  384),
-    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8320,  8,  512),
-    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10496,  8,  512),
+    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800,  2,  128, 128),
+    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1600,  3,  192, 256),
+    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2496,  4,  256),
+    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3776,  4,  256),
+    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4672,  6,  256),
+    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6080,  6,  384),
+    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8384,  8,  512),
+    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10560,  8,  512),
 )  # fmt: skip
 
 SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -1,8 +1,8 @@
 """Uncertainty: the chance, for each token, that the model's most likely next token is wrong.
 
-A small head on stopped features: what the prediction looks like (entropy, largest probability, margin), and what the
-model knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how strongly the
-memory answered). Trained by the true outcomes, calibrated on a split of its own.
+A small head on stopped features: what the prediction looks like (largest probability, entropy, lead over the second),
+and what the model knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how
+strongly the memory answered). Trained by the true outcomes, calibrated on a split of its own.
 """
 
 import torch
@@ -14,19 +14,25 @@ from lepton.model.attention import Linear
 
 FEATURES = 6
 HIDDEN = 64
+# Bound of the log-odds that a prediction shows: further out a chance is 0 or 1 in fp32.
+LOG_ODDS = 15.0
 
 
 def prediction_features(logits: Tensor) -> Tensor:
-    """Entropy, largest probability and margin of next-token logits [..., V]: [..., 3], without gradient."""
+    """Log-odds that the most likely next token is wrong, entropy, and lead over the second: [..., 3], no gradient.
+
+    `logits` are [..., V]; all in nats.
+    """
     logits = logits.detach()
     log_p = logits.log_softmax(-1)
-    top2 = log_p.topk(2, -1).values.exp()
+    first, second = log_p.topk(2, -1).values.unbind(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    return torch.stack([entropy, top2[..., 0], top2[..., 0] - top2[..., 1]], -1)
+    odds = torch.log(-torch.expm1(first).clamp(max=-1e-7)) - first
+    return torch.stack([odds.clamp(-LOG_ODDS, LOG_ODDS), entropy, first - second], -1)
 
 
 class Uncertainty(nn.Module):
-    """An MLP to one logit, and the line that calibrates it."""
+    """The log-odds that the prediction shows, plus what an MLP adds to them, and the line that calibrates the sum."""
 
     calibration: Tensor
 
@@ -40,9 +46,10 @@ class Uncertainty(nn.Module):
 
     def logit(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
         """Raw logit [...] of being wrong. `signals` [..., 3]: benefit of depth, thought change, memory strength."""
-        features = torch.cat([prediction_features(logits), signals.detach().to(logits.dtype)], -1)
+        shown = prediction_features(logits)
+        features = torch.cat([shown, signals.detach().to(logits.dtype)], -1)
         mixed = self.state(hidden.detach()).to(logits.dtype) + self._linear(self.features, features)
-        return self._linear(self.out, F.silu(mixed))[..., 0]
+        return shown[..., 0] + self._linear(self.out, F.silu(mixed))[..., 0]
 
     def forward(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
         """Calibrated chance [...] in 0..1 that the most likely token is wrong."""

@@ -30,6 +30,7 @@ HIDDEN = (
     "peek.",
     "router.exit_",
     "drafter.",
+    "uncertainty.state.",
 )
 """How the names of Muon's matrices begin."""
 EMBEDDING = ("embed.", "embed_up.", "head_down.")
@@ -47,9 +48,9 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
     """Return the trainable parameters of `model` that Muon takes, and the rest.
 
-    Muon's are the matrices that map hidden states to hidden states: of stem, blocks and thoughts, of memory, hint, exit
-    and drafter. The embedding (whose rows are updated one by one), the projections of a factorised embedding, gates,
-    scores and everything that is not a matrix are left to AdamW.
+    Muon's are the matrices that map hidden states to hidden states: of stem, blocks and thoughts, of memory, hint,
+    exit, drafter and uncertainty. The embedding (whose rows are updated one by one), the projections of a factorised
+    embedding, gates, scores and everything that is not a matrix are left to AdamW.
     """
     muon: NamedParameters = []
     rest: NamedParameters = []

@@ -136,6 +136,7 @@ def test_targets_may_be_a_column_of_a_table(device):
     check(x, weight, table[:, 1], 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # it warms up on a stream of its own
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
 def test_a_cuda_graph_replays_it(device):
     """With other targets to ignore than those it was captured with: their number is never known on the host."""

@@ -44,7 +44,6 @@ def test_which_parameter_goes_where_in_nano():
         "router.benefit.weight",
         "router.benefit.bias",
         "head_down.weight",
-        "uncertainty.state.weight",
         "uncertainty.features.weight",
         "uncertainty.features.bias",
         "uncertainty.out.weight",
