@@ -10,7 +10,8 @@ ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 """Rounds are drawn from these, so that any number works afterwards, and none at all. Mostly it is the usual number:
 drawing all of them alike costs the others (docs/log.md)."""
 GROUPS = 4
-"""The bound on a row's segments is a multiple of this: few bounds mean few compiled programs."""
+"""The bound on a row's segments is a multiple of this, and leaves room for so many documents in a row that few batches
+need another bound: each bound is a program of its own."""
 
 
 def plan_thoughts(
@@ -28,7 +29,8 @@ def plan_thoughts(
     rows = len(tokens_BT)
     nothing = torch.zeros(rows, dtype=torch.int64)
     timeline = Timeline.read(tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment)
-    groups = -(-timeline.opening_BG.shape[1] // GROUPS) * GROUPS
+    usual = tokens_BT.shape[1] // config.segment + GROUPS
+    groups = -(-max(usual, timeline.opening_BG.shape[1]) // GROUPS) * GROUPS
     if not config.thoughts:
         return None, groups
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
