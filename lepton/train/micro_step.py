@@ -148,9 +148,12 @@ class MicroStep:
 
 
 def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
-    """Return the modules and their functions that are compiled, each on its own; alike ones share a program."""
+    """Return the modules and their functions that are compiled, each on its own; alike ones share a program.
+
+    Crystals are sorts and index work: nothing to fuse, and the longest of all to compile.
+    """
     parts = [(module, "forward") for module in [*model.stem, *model.blocks]]
-    parts += [(idea, "forward") for idea in (model.thoughts, model.memory, model.crystals) if idea is not None]
+    parts += [(idea, "forward") for idea in (model.thoughts, model.memory) if idea is not None]
     return parts + [(idea, "loss") for idea in (model.peek, model.drafter) if idea is not None]
 
 
