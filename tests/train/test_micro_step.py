@@ -4,6 +4,8 @@ import torch
 from lepton.config import LeptonConfig
 from lepton.model import Lepton
 from lepton.train.micro_step import MicroStep, compiled_parts
+from lepton.train.optimizer import Optimizers
+from lepton.train.thinking import plan_thoughts
 from tests.train.small import SHAPE
 
 TOKENS = torch.arange(1, 37).view(4, 9)
@@ -97,3 +99,27 @@ def test_a_recording_equals_the_plain_pass(model, compiled):
         recorded(TOKENS, LENGTHS, THINK, 4, share)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(recorded.take_figures(), figures, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*TensorFloat32")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, tolerance):
+    """Fast and slow paths agree on the loss of a whole run, relative to it."""
+    curves = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = Lepton(LeptonConfig(**SHAPE)).cuda().train()
+        model.compute_dtype = dtype
+        model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
+        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
+        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=[].append)
+        micro_step.prepare(8, 64)
+        curves.append([])
+        for step in range(20):
+            tokens = torch.randint(1, 300, (8, 65), generator=torch.Generator().manual_seed(step))
+            think, groups = plan_thoughts(model.config, tokens, 0, step, 0)
+            micro_step(tokens, torch.full((8,), 65), think, groups, 1.0)
+            curves[-1].append(micro_step.take_figures()["loss"].item())
+            optimizers.step(1.0, 1.0)
+    torch.testing.assert_close(curves[1], curves[0], rtol=tolerance, atol=0)
