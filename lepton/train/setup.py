@@ -131,6 +131,7 @@ def _build_model(start: Start, settings: TrainSettings, device: torch.device) ->
             raise InputError(f"the checkpoint's weights do not fit this shape: {reason}") from error
     model.to(device).train()
     model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
+    model.checkpoint_activations = settings.checkpoint_activations
     return model
 
 
