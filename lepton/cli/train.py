@@ -112,6 +112,13 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     add("--dtype", choices=("auto", "bf16", "fp32"), help="auto is bf16 where the hardware has it (default: auto)")
+    add("--checkpoint_activations", action="store_true", help="compute blocks twice, which takes less memory")
+    add(
+        "--no_checkpoint_activations",
+        dest="checkpoint_activations",
+        action="store_false",
+        help="compute blocks once (the default)",
+    )
     add("--compile", action="store_true", help="compile the model (default: on a GPU)")
     add("--no_compile", dest="compile", action="store_false", help="do not compile the model")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from lepton import checkpoint
 from lepton.config import LeptonConfig
@@ -35,12 +36,14 @@ class Lepton(nn.Module):
 
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
     fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
+    `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
     """
 
     def __init__(self, config: LeptonConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
+        self.checkpoint_activations = False
         rank = config.embed_rank or config.width
         reads = config.memory_heads * config.value_dim
         thoughts = config.width if config.thoughts else 0
@@ -286,7 +289,12 @@ class Lepton(nn.Module):
         """Run some blocks; their keys and values join `columns`, in the order in which the state keeps them."""
         for block in blocks:
             before = (past.keys_BLRKH[:, len(columns)], past.values_BLRKH[:, len(columns)])
-            x_BTD, k_BTKH, v_BTKH = block(x_BTD, before, rotary, sight, slots, route)
+            arguments = (x_BTD, before, rotary, sight, slots, route)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
+                x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, k_BTKH, v_BTKH = block(*arguments)
             columns.append((k_BTKH, v_BTKH))
         return x_BTD
 

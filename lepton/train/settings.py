@@ -81,6 +81,8 @@ class TrainSettings:
     """Device such as 'cuda:1'; None is a GPU where there is one, else the CPU."""
     dtype: str = "auto"
     """Arithmetic of the model: 'bf16', 'fp32', or 'auto': bf16 where the hardware has it. Parameters stay fp32."""
+    checkpoint_activations: bool = False
+    """Keep of each block its inputs alone and compute it again in the backward pass: slower, in less memory."""
     compile: bool | None = None
     """Compile the model's loss; None compiles on a GPU."""
     threads: int | None = None

@@ -13,6 +13,7 @@ from lepton.errors import InputError
 from lepton.model import Lepton
 from lepton.train import hardware
 from lepton.train.folder import RunFolder
+from lepton.train.memory import mend, predicted_bytes
 from lepton.train.metrics import MetricsLog, duration
 from lepton.train.optimizer import Optimizers
 from lepton.train.settings import TrainSettings
@@ -106,8 +107,37 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
         chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
         if chosen:
             say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
+    memory = hardware.gpu_memory(parts.device)
+    if memory is not None:
+        available, total = memory
+        predicted = predicted_memory(model, settings)
+        say(f"GPU memory: about {predicted / 1e9:.1f} GB of {total / 1e9:.1f} GB")
+        if predicted > available:
+            use = mend(settings, lambda other: predicted_memory(model, other), available)
+            say(f"only {available / 1e9:.1f} GB of it are free, which will hardly do: use {use}")
     for note in start.notes:
         say(note)
+
+
+def predicted_memory(model: Lepton, settings: TrainSettings) -> int:
+    """Return about how many bytes training `model` takes on a GPU."""
+    return predicted_bytes(
+        model, settings.batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer
+    )
+
+
+def out_of_memory(start: Start) -> str:
+    """Return what to tell a user whose run did not fit on the GPU, and what to change."""
+    device = hardware.pick_device(start.settings.device)
+    settings = _for_device(start.settings, device)
+    with torch.device("meta"):
+        model = Lepton(start.config)
+    model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
+    memory = hardware.gpu_memory(device)
+    assert memory is not None
+    available, total = memory
+    use = mend(settings, lambda other: predicted_memory(model, other), available)
+    return f"out of GPU memory with --batch_size {settings.batch_size} on {total / 1e9:.0f} GB: use {use}"
 
 
 def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
@@ -131,6 +161,7 @@ def _build_model(start: Start, settings: TrainSettings, device: torch.device) ->
             raise InputError(f"the checkpoint's weights do not fit this shape: {reason}") from error
     model.to(device).train()
     model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
+    model.checkpoint_activations = settings.checkpoint_activations
     return model
 
 

@@ -14,6 +14,11 @@ GROUPS = 4
 need another bound: each bound is a program of its own."""
 
 
+def usual_groups(length: int, segment: int) -> int:
+    """Return the bound on the segments that open in a row of `length` targets, unless it holds many documents."""
+    return -(-((length + 1) // segment + GROUPS) // GROUPS) * GROUPS
+
+
 def plan_thoughts(
     config: LeptonConfig, tokens_BT: Tensor, seed: int, step: int, micro: int
 ) -> tuple[Tensor | None, int | None]:
@@ -29,8 +34,8 @@ def plan_thoughts(
     rows = len(tokens_BT)
     nothing = torch.zeros(rows, dtype=torch.int64)
     timeline = Timeline.read(tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment)
-    usual = tokens_BT.shape[1] // config.segment + GROUPS
-    groups = -(-max(usual, timeline.opening_BG.shape[1]) // GROUPS) * GROUPS
+    needed = -(-timeline.opening_BG.shape[1] // GROUPS) * GROUPS
+    groups = max(usual_groups(tokens_BT.shape[1] - 1, config.segment), needed)
     if not config.thoughts:
         return None, groups
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)

@@ -21,7 +21,7 @@ from lepton.train.micro_step import MicroStep
 from lepton.train.recorder import Recorder
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
-from lepton.train.setup import Parts, assemble, introduce, make_room
+from lepton.train.setup import Parts, assemble, introduce, make_room, out_of_memory
 from lepton.train.signals import Interrupted, StopRequest
 from lepton.train.start import Start, begin
 from lepton.train.thinking import plan_thoughts
@@ -51,8 +51,7 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
     try:
         return Trainer(start, progress).run()
     except torch.OutOfMemoryError as error:
-        size = start.settings.batch_size
-        raise InputError(f"out of GPU memory with batch_size={size}: halve it and double --grad_accum") from error
+        raise InputError(out_of_memory(start)) from error
 
 
 class Trainer:

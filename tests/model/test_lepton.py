@@ -37,6 +37,20 @@ def test_the_loss_is_the_cross_entropy_of_the_logits(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_blocks_computed_again_give_the_same_gradients(variant):
+    model, tokens = build(variant), text(1, rows=2)
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        model.checkpoint_activations = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.nbytes) or x, lambda x: x):
+            kept.append([])
+            loss = model.loss(tokens).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-13, atol=1e-15)
+    assert sum(kept[1]) < 0.8 * sum(kept[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_reaches_every_parameter(variant):
     model = build(variant)
     model.loss(text(1, rows=3)).loss.backward()

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 from lepton.config import LeptonConfig
 from lepton.model import Lepton
+from lepton.model.factory import WITHOUT_IDEAS
 from lepton.train.micro_step import MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from lepton.train.thinking import plan_thoughts
@@ -59,6 +61,34 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     assert len(ran) == len(compiled_parts(model))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch):
+    model = Lepton(LeptonConfig(**SHAPE | WITHOUT_IDEAS))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    real = torch.compile
+    monkeypatch.setattr("torch.compile", lambda forward, *, dynamic: real(forward, dynamic=dynamic, backend=backend))
+    results = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        compiled.clear()
+        model.zero_grad()
+        model.checkpoint_activations = checkpointing
+        micro_step = MicroStep(model, compiled=True, say=[].append)
+        for _ in range(2):
+            micro_step(TOKENS, LENGTHS, None, None, 0.5)
+        results.append((len(compiled), gradients(model)))
+    (programs, expected), (programs_again, found) = results
+    assert programs_again == programs
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
     def failing(*_):
         raise RuntimeError("no C++ compiler found\nand a long trace")
@@ -81,8 +111,9 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recording_equals_the_plain_pass(model, compiled):
+def test_a_recording_equals_the_plain_pass(model, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     model.cuda()
     for parameter in model.parameters():
@@ -91,6 +122,7 @@ def test_a_recording_equals_the_plain_pass(model, compiled):
     for share in (0.25, 0.75):
         plain(TOKENS, LENGTHS, THINK, 4, share)
     expected, figures = gradients(model), plain.take_figures()
+    model.checkpoint_activations = checkpointing
     recorded = MicroStep(model, compiled=compiled)
     recorded.prepare(4, 8)
     for parameter in model.parameters():

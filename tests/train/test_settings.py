@@ -33,11 +33,18 @@ def test_the_changed_ones_are_those_that_differ():
 
 def test_a_resumed_run_keeps_what_is_not_given_again():
     saved = TrainSettings(
-        lr=1e-3, batch_size=8, data_dir="d", checkpoint_dir="a", device="cpu", grad_accum=16
+        lr=1e-3,
+        batch_size=8,
+        data_dir="d",
+        checkpoint_dir="a",
+        device="cpu",
+        grad_accum=16,
+        checkpoint_activations=True,
     ).to_dict()
     asked = TrainSettings(lr=6e-4, max_steps=100, checkpoint_dir="b")
     settings, changes = asked.resumed_from(saved, {"lr", "max_steps", "checkpoint_dir"})
     assert (settings.batch_size, settings.grad_accum, settings.data_dir) == (8, 16, "d")
+    assert settings.checkpoint_activations
     assert (settings.lr, settings.max_steps, settings.checkpoint_dir, settings.device) == (6e-4, 100, "b", None)
     assert changes == ["max_steps: 50000 -> 100", "lr: 0.001 -> 0.0006"]
 

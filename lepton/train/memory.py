@@ -1,0 +1,176 @@
+"""GPU memory of training: predicted from shapes before the first step, and what to change where it is too little."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from lepton.model import Lepton
+from lepton.model.attention import Linear
+from lepton.model.loss import ENTRIES_GPU
+from lepton.model.memory import CHUNK
+from lepton.model.objective import OUTCOME_STRIDE
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS
+from lepton.model.timeline import band_edges
+from lepton.train.optimizer import split_parameters
+from lepton.train.settings import TrainSettings
+from lepton.train.thinking import usual_groups
+
+USABLE = 0.9
+"""Share of a card's memory that a mend fills: fragments, and the error of the prediction, need the rest."""
+FP32 = 4
+
+
+def predicted_bytes(
+    model: Lepton, batch_size: int, seq_len: int, checkpoint_activations: bool, optimizer: str = "muon"
+) -> int:
+    """Return about how many bytes tensors hold on a GPU at the peak of a training step, with compiled parts.
+
+    Only shapes are read, so a model on the meta device will do. Memory is fullest when the head's loss is computed,
+    or, where blocks are computed again, in the backward pass of one of them. Without the compiler a block keeps about
+    an eighth more.
+
+    Args:
+        model: with `compute_dtype` as in training.
+        batch_size: rows of a micro-batch.
+        seq_len: targets of a row.
+        checkpoint_activations: whether blocks keep their inputs alone, as `Lepton.checkpoint_activations` says.
+        optimizer: 'muon' or 'adamw'.
+    """
+    config, size = model.config, model.dtype.itemsize
+    # Whatever else is kept: a block's input, and the keys and values that `Output.commit` may ask for.
+    ends = config.layers * size * seq_len * (config.width + 2 * config.kv_heads * config.head_dim)
+    deep = _block(model, seq_len, _slots(model, seq_len))
+    inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
+    # Matrices are copied to the activations' dtype, and the copies kept for the backward pass.
+    copies, slopes = _matrices(model), size * seq_len * (2 * config.ffn + 4 * config.width)
+    if checkpoint_activations:
+        inside = 0
+        copies -= _matrices(model.stem) + _matrices(model.blocks)
+        slopes += deep
+    row = ends + inside + _thinking(model, seq_len) + _memory(model, seq_len) + _between(model, seq_len)
+    busiest = max(_loss(model, batch_size * seq_len), batch_size * slopes)
+    return _parameters(model, optimizer) + (size * copies if size < FP32 else 0) + batch_size * row + busiest
+
+
+def mend(settings: TrainSettings, predicted: Callable[[TrainSettings], int], room: int) -> str:
+    """Return the flags with which a run that does not fit into `room` bytes does, such as '--batch_size 8 ...'.
+
+    Preferred is what leaves the step as it is: the largest smaller batch, or recomputing blocks; then both, then
+    shorter rows. `predicted` tells the bytes of other settings; `grad_accum` must be settled.
+    """
+
+    def first(candidates: Iterator[TrainSettings]) -> TrainSettings | None:
+        return next((each for each in candidates if predicted(each) <= USABLE * room), None)
+
+    recomputed = settings.replace(checkpoint_activations=True)
+    ways = [first(_smaller(settings))]
+    if not settings.checkpoint_activations:
+        with_recomputing = first(iter([recomputed])) or (None if ways[0] else first(_smaller(recomputed)))
+        ways.append(with_recomputing)
+    found = [_flags(settings, way) for way in ways if way]
+    if found:
+        return ", or ".join(found)
+    shorter = first(_shorter(recomputed))
+    return _flags(settings, shorter) if shorter else "a smaller --model_size"
+
+
+def _smaller(settings: TrainSettings) -> Iterator[TrainSettings]:
+    """Yield the settings of the same step in smaller micro-batches, the largest first."""
+    assert settings.grad_accum is not None
+    rows = settings.batch_size * settings.grad_accum
+    for batch_size in range(settings.batch_size - 1, 0, -1):
+        if rows % batch_size == 0:
+            yield settings.replace(batch_size=batch_size, grad_accum=rows // batch_size)
+
+
+def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:
+    """Yield the settings of a step in single rows, ever shorter ones."""
+    assert settings.grad_accum is not None
+    rows = settings.batch_size * settings.grad_accum
+    for halvings in range(1, settings.seq_len.bit_length()):
+        yield settings.replace(batch_size=1, grad_accum=rows, seq_len=settings.seq_len >> halvings)
+
+
+def _flags(settings: TrainSettings, other: TrainSettings) -> str:
+    """Return the flags that lead from `settings` to `other`."""
+    before, after = dataclasses.asdict(settings), dataclasses.asdict(other)
+    changed = [name for name in after if after[name] != before[name]]
+    flags = " ".join(f"--{name}" if after[name] is True else f"--{name} {after[name]}" for name in changed)
+    return f"{flags} (the same step)" if "batch_size" in changed and "seq_len" not in changed else flags
+
+
+def _parameters(model: Lepton, optimizer: str) -> int:
+    """Parameters, gradients, and one average of Muon or two of AdamW, in fp32."""
+    muon, rest = (sum(parameter.numel() for _, parameter in part) for part in split_parameters(model))
+    return FP32 * ((3 if optimizer == "muon" else 4) * muon + 4 * rest)
+
+
+def _matrices(module: nn.Module) -> int:
+    """Numbers in the matrices of a module."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
+
+
+def _slots(model: Lepton, seq_len: int) -> int:
+    """Columns that a deep block sees beside the tokens, in training."""
+    groups, config = usual_groups(seq_len, model.config.segment) + 1, model.config
+    return groups * ((config.thoughts if model.thoughts else 0) + (config.crystals if model.crystals else 0))
+
+
+def _block(model: Lepton, seq_len: int, slots: int) -> int:
+    """Bytes that a block keeps of a row beside its input and its keys and values."""
+    config = model.config
+    answers = config.heads * config.head_dim
+    edges = band_edges(seq_len, 0, config.window)
+    columns = sum(right - left + slots for _, _, left, right in edges)
+    pairs = sum((last - first) * (right - left + slots) for first, last, left, right in edges)
+    # Two normed inputs and what attention adds; queries before and after the norm and their answers; keys before the
+    # norm; the MLP before and after its activation.
+    token = 3 * config.width + 3 * answers + config.kv_heads * config.head_dim + 2 * config.ffn
+    # Keys and values laid out for each query head; the mask, which attention's kernels take as numbers.
+    numbers = seq_len * token + 2 * columns * answers + pairs
+    return model.dtype.itemsize * numbers + FP32 * seq_len * config.heads
+
+
+def _thinking(model: Lepton, seq_len: int) -> int:
+    """Bytes that the thoughts of a row keep: each round lays keys and values out anew."""
+    if model.thoughts is None:
+        return 0
+    config = model.config
+    slots = usual_groups(seq_len, config.segment) * config.thoughts
+    a_round = 2 * (seq_len + slots) * config.heads * config.head_dim + 10 * slots * config.width
+    return model.dtype.itemsize * MAX_TRAINING_ROUNDS * a_round
+
+
+def _memory(model: Lepton, seq_len: int) -> int:
+    """Bytes that the working memory keeps of a row, nearly all in fp32."""
+    if model.memory is None:
+        return 0
+    config, chunk = model.config, min(CHUNK, seq_len)
+    keys, values = config.key_dim, config.value_dim
+    # After the convolution, solved, values and reads, keys and queries; ten chunk x chunk; four states a chunk.
+    precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys + 10 * chunk + 4 * keys * values // chunk
+    return config.memory_heads * seq_len * (FP32 * precise + model.dtype.itemsize * (2 * keys + values))
+
+
+def _between(model: Lepton, seq_len: int) -> int:
+    """Bytes that a row keeps outside blocks, thoughts and memory."""
+    config = model.config
+    numbers = 4 * config.width  # the embedding; the last state, normed, and its gradient
+    if model.peek is not None:
+        numbers += 2 * model.peek.up.in_features + 2 * config.width  # the hint's inputs, and the states it is added to
+    if model.drafter is not None:
+        numbers += model.embed.embedding_dim + 9 * config.draft_width  # four steps at a quarter of the positions
+    columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
+    return seq_len * (model.dtype.itemsize * numbers + columns + _slots(model, seq_len))
+
+
+def _loss(model: Lepton, positions: int) -> int:
+    """Bytes that the head's loss works in, and those of the losses that compare predictions with what came."""
+    config, size = model.config, model.dtype.itemsize
+    entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)
+    a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
+    looks = model.router is not None or model.uncertainty is not None
+    sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if looks else 0
+    # The head's gradient, in fp32, what a chunk adds to it, and the head in the dtype of the activations.
+    return model.embed.weight.numel() * (FP32 + 2 * size) + max(a_chunk, sampled)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from lepton.model import Lepton
+from lepton.model.factory import size_config
+from lepton.train import TrainSettings
+from lepton.train.memory import USABLE, mend, predicted_bytes
+
+# Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts, a batch of 64 x 512.
+MEASURED = {("tiny", False): 15.25, ("tiny", True): 13.1, ("micro", False): 5.9, ("micro", True): 4.5}
+
+
+def shape_of(size, dense=False, dtype=torch.bfloat16):
+    with torch.device("meta"):
+        model = Lepton(size_config(size, dense=dense))
+    model.compute_dtype = dtype
+    return model
+
+
+@pytest.mark.parametrize(("size", "dense"), MEASURED)
+def test_near_what_was_measured(size, dense):
+    predicted = predicted_bytes(shape_of(size, dense), 64, 512, False)
+    assert predicted / 1e9 == pytest.approx(MEASURED[size, dense], rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_more_of_anything_takes_more(dense, checkpointing):
+    model = shape_of("nano", dense)
+    by_rows = [predicted_bytes(model, rows, 512, checkpointing) for rows in (1, 2, 3, 4, 16, 64, 100, 1024)]
+    by_length = [predicted_bytes(model, 4, length, checkpointing) for length in (8, 64, 100, 512, 513, 1024, 4096)]
+    for sizes in (by_rows, by_length):
+        assert sizes == sorted(set(sizes))
+
+
+def test_what_takes_less():
+    model = shape_of("tiny")
+    usual = predicted_bytes(model, 32, 512, False)
+    assert predicted_bytes(model, 32, 512, True) < 0.6 * usual
+    assert predicted_bytes(shape_of("tiny", dtype=torch.float32), 32, 512, False) > 1.5 * usual
+    muons = predicted_bytes(model, 32, 512, False, "adamw") - usual
+    assert 0.2e9 < muons < 0.4e9, "the second average of 71 M parameters, in fp32"
+
+
+def fake(settings):
+    """1 GB of parameters, and 1 MB a token, a tenth of it where blocks are computed again."""
+    token = 0.1e6 if settings.checkpoint_activations else 1e6
+    return int(1e9 + settings.batch_size * settings.seq_len * token)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "grad_accum", "checkpointing", "room_gb", "expected"),
+    [
+        (64, 1, False, 10.5, "--batch_size 16 --grad_accum 4 (the same step), or --checkpoint_activations"),
+        (64, 16, False, 3, "--batch_size 2 --grad_accum 512 (the same step)"),
+        (64, 16, False, 1.6, "--batch_size 8 --grad_accum 128 --checkpoint_activations (the same step)"),
+        (6, 2, False, 5, "--batch_size 4 --grad_accum 3 (the same step), or --checkpoint_activations"),
+        (64, 1, True, 3, "--batch_size 32 --grad_accum 2 (the same step)"),
+        (1, 16, False, 1.5, "--checkpoint_activations"),
+        (1, 16, False, 1.14, "--seq_len 256 --checkpoint_activations"),
+        (1, 16, True, 1.12, "--seq_len 64"),
+        (2, 16, True, 1.14, "--seq_len 256 --batch_size 1 --grad_accum 32"),
+        (1, 16, True, 1, "a smaller --model_size"),
+    ],
+)
+def test_the_mend_names_flags_and_values(batch_size, grad_accum, checkpointing, room_gb, expected):
+    settings = TrainSettings(
+        batch_size=batch_size, grad_accum=grad_accum, seq_len=512, checkpoint_activations=checkpointing
+    )
+    assert mend(settings, fake, int(room_gb * 1e9)) == expected
+
+
+def test_the_mend_fits_a_card():
+    model, room = shape_of("tiny"), 24 * 10**9
+
+    def predicted(settings):
+        return predicted_bytes(model, settings.batch_size, settings.seq_len, settings.checkpoint_activations)
+
+    settings = TrainSettings(batch_size=256, grad_accum=2)
+    assert predicted(settings) > room
+    use = mend(settings, predicted, room)
+    assert use == "--batch_size 64 --grad_accum 8 (the same step), or --checkpoint_activations"
+    assert predicted(settings.replace(batch_size=64)) <= USABLE * room < predicted(settings.replace(batch_size=128))
