@@ -1,12 +1,11 @@
 """Sparse depth routing: which tokens go past the stem, and how the others leave.
 
 One score a token, read off the stem state: the nats that depth is expected to save. With a depth in 0..1, a token
-goes on if its score is above the quantile that leaves that share, and fewer than `SLACK` x depth x window earlier
-tokens of the current window wanted to: first come, a running count, causal, no top-k over a sequence and no
-statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for them.
+wants to go on if its score is above the quantile that leaves that share. Whether it does is decided by a running count:
+in each window of a document exactly the share goes, and within it the count may run ahead of the share or fall behind
+it by a quarter of a window. So the knob means the same compute for every text. It is causal, with no top-k over a
+sequence and no statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for them.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from lepton.config import LeptonConfig
 from lepton.model.attention import Linear, norm
 from lepton.model.timeline import Timeline
 
-# A window may take this much more than its share, since hard tokens come in bursts.
-SLACK = 1.5
+# Part of a window by which the count may run ahead or fall behind, since hard tokens come in bursts.
+SLACK = 1 / 4
 QUANTILES = 65
 
 
@@ -54,27 +53,51 @@ class Router(nn.Module):
         return torch.lerp(self.quantiles[left], self.quantiles[left + 1], place - left)
 
     def choose(self, score_BT: Tensor, depth: float, taken_B: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
-        """Return which tokens go deep [B, T], and how many up to each of them wanted to in its window [B, T].
+        """Return which tokens go deep [B, T], and how many up to each of them did in its window [B, T].
 
-        `taken_B` is that count on entry. At depth 1 every token wants to and may; at 0 none does.
+        `taken_B` is that count on entry.
         """
+        place_BT = timeline.position_BT % self.window
         if depth >= 1:
-            wants_BT = torch.ones_like(score_BT, dtype=torch.bool)
-        elif depth <= 0:
-            wants_BT = torch.zeros_like(score_BT, dtype=torch.bool)
-        else:
-            wants_BT = score_BT > self.threshold(depth).to(score_BT.dtype)
-        capacity = math.ceil(SLACK * depth * self.window) if depth < 1 else self.window
-        window_BT = timeline.position_BT // self.window
-        on_entry_BT = (timeline.document_BT == 0) & (window_BT == (timeline.start_B // self.window)[:, None])
-        total_BT = wants_BT.long().cumsum(1)
-        index_T = torch.arange(score_BT.shape[1], device=score_BT.device)
-        # The count restarts where a window of the document begins: subtract what stood before it in the chunk.
-        begins_BT = timeline.position_BT % self.window == 0
-        begun_BT = torch.where(begins_BT, index_T, -1).cummax(1).values
-        before_BT = (total_BT - wants_BT.long()).gather(1, begun_BT.clamp(min=0)) * (begun_BT >= 0)
-        count_BT = total_BT - before_BT + on_entry_BT * (begun_BT < 0) * taken_B[:, None]
-        return wants_BT & (count_BT <= capacity), count_BT
+            return torch.ones_like(score_BT, dtype=torch.bool), place_BT + 1
+        if depth <= 0:
+            return torch.zeros_like(score_BT, dtype=torch.bool), torch.zeros_like(place_BT)
+        wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)).long()
+        least_BT, most_BT = self.bounds(depth, place_BT.device)[:, place_BT]
+        # The count after a token is clamp(count before + wants, least, most). Such steps make such steps when joined,
+        # (add, low, high) each, so the count after every token is a scan; where a window begins, no past counts.
+        begins_BT = place_BT == 0
+        start_BT = wants_BT.clamp(least_BT, most_BT)
+        low_BT = torch.where(begins_BT, start_BT, least_BT)
+        high_BT = torch.where(begins_BT, start_BT, most_BT)
+        count_BT = running_clamp(wants_BT, low_BT, high_BT, taken_B)
+        before_BT = torch.cat([taken_B[:, None], count_BT[:, :-1]], 1).masked_fill(begins_BT, 0)
+        return count_BT > before_BT, count_BT
+
+    def bounds(self, depth: float, device: torch.device) -> Tensor:
+        """The least and the most tokens [2, window] that may have gone deep up to each place of a window."""
+        place = torch.arange(self.window, device=device)
+        share = depth * (place + 1).double()
+        slack, whole = max(2, int(SLACK * self.window)), round(depth * self.window)
+        least = torch.maximum((share - slack).ceil().long(), whole - (self.window - 1 - place)).clamp(min=0)
+        most = (share + slack).floor().long().clamp(max=whole)
+        return torch.stack([least, most])
+
+
+def running_clamp(add_BT: Tensor, low_BT: Tensor, high_BT: Tensor, start_B: Tensor) -> Tensor:
+    """Return x_t = clamp(x_(t-1) + add_t, low_t, high_t) for all t at once, with x_(-1) = `start_B`: [B, T]."""
+    distance = 1
+    while distance < add_BT.shape[1]:
+        # Join each step with the one that ends where it begins: clamp(clamp(x + a, l, h) + add, low, high).
+        a, low, high = (value[:, :-distance] for value in (add_BT, low_BT, high_BT))
+        add, least, most = (value[:, distance:] for value in (add_BT, low_BT, high_BT))
+        joined = (add + a, (low + add).clamp(least, most), (high + add).clamp(least, most))
+        add_BT, low_BT, high_BT = (
+            torch.cat([value[:, :distance], rest], 1)
+            for value, rest in zip((add_BT, low_BT, high_BT), joined, strict=True)
+        )
+        distance *= 2
+    return (start_B[:, None] + add_BT).clamp(low_BT, high_BT)
 
 
 def taken_after(taken_BT: Tensor, count_B: Tensor, taken_B: Tensor, timeline: Timeline, window: int) -> Tensor:
