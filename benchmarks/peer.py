@@ -1,0 +1,144 @@
+"""The dense peer of a size: a Llama of `transformers`, trained at that library's best setting.
+
+Autocast to bf16 over fp32 weights, as the library's `Trainer` does with `bf16=True`: weights in bf16 would be faster
+still, but small updates vanish in them. Attention by `sdpa`, tied embeddings, the loss of its own `labels=` path, fused
+AdamW, and on a GPU `torch.compile`. Its vocabulary is padded as LEPTON's is, because matrix units like that.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lepton.config import LeptonConfig
+from lepton.errors import InputError
+from lepton.model.factory import WIDTH_STEP, count_params, size_config
+from lepton.model.timeline import band_edges
+from lepton.train import hardware
+
+VARIANTS = {
+    "peer": "as wide and as deep as LEPTON, and of as many parameters",
+    "wide_peer": "the same, but as if LEPTON's embedding were not factorised: blocks of as many parameters",
+}
+"""Where the embedding at full width leaves no parameters for an MLP (NANO), `peer` is as wide as LEPTON's embedding."""
+
+MODES = {"plain": None, "compiled": "default", "recorded": "reduce-overhead"}
+"""What `torch.compile` is told; the last records CUDA graphs."""
+
+
+def load_transformers() -> Any:
+    """Return the library, which nothing but the peer needs.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise InputError(f"a peer needs `pip install transformers` ({error})") from error
+
+
+def peer_shape(size: str, variant: str) -> dict[str, int]:
+    """Return the fields of a `LlamaConfig` that decide the parameters of the peer of a LEPTON size.
+
+    Raises:
+        InputError: an unknown size.
+    """
+    complete = size_config(size)
+    target = count_params(complete)
+    widths = [complete.width, complete.embed_rank or complete.width]
+    if variant == "wide_peer":
+        target += complete.padded_vocab_size * (widths[0] - widths[1])
+    # The first width whose MLP would not be narrower than the residual stream.
+    width = next((width for width in widths if _ffn(complete, width, target) >= width), widths[-1])
+    heads, kv_heads = _heads(complete, width)
+    return {
+        "vocab_size": complete.padded_vocab_size,
+        "hidden_size": width,
+        "intermediate_size": max(WIDTH_STEP, _ffn(complete, width, target)),
+        "num_hidden_layers": complete.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": complete.head_dim,
+    }
+
+
+def _heads(complete: LeptonConfig, width: int) -> tuple[int, int]:
+    """Query and key/value heads of LEPTON's head width that fill a width: LEPTON's own where that is its width."""
+    heads = width // complete.head_dim
+    return heads, math.gcd(heads, complete.kv_heads)
+
+
+def _ffn(complete: LeptonConfig, width: int, target: int) -> int:
+    """Hidden width of the gated MLPs that bring a Llama of this width to `target` parameters."""
+    heads, kv_heads = _heads(complete, width)
+    attention = width * complete.head_dim * 2 * (heads + kv_heads)
+    norms = 2 * width
+    missing = target - complete.padded_vocab_size * width - complete.layers * (attention + norms) - width
+    return WIDTH_STEP * round(missing / (3 * width * complete.layers * WIDTH_STEP))
+
+
+class PeerTraining:
+    """A Llama in training on one batch of tokens, int [B, T + 1]."""
+
+    def __init__(
+        self, size: str, variant: str, way: str, tokens_BX: Tensor, accumulate: int, device: torch.device
+    ) -> None:
+        transformers = load_transformers()
+        self.shape = peer_shape(size, variant)
+        self.way, self.accumulate, self.device = way, accumulate, device
+        # The library shifts the labels itself.
+        self.tokens_BT = tokens_BX[:, :-1].contiguous()
+        config = transformers.LlamaConfig(
+            **self.shape, tie_word_embeddings=True, use_cache=False, bos_token_id=0, eos_token_id=0
+        )
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32
+        ).to(device)
+        self.model: nn.Module = model.train()
+        self.parameters = list(self.model.parameters())
+        self.dtype = hardware.pick_dtype("auto", device)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    @property
+    def params(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def flops_per_token(self, length: int) -> float:
+        """Of a forward pass, counted as `Lepton.flops_per_token` counts a dense model: matrices and attention."""
+        matrices = sum(parameter.numel() for parameter in self.parameters if parameter.ndim == 2)
+        pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, None))
+        heads = self.shape["num_hidden_layers"] * self.shape["num_attention_heads"] * self.shape["head_dim"]
+        return 2 * (matrices + 2 * heads * pairs / length)
+
+    def prepare(self) -> None:
+        """Compile, and take a first step."""
+        mode = MODES[self.way]
+        if mode is not None:
+            self.model.compile(mode=mode, dynamic=False)
+        if (
+            self.way == "recorded"
+        ):  # a replay overwrites what it returned before, so gradients need a place of their own
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step(0)
+
+    def step(self, index: int) -> None:
+        """One optimizer step."""
+        for _ in range(self.accumulate):
+            if self.way == "recorded":
+                torch.compiler.cudagraph_mark_step_begin()
+            tokens_BT = self._on_device()
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.model(input_ids=tokens_BT, labels=tokens_BT).loss
+            (loss / self.accumulate).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=self.way != "recorded")
+
+    def _on_device(self) -> Tensor:
+        if self.device.type == "cuda":
+            return self.tokens_BT.pin_memory().to(self.device, non_blocking=True)
+        return self.tokens_BT
