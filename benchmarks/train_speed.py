@@ -7,7 +7,7 @@ random tokens. Cases of one size and batch take their steps in turns, each round
 whatever else the machine does hits them alike; `ratio` is a case's median tokens/s over that of the fastest `peer` of
 its size and batch. Prints what is found as it is found, then a table, then all of it as one line of JSON.
 
-On a CPU the process keeps the memory that it frees. Otherwise the logits of the peer, fresh pages in each step, cost it
+On a CPU the process keeps the memory that it frees, as `train.py` does. Otherwise the logits of the peer, fresh pages in each step, cost it
 more than all its arithmetic, and a ratio says more about the system's pages than about the models. `--fresh_memory`
 leaves the allocator as it is.
 
@@ -15,12 +15,10 @@ leaves the allocator as it is.
 """
 
 import argparse
-import ctypes
 import gc
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -238,13 +236,6 @@ def measure(cases: list[Case], steps: int, accumulate: int, profiled: int, devic
     return found + errors
 
 
-def keep_memory() -> bool:
-    """Let the C library keep what is freed, large blocks too; returns whether it does (glibc alone can)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_MAX = 0 takes no block from the system apart; M_TRIM_THRESHOLD = -1 gives nothing back.
-    return mallopt is not None and bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
-
-
 COLUMNS = {
     "case": "case", "params M": "params_m", "step ms": "step_ms", "tokens/s": "tokens_per_s", "MFU": "mfu",
     "peak GB": "peak_gb", "kernels": "kernels", "launches": "launches", "ratio": "ratio",
@@ -273,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh_memory", action="store_true", help="on a CPU, leave the allocator as it is")
     chosen = parser.parse_args(arguments)
     device = hardware.pick_device(None)
-    kept = device.type == "cpu" and not chosen.fresh_memory and keep_memory()
+    kept = device.type == "cpu" and not chosen.fresh_memory and hardware.keep_freed_memory()
     try:
         cases = [Case.read(name, device) for name in chosen.cases]
     except InputError as error:

@@ -1,8 +1,10 @@
 """What the machine can do: devices, bf16, peak rates. Nothing is asked of it before a function is called."""
 
+import ctypes
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable
 
@@ -87,6 +89,17 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep what it frees, large blocks too; returns whether it does (glibc alone can).
+
+    On a CPU the large tensors of a training step are otherwise fresh pages in every step, which took a third of its
+    time (benchmarks/results/2026-11-22-train-speed-cpu.json).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    # M_MMAP_MAX = 0 takes no block from the system apart; M_TRIM_THRESHOLD = -1 gives nothing back.
+    return mallopt is not None and bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
 
 
 def training_seconds(flops: float, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:

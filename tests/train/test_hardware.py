@@ -1,3 +1,6 @@
+import platform
+import sys
+
 import pytest
 import torch
 
@@ -65,3 +68,9 @@ def test_a_cpu_has_neither_peak_nor_memory_but_a_speed():
     assert hardware.peak_memory(CPU) is None
     assert 1e-4 < hardware.training_seconds(1e10, 1, CPU, torch.float32) < 1e3
     assert "1 thread" in hardware.describe(CPU)
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
+    assert hardware.keep_freed_memory() == (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr("sys.platform", "win32")
+    assert not hardware.keep_freed_memory()
