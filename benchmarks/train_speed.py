@@ -7,9 +7,9 @@ random tokens. Cases of one size and batch take their steps in turns, each round
 whatever else the machine does hits them alike; `ratio` is a case's median tokens/s over that of the fastest `peer` of
 its size and batch. Prints what is found as it is found, then a table, then all of it as one line of JSON.
 
-On a CPU the process keeps the memory that it frees, as `train.py` does. Otherwise the logits of the peer, fresh pages in each step, cost it
-more than all its arithmetic, and a ratio says more about the system's pages than about the models. `--fresh_memory`
-leaves the allocator as it is.
+On a CPU the process keeps the memory that it frees, as training does. Otherwise the logits of the peer, fresh pages in
+each step, cost it more than all its arithmetic, and a ratio says more about the system's pages than about the models.
+`--fresh_memory` leaves the allocator as it is.
 
     python -m benchmarks.train_speed --cases tiny/complete/64x512 tiny/dense/64x512 tiny/peer/64x512
 """
