@@ -1,9 +1,8 @@
 """The complete model and the dense one on equal data: loss, speed, memory, and what each idea does.
 
 One run trains one variant once over the data and prints lines of JSON, one a finding, the last with all of them.
-Variants:
-`complete`, `dense` (full attention), and `no_X`, which leaves one idea out; all have as many parameters as `complete`,
-in wider MLPs. `--smoke` runs on a CPU.
+Variants: `complete`, `dense` (full attention), and `no_X`, which leaves one idea out; all have as many parameters as
+`complete`, in wider MLPs. `--smoke` runs on a CPU.
 
     python -m benchmarks.ideas --data_dir D --size tiny --variant complete --tokens 49e6
 """

@@ -1,7 +1,7 @@
 """The training loss: cross-entropy of the next token, and a small loss for each idea that has one.
 
-Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk; they share positions
-that are picked by a pure function of the batch.
+Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk. The
+positions that they look at are picked by a pure function of the batch.
 """
 
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Auxiliary losses in the sum. Most of their parameters see no other loss, and their optimizers normalise scale away.
 WEIGHTS = {"exit": 0.1, "router": 0.1, "uncertainty": 0.1, "draft": 0.1, "peek": 0.1}
-# One position in so many is looked at with full logits (exit, router, uncertainty).
+# One position in so many teaches exit, router and uncertainty.
 OUTCOME_STRIDE = 32
 # One position in so many teaches the drafter, and one row in so many the hint, whose summary needs neighbours.
 DRAFT_STRIDE = 4

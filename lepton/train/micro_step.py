@@ -66,18 +66,21 @@ class MicroStep:
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         model = self._model
-        tokens = torch.full((batch_size, seq_len + 1), model.config.eos_id + 1)
+        tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
         think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
-        try:
-            self(tokens, lengths, think, groups, share=0.0)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._say(f"cannot compile here ({reason}): going on without, which runs slower")
-            self._parts, self._record = [], False
-            self._recordings.clear()
+        while self._parts or self._record:
+            try:
+                self(tokens, lengths, think, groups, share=0.0)
+                break
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # in many ways; none of them should stop a run that works without
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                what = "compile" if self._parts else "record"
+                self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
+                self._parts, self._record = [], self._record and bool(self._parts)
+                self._recordings.clear()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
@@ -93,12 +96,13 @@ class MicroStep:
             with self._compiled():
                 self._run(inputs, groups)
             return
-        key = (tuple(tokens.shape), groups)
-        if key not in self._recordings:
-            self._recordings[key] = self._recorded(inputs, groups)
-        graph, place = self._recordings[key]
-        place.copy_(inputs)
-        graph.replay()
+        key = (tuple(tokens.shape), groups if self._model.thoughts or self._model.crystals else None)
+        with torch.cuda.device(device):  # streams and recordings belong to the current one
+            if key not in self._recordings:
+                self._recordings[key] = self._recorded(inputs, groups)
+            graph, place = self._recordings[key]
+            place.copy_(inputs)
+            graph.replay()
 
     def take_figures(self) -> dict[str, Tensor]:
         """Return the sums of the loss terms since the last call, each weighted by its micro-batch's share."""

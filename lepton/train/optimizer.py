@@ -143,13 +143,14 @@ class Optimizers:
         Returns the norm of the trunk's gradients before clipping.
         """
         norm = nn.utils.clip_grad_norm_(self._trunk, grad_clip)
-        nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
+        apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for name, member in self._members.items():
             for group in member.param_groups:
                 group["lr"] = self._peak[name] * group.get("rate", 1) * scale
             member.step()
             member.zero_grad(set_to_none=False)
-        return norm
+        # What is not finite in either shows in what is returned, so that nothing goes on from it.
+        return norm + 0 * apart
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; rates and other hyperparameters are not part of it."""

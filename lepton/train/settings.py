@@ -84,7 +84,7 @@ class TrainSettings:
     checkpoint_activations: bool = False
     """Keep of each block its inputs alone and compute it again in the backward pass: slower, in less memory."""
     compile: bool | None = None
-    """Compile the model's loss; None compiles on a GPU."""
+    """Compile the parts that the model repeats; None compiles on a GPU."""
     threads: int | None = None
     """CPU threads; None leaves torch's choice."""
 

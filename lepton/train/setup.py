@@ -131,8 +131,6 @@ def predicted_memory(model: Lepton, settings: TrainSettings) -> int:
 def out_of_memory(start: Start) -> str:
     """Return what to tell a user whose run did not fit on the GPU, and what to change."""
     device = hardware.pick_device(start.settings.device)
-    if device.type == "cpu":
-        hardware.keep_freed_memory()
     settings = _for_device(start.settings, device)
     with torch.device("meta"):
         model = Lepton(start.config)

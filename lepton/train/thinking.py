@@ -8,10 +8,10 @@ from lepton.model.timeline import Timeline
 
 ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 """Rounds are drawn from these, so that any number works afterwards, and none at all. Mostly it is the usual number:
-drawing all of them alike costs the others (docs/log.md)."""
+drawing all of them alike may cost it (docs/log.md)."""
 GROUPS = 4
-"""The bound on a row's segments is a multiple of this, and leaves room for so many documents in a row that few batches
-need another bound: each bound is a program of its own."""
+"""The usual bound on a row's segments is a multiple of this, and leaves room for so many documents in a row that few
+batches need another one, twice as large: each bound is a program of its own."""
 
 
 def usual_groups(length: int, segment: int) -> int:
@@ -34,8 +34,9 @@ def plan_thoughts(
     rows = len(tokens_BT)
     nothing = torch.zeros(rows, dtype=torch.int64)
     timeline = Timeline.read(tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment)
-    needed = -(-timeline.opening_BG.shape[1] // GROUPS) * GROUPS
-    groups = max(usual_groups(tokens_BT.shape[1] - 1, config.segment), needed)
+    groups = usual_groups(tokens_BT.shape[1] - 1, config.segment)
+    while groups < timeline.opening_BG.shape[1]:
+        groups *= 2
     if not config.thoughts:
         return None, groups
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
