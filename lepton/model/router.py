@@ -4,7 +4,8 @@ One score a token, read off the stem state: the nats that depth is expected to s
 wants to go on if its score is above the quantile that leaves that share. Whether it does is decided by a running count:
 in each window of a document exactly the share, rounded, goes, and within it the count may run ahead of the share or
 fall behind it by a quarter of a window. So the knob means the same compute for every text. It is causal, with no top-k
-over a sequence and no statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for them.
+over a sequence and no statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for
+them.
 """
 
 import torch
