@@ -50,7 +50,7 @@ def test_every_parameter_moved(trained):
     model, before, _ = trained
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs()
-        assert moved.max() > 1e-6, f"{name} stands still"
+        assert moved.max() > 1e-4, f"{name} stands still"
 
 
 @pytest.mark.parametrize("idea", ["thoughts", "working memory", "crystals", "peek"])
@@ -108,13 +108,13 @@ def test_the_uncertainty_is_more_than_the_largest_probability(trained):
     # Among tokens of nearly the same largest probability it still differs: it is no function of it.
     order = likely.argsort()
     neighbours = uncertainty[order].unfold(0, 32, 32)
-    assert neighbours.std(1).mean() > 0.05 * uncertainty.std()
+    assert neighbours.std(1).mean() > 0.1 * uncertainty.std()
 
 
 @torch.no_grad()
 def test_drafts_are_sometimes_right(trained):
     model, _, tokens = trained
     prompts = tokens.reshape(-1, 64)[:8].tolist()
-    found = [generate_with_stats(model, prompt, max_new_tokens=48, temperature=0.0)[1] for prompt in prompts]
-    assert sum(stats.tokens_a_cycle for stats in found) > 1.2 * len(found)
-    assert sum(stats.forward_calls for stats in found) < 48 * len(found)
+    _, stats = generate_with_stats(model, prompts, max_new_tokens=48, temperature=0.0)
+    assert stats.tokens_a_cycle > 1.2
+    assert stats.forward_calls < 48

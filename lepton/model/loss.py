@@ -168,17 +168,8 @@ def _in_kernel_chunks(
 
 
 @_in_kernel_chunks.register_fake
-def _(
-    x_MD: Tensor,
-    weight_VD: Tensor,
-    target_M: Tensor,
-    count: Tensor,
-    vocab_size: int,
-    cap: float,
-    z_weight: float,
-    grads: bool,
-    weight_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x_MD: Tensor, weight_VD: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, grads, weight_grads = options
     precise = torch.promote_types(x_MD.dtype, torch.float32)
     nats_M = x_MD.new_empty(len(x_MD), dtype=precise)
     dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
@@ -195,17 +186,10 @@ def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_MD: Tensor,
-        weight_VD: Tensor,
-        target_M: Tensor,
-        vocab_size: int,
-        cap: float,
-        z_weight: float,
-        grads: bool,
-        weight_grads: bool,
+        ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, z_weight: float, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count = (target_M != IGNORE).sum().clamp(min=1)
+        vocab_size, cap, grads, weight_grads = options
         given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads, weight_grads)
         if _wants_kernel(x_MD):
             nats_M, squares_M, dx_MD, dweight_VD = _in_kernel_chunks(*given)
@@ -242,4 +226,4 @@ def linear_cross_entropy(
     """
     weight_grads = torch.is_grad_enabled() and weight_VD.requires_grad
     grads = (torch.is_grad_enabled() and x_MD.requires_grad) or weight_grads
-    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, vocab_size, cap, z_weight, grads, weight_grads)
+    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, z_weight, vocab_size, cap, grads, weight_grads)

@@ -40,7 +40,7 @@ class Uncertainty(nn.Module):
         super().__init__()
         self.state = Linear(config.width, HIDDEN)
         self.features = nn.Linear(FEATURES, HIDDEN)
-        self.out = nn.Linear(HIDDEN, 1)
+        self.out = Linear(HIDDEN, 1)
         # Scale and shift of the logit, fitted by `lepton calibrate`.
         self.register_buffer("calibration", torch.empty(2))
 
@@ -48,8 +48,10 @@ class Uncertainty(nn.Module):
         """Raw logit [...] of being wrong. `signals` [..., 3]: benefit of depth, thought change, memory strength."""
         shown = prediction_features(logits)
         features = torch.cat([shown, signals.detach().to(logits.dtype)], -1)
-        mixed = self.state(hidden.detach()).to(logits.dtype) + self._linear(self.features, features)
-        return shown[..., 0] + self._linear(self.out, F.silu(mixed))[..., 0]
+        layer = self.features
+        shift = F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
+        mixed = self.state(hidden.detach()).to(logits.dtype) + shift
+        return shown[..., 0] + self.out(F.silu(mixed))[..., 0]
 
     def forward(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
         """Calibrated chance [...] in 0..1 that the most likely token is wrong."""
@@ -62,7 +64,3 @@ class Uncertainty(nn.Module):
         each = F.binary_cross_entropy_with_logits(self.logit(hidden, logits, signals), wrong, reduction="none")
         valid = target >= 0
         return (each * valid).sum() / valid.sum().clamp(min=1)
-
-    @staticmethod
-    def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))

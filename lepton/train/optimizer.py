@@ -30,7 +30,7 @@ HIDDEN = (
     "peek.",
     "router.exit_",
     "drafter.",
-    "uncertainty.state.",
+    "uncertainty.",
 )
 """How the names of Muon's matrices begin."""
 EMBEDDING = ("embed.", "embed_up.", "head_down.")

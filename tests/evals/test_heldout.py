@@ -119,7 +119,6 @@ def test_measuring_changes_nothing(model, tokenizer):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_figures(model, tokenizer):
     pieces = [Piece(text, last=True) for text in DOCUMENTS]
     on_gpu = evaluate_documents(tiny_model().double().cuda(), pieces, tokenizer)

@@ -337,7 +337,6 @@ def test_bf16_models_generate(mixed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_tokens(model):
     on_gpu = lively("complete").cuda()
     stop = [[11], [42, 17]]

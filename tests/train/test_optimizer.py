@@ -44,10 +44,7 @@ def test_which_parameter_goes_where_in_nano():
         "router.benefit.weight",
         "router.benefit.bias",
         "head_down.weight",
-        "uncertainty.features.weight",
         "uncertainty.features.bias",
-        "uncertainty.out.weight",
-        "uncertainty.out.bias",
     ]
     blocks = [f"stem.{i}" for i in range(2)] + [f"blocks.{i}" for i in range(5)]
     assert {name for name, _ in muon} == {name for name, _ in model.named_parameters()} - {name for name, _ in rest}
