@@ -102,8 +102,9 @@ def test_what_ends_the_text_ends_it_inside_a_chunk():
     model, prompts = model_of("complete"), prompts_of(4, seed=4)
     whole = generate(model, prompts, 20, **GREEDY, **PLAIN)
     drafter = oracle(model, prompts, 20)
-    new, cuts = whole[0][len(prompts[0]) :], set()
-    for at in range(2, 8):
+    cuts = set()
+    texts = [row[len(prompt) :] for row, prompt in zip(whole, prompts, strict=True)]
+    for new, at in itertools.product(texts, range(2, 8)):
         for stop in ([new[at]], [new[at - 1 : at + 1]]):
             options = {"max_new_tokens": 20, "stop": stop, **GREEDY}
             plain = generate(model, prompts, **options, **PLAIN)
