@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 IGNORE = -100
-# Positions a pass: on a CPU few enough that a chunk of logits stays near the caches.
-CHUNK_CPU = 128
+CHUNK_CPU = 512
+"""Positions a pass on a CPU: each pass adds to the gradient of the whole vocabulary."""
+ROWS_CPU = 16
+"""Positions between two products at once on a CPU: their logits, in fp32 twice, stay in the caches."""
 ENTRIES_GPU = 1 << 28
 """Logits a pass on a GPU: 1 GiB of them in fp32, enough that launching costs nothing beside computing."""
 MULTIPLE_GPU = 128
@@ -33,7 +35,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Chunk: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, int, float, float, bool],
-    tuple[Tensor, Tensor, Tensor | None],
+    tuple[Tensor, Tensor],
 ]
 """What happens between the two products of a chunk; `plain_chunk` says what goes in and comes out."""
 
@@ -55,33 +57,32 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
 
 def plain_chunk(
     raw_CV: Tensor, target_C: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses of a chunk's rows, and the slopes of the loss of all `count` valid positions; overwrites `raw_CV`.
+) -> tuple[Tensor, Tensor]:
+    """Losses of a chunk's rows; overwrites `raw_CV` with its gradient if `grads`.
 
     Returns:
-        Nats and the squared log-normaliser of each position, 0 where there is nothing to predict; the gradient with
-        respect to `raw_CV`, in its dtype, if `grads`.
+        Nats and the squared log-normaliser of each position, 0 where there is nothing to predict. The gradient is that
+        of the mean loss of `count` valid positions.
     """
     precise = torch.promote_types(raw_CV.dtype, torch.float32)
     valid_C = target_C != IGNORE
     label_C1 = target_C.clamp(min=0)[:, None]
-    # In place wherever it can be: the passes over these chunk x vocabulary tensors are the cost on a CPU. There a
-    # sigmoid is also much cheaper than a tanh: with w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
+    # The passes over these chunk x vocabulary tensors are the cost on a CPU, where a sigmoid is much cheaper than a
+    # tanh and a softmax than an exponential: with w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
     w_CV = raw_CV.to(precise).mul_(-2 / cap).sigmoid_()
-    # No maximum is subtracted: the cap bounds the exponent.
-    exp_CV = torch.add(w_CV.new_full((), cap), w_CV, alpha=-2 * cap).exp_()
-    exp_CV[:, vocab_size:] = 0
-    total_C = exp_CV.sum(-1)
-    lse_C = total_C.log()
-    nats_C = (lse_C - cap + 2 * cap * w_CV.gather(1, label_C1)[:, 0]) * valid_C
+    capped_CV = w_CV * (-2 * cap)  # less the cap itself, which is in every logit
+    capped_CV[:, vocab_size:] = float("-inf")
+    p_CV = capped_CV.softmax(-1)
+    lse_C = capped_CV.amax(-1) - p_CV.amax(-1).log()
+    nats_C = (lse_C - capped_CV.gather(1, label_C1)[:, 0]) * valid_C
+    lse_C += cap
     squares_C = lse_C.square() * valid_C
-    if not grads:
-        return nats_C, squares_C, None
-    share_C = 4 * valid_C.to(precise) / count  # the slope of tanh is 4 w (1 - w)
-    slope_CV = exp_CV.mul_(((1 + 2 * z_weight * lse_C) * share_C / total_C)[:, None])
-    slope_CV.scatter_add_(1, label_C1, -share_C[:, None])
-    slope_CV.mul_(w_CV.addcmul_(w_CV, w_CV, value=-1))
-    return nats_C, squares_C, slope_CV.to(raw_CV.dtype)
+    if grads:
+        share_C = 4 * valid_C.to(precise) / count  # the slope of tanh is 4 w (1 - w)
+        slope_CV = p_CV.mul_(((1 + 2 * z_weight * lse_C) * share_C)[:, None])
+        slope_CV.scatter_add_(1, label_C1, -share_C[:, None])
+        raw_CV.copy_(slope_CV.mul_(w_CV.addcmul_(w_CV, w_CV, value=-1)))
+    return nats_C, squares_C
 
 
 def _chunk_size(x_MD: Tensor, rows: int) -> int:
@@ -114,16 +115,18 @@ def _in_chunks(
     dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
     dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
     size = _chunk_size(x_MD, len(weight_VD))
-    for first in range(0, x_MD.shape[0], size):
-        rows = slice(first, first + size)
-        x_CD = x_MD[rows]
+    at_once = ROWS_CPU if x_MD.device.type == "cpu" else size
+    for first in range(0, len(x_MD), size):
+        x_CD = x_MD[first : first + size]
         raw_CV = x_CD @ matrix_VD.T
-        nats_M[rows], squares_M[rows], slope_CV = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
-        if slope_CV is not None:
-            dx_MD[rows] = slope_CV @ matrix_VD
-            if weight_grads:
-                dweight_VD += slope_CV.T @ x_CD
-        del raw_CV, slope_CV  # before the next chunk's logits are made
+        for part, some_CV in enumerate(raw_CV.split(at_once)):
+            rows = slice(first + part * at_once, first + part * at_once + len(some_CV))
+            nats_M[rows], squares_M[rows] = chunk(some_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
+        if grads:  # the logits are slopes now
+            dx_MD[first : first + size] = raw_CV @ matrix_VD
+        if weight_grads:
+            dweight_VD += raw_CV.T @ x_CD
+        del raw_CV, some_CV  # before the next chunk's logits are made
     return nats_M, squares_M, dx_MD, dweight_VD
 
 

@@ -80,8 +80,8 @@ def _cross_entropy(
 
 def fused_chunk(
     raw_CV: Tensor, target_C: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `plain_chunk` in `lepton/model/loss.py`, in one launch; the slopes take the place of `raw_CV`.
+) -> tuple[Tensor, Tensor]:
+    """As `plain_chunk` in `lepton/model/loss.py`, in one launch.
 
     The arguments are not looked at on the host, so a launch can be captured in a CUDA graph. A target is `IGNORE` or
     below `vocab_size`; any other is read out of bounds.
@@ -107,4 +107,4 @@ def fused_chunk(
             BLOCK=block,
             num_warps=max(1, block // COLUMNS_A_WARP),
         )
-    return nats_C, squares_C, raw_CV if grads else None
+    return nats_C, squares_C
