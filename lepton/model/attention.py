@@ -11,6 +11,9 @@ from lepton.model.route import Route
 from lepton.model.timeline import Band
 
 NORM_EPS = 1e-6
+PRODUCT_COLUMNS = 1024
+"""Up to so many columns a CPU keeps the scores of all pairs, twice as fast in training as its fused attention;
+beyond, they would take more memory than all else."""
 
 
 def norm(x: Tensor) -> Tensor:
@@ -77,6 +80,8 @@ class Slots:
 
 def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
     """Softmax attention where `mask_BTJ` is true: [B, T, N, H]. Each key/value head serves N / K query heads."""
+    if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_COLUMNS:
+        return attend_by_products(q_BTNH, k_BJKH, v_BJKH, mask_BTJ)
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
     k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
     v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
@@ -84,6 +89,19 @@ def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> 
         q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=mask_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
     )
     return answer_BNTH.transpose(1, 2)
+
+
+def attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
+    """`attend` with the scores of all pairs in memory, in q's dtype; a softmax computes in fp32 or better."""
+    rows, length, heads, width = q_BTNH.shape
+    kv_heads = k_BJKH.shape[2]
+    # The query heads that share a key/value head stand below each other: one product for all of them.
+    q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
+    unseen_BTJ = torch.zeros_like(mask_BTJ, dtype=q_BTNH.dtype).masked_fill(~mask_BTJ, torch.finfo(q_BTNH.dtype).min)
+    scores_BKGTJ = torch.add(unseen_BTJ[:, None, None], scores_BKGTJ, alpha=width**-0.5)
+    answer_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
+    return answer_BKXH.view(rows, heads, length, width).transpose(1, 2)
 
 
 class Attention(nn.Module):

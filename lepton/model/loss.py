@@ -23,8 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 IGNORE = -100
 CHUNK_CPU = 512
 """Positions a pass on a CPU: each pass adds to the gradient of the whole vocabulary."""
-ROWS_CPU = 16
-"""Positions between two products at once on a CPU: their logits, in fp32 twice, stay in the caches."""
+ENTRIES_CPU = 1 << 20
+"""Logits between two products at once on a CPU: in fp32 and twice, they stay in the caches."""
 ENTRIES_GPU = 1 << 28
 """Logits a pass on a GPU: 1 GiB of them in fp32, enough that launching costs nothing beside computing."""
 MULTIPLE_GPU = 128
@@ -65,24 +65,28 @@ def plain_chunk(
         of the mean loss of `count` valid positions.
     """
     precise = torch.promote_types(raw_CV.dtype, torch.float32)
-    valid_C = target_C != IGNORE
+    valid_C = (target_C != IGNORE).to(precise)
     label_C1 = target_C.clamp(min=0)[:, None]
-    # The passes over these chunk x vocabulary tensors are the cost on a CPU, where a sigmoid is much cheaper than a
-    # tanh and a softmax than an exponential: with w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
-    w_CV = raw_CV.to(precise).mul_(-2 / cap).sigmoid_()
-    capped_CV = w_CV * (-2 * cap)  # less the cap itself, which is in every logit
-    capped_CV[:, vocab_size:] = float("-inf")
-    p_CV = capped_CV.softmax(-1)
-    lse_C = capped_CV.amax(-1) - p_CV.amax(-1).log()
-    nats_C = (lse_C - capped_CV.gather(1, label_C1)[:, 0]) * valid_C
-    lse_C += cap
-    squares_C = lse_C.square() * valid_C
-    if grads:
-        share_C = 4 * valid_C.to(precise) / count  # the slope of tanh is 4 w (1 - w)
-        slope_CV = p_CV.mul_(((1 + 2 * z_weight * lse_C) * share_C)[:, None])
-        slope_CV.scatter_add_(1, label_C1, -share_C[:, None])
-        raw_CV.copy_(slope_CV.mul_(w_CV.addcmul_(w_CV, w_CV, value=-1)))
-    return nats_C, squares_C
+    share_C1 = (4 * valid_C / count)[:, None]  # the slope of tanh is 4 w (1 - w)
+    at_once = max(1, ENTRIES_CPU // raw_CV.shape[1]) if raw_CV.device.type == "cpu" else len(raw_CV)
+    lse, lead = [], []
+    parts = (each.split(at_once) for each in (raw_CV, label_C1, share_C1))
+    for some_RV, label_R1, share_R1 in zip(*parts, strict=True):
+        # These passes are the cost on a CPU, where a sigmoid is much cheaper than a tanh and a softmax than an
+        # exponential: with w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
+        w_RV = some_RV.to(precise).mul_(-2 / cap).sigmoid_()
+        capped_RV = w_RV * (-2 * cap)  # less the cap itself, which is in every logit
+        capped_RV[:, vocab_size:] = float("-inf")
+        p_RV = capped_RV.softmax(-1)
+        lse_R1 = capped_RV.amax(-1, keepdim=True) - p_RV.amax(-1, keepdim=True).log()
+        lse.append(lse_R1)
+        lead.append(capped_RV.gather(1, label_R1))
+        if grads:
+            slope_RV = p_RV.mul_((1 + 2 * z_weight * (lse_R1 + cap)) * share_R1)
+            slope_RV.scatter_add_(1, label_R1, -share_R1)
+            some_RV.copy_(slope_RV.mul_(w_RV.addcmul_(w_RV, w_RV, value=-1)))
+    lse_C, lead_C = torch.cat(lse)[:, 0], torch.cat(lead)[:, 0]
+    return (lse_C - lead_C) * valid_C, (lse_C + cap).square() * valid_C
 
 
 def _chunk_size(x_MD: Tensor, rows: int) -> int:
@@ -115,18 +119,16 @@ def _in_chunks(
     dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
     dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
     size = _chunk_size(x_MD, len(weight_VD))
-    at_once = ROWS_CPU if x_MD.device.type == "cpu" else size
     for first in range(0, len(x_MD), size):
-        x_CD = x_MD[first : first + size]
+        rows = slice(first, first + size)
+        x_CD = x_MD[rows]
         raw_CV = x_CD @ matrix_VD.T
-        for part, some_CV in enumerate(raw_CV.split(at_once)):
-            rows = slice(first + part * at_once, first + part * at_once + len(some_CV))
-            nats_M[rows], squares_M[rows] = chunk(some_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
+        nats_M[rows], squares_M[rows] = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
         if grads:  # the logits are slopes now
-            dx_MD[first : first + size] = raw_CV @ matrix_VD
+            dx_MD[rows] = raw_CV @ matrix_VD
         if weight_grads:
             dweight_VD += raw_CV.T @ x_CD
-        del raw_CV, some_CV  # before the next chunk's logits are made
+        del raw_CV  # before the next chunk's logits are made
     return nats_M, squares_M, dx_MD, dweight_VD
 
 
