@@ -78,27 +78,52 @@ class Slots:
         )
 
 
-def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
-    """Softmax attention where `mask_BTJ` is true: [B, T, N, H]. Each key/value head serves N / K query heads."""
+@dataclass(frozen=True)
+class Sight:
+    """What the tokens of a chunk see: of the token columns those of their band, and then all slots."""
+
+    bands: list[Band]
+    unseen: list[Tensor]
+    """For each band [B, T of the band, its columns and then C]: what `attend` adds to scores."""
+    slots: Slots | None
+
+    @staticmethod
+    def of(bands: list[Band], slots: Slots | None, dtype: torch.dtype) -> "Sight":
+        """Lay out what all blocks that see the same share."""
+        masks = [band.mask_BTJ for band in bands]
+        if slots is not None:
+            masks = [torch.cat([band.mask_BTJ, slots.mask_BTC[:, band.queries]], 2) for band in bands]
+        return Sight(bands, [unseen(mask, dtype) for mask in masks], slots)
+
+
+def unseen(mask_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where `mask_BTJ` is true, elsewhere so little that no share is left."""
+    columns = mask_BTJ.shape[2]
+    # The kernels of GPUs want rows that begin at whole multiples of 16 bytes, and would copy each time what has none.
+    added_BTX = torch.zeros(*mask_BTJ.shape[:2], -(-columns // 8) * 8, dtype=dtype, device=mask_BTJ.device)
+    return added_BTX[..., :columns].masked_fill_(~mask_BTJ, torch.finfo(dtype).min)
+
+
+def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor) -> Tensor:
+    """Softmax attention [B, T, N, H], `unseen_BTJ` added to the scores. Each key/value head serves N / K query heads."""
     if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_COLUMNS:
-        return attend_by_products(q_BTNH, k_BJKH, v_BJKH, mask_BTJ)
+        return attend_by_products(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
     k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
     v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
     answer_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=mask_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
+        q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=unseen_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
     )
     return answer_BNTH.transpose(1, 2)
 
 
-def attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
+def attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor) -> Tensor:
     """`attend` with the scores of all pairs in memory, in q's dtype; a softmax computes in fp32 or better."""
     rows, length, heads, width = q_BTNH.shape
     kv_heads = k_BJKH.shape[2]
     # The query heads that share a key/value head stand below each other: one product for all of them.
     q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
-    unseen_BTJ = torch.zeros_like(mask_BTJ, dtype=q_BTNH.dtype).masked_fill(~mask_BTJ, torch.finfo(q_BTNH.dtype).min)
     scores_BKGTJ = torch.add(unseen_BTJ[:, None, None], scores_BKGTJ, alpha=width**-0.5)
     answer_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
     return answer_BKXH.view(rows, heads, length, width).transpose(1, 2)
@@ -146,27 +171,24 @@ class Attention(nn.Module):
             return F.pad(k[..., :-1], (0, 1)), v
         return torch.cat([k[..., :-1], bias.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)], -1), v
 
-    def forward(
-        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bands: list[Band], slots: Slots | None, route: Route | None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sight: Sight, route: Route | None) -> Tensor:
         """Answer the queries of all tokens [B, T, N, H], or of the routed ones [M, N, H]; returns [..., D].
 
         `k_BJKH` and `v_BJKH` are those of past and chunk.
         """
         if route is not None and not any(pick.any for pick in route.picks):
             return self.out(q.flatten(-2))
-        if slots is not None:
-            slot_k, slot_v = self.key_value(slots.states_BCD, None, slots.bias_BC)
+        if sight.slots is not None:
+            slot_k, slot_v = self.key_value(sight.slots.states_BCD, None, sight.slots.bias_BC)
         answers = []
-        for index, band in enumerate(bands):
-            k, v, mask = k_BJKH[:, band.columns], v_BJKH[:, band.columns], band.mask_BTJ
-            if slots is not None:
+        for index, (band, unseen_BTX) in enumerate(zip(sight.bands, sight.unseen, strict=True)):
+            k, v = k_BJKH[:, band.columns], v_BJKH[:, band.columns]
+            if sight.slots is not None:
                 k, v = torch.cat([k, slot_k], 1), torch.cat([v, slot_v], 1)
-                mask = torch.cat([mask, slots.mask_BTC[:, band.queries]], 2)
             if route is None:
-                answers.append(attend(q[:, band.queries], k, v, mask))
+                answers.append(attend(q[:, band.queries], k, v, unseen_BTX))
             elif route.picks[index].any:
                 pick = route.picks[index]
-                answer = attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], mask[pick.rows_R[:, None], pick.query_RQ])
-                answers.append(pick.unpad(answer))
+                unseen_RQX = unseen_BTX[pick.rows_R[:, None], pick.query_RQ]
+                answers.append(pick.unpad(attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], unseen_RQX)))
         return self.out(torch.cat(answers, 1 if route is None else 0).flatten(-2))

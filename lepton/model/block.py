@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Attention, Linear, Rotary, Slots, norm
+from lepton.model.attention import Attention, Linear, Rotary, Sight, norm
 from lepton.model.route import Route
-from lepton.model.timeline import Band
 
 
 class MLP(nn.Module):
@@ -35,8 +34,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         past: tuple[Tensor, Tensor],
         rotary: Rotary,
-        bands: list[Band],
-        slots: Slots | None = None,
+        sight: Sight,
         route: Route | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the new residual stream, and the chunk's keys and values [B, T, K, H].
@@ -49,11 +47,11 @@ class Block(nn.Module):
         k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
         if route is None:
             q_BTNH = self.attention.query(normed_BTD, rotary)
-            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, k_BJKH, v_BJKH, bands, slots, None))
+            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, k_BJKH, v_BJKH, sight, None))
         else:
             here = Rotary(route.take(rotary.cos), route.take(rotary.sin))
             q_MNH = self.attention.query(route.take(normed_BTD), here)
-            answer_MD = self.attention(q_MNH, k_BJKH, v_BJKH, bands, slots, route)
+            answer_MD = self.attention(q_MNH, k_BJKH, v_BJKH, sight, route)
             x_BTD = route.put(x_BTD, self._rest(route.take(x_BTD), answer_MD))
         return x_BTD, k_BTKH, v_BTKH
 

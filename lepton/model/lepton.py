@@ -12,7 +12,7 @@ from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model.accounting import flops_per_token
-from lepton.model.attention import Linear, Rotary, Slots, norm
+from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
 from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.draft import Drafter
@@ -132,20 +132,21 @@ class Lepton(nn.Module):
             opens_BT=opens,
             groups=groups,
         )
-        sight = bands(timeline, past.keys_BLRKH.shape[2], config.window)
+        near = bands(timeline, past.keys_BLRKH.shape[2], config.window)
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
         columns: list[tuple[Tensor, Tensor]] = []
 
         embedded_BTE = self.embed(tokens).to(self.dtype)
-        h_BTD = self._blocks(self.stem, norm(self.embed_up(embedded_BTE)), past, rotary, sight, columns)
+        h_BTD = norm(self.embed_up(embedded_BTE))
+        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, Sight.of(near, None, self.dtype), columns)
         u_BTD = norm(h_BTD)
         thoughts = self._think(u_BTD, past, rotary, timeline, think, columns)
         read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
         seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
         x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
-        deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, sight, timeline)
-        slots = self._slots(thoughts, seen)
-        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, slots, route)
+        deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
+        sight = Sight.of(near, self._slots(thoughts, seen), self.dtype)
+        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
         hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
         def commit(count_B: Tensor) -> State:
@@ -281,15 +282,14 @@ class Lepton(nn.Module):
         x_BTD: Tensor,
         past: State,
         rotary: Rotary,
-        sight: list[Band],
+        sight: Sight,
         columns: list[tuple[Tensor, Tensor]],
-        slots: Slots | None = None,
         route: Route | None = None,
     ) -> Tensor:
         """Run some blocks; their keys and values join `columns`, in the order in which the state keeps them."""
         for block in blocks:
             before = (past.keys_BLRKH[:, len(columns)], past.values_BLRKH[:, len(columns)])
-            arguments = (x_BTD, before, rotary, sight, slots, route)
+            arguments = (x_BTD, before, rotary, sight, route)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
                 x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -370,13 +370,13 @@ class Lepton(nn.Module):
         return x_BTD, traces
 
     def _route(
-        self, benefit_BT: Tensor | None, depth: float, past: State, sight: list[Band], timeline: Timeline
+        self, benefit_BT: Tensor | None, depth: float, past: State, near: list[Band], timeline: Timeline
     ) -> tuple[Tensor, Tensor | None, Route | None]:
         """Choose the tokens that go deep; without a `Route` all of them do."""
         if self.router is None or benefit_BT is None:
             return torch.ones_like(timeline.ends_BT), None, None
         deep_BT, taken_BT = self.router.choose(benefit_BT, depth, past.taken_B, timeline)
-        return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, sight)
+        return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, near)
 
     def _slots(self, thoughts: ThoughtRun | None, crystals: Slots | None) -> Slots | None:
         """The columns beside the window that the deep blocks see: crystals, and the current thoughts."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, Rotary, Slots, attend, norm
+from lepton.model.attention import Linear, Rotary, Slots, attend, norm, unseen
 from lepton.model.block import Block
 from lepton.model.timeline import Timeline, sees
 
@@ -98,12 +98,12 @@ class Thoughts(nn.Module):
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
-        mask_BQJ = self._mask(index_BG, k_BJKH.shape[1], timeline)
+        unseen_BQJ = unseen(self._mask(index_BG, k_BJKH.shape[1], timeline), u_BTD.dtype)
         most = rounds if isinstance(rounds, int) else MAX_TRAINING_ROUNDS
         each_B = torch.full((rows,), rounds, device=u_BTD.device) if isinstance(rounds, int) else rounds
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
         for round_ in range(most):
-            thought_BGSD = self._round(norm(z_BGSD + start_BGSD), k_BJKH, v_BJKH, here, mask_BQJ)
+            thought_BGSD = self._round(norm(z_BGSD + start_BGSD), k_BJKH, v_BJKH, here, unseen_BQJ)
             on_B = round_ < each_B
             moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
             change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
@@ -126,7 +126,7 @@ class Thoughts(nn.Module):
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BQJ, own_QQ.expand(len(index_BG), -1, -1)], 2)
 
-    def _round(self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, mask_BQJ: Tensor) -> Tensor:
+    def _round(self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, unseen_BQJ: Tensor) -> Tensor:
         """One pass of the tied block over all groups; returns normed thoughts of the same shape."""
         attention = self.block.attention
         # Queries stand at the opening token, so that they can look for what is near; keys of slots are position-free.
@@ -135,7 +135,7 @@ class Thoughts(nn.Module):
         z_BQD = z_BGSD.flatten(1, 2)
         own_k, own_v = attention.key_value(z_BQD, None)
         k, v = torch.cat([k_BJKH, own_k], 1), torch.cat([v_BJKH, own_v], 1)
-        answer_BQNH = attend(attention.query(z_BQD, place), k, v, mask_BQJ)
+        answer_BQNH = attend(attention.query(z_BQD, place), k, v, unseen_BQJ)
         z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)

@@ -18,7 +18,7 @@ def test_products_equal_the_fused_kernel_in_value_and_gradients(heads, kv_heads,
     found = []
     for most in (columns - 1, columns):
         monkeypatch.setattr(attention, "PRODUCT_COLUMNS", most)
-        answer = attention.attend(*given, mask)
+        answer = attention.attend(*given, attention.unseen(mask, torch.float64))
         found.append([answer, *torch.autograd.grad(answer, given, slope)])
     kernels = [[step.name() for step in _steps(each[0].grad_fn)] for each in found]
     assert [any("ScaledDotProduct" in name for name in names) for names in kernels] == [True, False]
