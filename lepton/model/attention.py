@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
+from lepton.model.block_sparse import BlockMask, attend_in_blocks
 from lepton.model.route import Route
 from lepton.model.timeline import Band
 
@@ -86,6 +87,8 @@ class Sight:
     unseen: list[Tensor]
     """For each band [B, T of the band, its columns and then C]: what `attend` adds to scores."""
     slots: Slots | None
+    blocks: BlockMask | None = None
+    """The same for the whole chunk at once; in its place there are no bands then."""
 
     @staticmethod
     def of(bands: list[Band], slots: Slots | None, dtype: torch.dtype) -> "Sight":
@@ -105,7 +108,7 @@ def unseen(mask_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor) -> Tensor:
-    """Softmax attention [B, T, N, H], `unseen_BTJ` added to the scores. Each key/value head serves N / K query heads."""
+    """Softmax attention [B, T, N, H], `unseen_BTJ` added to scores. Each key/value head serves N / K query heads."""
     if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_COLUMNS:
         return attend_by_products(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
@@ -180,6 +183,10 @@ class Attention(nn.Module):
             return self.out(q.flatten(-2))
         if sight.slots is not None:
             slot_k, slot_v = self.key_value(sight.slots.states_BCD, None, sight.slots.bias_BC)
+        if sight.blocks is not None:
+            if sight.slots is not None:
+                k_BJKH, v_BJKH = torch.cat([k_BJKH, slot_k], 1), torch.cat([v_BJKH, slot_v], 1)
+            return self.out(attend_in_blocks(q, k_BJKH, v_BJKH, sight.blocks).flatten(-2))
         answers = []
         for index, (band, unseen_BTX) in enumerate(zip(sight.bands, sight.unseen, strict=True)):
             k, v = k_BJKH[:, band.columns], v_BJKH[:, band.columns]

@@ -14,6 +14,7 @@ from lepton.errors import InputError
 from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
+from lepton.model.block_sparse import BLOCK, block_mask
 from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.draft import Drafter
 from lepton.model.entry import checked, fresh_state, with_memory
@@ -37,6 +38,7 @@ class Lepton(nn.Module):
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
     fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
     `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
+    `block_sparse` skips what of attention's masks nobody sees, which pays once blocks are compiled for a GPU.
     """
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -44,6 +46,7 @@ class Lepton(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_activations = False
+        self.block_sparse = False
         rank = config.embed_rank or config.width
         reads = config.memory_heads * config.value_dim
         thoughts = config.width if config.thoughts else 0
@@ -138,14 +141,14 @@ class Lepton(nn.Module):
 
         embedded_BTE = self.embed(tokens).to(self.dtype)
         h_BTD = norm(self.embed_up(embedded_BTE))
-        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, Sight.of(near, None, self.dtype), columns)
+        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, self._sight(near, None, timeline, None), columns)
         u_BTD = norm(h_BTD)
         thoughts = self._think(u_BTD, past, rotary, timeline, think, columns)
         read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
         seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
         x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
         deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
-        sight = Sight.of(near, self._slots(thoughts, seen), self.dtype)
+        sight = self._sight(near, self._slots(thoughts, seen), timeline, route)
         x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
         hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
@@ -275,6 +278,13 @@ class Lepton(nn.Module):
     def _columns(self, position: int) -> int:
         """Past columns that a state holds: all but one of a window, or `position` without one."""
         return position if self.config.window is None else self.config.window - 1
+
+    def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline, route: Route | None) -> Sight:
+        length = timeline.position_BT.shape[1]
+        # FlexAttention has other kernels for short chunks; and a past would move blocks against the bands.
+        if not self.block_sparse or route is not None or length < BLOCK or near[-1].columns.stop > length:
+            return Sight.of(near, slots, self.dtype)
+        return Sight([], [], slots, block_mask(timeline, self.config.window, slots.mask_BTC if slots else None))
 
     def _blocks(
         self,

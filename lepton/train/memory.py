@@ -121,14 +121,12 @@ def _block(model: Lepton, seq_len: int, slots: int) -> int:
     """Bytes that a block keeps of a row beside its input and its keys and values."""
     config = model.config
     answers = config.heads * config.head_dim
-    edges = band_edges(seq_len, 0, config.window)
-    columns = sum(right - left + slots for _, _, left, right in edges)
-    pairs = sum((last - first) * (right - left + slots) for first, last, left, right in edges)
+    columns = sum(right - left + slots for _, _, left, right in band_edges(seq_len, 0, config.window))
     # Two normed inputs and what attention adds; queries before and after the norm and their answers; keys before the
     # norm; the MLP before and after its activation.
     token = 3 * config.width + 3 * answers + config.kv_heads * config.head_dim + 2 * config.ffn
-    # Keys and values laid out for each query head; the mask, which attention's kernels take as numbers.
-    numbers = seq_len * token + 2 * columns * answers + pairs
+    # Keys and values laid out for each query head.
+    numbers = seq_len * token + 2 * columns * answers
     return model.dtype.itemsize * numbers + FP32 * seq_len * config.heads
 
 
@@ -162,7 +160,9 @@ def _between(model: Lepton, seq_len: int) -> int:
     if model.drafter is not None:
         numbers += model.embed.embedding_dim + 9 * config.draft_width  # four steps at a quarter of the positions
     columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
-    return seq_len * (model.dtype.itemsize * numbers + columns + _slots(model, seq_len))
+    # Attention's masks, with and without slots, as such and as the numbers that are added to scores.
+    masks = (1 + model.dtype.itemsize) * (2 * columns + _slots(model, seq_len))
+    return seq_len * (model.dtype.itemsize * numbers + masks)
 
 
 def _loss(model: Lepton, positions: int) -> int:
