@@ -107,11 +107,11 @@ class PeerTraining:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def flops_per_token(self, length: int) -> float:
-        """Of a forward pass, counted as `Lepton.flops_per_token` counts a dense model: matrices and attention."""
+        """Of forward and backward pass, counted as `training_flops_per_token` counts a dense model."""
         matrices = sum(parameter.numel() for parameter in self.parameters if parameter.ndim == 2)
         pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, None))
         heads = self.shape["num_hidden_layers"] * self.shape["num_attention_heads"] * self.shape["head_dim"]
-        return 2 * (matrices + 2 * heads * pairs / length)
+        return 3 * 2 * (matrices + 2 * heads * pairs / length)
 
     def prepare(self) -> None:
         """Compile, and take a first step."""

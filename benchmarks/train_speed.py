@@ -34,6 +34,7 @@ from lepton.errors import InputError, nearest
 from lepton.model import Lepton
 from lepton.model.factory import size_config
 from lepton.train import hardware
+from lepton.train.flops import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
 from lepton.train.thinking import plan_thoughts
@@ -77,7 +78,7 @@ class LeptonTraining:
         return self.model.num_params()
 
     def flops_per_token(self, length: int) -> float:
-        return self.model.flops_per_token(length)
+        return training_flops_per_token(self.model, length)
 
     def prepare(self) -> None:
         """Compile and record, and take a first step."""
@@ -172,7 +173,7 @@ class Runner:
     def found(self) -> Found:
         median = statistics.median(self.seconds)
         tokens = self.case.rows * self.case.length * self.accumulate
-        flops = 3 * self.training.flops_per_token(self.case.length) * tokens
+        flops = self.training.flops_per_token(self.case.length) * tokens
         peak = hardware.peak_flops(self.device)
         return {
             "case": self.case.name,

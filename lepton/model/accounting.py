@@ -12,46 +12,48 @@ if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
 
 
-def flops_per_token(model: "Lepton", length: int, *, depth: float | None = None, think: int | None = None) -> float:
+def flops_per_token(
+    model: "Lepton", length: int, *, depth: float | None = None, think: int | None = None, groups: int | None = None
+) -> float:
     """Floating-point operations of `forward` per token, over a fresh sequence of `length` tokens of one document.
 
     A multiply-add counts as two; only matrix products are counted. Attention counts every column that is computed,
     masked or not, as torch's FLOP counter does with the math backend (triangular solves count nothing there, and so
-    nothing here). `depth` is the share of tokens that go past the stem. A training step costs about three times this.
+    nothing here). `depth` is the share of tokens that go past the stem, `groups` the number of segments that there is
+    room for, by default those that open. `lepton.train.flops` counts a training step.
     """
     config = model.config
     depth = 1.0 if depth is None else depth
     think = (config.rounds if model.thoughts is not None else 0) if think is None else think
     pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, config.window))
-    groups = -(-length // config.segment)
+    groups = -(-length // config.segment) if groups is None else groups
     crystals = (groups + 1) * config.crystals if model.crystals is not None else 0
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)
 
     total: float = length * (
-        _weights(model.embed_up) + _weights(model.head_down) + config.padded_vocab_size * model.embed.embedding_dim
+        weights(model.embed_up) + weights(model.head_down) + config.padded_vocab_size * model.embed.embedding_dim
     )
-    total += length * _weights(model.stem) + 2 * config.stem_layers * config.heads * config.head_dim * pairs
+    total += length * weights(model.stem) + 2 * config.stem_layers * config.heads * config.head_dim * pairs
     total += _thinking(model, length, groups, think) + _memory(model, length)
     for idea in (model.crystals, model.uncertainty):
-        total += length * _weights(idea)
+        total += length * weights(idea)
     if model.peek is not None:
-        total += length * (_weights(model.peek) - _weights(model.peek.summary))
+        total += length * (weights(model.peek) - weights(model.peek.summary))
     if model.router is not None:
-        adapter = _weights(model.router.exit_up) + _weights(model.router.exit_down)
-        total += length * (_weights(model.router.benefit) + (1 - depth) * adapter)
+        adapter = weights(model.router.exit_up) + weights(model.router.exit_down)
+        total += length * (weights(model.router.benefit) + (1 - depth) * adapter)
     for block in model.blocks:
         assert isinstance(block, Block)
-        always = _weights(block.attention.k) + _weights(block.attention.v)
-        total += (length + (slots if depth > 0 else 0)) * always + depth * length * (_weights(block) - always)
+        always = weights(block.attention.k) + weights(block.attention.v)
+        total += (length + (slots if depth > 0 else 0)) * always + depth * length * (weights(block) - always)
         total += depth * 2 * config.heads * config.head_dim * (pairs + slots * length)
     return 2 * total / length
 
 
-def _weights(module: nn.Module | None) -> int:
-    """Entries of the matrices in a module: its multiply-adds per token."""
-    if module is None:
-        return 0
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def weights(*modules: nn.Module | None) -> int:
+    """Entries of the matrices in some modules: their multiply-adds per token."""
+    parts = (part for module in modules if module is not None for part in module.modules())
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
 def _thinking(model: "Lepton", length: int, groups: int, rounds: int) -> float:
@@ -59,10 +61,10 @@ def _thinking(model: "Lepton", length: int, groups: int, rounds: int) -> float:
     if model.thoughts is None:
         return 0
     config, block = model.config, model.thoughts.block
-    keys_values = _weights(block.attention.k) + _weights(block.attention.v)
+    keys_values = weights(block.attention.k) + weights(block.attention.v)
     slots = groups * config.thoughts
-    a_round = slots * _weights(block) + 2 * config.heads * config.head_dim * slots * (length + slots)
-    return length * keys_values + groups * _weights(model.thoughts.opening) + rounds * a_round
+    a_round = slots * weights(block) + 2 * config.heads * config.head_dim * slots * (length + slots)
+    return length * keys_values + groups * weights(model.thoughts.opening) + rounds * a_round
 
 
 def _memory(model: "Lepton", length: int) -> float:
@@ -75,4 +77,4 @@ def _memory(model: "Lepton", length: int) -> float:
     keys, values = config.key_dim, config.value_dim
     inside = 2 * chunk * keys + chunk * values
     across = 3 * keys * values
-    return length * _weights(model.memory) + padded * config.memory_heads * (inside + across)
+    return length * weights(model.memory) + padded * config.memory_heads * (inside + across)

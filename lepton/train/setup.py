@@ -12,6 +12,7 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 from lepton.model import Lepton
 from lepton.train import hardware
+from lepton.train.flops import training_flops_per_token
 from lepton.train.folder import RunFolder
 from lepton.train.memory import mend, predicted_bytes
 from lepton.train.metrics import MetricsLog, duration
@@ -96,7 +97,7 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
     assert settings.grad_accum is not None
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
     left = settings.max_steps - start.step
-    flops = 3 * model.flops_per_token(settings.seq_len) * tokens * left
+    flops = training_flops_per_token(model, settings.seq_len) * tokens * left
     seconds = hardware.training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"

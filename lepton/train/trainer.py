@@ -16,6 +16,7 @@ import torch
 
 from lepton.errors import InputError
 from lepton.train.calibration import calibrate, calibration_batches
+from lepton.train.flops import training_flops_per_token
 from lepton.train.metrics import Progress
 from lepton.train.micro_step import MicroStep
 from lepton.train.recorder import Recorder
@@ -79,7 +80,7 @@ class Trainer:
                 log,
                 self.progress,
                 parts.device,
-                flops_per_target=3 * parts.model.flops_per_token(settings.seq_len),
+                flops_per_target=training_flops_per_token(parts.model, settings.seq_len),
                 first=self.step,
                 last=settings.max_steps,
             )

@@ -1,0 +1,28 @@
+"""What training is said to compute, against torch's FLOP counter over forward and backward passes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lepton.model import Lepton
+from lepton.model.factory import size_config
+from lepton.train.flops import training_flops_per_token
+from lepton.train.thinking import plan_thoughts
+
+IDEAS = ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty")
+OFF = [{name: False if name in ("router", "uncertainty") else 0} for name in IDEAS]
+
+
+@pytest.mark.parametrize("length", [100, 512])
+@pytest.mark.parametrize("changes", [{}, {"dense": True}, *OFF], ids=str)
+def test_a_training_step_costs_what_is_said(changes, length):
+    model = Lepton(size_config("nano", **changes)).train()
+    model.compute_dtype = torch.bfloat16
+    if model.drafter is not None:
+        model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
+    tokens = torch.randint(1, 50_000, (8, length + 1))
+    think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, think=think, groups=groups).loss.backward()
+    said = training_flops_per_token(model, length) * 8 * length
+    assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)
