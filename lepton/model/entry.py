@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
 
 
-def fresh_state(model: "Lepton", batch_size: int) -> State:
-    """Return the state of `batch_size` sequences that have read nothing, on the model's device."""
+def fresh_state(model: "Lepton", batch_size: int, *, room: bool = True) -> State:
+    """Return the state of `batch_size` sequences that have read nothing, on the model's device.
+
+    Without `room` it has no columns for remembered tokens and crystals: the same past, with no masked zeros to look at.
+    """
     config, device, dtype = model.config, model.embed.weight.device, model.dtype
     precise = torch.promote_types(dtype, torch.float32)
     columns = config.layers + (model.thoughts is not None)
-    ring = (batch_size, columns, model._columns(0), config.kv_heads, config.head_dim)
+    ring = (batch_size, columns, model._columns(0) if room else 0, config.kv_heads, config.head_dim)
     counter = torch.zeros(batch_size, dtype=torch.int64, device=device)
     group = matrix = tail = store = None
     if model.thoughts is not None:
@@ -33,7 +36,7 @@ def fresh_state(model: "Lepton", batch_size: int) -> State:
         matrix = torch.zeros(shape, dtype=precise, device=device)
         tail = torch.zeros(batch_size, CONV - 1, model.memory.channels, dtype=dtype, device=device)
     if model.crystals is not None:
-        kept = Columns.empty(batch_size, config.slots, config.width, dtype, device)
+        kept = Columns.empty(batch_size, config.slots if room else 0, config.width, dtype, device)
         pending = Columns.empty(batch_size, config.crystals, config.width, dtype, device)
         store = Store(kept, pending, torch.full((batch_size, CONTEXT - 1), -1, device=device))
     return State(
@@ -97,13 +100,7 @@ def checked(
         if think and model.thoughts is None:
             raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
     if state is None:
-        # A fresh past has no columns to look at: the same function, without computing on masked zeros.
-        state = model.new_state(rows)
-        nothing = state.keys_BLRKH[:, :, :0]
-        state = dataclasses.replace(state, keys_BLRKH=nothing, values_BLRKH=nothing)
-        if state.memory.store is not None:
-            kept = Columns.empty(rows, 0, model.config.width, model.dtype, tokens.device)
-            state.memory.store = dataclasses.replace(state.memory.store, kept=kept)
+        state = fresh_state(model, rows, room=False)
     elif state.batch_size != rows:
         raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
     if lengths is None:

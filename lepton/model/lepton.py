@@ -203,7 +203,9 @@ class Lepton(nn.Module):
         if tokens.dim() != 2 or tokens.shape[1] < 2:
             raise InputError(f"loss needs tokens [rows, at least 2], not {tuple(tokens.shape)}")
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
-        return objective(self, out, tokens, lengths, auxiliary=auxiliary)
+        hidden, traces = out.hidden, out.traces
+        del out  # and with it the keys and values that a state would be made of
+        return objective(self, hidden, traces, tokens, lengths, auxiliary=auxiliary)
 
     def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
         """Return the state of `batch_size` sequences that have read nothing.

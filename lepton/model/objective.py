@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lepton.model.attention import norm
 from lepton.model.loss import IGNORE, Loss, linear_cross_entropy
-from lepton.model.output import Output
+from lepton.model.output import Traces
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -25,14 +25,16 @@ OUTCOME_STRIDE = 32
 DRAFT_STRIDE = 4
 
 
-def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool) -> Loss:
-    """Return the loss of predicting `tokens[:, 1:]` from `out`, the trunk's pass over `tokens[:, :-1]`."""
+def objective(
+    model: "Lepton", hidden_BTD: Tensor, traces: Traces, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool
+) -> Loss:
+    """Return the loss of predicting `tokens[:, 1:]` from what the trunk's pass over `tokens[:, :-1]` gave."""
     following_BT = tokens[:, 1:].long()
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
         following_BT = following_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
     total, ce, z, nats_M = linear_cross_entropy(
-        model.head_down(out.hidden).flatten(0, 1),
+        model.head_down(hidden_BTD).flatten(0, 1),
         model.embed.weight,
         following_BT.flatten(),
         vocab_size=model.config.vocab_size,
@@ -41,9 +43,9 @@ def objective(model: "Lepton", out: Output, tokens: Tensor, lengths: Tensor | No
     small: dict[str, Tensor] = {}
     if auxiliary:
         small = {
-            **_outcomes(model, out, following_BT, nats_M),
-            **_drafts(model, out, following_BT),
-            **_peek(model, out, following_BT),
+            **_outcomes(model, hidden_BTD, traces, following_BT, nats_M),
+            **_drafts(model, hidden_BTD, traces, following_BT),
+            **_peek(model, traces, following_BT),
         }
     for name, value in small.items():
         total = total + WEIGHTS[name] * value
@@ -57,24 +59,26 @@ def _picks(tokens_BT: Tensor, stride: int) -> Tensor:
     return tokens_BT.sum() % stride + stride * torch.arange(count, device=tokens_BT.device)
 
 
-def _outcomes(model: "Lepton", out: Output, following_BT: Tensor, nats_M: Tensor) -> dict[str, Tensor]:
+def _outcomes(
+    model: "Lepton", hidden_BTD: Tensor, traces: Traces, following_BT: Tensor, nats_M: Tensor
+) -> dict[str, Tensor]:
     """Losses that compare predictions with what came: exit, router and uncertainty, at sampled positions."""
     index_M = _picks(following_BT, OUTCOME_STRIDE)
     target_M = following_BT.flatten()[index_M]
     losses = {}
     if model.router is not None:
-        early_MD = model.router.exit(out.traces.early_BTD.flatten(0, 1)[index_M])
+        early_MD = model.router.exit(traces.early_BTD.flatten(0, 1)[index_M])
         losses["exit"], early_nats_M = _frozen_head(model, early_MD, target_M)
-        assert out.traces.benefit_BT is not None
+        assert traces.benefit_BT is not None
         valid_M = target_M >= 0
         saved_M = (early_nats_M - nats_M[index_M]).clamp(-5, 5)
-        error_M = (out.traces.benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
+        error_M = (traces.benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
         losses["router"] = error_M.sum() / valid_M.sum().clamp(min=1)
     if model.uncertainty is not None:
-        hidden_MD = out.hidden.detach().flatten(0, 1)[index_M]
+        hidden_MD = hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
             logits_MV = model.head(hidden_MD)
-        signals_M3 = out.traces.signals_BT3.flatten(0, 1)[index_M]
+        signals_M3 = traces.signals_BT3.flatten(0, 1)[index_M]
         losses["uncertainty"] = model.uncertainty.loss(hidden_MD, logits_MV, signals_M3, target_M)
     return losses
 
@@ -95,12 +99,12 @@ def _frozen_head(model: "Lepton", x_MD: Tensor, target_M: Tensor) -> tuple[Tenso
     return loss, nats_M
 
 
-def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
+def _drafts(model: "Lepton", hidden_BTD: Tensor, traces: Traces, following_BT: Tensor) -> dict[str, Tensor]:
     """The drafter's loss at a quarter of the positions."""
     if model.drafter is None:
         return {}
     ahead = model.drafter.count + 1
-    position_BT = out.traces.timeline.position_BT
+    position_BT = traces.timeline.position_BT
     columns = []
     for i in range(ahead):
         # The token i + 1 after each position, if it is in the chunk and the same document.
@@ -111,13 +115,12 @@ def _drafts(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Ten
         columns.append(token_BT)
     following_MX = torch.stack(columns, -1).flatten(0, 1)
     index_M = _picks(following_BT, DRAFT_STRIDE)
-    hidden_MD = out.hidden.flatten(0, 1)[index_M]
+    hidden_MD = hidden_BTD.flatten(0, 1)[index_M]
     return {"draft": model.drafter.loss(hidden_MD, following_MX[index_M], model.embed)}
 
 
-def _peek(model: "Lepton", out: Output, following_BT: Tensor) -> dict[str, Tensor]:
+def _peek(model: "Lepton", traces: Traces, following_BT: Tensor) -> dict[str, Tensor]:
     """The hint's loss: what it says about the tokens ahead."""
-    traces = out.traces
     if model.peek is None or traces.hint_inputs_BTX is None:
         return {}
     position_BT = traces.timeline.position_BT

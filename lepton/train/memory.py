@@ -38,8 +38,7 @@ def predicted_bytes(
         optimizer: 'muon' or 'adamw'.
     """
     config, size = model.config, model.dtype.itemsize
-    # Whatever else is kept: a block's input, and the keys and values that `Output.commit` may ask for.
-    ends = config.layers * size * seq_len * (config.width + 2 * config.kv_heads * config.head_dim)
+    ends = config.layers * size * seq_len * config.width  # whatever else is kept: a block's input
     deep = _block(model, seq_len, _slots(model, seq_len))
     inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
     # Matrices are copied to the activations' dtype, and the copies kept for the backward pass.
@@ -118,7 +117,7 @@ def _slots(model: Lepton, seq_len: int) -> int:
 
 
 def _block(model: Lepton, seq_len: int, slots: int) -> int:
-    """Bytes that a block keeps of a row beside its input and its keys and values."""
+    """Bytes that a block keeps of a row beside its input."""
     config = model.config
     answers = config.heads * config.head_dim
     columns = sum(right - left + slots for _, _, left, right in band_edges(seq_len, 0, config.window))
