@@ -14,6 +14,9 @@ from lepton.presets import SIZES
 if TYPE_CHECKING:
     from lepton.train.settings import TrainSettings
 
+SPINS = "2000"
+"""How often a CPU thread of GNU's OpenMP looks for work before it sleeps."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command as train.py does; return the exit code."""
@@ -33,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; Ctrl-C and SIGTERM save what was reached and give 130 and 143."""
-    # Read when torch is imported. By default CPU threads spin while they wait for each other, and training gets several
-    # times slower as soon as another program wants one of the cores. Sleeping costs nothing measurable on idle ones.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch is imported. By default CPU threads spin for long while they wait for each other, and training
+    # gets several times slower as soon as another program wants one of the cores; where they sleep at once, waking
+    # them takes a third of a step. So they spin for a moment (docs/log.md, 2026-11-22).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from lepton.train import train
     from lepton.train.signals import Interrupted
 

@@ -129,14 +129,23 @@ def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
     assert (code, err) == (143, "stopped at step 3, saved x; go on with --resume x\n")
 
 
-@pytest.mark.parametrize(("own", "then"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_user_wants_otherwise(data, tmp_path, monkeypatch, own, then):
-    monkeypatch.setenv("OMP_WAIT_POLICY", own or "")
-    if own is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("own", "then"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "2000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_waiting_threads_spin_for_a_moment_unless_the_user_wants_otherwise(data, tmp_path, monkeypatch, own, then):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    monkeypatch.setattr("os.environ", environment | own)
     monkeypatch.setattr("lepton.train.train", lambda settings, *, given, stream: tmp_path / "final.pt")
     assert run("train", *words(data, tmp_path))[0] == 0
-    assert os.environ["OMP_WAIT_POLICY"] == then
+    found = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    assert found == then
 
 
 def test_train_py_is_the_command_and_a_resumed_run_goes_on(data, tmp_path):
