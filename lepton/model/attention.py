@@ -70,8 +70,11 @@ class Slots:
     """Added to the attention scores of a column."""
 
     @staticmethod
-    def join(parts: "list[Slots]") -> "Slots":
-        """Return the columns of all parts side by side."""
+    def join(*given: "Slots | None") -> "Slots | None":
+        """Return the columns of all that is given side by side."""
+        parts = [part for part in given if part is not None]
+        if not parts:
+            return None
         return Slots(
             torch.cat([part.states_BCD for part in parts], 1),
             torch.cat([part.mask_BTC for part in parts], 2),

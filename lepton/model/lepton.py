@@ -148,7 +148,8 @@ class Lepton(nn.Module):
         seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
         x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
         deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
-        sight = self._sight(near, self._slots(thoughts, seen), timeline, route)
+        slots = Slots.join(seen, thoughts.slots() if thoughts else None)
+        sight = self._sight(near, slots, timeline, route)
         x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
         hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
@@ -282,6 +283,7 @@ class Lepton(nn.Module):
         return position if self.config.window is None else self.config.window - 1
 
     def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline, route: Route | None) -> Sight:
+        """What blocks see: the window and, behind the stem, the columns beside it (crystals, the current thoughts)."""
         length = timeline.position_BT.shape[1]
         # FlexAttention has other kernels for short chunks; and a past would move blocks against the bands.
         if not self.block_sparse or route is not None or length < BLOCK or near[-1].columns.stop > length:
@@ -362,9 +364,7 @@ class Lepton(nn.Module):
             hint_BTP = self.peek.hint(inputs_BTX)
             x_BTD = x_BTD + self.peek.back(hint_BTP)
         benefit_BT = self.router.score(u_BTD) if self.router else None
-        nothing_BT = torch.zeros(
-            u_BTD.shape[:2], dtype=torch.promote_types(u_BTD.dtype, torch.float32), device=u_BTD.device
-        )
+        nothing_BT = torch.zeros_like(u_BTD[..., 0], dtype=torch.promote_types(u_BTD.dtype, torch.float32))
         signals = [
             nothing_BT if signal is None else signal.to(nothing_BT) for signal in (benefit_BT, change_BT, strength_BT)
         ]
@@ -389,13 +389,6 @@ class Lepton(nn.Module):
             return torch.ones_like(timeline.ends_BT), None, None
         deep_BT, taken_BT = self.router.choose(benefit_BT, depth, past.taken_B, timeline)
         return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, near)
-
-    def _slots(self, thoughts: ThoughtRun | None, crystals: Slots | None) -> Slots | None:
-        """The columns beside the window that the deep blocks see: crystals, and the current thoughts."""
-        parts = [] if crystals is None else [crystals]
-        if thoughts is not None:
-            parts.append(thoughts.slots())
-        return Slots.join(parts) if parts else None
 
     def _leave(self, x_BTD: Tensor, deep_BT: Tensor, route: Route | None) -> Tensor:
         """Send the tokens that stopped after the stem through the exit."""

@@ -1,4 +1,4 @@
-"""Models whose greedy text varies, and drafters that know it."""
+"""Prompts, models whose greedy text varies, and drafters that know it."""
 
 import torch
 from torch import Tensor, nn
@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from lepton.generate import generate
 from lepton.model import Lepton
 from tests.laws.lab import build
+
+# Its last token stands where no segment opens by itself.
+PROMPT = [5, 9, 33, 71, 9, 2, 60, 61, 62, 63, 64, 8, 14, 12]
+BATCH = [PROMPT, [7], [3, 1, 4, 1, 5, 9, 2, 6], PROMPT * 2]
 
 
 def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepton:
