@@ -40,6 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_memory": {"memory_heads": 0},
     "no_crystals": {"slots": 0},
     "no_peek": {"hint": 0},
+    "no_router": {"router": False},
+    "no_drafts": {"drafts": 0},
+    "no_uncertainty": {"uncertainty": False},
     "no_ideas": {"thoughts": 0, "memory_heads": 0, "slots": 0, "hint": 0},
 }
 WARM_UP = 100
