@@ -2,11 +2,10 @@
 
 Each case is a size, a variant, a batch and a way to run: `size/variant/rows x tokens[/way]`. Variants are those of
 `benchmarks.ideas`, and `peer` and `wide_peer`, the Llamas of `transformers` that `benchmarks.peer` describes. Ways are
-`plain` (the usual one on a CPU), `recorded`, `compiled` (the usual one on a GPU), and for LEPTON `blocks`: compiled
-with block-sparse attention. Timed are whole optimizer steps on random tokens. Cases of one size and batch take their
-steps in turns, each round beginning with another, so that whatever else the machine does hits them alike; `ratio` is a
-case's median tokens/s over that of the fastest `peer` of its size and batch. Prints what is found as it is found, then
-a table, then all of it as one line of JSON.
+`plain` (the usual one on a CPU), `recorded` and `compiled` (the usual one on a GPU). Timed are whole optimizer steps on
+random tokens. Cases of one size and batch take their steps in turns, each round beginning with another, so that
+whatever else the machine does hits them alike; `ratio` is a case's median tokens/s over that of the fastest `peer` of
+its size and batch. Prints what is found as it is found, then a table, then all of it as one line of JSON.
 
 On a CPU the process keeps the memory that it frees, as training does. Otherwise the logits of the peer, fresh pages in
 each step, cost it more than all its arithmetic, and a ratio says more about the system's pages than about the models.
@@ -43,7 +42,6 @@ WAYS = {
     "plain": {"compiled": False, "recorded": False},
     "recorded": {"compiled": False, "recorded": True},
     "compiled": {"compiled": True, "recorded": True},
-    "blocks": {"compiled": True, "recorded": True, "block_sparse": True},
 }
 
 Found = dict[str, Any]

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.block_sparse import BlockMask, attend_in_blocks
+from lepton.model.ranges import Ranges, attend_in_ranges
 from lepton.model.route import Route
-from lepton.model.timeline import Band
+from lepton.model.timeline import Band, Timeline
 
 NORM_EPS = 1e-6
 PRODUCT_COLUMNS = 1024
@@ -86,12 +86,13 @@ class Slots:
 class Sight:
     """What the tokens of a chunk see: of the token columns those of their band, and then all slots."""
 
-    bands: list[Band]
-    unseen: list[Tensor]
-    """For each band [B, T of the band, its columns and then C]: what `attend` adds to scores."""
+    queries: list[slice]
+    """The tokens of each band."""
+    columns: list[slice]
+    """Its columns, of those of past and chunk."""
+    unseen: list[Tensor | Ranges]
+    """For each band [B, T of the band, its columns and then C]: what `attend` takes."""
     slots: Slots | None
-    blocks: BlockMask | None = None
-    """The same for the whole chunk at once; in its place there are no bands then."""
 
     @staticmethod
     def of(bands: list[Band], slots: Slots | None, dtype: torch.dtype) -> "Sight":
@@ -99,7 +100,14 @@ class Sight:
         masks = [band.mask_BTJ for band in bands]
         if slots is not None:
             masks = [torch.cat([band.mask_BTJ, slots.mask_BTC[:, band.queries]], 2) for band in bands]
-        return Sight(bands, [unseen(mask, dtype) for mask in masks], slots)
+        queries, columns = [band.queries for band in bands], [band.columns for band in bands]
+        return Sight(queries, columns, [unseen(mask, dtype) for mask in masks], slots)
+
+    @staticmethod
+    def whole(timeline: Timeline, window: int | None, slots: Slots | None) -> "Sight":
+        """Lay out the same for a chunk without a past, in one band, for a device that attends in ranges."""
+        ranges = Ranges.of(timeline, window, slots.mask_BTC if slots else None)
+        return Sight([slice(None)], [slice(None)], [ranges], slots)
 
 
 def unseen(mask_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,8 +118,10 @@ def unseen(mask_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
     return added_BTX[..., :columns].masked_fill_(~mask_BTJ, torch.finfo(dtype).min)
 
 
-def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor) -> Tensor:
+def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor | Ranges) -> Tensor:
     """Softmax attention [B, T, N, H], `unseen_BTJ` added to scores. Each key/value head serves N / K query heads."""
+    if isinstance(unseen_BTJ, Ranges):
+        return attend_in_ranges(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
     if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_COLUMNS:
         return attend_by_products(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
@@ -186,18 +196,15 @@ class Attention(nn.Module):
             return self.out(q.flatten(-2))
         if sight.slots is not None:
             slot_k, slot_v = self.key_value(sight.slots.states_BCD, None, sight.slots.bias_BC)
-        if sight.blocks is not None:
-            if sight.slots is not None:
-                k_BJKH, v_BJKH = torch.cat([k_BJKH, slot_k], 1), torch.cat([v_BJKH, slot_v], 1)
-            return self.out(attend_in_blocks(q, k_BJKH, v_BJKH, sight.blocks).flatten(-2))
         answers = []
-        for index, (band, unseen_BTX) in enumerate(zip(sight.bands, sight.unseen, strict=True)):
-            k, v = k_BJKH[:, band.columns], v_BJKH[:, band.columns]
+        for index, unseen_BTX in enumerate(sight.unseen):
+            k, v = k_BJKH[:, sight.columns[index]], v_BJKH[:, sight.columns[index]]
             if sight.slots is not None:
                 k, v = torch.cat([k, slot_k], 1), torch.cat([v, slot_v], 1)
             if route is None:
-                answers.append(attend(q[:, band.queries], k, v, unseen_BTX))
+                answers.append(attend(q[:, sight.queries[index]], k, v, unseen_BTX))
             elif route.picks[index].any:
+                assert isinstance(unseen_BTX, Tensor)
                 pick = route.picks[index]
                 unseen_RQX = unseen_BTX[pick.rows_R[:, None], pick.query_RQ]
                 answers.append(pick.unpad(attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], unseen_RQX)))

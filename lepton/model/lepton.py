@@ -14,7 +14,6 @@ from lepton.errors import InputError
 from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
-from lepton.model.block_sparse import BLOCK, block_mask
 from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.draft import Drafter
 from lepton.model.entry import checked, fresh_state, with_memory
@@ -24,6 +23,7 @@ from lepton.model.memory import MemoryRun, WorkingMemory
 from lepton.model.objective import objective
 from lepton.model.output import Output, Traces
 from lepton.model.peek import Peek
+from lepton.model.ranges import has_kernel
 from lepton.model.route import Route
 from lepton.model.router import Router, taken_after
 from lepton.model.state import Memory, State, advance, read_tensors
@@ -38,7 +38,6 @@ class Lepton(nn.Module):
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
     fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
     `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
-    `block_sparse` skips what of attention's masks nobody sees, which pays once blocks are compiled for a GPU.
     """
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -46,7 +45,6 @@ class Lepton(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_activations = False
-        self.block_sparse = False
         rank = config.embed_rank or config.width
         reads = config.memory_heads * config.value_dim
         thoughts = config.width if config.thoughts else 0
@@ -135,21 +133,23 @@ class Lepton(nn.Module):
             opens_BT=opens,
             groups=groups,
         )
-        near = bands(timeline, past.keys_BLRKH.shape[2], config.window)
+        fresh = past.keys_BLRKH.shape[2] == 0 and depth == 1
+        in_ranges = fresh and has_kernel(tokens.device, self.dtype, config.head_dim)
+        near = [] if in_ranges else bands(timeline, past.keys_BLRKH.shape[2], config.window)
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
         columns: list[tuple[Tensor, Tensor]] = []
 
         embedded_BTE = self.embed(tokens).to(self.dtype)
         h_BTD = norm(self.embed_up(embedded_BTE))
-        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, self._sight(near, None, timeline, None), columns)
+        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, self._sight(near, None, timeline), columns)
         u_BTD = norm(h_BTD)
-        thoughts = self._think(u_BTD, past, rotary, timeline, think, columns)
+        thoughts = self._think(u_BTD, past, rotary, timeline, think, columns, in_ranges)
         read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
         seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
         x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
         deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
         slots = Slots.join(seen, thoughts.slots() if thoughts else None)
-        sight = self._sight(near, slots, timeline, route)
+        sight = self._sight(near, slots, timeline)
         x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
         hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
 
@@ -282,13 +282,9 @@ class Lepton(nn.Module):
         """Past columns that a state holds: all but one of a window, or `position` without one."""
         return position if self.config.window is None else self.config.window - 1
 
-    def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline, route: Route | None) -> Sight:
+    def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline) -> Sight:
         """What blocks see: the window and, behind the stem, the columns beside it (crystals, the current thoughts)."""
-        length = timeline.position_BT.shape[1]
-        # FlexAttention has other kernels for short chunks; and a past would move blocks against the bands.
-        if not self.block_sparse or route is not None or length < BLOCK or near[-1].columns.stop > length:
-            return Sight.of(near, slots, self.dtype)
-        return Sight([], [], slots, block_mask(timeline, self.config.window, slots.mask_BTC if slots else None))
+        return Sight.of(near, slots, self.dtype) if near else Sight.whole(timeline, self.config.window, slots)
 
     def _blocks(
         self,
@@ -320,6 +316,7 @@ class Lepton(nn.Module):
         timeline: Timeline,
         rounds: int | Tensor,
         columns: list[tuple[Tensor, Tensor]],
+        in_ranges: bool,
     ) -> ThoughtRun | None:
         if self.thoughts is None:
             return None
@@ -328,7 +325,7 @@ class Lepton(nn.Module):
         k_BJKH = torch.cat([past.keys_BLRKH[:, len(columns)], k_BTKH], 1)
         v_BJKH = torch.cat([past.values_BLRKH[:, len(columns)], v_BTKH], 1)
         columns.append((k_BTKH, v_BTKH))
-        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, rounds)
+        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, rounds, in_ranges)
 
     def _remember(
         self, u_BTD: Tensor, past: State, timeline: Timeline

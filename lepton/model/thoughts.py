@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lepton.config import LeptonConfig
 from lepton.model.attention import Linear, Rotary, Slots, attend, norm, unseen
 from lepton.model.block import Block
+from lepton.model.ranges import Ranges
 from lepton.model.timeline import Timeline, sees
 
 
@@ -84,11 +85,13 @@ class Thoughts(nn.Module):
         rotary: Rotary,
         timeline: Timeline,
         rounds: int | Tensor,
+        in_ranges: bool = False,
     ) -> ThoughtRun:
         """Think at every opening of the chunk.
 
         `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
-        chunk. `rounds` is one number for all, or a tensor [B] of at most its static maximum (see `loss`).
+        chunk. `rounds` is one number for all, or a tensor [B] of at most its static maximum (see `loss`). `in_ranges`
+        says that the device can attend so, and that there is no past.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -98,7 +101,8 @@ class Thoughts(nn.Module):
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
-        unseen_BQJ = unseen(self._mask(index_BG, k_BJKH.shape[1], timeline), u_BTD.dtype)
+        mask_BQJ = self._mask(opening_BG, k_BJKH.shape[1], timeline)
+        unseen_BQJ = Ranges.of_slots(mask_BQJ) if in_ranges else unseen(mask_BQJ, u_BTD.dtype)
         most = rounds if isinstance(rounds, int) else MAX_TRAINING_ROUNDS
         each_B = torch.full((rows,), rounds, device=u_BTD.device) if isinstance(rounds, int) else rounds
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
@@ -116,17 +120,19 @@ class Thoughts(nn.Module):
             timeline,
         )
 
-    def _mask(self, index_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
-        """Each slot sees what its opening token sees, and its own group: [B, G * S, J + G * S]."""
+    def _mask(self, opening_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
+        """Each slot sees what its opening token sees, if there is one, and its own group: [B, G * S, J + G * S]."""
         slots = len(self.start)
         past = columns - timeline.position_BT.shape[1]
-        column_J = torch.arange(-past, columns - past, device=index_BG.device)
-        window_BQJ = sees(timeline, index_BG, column_J, self.window).repeat_interleave(slots, 1)
-        group_Q = torch.arange(index_BG.shape[1], device=index_BG.device).repeat_interleave(slots)
+        column_J = torch.arange(-past, columns - past, device=opening_BG.device)
+        window_BGJ = sees(timeline, opening_BG.clamp(min=0), column_J, self.window) & (opening_BG >= 0)[..., None]
+        group_Q = torch.arange(opening_BG.shape[1], device=opening_BG.device).repeat_interleave(slots)
         own_QQ = group_Q[:, None] == group_Q
-        return torch.cat([window_BQJ, own_QQ.expand(len(index_BG), -1, -1)], 2)
+        return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
 
-    def _round(self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, unseen_BQJ: Tensor) -> Tensor:
+    def _round(
+        self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, unseen_BQJ: Tensor | Ranges
+    ) -> Tensor:
         """One pass of the tied block over all groups; returns normed thoughts of the same shape."""
         attention = self.block.attention
         # Queries stand at the opening token, so that they can look for what is near; keys of slots are position-free.

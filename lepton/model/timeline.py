@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries are answered in bands of this many tokens (or a window, if that is longer), each against the
-# columns it can see at all, so a long chunk costs time and memory linear in its length.
-BAND = 256
+# Queries of a long chunk are answered in bands of this many tokens, each against the columns it can see at all: so
+# with a window it costs time and memory linear in its length, and without one half of a square.
+BAND = 128
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Band:
 
 def band_edges(chunk: int, past: int, window: int | None) -> list[tuple[int, int, int, int]]:
     """Split `chunk` queries after `past` columns into bands: (first query, last, first column, last)."""
-    if window is None or chunk <= 2 * max(window, BAND):
+    if chunk <= 2 * BAND:
         return [(0, chunk, 0, past + chunk)]
-    size = max(window, BAND)
     edges = []
-    for first in range(0, chunk, size):
-        last = min(first + size, chunk)
-        edges.append((first, last, max(0, past + first - window + 1), past + last))
+    for first in range(0, chunk, BAND):
+        last = min(first + BAND, chunk)
+        left = 0 if window is None else max(0, past + first - window + 1)
+        edges.append((first, last, left, past + last))
     return edges
 
 

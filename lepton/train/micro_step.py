@@ -39,8 +39,7 @@ class Inputs:
 class MicroStep:
     """Adds the gradients of micro-batches to the parameters' own, and their loss terms to `figures`.
 
-    The gradients' memory is kept from step to step: whoever uses them sets them to zero, and not to None. With
-    `block_sparse`, compiled blocks attend as `Lepton.block_sparse` says.
+    The gradients' memory is kept from step to step: whoever uses them sets them to zero, and not to None.
     """
 
     def __init__(
@@ -49,12 +48,10 @@ class MicroStep:
         *,
         compiled: bool,
         recorded: bool = True,
-        block_sparse: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self._model = model
         self._say = say
-        self._block_sparse = block_sparse
         self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
             self._parts = [
@@ -153,10 +150,8 @@ class MicroStep:
         try:
             for module, name, function in self._parts:
                 setattr(module, name, function)
-            self._model.block_sparse = self._block_sparse and bool(self._parts)
             yield
         finally:
-            self._model.block_sparse = False
             for module, name, _ in self._parts:
                 module.__dict__.pop(name, None)
 

@@ -89,34 +89,6 @@ def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:flex_attention called without torch.compile")
-def test_block_sparse_blocks_are_two_programs_for_all_batches(model, monkeypatch):
-    """One of the stem and one of the deep blocks, whatever the documents."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    monkeypatch.setattr("lepton.train.micro_step.compiled_parts", lambda model: compiled_parts(model)[: len(blocks)])
-    blocks, compiled = [*model.stem, *model.blocks], []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    real = torch.compile
-    monkeypatch.setattr("torch.compile", lambda forward, *, dynamic: real(forward, dynamic=dynamic, backend=backend))
-    tokens, found = torch.randint(1, 300, (2, 3, 151)), []
-    tokens[1, :, 70] = model.config.eos_id
-    for block_sparse in (False, True):
-        torch._dynamo.reset()
-        compiled.clear()
-        model.zero_grad()
-        micro_step = MicroStep(model, compiled=True, block_sparse=block_sparse, say=[].append)
-        for batch in tokens:
-            micro_step(batch, torch.full((3,), 151), THINK[:3], 24, 0.5)
-        found.append(gradients(model))
-        flexes = [sum("flex" in str(node.target) for node in graph.graph.nodes) for graph in compiled]
-        assert flexes == [int(block_sparse)] * 2
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
-
-
 def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):
     def failing(*_):
         raise RuntimeError("no C++ compiler found\nand a long trace")
@@ -163,9 +135,8 @@ def test_a_recording_equals_the_plain_pass(model, compiled, checkpointing):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32")
-@pytest.mark.parametrize("block_sparse", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
-def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, tolerance, block_sparse):
+def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, tolerance):
     """Fast and slow paths agree on the loss of a whole run, relative to it."""
     curves = []
     for fast in (False, True):
@@ -174,7 +145,7 @@ def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, to
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
         optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
-        micro_step = MicroStep(model, compiled=fast, recorded=fast, block_sparse=fast and block_sparse, say=[].append)
+        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=[].append)
         micro_step.prepare(8, 200)
         curves.append([])
         for step in range(20):
