@@ -65,7 +65,8 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` in a few large kernels: matrices of one shape are orthogonalised together.
 
     One by one, their kernels take a GPU's host longer to launch than the GPU to run. State and options are those of the
-    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch.
+    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch. A group's `lr`
+    is a number, or a tensor without dimensions on the matrices' device, which is then read there.
     """
 
     @torch.no_grad()
@@ -84,8 +85,9 @@ class BatchedMuon(torch.optim.Muon):
                 torch._foreach_lerp_(gradients, averages, momentum)
                 update = orthogonal(torch.stack(gradients), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = matrices[0].shape
+                update.mul_(-lr * math.sqrt(max(1, rows / columns)))
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, update.unbind(), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                torch._foreach_add_(matrices, update.unbind())
 
 
 def orthogonal(stack_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -115,6 +115,23 @@ def test_batched_muon_is_torchs_muon(monkeypatch, stacked):
     assert min(moved) > 0.05
 
 
+def test_batched_muon_takes_its_rate_as_a_number_or_where_the_matrices_lie():
+    shapes = [(32, 48), (48, 32), (32, 48)]
+    start, found = [torch.randn(shape) for shape in shapes], []
+    for place in (float, torch.tensor):
+        matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+        muon = optimizer.BatchedMuon(matrices, lr=0.0, weight_decay=0.5)
+        for step, rate in enumerate((0.02, 0.0, 0.01)):
+            noise = torch.Generator().manual_seed(step)
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=noise)
+            muon.param_groups[0]["lr"] = place(rate)
+            muon.step()
+        found.append([matrix.detach() for matrix in matrices])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found[0][0], start[0], atol=1e-2)
+
+
 def test_an_orthogonal_update_has_singular_values_near_one():
     for shape in ((3, 24, 40), (3, 40, 24)):
         stack = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e3])[:, None, None]
