@@ -206,7 +206,7 @@ class Optimizers:
         apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for member in self._members.values():
             member.step()
-            member.zero_grad(set_to_none=False)
+        torch._foreach_zero_([each.grad for each in self._trunk + self._auxiliary if each.grad is not None])
         # What is not finite in either shows in what is returned, so that nothing goes on from it.
         return norm + 0 * apart
 
