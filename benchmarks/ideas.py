@@ -103,7 +103,7 @@ class Run:
         think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        optimizers.step(scale, grad_clip=1.0)
+        optimizers.step(scale, grad_clip=1.0, pool=micro_step.pool)
         return micro_step.take_figures()["loss"]
 
     def synchronize(self) -> None:

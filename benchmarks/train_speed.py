@@ -69,7 +69,9 @@ class LeptonTraining:
         self.model.compute_dtype = hardware.pick_dtype("auto", device)
         if self.model.drafter is not None:
             self.model.drafter.ids.copy_(torch.arange(len(self.model.drafter.ids)))
-        self.optimizers = Optimizers(self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
+        self.optimizers = Optimizers(
+            self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=WAYS[way]["recorded"]
+        )
 
     @property
     def params(self) -> int:
@@ -91,7 +93,7 @@ class LeptonTraining:
             think, groups = plan_thoughts(self.model.config, self.tokens_BX, 0, index, micro)
             self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
         self.micro_step.take_figures()
-        self.optimizers.step(1.0, 1.0)
+        self.optimizers.step(1.0, 1.0, self.micro_step.pool)
 
 
 @dataclass(frozen=True)

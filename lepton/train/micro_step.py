@@ -60,7 +60,8 @@ class MicroStep:
             ]
         self._record = recorded and model.embed.weight.device.type == "cuda"
         self._recordings: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
-        self._pool: Any = None
+        self.pool: Any = None
+        """The memory that recordings work in, None before the first. Gradients and figures lie outside of it."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
@@ -86,6 +87,7 @@ class MicroStep:
                 self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
                 self._parts, self._record = [], self._record and bool(self._parts)
                 self._recordings.clear()
+                self.pool = None
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
@@ -139,9 +141,9 @@ class MicroStep:
                     self._run(idle, groups)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self.pool):
                 self._run(idle, groups)
-        self._pool = graph.pool()
+        self.pool = graph.pool()
         return graph, idle
 
     @contextmanager

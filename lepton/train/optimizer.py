@@ -3,9 +3,13 @@
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
 orthogonal matrix. Its update has spectral norm sqrt(max(1, rows / columns)) x rate whatever the width, so one rate
 serves all sizes.
+
+A step of both is some hundred kernels, which a GPU's host takes longer to launch than the GPU to run. So there it is
+recorded as a CUDA graph, and replayed in one launch.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -65,7 +69,8 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` in a few large kernels: matrices of one shape are orthogonalised together.
 
     One by one, their kernels take a GPU's host longer to launch than the GPU to run. State and options are those of the
-    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch.
+    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch. A group's `lr`
+    is a number, or a tensor without dimensions on the matrices' device, which is then read there.
     """
 
     @torch.no_grad()
@@ -84,8 +89,9 @@ class BatchedMuon(torch.optim.Muon):
                 torch._foreach_lerp_(gradients, averages, momentum)
                 update = orthogonal(torch.stack(gradients), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = matrices[0].shape
+                update.mul_(-lr * math.sqrt(max(1, rows / columns)))
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, update.unbind(), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                torch._foreach_add_(matrices, update.unbind())
 
 
 def orthogonal(stack_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -103,13 +109,36 @@ def orthogonal(stack_NRC: Tensor, coefficients: tuple[float, float, float], step
     return (x if wide else x.mT).to(stack_NRC.dtype)
 
 
+class Recording:
+    """An update of what lies on a GPU, recorded as a CUDA graph: replayed in one launch, on the same memory each time.
+
+    Recording runs nothing. `pool` is memory that other recordings work in too, of which none runs beside this one.
+    """
+
+    def __init__(self, update: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
+        # Entering the current stream restores it: a recording that fails leaves its own one current.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            self._device, self._graph = device, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool):
+                self._result = update()
+
+    def replay(self) -> Tensor:
+        """Run the update and return its result, which later runs leave alone."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+            return self._result.clone()
+
+
 class Optimizers:
     """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
 
-    A matrix shrinks by weight_decay x lr a step under either optimizer; embedding and vectors do not decay.
+    A matrix shrinks by weight_decay x lr a step under either optimizer; embedding and vectors do not decay. On a GPU
+    steps are recorded and replayed, unless `recorded` is False; their results are the same.
     """
 
-    def __init__(self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float, recorded: bool = True
+    ) -> None:
         muon, rest = split_parameters(model)
         if kind == "adamw":
             muon, rest = [], muon + rest
@@ -126,9 +155,15 @@ class Optimizers:
             for rate in (EMBEDDING_RATE, 1)
             for decays in (True, False)
         ]
-        fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in both)
+        self._device = both[0][1].device
+        on_gpu = self._device.type == "cuda"
         adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=lr, betas=BETAS, eps=EPS, fused=fused
+            [group for group in groups if group["params"]],
+            lr=lr,
+            betas=BETAS,
+            eps=EPS,
+            fused=on_gpu or self._device.type == "cpu",
+            capturable=on_gpu,
         )
         self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
         if muon:
@@ -136,21 +171,69 @@ class Optimizers:
                 muon, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
             )
         self._peak = {"adamw": lr, "muon": muon_lr}
+        if on_gpu:  # rates lie there, recorded or not, so that both ways round them alike
+            for member in self._members.values():
+                for group in member.param_groups:
+                    group["lr"] = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._record = recorded and on_gpu
+        self._asked: tuple[float | None, ...] | None = None
+        self._recording: Recording | None = None
 
-    def step(self, scale: float, grad_clip: float) -> Tensor:
+    def step(self, scale: float, grad_clip: float, pool: Any = None) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
 
         Returns the norm of the trunk's gradients before clipping.
+
+        Args:
+            scale: what the schedule says.
+            grad_clip: norm to which gradients are clipped, the trunk's and the others' each on their own.
+            pool: memory in which a recording works, such as `MicroStep.pool`; None takes some of its own.
         """
-        norm = nn.utils.clip_grad_norm_(self._trunk, grad_clip)
-        apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for name, member in self._members.items():
             for group in member.param_groups:
-                group["lr"] = self._peak[name] * group.get("rate", 1) * scale
+                rate = self._peak[name] * group.get("rate", 1) * scale
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+        recording = self._recorded(grad_clip, pool) if self._record else None
+        return recording.replay() if recording else self._update(grad_clip)
+
+    @torch.no_grad()
+    def _update(self, grad_clip: float) -> Tensor:
+        """Update at the groups' rates; what `step` records."""
+        norm = nn.utils.clip_grad_norm_(self._trunk, grad_clip)
+        apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
+        for member in self._members.values():
             member.step()
-            member.zero_grad(set_to_none=False)
+        torch._foreach_zero_([each.grad for each in self._trunk + self._auxiliary if each.grad is not None])
         # What is not finite in either shows in what is returned, so that nothing goes on from it.
         return norm + 0 * apart
+
+    def _recorded(self, grad_clip: float, pool: Any) -> Recording | None:
+        """Return the recording of an update, or None where it is to run as it is.
+
+        It runs so whenever it differs from the last one, in `grad_clip` or in where the gradients lie: that creates
+        state and loads kernels, which cannot happen while recording. The next one like it is recorded.
+        """
+        places = [None if each.grad is None else each.grad.data_ptr() for each in self._trunk + self._auxiliary]
+        asked = (grad_clip, *places)
+        if asked != self._asked:
+            self._asked, self._recording = asked, None
+        elif self._recording is None:
+            try:
+                self._recording = Recording(lambda: self._update(grad_clip), self._device, pool)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # in many ways; none of them should stop a run that works without
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(
+                    f"cannot record the optimizers' step here ({reason}): going on without, which runs slower",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                self._record = False
+        return self._recording
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; rates and other hyperparameters are not part of it."""
@@ -163,6 +246,7 @@ class Optimizers:
         for name, member in self._members.items():
             own = member.state_dict()["param_groups"]
             member.load_state_dict({"state": saved["states"][name], "param_groups": own})
+        self._asked, self._recording = None, None  # the state lies elsewhere now
 
 
 def _kind(name: str, parameter: Tensor) -> tuple[int, bool]:

@@ -124,7 +124,7 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        figures["grad_norm"] = parts.optimizers.step(scale, settings.grad_clip).float()
+        figures["grad_norm"] = parts.optimizers.step(scale, settings.grad_clip, micro_step.pool).float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
 

@@ -144,7 +144,7 @@ def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, to
         model = Lepton(LeptonConfig(**SHAPE)).cuda().train()
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
-        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
+        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=fast)
         micro_step = MicroStep(model, compiled=fast, recorded=fast, say=[].append)
         micro_step.prepare(8, 200)
         curves.append([])
@@ -153,5 +153,6 @@ def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, to
             think, groups = plan_thoughts(model.config, tokens, 0, step, 0)
             micro_step(tokens, torch.full((8,), 201), think, groups, 1.0)
             curves[-1].append(micro_step.take_figures()["loss"].item())
-            optimizers.step(1.0, 1.0)
+            optimizers.step(1.0, 1.0, micro_step.pool)
+        assert (optimizers._recording is not None) == fast
     torch.testing.assert_close(curves[1], curves[0], rtol=tolerance, atol=0)

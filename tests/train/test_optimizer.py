@@ -115,6 +115,23 @@ def test_batched_muon_is_torchs_muon(monkeypatch, stacked):
     assert min(moved) > 0.05
 
 
+def test_batched_muon_takes_its_rate_as_a_number_or_where_the_matrices_lie():
+    shapes = [(32, 48), (48, 32), (32, 48)]
+    start, found = [torch.randn(shape) for shape in shapes], []
+    for place in (float, torch.tensor):
+        matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+        muon = optimizer.BatchedMuon(matrices, lr=0.0, weight_decay=0.5)
+        for step, rate in enumerate((0.02, 0.0, 0.01)):
+            noise = torch.Generator().manual_seed(step)
+            for matrix in matrices:
+                matrix.grad = torch.randn(matrix.shape, generator=noise)
+            muon.param_groups[0]["lr"] = place(rate)
+            muon.step()
+        found.append([matrix.detach() for matrix in matrices])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found[0][0], start[0], atol=1e-2)
+
+
 def test_an_orthogonal_update_has_singular_values_near_one():
     for shape in ((3, 24, 40), (3, 40, 24)):
         stack = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e3])[:, None, None]
@@ -158,3 +175,187 @@ def test_a_restored_state_keeps_the_new_rates():
     second = optimizers_of(model, weight_decay=0.0)
     second.load_state_dict(first.state_dict())
     assert all(group["weight_decay"] == 0 for member in second._members.values() for group in member.param_groups)
+
+
+class Replayed:
+    """Stands in for a recording where there is no GPU: runs the update each time."""
+
+    made: list["Replayed"]
+
+    def __init__(self, update, device, pool):
+        self.update, self.pool, self.replays = update, pool, 0
+        self.made.append(self)
+
+    def replay(self):
+        self.replays += 1
+        return self.update()
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """All that were made, in their order."""
+    monkeypatch.setattr(Replayed, "made", [], raising=False)
+    monkeypatch.setattr(optimizer, "Recording", Replayed)
+    return Replayed.made
+
+
+def noisy_gradients(model, seed):
+    """Fill the gradients where they lie; the same numbers on every device."""
+    noise = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.copy_(torch.randn(parameter.shape, generator=noise) / 100)
+
+
+def test_a_step_is_recorded_the_second_time_in_a_row(recordings):
+    model, twin = small_model(), small_model()
+    optimizers, plain = optimizers_of(model), optimizers_of(twin)
+    optimizers._record = True
+    made_and_replayed = []
+
+    def step(clip=1.0):
+        for which in (model, twin):
+            noisy_gradients(which, len(made_and_replayed))
+        norm, expected = optimizers.step(0.5, clip, "the pool"), plain.step(0.5, clip)
+        assert torch.equal(norm, expected)
+        made_and_replayed.append((len(recordings), sum(recording.replays for recording in recordings)))
+        return made_and_replayed[-1]
+
+    assert [step() for _ in range(4)] == [(0, 0), (1, 1), (1, 2), (1, 3)]
+    assert [step(clip=0.5) for _ in range(3)] == [(1, 3), (2, 4), (2, 5)]
+    moved = model.embed.weight.grad.clone()
+    model.embed.weight.grad = moved
+    assert [step(clip=0.5) for _ in range(2)] == [(2, 5), (3, 6)]
+    optimizers.load_state_dict(copy.deepcopy(optimizers.state_dict()))
+    assert [step(clip=0.5) for _ in range(2)] == [(3, 6), (4, 7)]
+    assert {recording.pool for recording in recordings} == {"the pool"}
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gradient_that_comes_later_gets_its_state_before_it_is_recorded(recordings):
+    model = small_model()
+    optimizers = optimizers_of(model)
+    optimizers._record = True
+    noisy_gradients(model, 0)
+    late = model.stem[0].mlp.up.weight
+    gradient, late.grad = late.grad, None
+    for _ in range(2):
+        optimizers.step(1.0, 1.0)
+    assert len(recordings) == 1
+    assert not optimizers._members["muon"].state[late]
+    late.grad = gradient
+    optimizers.step(1.0, 1.0)
+    assert len(recordings) == 1
+    assert optimizers._members["muon"].state[late]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_on_a_cpu_nothing_is_recorded_and_rates_are_numbers(recordings, recorded):
+    model = small_model()
+    optimizers = optimizers_of(model, recorded=recorded)
+    train_some(model, optimizers, 3)
+    assert recordings == []
+    rates = [group["lr"] for member in optimizers._members.values() for group in member.param_groups]
+    assert all(isinstance(rate, float) for rate in rates)
+
+
+def test_where_recording_fails_it_says_so_once_and_goes_on(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
+
+    monkeypatch.setattr(optimizer, "Recording", failing)
+    model = small_model()
+    optimizers = optimizers_of(model)
+    optimizers._record = True
+    noisy_gradients(model, 0)
+    optimizers.step(1.0, 1.0)
+    noisy_gradients(model, 1)
+    with pytest.warns(RuntimeWarning, match=r"cannot record .* \(operation not permitted .* capturing\): going on"):
+        norm = optimizers.step(1.0, 1.0)
+    assert norm > 0
+    for _ in range(3):
+        optimizers.step(1.0, 1.0)
+    assert optimizers._members["adamw"].state[model.embed.weight]["step"] == 5
+
+
+def test_a_full_gpu_is_no_failing_recording(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(optimizer, "Recording", full)
+    model = small_model()
+    optimizers = optimizers_of(model)
+    optimizers._record = True
+    noisy_gradients(model, 0)
+    optimizers.step(1.0, 1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizers.step(1.0, 1.0)
+
+
+def noisy_run(kind, recorded, device):
+    """Five steps at changing rates; then other clipping, then a state of before, then a gradient that lies elsewhere.
+
+    Returns the norms, whether a step was replayed, and what came out.
+    """
+    model = small_model().to(device)
+    optimizers = optimizers_of(model, kind, recorded=recorded)
+    norms, values, replayed = [], [], []
+
+    def steps(*scales, grad_clip):
+        for scale in scales:
+            noisy_gradients(model, len(norms))
+            norms.append(optimizers.step(scale, grad_clip))
+            values.append(norms[-1].item())
+            replayed.append(optimizers._recording is not None)
+            assert not any(parameter.grad.any() for parameter in model.parameters())
+
+    steps(0.1, 1.0, 0.5, 0.0, 0.7, grad_clip=0.1)
+    saved = copy.deepcopy(optimizers.state_dict())
+    steps(0.6, 0.5, 0.4, grad_clip=1e6)
+    optimizers.load_state_dict(saved)
+    steps(0.3, 0.2, 0.9, grad_clip=1e6)
+    moved = model.embed.weight.grad.clone()
+    model.embed.weight.grad = moved
+    steps(0.8, 0.4, 0.1, grad_clip=1e6)
+    assert [norm.item() for norm in norms] == values, "a norm that was returned stays what it was"
+    assert len(set(values)) == len(values)
+    assert min(values) > 0.1, "the first ones are clipped"
+    return values, replayed, [*model.parameters()], optimizers.state_dict()["states"]
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_recorded_steps_are_the_plain_ones_bit_for_bit(kind, device):
+    norms, none, expected, expected_states = noisy_run(kind, False, device)
+    found_norms, replayed, found, states = noisy_run(kind, True, device)
+    assert found_norms == norms
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(states, expected_states, rtol=0, atol=0)
+    assert not any(none)
+    first_and_others = [False, True, True, True, True] + 3 * [False, True, True]
+    assert replayed == [device == "cuda" and other for other in first_and_others]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_state_moves_from_a_cpu_to_a_gpu_and_back(kind):
+    model = small_model()
+    saved = None
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        optimizers = optimizers_of(model, kind)
+        for parameter in model.parameters():
+            parameter.grad = None
+        if saved:
+            optimizers.load_state_dict(saved)
+        for step in range(3):
+            noisy_gradients(model, step)
+            assert optimizers.step(0.5, 1.0).isfinite()
+        saved = copy.deepcopy(optimizers.state_dict())
+        for state in (state for states in saved["states"].values() for state in states.values()):
+            assert {value.device.type for value in state.values()} == {device}
+    counters = [state["step"].item() for state in saved["states"]["adamw"].values()]
+    assert set(counters) == {9}
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
