@@ -77,9 +77,10 @@ def _outcomes(
     if model.uncertainty is not None:
         hidden_MD = hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
-            logits_MV = model.head(hidden_MD)
+            x_MD = model.head_down(hidden_MD)
+            raw_MV = x_MD @ model.embed.weight.to(x_MD.dtype).T
         signals_M3 = traces.signals_BT3.flatten(0, 1)[index_M]
-        losses["uncertainty"] = model.uncertainty.loss(hidden_MD, logits_MV, signals_M3, target_M)
+        losses["uncertainty"] = model.uncertainty.loss(hidden_MD, raw_MV, signals_M3, target_M)
     return losses
 
 
