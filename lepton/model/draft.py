@@ -59,7 +59,7 @@ class Drafter(nn.Module):
         `following_MX` are the 1 + `count` tokens after each position, `IGNORE` beyond its document; the first was
         sampled by the model itself, each next one is what the cell should have drafted.
         """
-        rows_VE = self.rows(embedding)
+        rows_VE = self.rows(embedding).to(hidden_MD.dtype)  # once, and not with each draft
         place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_VE.device)
         place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_VE.device))
         known_MX = following_MX.clamp(min=0)

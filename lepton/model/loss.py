@@ -110,14 +110,20 @@ def _in_chunks(
     z_weight: float,
     grads: bool,
     weight_grads: bool,
+    accumulates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nats and squared log-normaliser of each position; then the gradients, empty where they are not wanted."""
+    """Nats and squared log-normaliser of each position; then the gradients, empty where they are not wanted.
+
+    With `accumulates`, products of half precision add themselves to the head's gradient, as `_accumulate` says.
+    """
     precise = torch.promote_types(x_MD.dtype, torch.float32)
     matrix_VD = weight_VD.to(x_MD.dtype)
     nats_M = torch.empty(len(x_MD), dtype=precise, device=x_MD.device)
     squares_M = torch.empty_like(nats_M)
     dx_MD = torch.empty_like(x_MD) if grads else x_MD.new_empty(0)
-    dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
+    accumulates &= len(x_MD) > 0  # or nothing would write to it
+    start = torch.empty_like if accumulates else torch.zeros_like
+    dweight_VD = start(weight_VD, dtype=precise) if weight_grads else nats_M.new_empty(0)
     size = _chunk_size(x_MD, len(weight_VD))
     for first in range(0, len(x_MD), size):
         rows = slice(first, first + size)
@@ -126,10 +132,38 @@ def _in_chunks(
         nats_M[rows], squares_M[rows] = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
         if grads:  # the logits are slopes now
             dx_MD[rows] = raw_CV @ matrix_VD
-        if weight_grads:
+        if weight_grads and accumulates:
+            _accumulate(dweight_VD, raw_CV.T, x_CD, fresh=first == 0)
+        elif weight_grads:
             dweight_VD += raw_CV.T @ x_CD
         del raw_CV  # before the next chunk's logits are made
     return nats_M, squares_M, dx_MD, dweight_VD
+
+
+def _accumulate(total_VD: Tensor, one_VC: Tensor, other_CD: Tensor, *, fresh: bool) -> None:
+    """Add a product of matrices in half precision to a sum in fp32, or start the sum with it if `fresh`.
+
+    The product is never rounded, and never stored beside the sum: for a whole vocabulary, adding it takes longer than
+    a small chunk's product does.
+    """
+    torch.addmm(total_VD, one_VC, other_CD, out_dtype=total_VD.dtype, beta=0 if fresh else 1, out=total_VD)
+
+
+@functools.cache
+def _accumulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `_accumulate` is right here, by a trial: it is for CUDA alone, and not for every version and device."""
+    if device.type != "cuda":
+        return False
+    total = torch.full((16, 16), torch.nan, device=device)
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        for fresh in (True, False):
+            _accumulate(total, ones.T, ones, fresh=fresh)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # cannot be computed here; no such argument
+        return False
+    return bool((total == 32).all())
 
 
 def _wants_kernel(x_MD: Tensor) -> bool:
@@ -168,8 +202,9 @@ def _in_kernel_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_in_chunks` with the kernel. One operator, so that a compiled model calls it as it is: the kernel works in
     place, and a compiler that cannot see that nobody else reads the logits would copy them."""
-    chunk = _kernel_chunk(x_MD.device, x_MD.dtype)
-    return _in_chunks(chunk, x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads, weight_grads)
+    here = (x_MD.device, x_MD.dtype)
+    options = (vocab_size, cap, z_weight, grads, weight_grads, weight_grads and _accumulates(*here))
+    return _in_chunks(_kernel_chunk(*here), x_MD, weight_VD, target_M, count, *options)
 
 
 @_in_kernel_chunks.register_fake

@@ -63,12 +63,15 @@ def _outcomes(
     model: "Lepton", hidden_BTD: Tensor, traces: Traces, following_BT: Tensor, nats_M: Tensor
 ) -> dict[str, Tensor]:
     """Losses that compare predictions with what came: exit, router and uncertainty, at sampled positions."""
+    if model.router is None and model.uncertainty is None:
+        return {}
     index_M = _picks(following_BT, OUTCOME_STRIDE)
     target_M = following_BT.flatten()[index_M]
+    rows_VE = model.embed.weight.detach().to(hidden_BTD.dtype)
     losses = {}
     if model.router is not None:
         early_MD = model.router.exit(traces.early_BTD.flatten(0, 1)[index_M])
-        losses["exit"], early_nats_M = _frozen_head(model, early_MD, target_M)
+        losses["exit"], early_nats_M = _frozen_head(model, early_MD, rows_VE, target_M)
         assert traces.benefit_BT is not None
         valid_M = target_M >= 0
         saved_M = (early_nats_M - nats_M[index_M]).clamp(-5, 5)
@@ -77,20 +80,23 @@ def _outcomes(
     if model.uncertainty is not None:
         hidden_MD = hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
-            logits_MV = model.head(hidden_MD)
+            raw_MV = model.head_down(hidden_MD) @ rows_VE.T
         signals_M3 = traces.signals_BT3.flatten(0, 1)[index_M]
-        losses["uncertainty"] = model.uncertainty.loss(hidden_MD, logits_MV, signals_M3, target_M)
+        losses["uncertainty"] = model.uncertainty.loss(hidden_MD, raw_MV, signals_M3, target_M)
     return losses
 
 
-def _frozen_head(model: "Lepton", x_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy, differentiable in `x_MD` and not in the head's weights, and the nats of each position."""
+def _frozen_head(model: "Lepton", x_MD: Tensor, rows_VE: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy, differentiable in `x_MD` and not in the head's weights, and the nats of each position.
+
+    `rows_VE` are the embedding without gradient.
+    """
     x = norm(x_MD)
     if isinstance(model.head_down, nn.Linear):
         x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
     loss, _, _, nats_M = linear_cross_entropy(
         x,
-        model.embed.weight.detach(),
+        rows_VE,
         target_M,
         vocab_size=model.config.vocab_size,
         cap=model.config.logit_cap,

@@ -165,7 +165,7 @@ def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
     """
     parts = [(module, "forward") for module in [*model.stem, *model.blocks]]
     parts += [(idea, "forward") for idea in (model.thoughts, model.memory) if idea is not None]
-    return parts + [(idea, "loss") for idea in (model.peek, model.drafter) if idea is not None]
+    return parts + [(idea, "loss") for idea in (model.uncertainty, model.peek, model.drafter) if idea is not None]
 
 
 def _to_device(value: Tensor, device: torch.device) -> Tensor:

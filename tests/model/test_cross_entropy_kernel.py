@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lepton.model import loss as module
 from lepton.model.loss import HAS_TRITON, IGNORE, linear_cross_entropy
@@ -87,6 +88,19 @@ def test_near_the_reference_in_half_precision(device, dtype, z_weight):
 def test_near_the_reference_at_the_sizes_of_training(device, rows, columns, real):
     x, weight, target = data(device, torch.bfloat16, rows, columns, real)
     check(x, weight, target, 1e-2, vocab_size=real, cap=15.0, z_weight=1e-4)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulates", [True, False])
+def test_passes_add_up_in_half_precision(device, dtype, accumulates, monkeypatch):
+    """Each product added to the head's gradient as it is computed, or where that cannot be, after."""
+    monkeypatch.setattr(module, "ENTRIES_GPU", 256 * 1024)
+    x, weight, target = data(device, dtype, 1000, 1024, 1000)
+    assert module._accumulates(x.device, dtype)
+    if not accumulates:
+        monkeypatch.setattr(module, "_accumulates", lambda device, dtype: False)
+    check(x, weight.detach().float().requires_grad_(), target, 1e-2, vocab_size=1000, cap=15.0, z_weight=0.1)
 
 
 @pytest.mark.usefixtures("_forced")
@@ -195,6 +209,41 @@ def test_a_graph_of_the_whole_loss_holds_the_operator(monkeypatch):
         loss, ce, z, _ = function(x, weight, target, vocab_size=97, cap=15.0)
         both.append((loss, ce, z, *torch.autograd.grad(loss, (x, weight))))
     torch.testing.assert_close(*both)
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize("rows", [0, 12, 40])
+def test_the_first_product_starts_the_sum(rows, monkeypatch):
+    """As on a GPU, but for the product, which a CPU cannot add in half precision."""
+
+    def accumulate(total, one, other, *, fresh):
+        total.addmm_(one, other, beta=0 if fresh else 1)
+
+    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    monkeypatch.setattr(module, "_accumulates", lambda device, dtype: True)
+    monkeypatch.setattr(module, "_accumulate", accumulate)
+    monkeypatch.setattr(module, "CHUNK_CPU", 16)
+    x, weight = torch.randn(rows, 16, requires_grad=True), torch.randn(128, 16, requires_grad=True)
+    target = torch.randint(0, 97, (rows,))
+    if rows:
+        check(x, weight, target, 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
+    else:
+        linear_cross_entropy(x, weight, target, vocab_size=97, cap=15.0)[0].backward()
+        assert not weight.grad.any()
+
+
+def test_where_a_product_cannot_add_itself_it_is_added():
+    assert not module._accumulates(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("_forced")
+@pytest.mark.parametrize(("frozen", "products"), [(False, 3), (True, 2)])
+def test_its_products_are_counted(frozen, products, monkeypatch):
+    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    x, weight, target = data("cpu", torch.float32, 12, 128, 97)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(x, weight.detach() if frozen else weight, target, vocab_size=97, cap=15.0)[0].backward()
+    assert counter.get_total_flops() == products * 2 * x.numel() * 128
 
 
 @pytest.mark.usefixtures("_forced")
