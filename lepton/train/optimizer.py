@@ -73,6 +73,9 @@ class BatchedMuon(torch.optim.Muon):
     is a number, or a tensor without dimensions on the matrices' device, which is then read there.
     """
 
+    dtype = torch.bfloat16
+    """What matrices are orthogonalised in."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update the parameters."""
@@ -87,21 +90,25 @@ class BatchedMuon(torch.optim.Muon):
                 averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 torch._foreach_lerp_(gradients, averages, momentum)
-                update = orthogonal(torch.stack(gradients), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = orthogonal(
+                    torch.stack(gradients), self.dtype, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 rows, columns = matrices[0].shape
                 update.mul_(-lr * math.sqrt(max(1, rows / columns)))
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
                 torch._foreach_add_(matrices, update.unbind())
 
 
-def orthogonal(stack_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Return about the nearest orthogonal matrix of each of a stack, by Newton-Schulz iterations in bf16.
+def orthogonal(
+    stack_NRC: Tensor, dtype: torch.dtype, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Return about the nearest orthogonal matrix of each of a stack, by Newton-Schulz iterations in `dtype`.
 
     Singular values come out between about 0.5 and 1.5, which serves as well as exactly 1.
     """
     a, b, c = coefficients
     wide = stack_NRC.shape[1] <= stack_NRC.shape[2]
-    x = (stack_NRC if wide else stack_NRC.mT).bfloat16()
+    x = (stack_NRC if wide else stack_NRC.mT).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
@@ -167,9 +174,12 @@ class Optimizers:
         )
         self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
         if muon:
-            self._members["muon"] = BatchedMuon(
+            batched = BatchedMuon(
                 muon, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
             )
+            # Who trains in full precision wants it here too: half of it rounds the smallest difference to a large one.
+            batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
+            self._members["muon"] = batched
         self._peak = {"adamw": lr, "muon": muon_lr}
         if on_gpu:  # rates lie there, recorded or not, so that both ways round them alike
             for member in self._members.values():
@@ -206,7 +216,8 @@ class Optimizers:
         apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for member in self._members.values():
             member.step()
-        torch._foreach_zero_([each.grad for each in self._trunk + self._auxiliary if each.grad is not None])
+        if gradients := [each.grad for each in self._trunk + self._auxiliary if each.grad is not None]:
+            torch._foreach_zero_(gradients)
         # What is not finite in either shows in what is returned, so that nothing goes on from it.
         return norm + 0 * apart
 

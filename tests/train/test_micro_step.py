@@ -137,10 +137,15 @@ def test_a_recording_equals_the_plain_pass(model, compiled, checkpointing):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*TensorFloat32")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
-def test_twenty_steps_compiled_and_recorded_are_those_of_the_plain_way(dtype, tolerance):
-    """Fast and slow paths agree on the loss of a whole run, relative to it."""
+def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, tolerance, monkeypatch):
+    """Kernels, compiled and recorded parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
     curves = []
     for fast in (False, True):
+        if not fast:
+            monkeypatch.setattr("lepton.model.lepton.has_kernel", lambda *_: False)
+            monkeypatch.setattr("lepton.model.loss._wants_kernel", lambda _: False)
+        else:
+            monkeypatch.undo()
         torch.manual_seed(0)
         model = Lepton(LeptonConfig(**SHAPE)).cuda().train()
         model.compute_dtype = dtype

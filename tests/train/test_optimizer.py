@@ -135,11 +135,11 @@ def test_batched_muon_takes_its_rate_as_a_number_or_where_the_matrices_lie():
 def test_an_orthogonal_update_has_singular_values_near_one():
     for shape in ((3, 24, 40), (3, 40, 24)):
         stack = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e3])[:, None, None]
-        update = optimizer.orthogonal(stack, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        update = optimizer.orthogonal(stack, torch.bfloat16, (3.4445, -4.775, 2.0315), 5, 1e-7)
         values = torch.linalg.svdvals(update)
         assert update.shape == shape
         assert 0.4 < float(values.min()) <= float(values.max()) < 1.6
-    assert not optimizer.orthogonal(torch.zeros(1, 4, 4), (3.4445, -4.775, 2.0315), 5, 1e-7).any()
+    assert not optimizer.orthogonal(torch.zeros(1, 4, 4), torch.bfloat16, (3.4445, -4.775, 2.0315), 5, 1e-7).any()
 
 
 def test_gradients_are_clipped_and_cleared():

@@ -39,6 +39,12 @@ def _within(index, begin, count):
 
 
 @triton.jit
+def _any_seen(first_X, last_X, begin, count: tl.constexpr):
+    """Whether any of these columns is seen by any of `count` queries from `begin` on."""
+    return tl.max(((first_X < begin + count) & (last_X > begin) & (last_X > first_X)).to(tl.int32)) > 0
+
+
+@triton.jit
 def _forward(
     q_ptr, k_ptr, v_ptr, start_ptr, first_ptr, last_ptr, out_ptr, norm_ptr, length, tokens, columns, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -74,13 +80,15 @@ def _forward(
             place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
             first_X = tl.load(first_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
             last_X = tl.load(last_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
-            k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
-            score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-            visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
-            p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
-            sum_M += tl.sum(p_MX, 1)
-            v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
-            out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
+            # Most slots are seen by few blocks of queries: thoughts by their segment's, crystals by late ones.
+            if _any_seen(first_X, last_X, begin, ROWS):
+                k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
+                visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
+                p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
+                sum_M += tl.sum(p_MX, 1)
+                v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
     sum_M = tl.where(row_M < length, sum_M, 1.0)
     out_MH = out_MH / sum_M[:, None]
     tl.store(out_ptr + place_MH, out_MH.to(out_ptr.dtype.element_ty), mask=row_M[:, None] < length)
@@ -130,14 +138,15 @@ def _to_queries(
             place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
             first_X = tl.load(first_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
             last_X = tl.load(last_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
-            k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
-            v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
-            score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-            dp_MX = tl.dot(slope_MH, tl.trans(v_XH), input_precision=EXACT)
-            visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
-            p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
-            ds_MX = p_MX * (dp_MX - mean_M[:, None])
-            dq_MH = tl.dot(ds_MX.to(k_XH.dtype), k_XH, dq_MH, input_precision=EXACT)
+            if _any_seen(first_X, last_X, begin, ROWS):
+                k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
+                dp_MX = tl.dot(slope_MH, tl.trans(v_XH), input_precision=EXACT)
+                visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
+                p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
+                ds_MX = p_MX * (dp_MX - mean_M[:, None])
+                dq_MH = tl.dot(ds_MX.to(k_XH.dtype), k_XH, dq_MH, input_precision=EXACT)
     dq_MH *= scale * 0.6931471805599453  # the scale is that of powers of 2
     tl.store(dq_ptr + place_MH, dq_MH.to(dq_ptr.dtype.element_ty), mask=row_M[:, None] < length)
 
