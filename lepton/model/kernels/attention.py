@@ -27,8 +27,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-FORWARD = Blocks(64, 64, 4, 2)
-TO_QUERIES = Blocks(64, 64, 4, 2)
+FORWARD = Blocks(64, 32, 4, 3)
+TO_QUERIES = Blocks(64, 32, 4, 3)
 TO_COLUMNS = Blocks(64, 64, 4, 3)
 
 
