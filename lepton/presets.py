@@ -41,17 +41,18 @@ def _preset(
     return Preset(name, millions * 1_000_000, purpose, config)
 
 
-# The targets hold for the complete model: every trainable parameter that inference uses.
+# The targets hold for the complete model: every trainable parameter that inference uses. From TINY on the MLP's width
+# is a multiple of 256: a GPU computes a product in tiles of up to so many columns, and the last one as a whole too.
 #           name      M     purpose             width layers heads kv head  ffn  memory draft embedding
 _TABLE = (
     _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800,  2,  128, 128),
     _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1600,  3,  192, 256),
-    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2496,  4,  256),
-    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3776,  4,  256),
-    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4672,  6,  256),
-    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6080,  6,  384),
-    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8384,  8,  512),
-    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10560,  8,  512),
+    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2560,  4,  256),
+    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3840,  4,  256),
+    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4864,  6,  256),
+    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6144,  6,  384),
+    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8448,  8,  512),
+    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10752,  8,  512),
 )  # fmt: skip
 
 SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(
-    model: "Lepton", length: int, *, depth: float | None = None, think: int | None = None, groups: int | None = None
+    model: "Lepton", length: int, *, depth: float | None = None, think: float | None = None, groups: int | None = None
 ) -> float:
     """Floating-point operations of `forward` per token, over a fresh sequence of `length` tokens of one document.
 
@@ -56,7 +56,7 @@ def weights(*modules: nn.Module | None) -> int:
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
-def _thinking(model: "Lepton", length: int, groups: int, rounds: int) -> float:
+def _thinking(model: "Lepton", length: int, groups: int, rounds: float) -> float:
     """Multiply-adds of the thoughts of all segments."""
     if model.thoughts is None:
         return 0

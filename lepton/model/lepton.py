@@ -194,7 +194,7 @@ class Lepton(nn.Module):
         Args:
             tokens: int [B, T], T >= 2; row b predicts tokens 1 .. lengths[b] - 1.
             lengths: int [B], valid tokens of each row; None: all.
-            think: rounds of thinking, for all or for each row (int [B], at most `MAX_TRAINING_ROUNDS`).
+            think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
             auxiliary: whether the losses of the ideas are computed; validation does without.
 

@@ -52,6 +52,11 @@ class Ranges:
         start_BT = torch.zeros(mask_BTC.shape[:2], dtype=torch.int32, device=mask_BTC.device)
         return Ranges(start_BT, first_BC.int(), last_BC.int(), 0, None)
 
+    def of_rows(self, rows_R: Tensor) -> "Ranges":
+        """Return those of some rows."""
+        start, first, last = (each.index_select(0, rows_R) for each in (self.start_BT, self.first_BJ, self.last_BJ))
+        return Ranges(start, first, last, self.tokens, self.window)
+
 
 def runs(mask_BTC: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first query that sees each column and one more than the last; T twice where there is none."""

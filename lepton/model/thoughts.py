@@ -66,6 +66,30 @@ class ThoughtRun:
         return mean_BTD, (self.change_BG * self.active_BG).gather(1, group_BT)
 
 
+@dataclass(frozen=True)
+class Room:
+    """What the thoughts of a chunk begin with, and what they look at in every round."""
+
+    start_BGSD: Tensor
+    each_B: Tensor
+    """Rounds of each row."""
+    k_BJKH: Tensor
+    v_BJKH: Tensor
+    here: Rotary
+    """Of the opening tokens."""
+    unseen_BQJ: Tensor | Ranges
+
+    def of_rows(self, rows_R: Tensor) -> "Room":
+        """Return that of some rows."""
+        start, each, k, v, cos, sin = (
+            value.index_select(0, rows_R)
+            for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
+        )
+        seen = self.unseen_BQJ
+        seen = seen.of_rows(rows_R) if isinstance(seen, Ranges) else seen.index_select(0, rows_R)
+        return Room(start, each, k, v, Rotary(cos, sin), seen)
+
+
 class Thoughts(nn.Module):
     """Learned vectors, the projection of the opening token, and the block that thinks."""
 
@@ -90,8 +114,9 @@ class Thoughts(nn.Module):
         """Think at every opening of the chunk.
 
         `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
-        chunk. `rounds` is one number for all, or a tensor [B] of at most its static maximum (see `loss`). `in_ranges`
-        says that the device can attend so, and that there is no past.
+        chunk. `rounds` is one number for all, or a tensor [B] as training has it: at most `USUAL_ROUNDS`, but for
+        `late_rows` rows at most `MAX_TRAINING_ROUNDS`. `in_ranges` says that the device can attend so, and that there
+        is no past.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -103,15 +128,18 @@ class Thoughts(nn.Module):
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
         mask_BQJ = self._mask(opening_BG, k_BJKH.shape[1], timeline)
         unseen_BQJ = Ranges.of_slots(mask_BQJ) if in_ranges else unseen(mask_BQJ, u_BTD.dtype)
-        most = rounds if isinstance(rounds, int) else MAX_TRAINING_ROUNDS
-        each_B = torch.full((rows,), rounds, device=u_BTD.device) if isinstance(rounds, int) else rounds
+        each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
+        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, unseen_BQJ)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
-        for round_ in range(most):
-            thought_BGSD = self._round(norm(z_BGSD + start_BGSD), k_BJKH, v_BJKH, here, unseen_BQJ)
-            on_B = round_ < each_B
-            moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
-            change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
-            z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
+        usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
+        z_BGSD, change_BG = self._think(room, range(usual), z_BGSD, change_BG)
+        if isinstance(rounds, Tensor):
+            # A program's shapes cannot depend on what rows want: so many go on, the longest thinkers among them.
+            late_R = each_B.argsort(descending=True)[: late_rows(rows)]
+            late = range(USUAL_ROUNDS, MAX_TRAINING_ROUNDS)
+            z_RGSD, change_RG = (value.index_select(0, late_R) for value in (z_BGSD, change_BG))
+            z_RGSD, change_RG = self._think(room.of_rows(late_R), late, z_RGSD, change_RG)
+            z_BGSD, change_BG = z_BGSD.index_copy(0, late_R, z_RGSD), change_BG.index_copy(0, late_R, change_RG)
         active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
         return ThoughtRun(
             torch.cat([first.states_BGSD, z_BGSD * active_BG[..., None, None]], 1),
@@ -119,6 +147,16 @@ class Thoughts(nn.Module):
             torch.cat([first.change_BG, change_BG * active_BG], 1),
             timeline,
         )
+
+    def _think(self, room: "Room", rounds: range, z_BGSD: Tensor, change_BG: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the thoughts through some rounds, and each row through those below its own number."""
+        for round_ in rounds:
+            thought_BGSD = self._round(norm(z_BGSD + room.start_BGSD), room)
+            on_B = round_ < room.each_B
+            moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
+            change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
+            z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
+        return z_BGSD, change_BG
 
     def _mask(self, opening_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
         """Each slot sees what its opening token sees, if there is one, and its own group: [B, G * S, J + G * S]."""
@@ -130,25 +168,29 @@ class Thoughts(nn.Module):
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
 
-    def _round(
-        self, z_BGSD: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, here: Rotary, unseen_BQJ: Tensor | Ranges
-    ) -> Tensor:
+    def _round(self, z_BGSD: Tensor, room: "Room") -> Tensor:
         """One pass of the tied block over all groups; returns normed thoughts of the same shape."""
         attention = self.block.attention
         # Queries stand at the opening token, so that they can look for what is near; keys of slots are position-free.
         slots = z_BGSD.shape[2]
-        place = Rotary(here.cos.repeat_interleave(slots, 1), here.sin.repeat_interleave(slots, 1))
+        place = Rotary(room.here.cos.repeat_interleave(slots, 1), room.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
         own_k, own_v = attention.key_value(z_BQD, None)
-        k, v = torch.cat([k_BJKH, own_k], 1), torch.cat([v_BJKH, own_v], 1)
-        answer_BQNH = attend(attention.query(z_BQD, place), k, v, unseen_BQJ)
+        k, v = torch.cat([room.k_BJKH, own_k], 1), torch.cat([room.v_BJKH, own_v], 1)
+        answer_BQNH = attend(attention.query(z_BQD, place), k, v, room.unseen_BQJ)
         z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
 
 
-# A row's rounds in training vary from row to row; the graph is unrolled this many times.
+# In training the rounds vary from row to row: every row can have the usual number, a few can have more.
+USUAL_ROUNDS = 2
 MAX_TRAINING_ROUNDS = 4
+
+
+def late_rows(rows: int) -> int:
+    """How many of so many rows can think for more than `USUAL_ROUNDS` in training."""
+    return max(1, rows // 8)
 
 
 def _at(x_BT: Tensor, index_BG: Tensor) -> Tensor:

@@ -3,19 +3,20 @@
 from lepton.model import Lepton
 from lepton.model.accounting import flops_per_token, weights
 from lepton.model.objective import DRAFT_STRIDE, OUTCOME_STRIDE
-from lepton.model.thoughts import MAX_TRAINING_ROUNDS
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.train.thinking import usual_groups
 
 
-def training_flops_per_token(model: Lepton, length: int) -> float:
-    """Floating-point operations per target of a row of `length` targets, without the optimizer's.
+def training_flops_per_token(model: Lepton, rows: int, length: int) -> float:
+    """Floating-point operations per target of `rows` of `length` targets, without the optimizer's.
 
     A backward pass costs each product twice over, once for its input and once for its matrix; where one of the two has
-    no gradient, once. Counted is what runs: thoughts in `MAX_TRAINING_ROUNDS` rounds, room for the usual number of
+    no gradient, once. Counted is what runs: all the rounds of thinking that there is room for, and the usual number of
     segments. What is computed again with `checkpoint_activations` is not counted.
     """
     config = model.config
-    think = MAX_TRAINING_ROUNDS if model.thoughts is not None else None
+    late = (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(rows) / rows
+    think = USUAL_ROUNDS + late if model.thoughts is not None else None
     total = 3 * flops_per_token(model, length, think=think, groups=usual_groups(length, config.segment))
     head = config.padded_vocab_size * model.embed.embedding_dim + weights(model.head_down)
     if model.router is not None:

@@ -97,7 +97,7 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
     assert settings.grad_accum is not None
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
     left = settings.max_steps - start.step
-    flops = training_flops_per_token(model, settings.seq_len) * tokens * left
+    flops = training_flops_per_token(model, settings.batch_size, settings.seq_len) * tokens * left
     seconds = hardware.training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from lepton.config import LeptonConfig
+from lepton.model.thoughts import USUAL_ROUNDS, late_rows
 from lepton.model.timeline import Timeline
 
 ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 """Rounds are drawn from these, so that any number works afterwards, and none at all. Mostly it is the usual number:
-drawing all of them alike may cost it (docs/log.md)."""
+drawing all of them alike may cost it (docs/log.md). More than the usual goes to `late_rows` rows of a batch at most."""
 GROUPS = 4
 """The usual bound on a row's segments is a multiple of this, and leaves room for so many documents in a row that few
 batches need another one, twice as large: each bound is a program of its own."""
@@ -40,4 +41,6 @@ def plan_thoughts(
     if not config.thoughts:
         return None, groups
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
-    return torch.tensor(ROUNDS)[torch.randint(len(ROUNDS), (rows,), generator=generator)], groups
+    rounds_B = torch.tensor(ROUNDS)[torch.randint(len(ROUNDS), (rows,), generator=generator)]
+    rounds_B[(rounds_B > USUAL_ROUNDS).nonzero()[late_rows(rows) :]] = USUAL_ROUNDS
+    return rounds_B, groups

@@ -80,7 +80,7 @@ class Trainer:
                 log,
                 self.progress,
                 parts.device,
-                flops_per_target=training_flops_per_token(parts.model, settings.seq_len),
+                flops_per_target=training_flops_per_token(parts.model, settings.batch_size, settings.seq_len),
                 first=self.step,
                 last=settings.max_steps,
             )

@@ -24,5 +24,5 @@ def test_a_training_step_costs_what_is_said(changes, length):
     think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, think=think, groups=groups).loss.backward()
-    said = training_flops_per_token(model, length) * 8 * length
+    said = training_flops_per_token(model, 8, length) * 8 * length
     assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
+from lepton.train.thinking import plan_thoughts
+from tests.laws.lab import build, text
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
+    model, tokens, seen = build("complete"), text(1, rows=rows), set()
+    for step in range(200):
+        rounds_B, groups = plan_thoughts(model.config, tokens, 0, step, 0)
+        assert (rounds_B > USUAL_ROUNDS).sum() <= late_rows(rows)
+        again_B, again = plan_thoughts(model.config, tokens, 0, step, 0)
+        assert torch.equal(rounds_B, again_B)
+        assert groups == again
+        seen |= set(rounds_B.tolist())
+    assert seen == {0, 1, USUAL_ROUNDS, MAX_TRAINING_ROUNDS}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_rows_think_as_long_as_they_want_to(place):
+    """Together as each alone, the one that thinks for long in any place."""
+    model, tokens = build("complete"), text(1, rows=4)
+    rounds = [0, 1, 2]
+    rounds.insert(place, 4)
+    together = model.trunk(tokens, think=torch.tensor(rounds)).hidden
+    for row, think in enumerate(rounds):
+        alone = model.trunk(tokens[row : row + 1], think=think).hidden
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-9)
