@@ -10,7 +10,7 @@ from lepton.model.attention import Linear
 from lepton.model.loss import ENTRIES_GPU
 from lepton.model.memory import CHUNK
 from lepton.model.objective import OUTCOME_STRIDE
-from lepton.model.thoughts import MAX_TRAINING_ROUNDS
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.model.timeline import band_edges
 from lepton.train.optimizer import split_parameters
 from lepton.train.settings import TrainSettings
@@ -27,8 +27,8 @@ def predicted_bytes(
     """Return about how many bytes tensors hold on a GPU at the peak of a training step, with compiled parts.
 
     Only shapes are read, so a model on the meta device will do. Memory is fullest when the head's loss is computed,
-    or, where blocks are computed again, in the backward pass of one of them. Without the compiler a block keeps about
-    an eighth more.
+    or, where blocks are computed again, in the backward pass of one of them. In half precision the kernels of
+    `lepton.model.kernels` are taken to run. Without the compiler a block keeps about an eighth more.
 
     Args:
         model: with `compute_dtype` as in training.
@@ -47,7 +47,7 @@ def predicted_bytes(
         inside = 0
         copies -= _matrices(model.stem) + _matrices(model.blocks)
         slopes += deep
-    row = ends + inside + _thinking(model, seq_len) + _memory(model, seq_len) + _between(model, seq_len)
+    row = ends + inside + _thinking(model, batch_size, seq_len) + _memory(model, seq_len) + _between(model, seq_len)
     busiest = max(_loss(model, batch_size * seq_len), batch_size * slopes)
     return _parameters(model, optimizer) + (size * copies if size < FP32 else 0) + batch_size * row + busiest
 
@@ -120,23 +120,32 @@ def _block(model: Lepton, seq_len: int, slots: int) -> int:
     """Bytes that a block keeps of a row beside its input."""
     config = model.config
     answers = config.heads * config.head_dim
-    columns = sum(right - left + slots for _, _, left, right in band_edges(seq_len, 0, config.window))
     # Two normed inputs and what attention adds; queries before and after the norm and their answers; keys before the
     # norm; the MLP before and after its activation.
     token = 3 * config.width + 3 * answers + config.kv_heads * config.head_dim + 2 * config.ffn
-    # Keys and values laid out for each query head.
-    numbers = seq_len * token + 2 * columns * answers
-    return model.dtype.itemsize * numbers + FP32 * seq_len * config.heads
+    return model.dtype.itemsize * (seq_len * token + _columns(model, seq_len, slots)) + FP32 * seq_len * config.heads
 
 
-def _thinking(model: Lepton, seq_len: int) -> int:
+def _columns(model: Lepton, seq_len: int, slots: int) -> int:
+    """Numbers in the keys and values of an attention over a row's tokens and slots, as it keeps them."""
+    config = model.config
+    if model.dtype.itemsize < FP32:
+        return 2 * (seq_len + slots) * config.kv_heads * config.head_dim
+    # Without the kernel: of each band, and for each query head.
+    columns = sum(right - left + slots for _, _, left, right in band_edges(seq_len, 0, config.window))
+    return 2 * columns * config.heads * config.head_dim
+
+
+def _thinking(model: Lepton, batch_size: int, seq_len: int) -> int:
     """Bytes that the thoughts of a row keep: each round lays keys and values out anew."""
     if model.thoughts is None:
         return 0
     config = model.config
     slots = usual_groups(seq_len, config.segment) * config.thoughts
-    a_round = 2 * (seq_len + slots) * config.heads * config.head_dim + 10 * slots * config.width
-    return model.dtype.itemsize * MAX_TRAINING_ROUNDS * a_round
+    heads = config.kv_heads if model.dtype.itemsize < FP32 else config.heads
+    a_round = 2 * (seq_len + slots) * heads * config.head_dim + 10 * slots * config.width
+    late = (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(batch_size) / batch_size
+    return int(model.dtype.itemsize * (USUAL_ROUNDS + late) * a_round)
 
 
 def _memory(model: Lepton, seq_len: int) -> int:
@@ -158,9 +167,11 @@ def _between(model: Lepton, seq_len: int) -> int:
         numbers += 2 * model.peek.up.in_features + 2 * config.width  # the hint's inputs, and the states it is added to
     if model.drafter is not None:
         numbers += model.embed.embedding_dim + 9 * config.draft_width  # four steps at a quarter of the positions
-    columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
-    # Attention's masks, with and without slots, as such and as the numbers that are added to scores.
-    masks = (1 + model.dtype.itemsize) * (2 * columns + _slots(model, seq_len))
+    masks = 5 * _slots(model, seq_len)
+    if model.dtype.itemsize == FP32:
+        columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
+        # Attention's masks, with and without slots, as such and as the numbers that are added to scores.
+        masks = 5 * (2 * columns + _slots(model, seq_len))
     return seq_len * (model.dtype.itemsize * numbers + masks)
 
 
@@ -171,5 +182,6 @@ def _loss(model: Lepton, positions: int) -> int:
     a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
     looks = model.router is not None or model.uncertainty is not None
     sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if looks else 0
-    # The head's gradient, in fp32, what a chunk adds to it, and the head in the dtype of the activations.
-    return model.embed.weight.numel() * (FP32 + 2 * size) + max(a_chunk, sampled)
+    # The head's gradient in fp32 and the head in the dtype of the activations; without the kernel what a chunk adds.
+    head = FP32 + size if size < FP32 else FP32 + 2 * size
+    return model.embed.weight.numel() * head + max(a_chunk, sampled)
