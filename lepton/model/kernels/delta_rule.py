@@ -1,7 +1,8 @@
 """What takes turns in the gated delta rule, in kernels: substitution in a chunk, and the state from chunk to chunk.
 
 Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. Shapes:
-P chunks of C = 64 tokens, H heads, K keys, V values of a program's block of columns; R rows of a block of the inverse.
+P chunks of C = 64 tokens, H heads, K keys, V values of a program's block of columns, S terms of a product at a time;
+R rows of a block of the inverse.
 """
 
 from typing import NamedTuple
@@ -13,19 +14,20 @@ from torch import Tensor
 
 SIZE = 64
 """Tokens of a chunk."""
-INVERT_WARPS = 1
+SLICE = 16
+"""Terms of a product at a time: as many as registers hold of both sides. More of them spill on an H100 or H200."""
+INVERT_WARPS = 2
 
 
 class Columns(NamedTuple):
-    """How a kernel cuts the values, none of which needs another: columns of a block, warps, and loads in flight."""
+    """How a kernel cuts the values, none of which needs another: columns of a block, and warps."""
 
     size: int
     warps: int
-    stages: int
 
 
-MANY = Columns(32, 4, 2)
-FEW = Columns(16, 4, 2)
+MANY = Columns(32, 4)
+FEW = Columns(16, 4)
 """Where blocks of `MANY` would leave much of a GPU idle: 132 multiprocessors in an H100 or H200."""
 ENOUGH = 256
 
@@ -101,26 +103,37 @@ def _invert(mix_ptr, inverse_ptr, SIZE: tl.constexpr):
 def _forward(
     solved_ptr, into_ptr, decay_ptr, state_ptr, written_ptr, entry_ptr, end_ptr, chunks,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
+    """A state has no rows to index: what a product needs slice by slice it loads from where the state is stored."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
     batch, head = row // HEADS, row % HEADS
-    c, key = tl.arange(0, SIZE), tl.arange(0, KEYS)
+    c, key, s = tl.arange(0, SIZE), tl.arange(0, KEYS), tl.arange(0, SLICE)
     v = part * COLUMNS + tl.arange(0, COLUMNS)
     WIDTH: tl.constexpr = VALUES + KEYS
     at_KV = key[:, None] * VALUES + v[None, :]
-    at_CV = c[:, None] * VALUES + v[None, :]
+    at_SV = s[:, None] * VALUES + v[None, :]
     state_KV = tl.load(state_ptr + row.to(tl.int64) * (KEYS * VALUES) + at_KV)
     for p in range(chunks):
         place = (batch.to(tl.int64) * chunks + p) * HEADS + head
         solved_place = solved_ptr + place * (SIZE * WIDTH) + c[:, None] * WIDTH
-        tl.store(entry_ptr + place * (KEYS * VALUES) + at_KV, state_KV)
-        u_CV = tl.load(solved_place + v[None, :])
-        w_CK = tl.load(solved_place + VALUES + key[None, :])
-        into_CK = tl.load(into_ptr + place * (SIZE * KEYS) + c[:, None] * KEYS + key[None, :])
-        decay = tl.load(decay_ptr + place)
-        written_CV = tl.dot(w_CK, -state_KV, u_CV, input_precision="ieee")
-        tl.store(written_ptr + place * (SIZE * VALUES) + at_CV, written_CV)
-        state_KV = tl.dot(tl.trans(into_CK), written_CV, decay * state_KV, input_precision="ieee")
+        into_place = into_ptr + place * (SIZE * KEYS) + s[:, None] * KEYS + key[None, :]
+        entry_place = entry_ptr + place * (KEYS * VALUES)
+        written_place = written_ptr + place * (SIZE * VALUES)
+        tl.store(entry_place + at_KV, state_KV)
+        written_CV = tl.load(solved_place + v[None, :])
+        tl.debug_barrier()  # every thread has stored what others load
+        for first in tl.static_range(0, KEYS, SLICE):
+            w_CS = tl.load(solved_place + VALUES + first + s[None, :])
+            state_SV = tl.load(entry_place + first * VALUES + at_SV)
+            written_CV = tl.dot(w_CS, -state_SV, written_CV, input_precision="ieee")
+        tl.store(written_place + c[:, None] * VALUES + v[None, :], written_CV)
+        state_KV *= tl.load(decay_ptr + place)
+        tl.debug_barrier()
+        for first in tl.static_range(0, SIZE, SLICE):
+            into_SK = tl.load(into_place + first * KEYS)
+            written_SV = tl.load(written_place + first * VALUES + at_SV)
+            state_KV = tl.dot(tl.trans(into_SK), written_SV, state_KV, input_precision="ieee")
     tl.store(end_ptr + row.to(tl.int64) * (KEYS * VALUES) + at_KV, state_KV)
 
 
@@ -129,32 +142,41 @@ def _backward(
     written_slope_ptr, entry_slope_ptr, end_slope_ptr, solved_ptr, into_ptr, decay_ptr, entry_ptr,
     solved_grad_ptr, decay_grad_ptr, after_grad_ptr, state_grad_ptr, chunks, places,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, of the state after each chunk and on entry, and each block of columns' part of the decays'."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
     batch, head = row // HEADS, row % HEADS
-    c, key = tl.arange(0, SIZE), tl.arange(0, KEYS)
+    c, key, s = tl.arange(0, SIZE), tl.arange(0, KEYS), tl.arange(0, SLICE)
     v = part * COLUMNS + tl.arange(0, COLUMNS)
     WIDTH: tl.constexpr = VALUES + KEYS
     at_KV = key[:, None] * VALUES + v[None, :]
-    at_CV = c[:, None] * VALUES + v[None, :]
+    at_SV = s[:, None] * VALUES + v[None, :]
     state_place = row.to(tl.int64) * (KEYS * VALUES)
     slope_KV = tl.load(end_slope_ptr + state_place + at_KV)
     for turn in range(chunks):
         place = (batch.to(tl.int64) * chunks + (chunks - 1 - turn)) * HEADS + head
-        states = place * (KEYS * VALUES) + at_KV
-        tl.store(after_grad_ptr + states, slope_KV)
-        entry_KV = tl.load(entry_ptr + states)
+        at_state = place * (KEYS * VALUES)
+        at_solved = place * (SIZE * WIDTH)
+        into_place = into_ptr + place * (SIZE * KEYS) + c[:, None] * KEYS
+        w_place = solved_ptr + at_solved + VALUES + s[:, None] * WIDTH + key[None, :]
+        u_grad_place = solved_grad_ptr + at_solved + v[None, :]
+        tl.store(after_grad_ptr + at_state + at_KV, slope_KV)
+        entry_KV = tl.load(entry_ptr + at_state + at_KV)
         tl.store(decay_grad_ptr + part.to(tl.int64) * places + place, tl.sum(tl.sum(entry_KV * slope_KV, 1), 0))
-        into_CK = tl.load(into_ptr + place * (SIZE * KEYS) + c[:, None] * KEYS + key[None, :])
-        written_slope_CV = tl.load(written_slope_ptr + place * (SIZE * VALUES) + at_CV)
-        written_slope_CV = tl.dot(into_CK, slope_KV, written_slope_CV, input_precision="ieee")
-        at_solved = place * (SIZE * WIDTH) + c[:, None] * WIDTH
-        tl.store(solved_grad_ptr + at_solved + v[None, :], written_slope_CV)
-        w_CK = tl.load(solved_ptr + at_solved + VALUES + key[None, :])
-        decay = tl.load(decay_ptr + place)
-        slope_KV = tl.load(entry_slope_ptr + states) + decay * slope_KV
-        slope_KV = tl.dot(tl.trans(w_CK), -written_slope_CV, slope_KV, input_precision="ieee")
+        u_grad_CV = tl.load(written_slope_ptr + place * (SIZE * VALUES) + c[:, None] * VALUES + v[None, :])
+        tl.debug_barrier()  # every thread has stored what others load
+        for first in tl.static_range(0, KEYS, SLICE):
+            into_CS = tl.load(into_place + first + s[None, :])
+            slope_SV = tl.load(after_grad_ptr + at_state + first * VALUES + at_SV)
+            u_grad_CV = tl.dot(into_CS, slope_SV, u_grad_CV, input_precision="ieee")
+        tl.store(u_grad_place + c[:, None] * WIDTH, u_grad_CV)
+        slope_KV = slope_KV * tl.load(decay_ptr + place) + tl.load(entry_slope_ptr + at_state + at_KV)
+        tl.debug_barrier()
+        for first in tl.static_range(0, SIZE, SLICE):
+            w_SK = tl.load(w_place + first * WIDTH)
+            u_grad_SV = tl.load(u_grad_place + (first + s[:, None]) * WIDTH)
+            slope_KV = tl.dot(tl.trans(w_SK), -u_grad_SV, slope_KV, input_precision="ieee")
     tl.store(state_grad_ptr + state_place + at_KV, slope_KV)
 
 
@@ -164,7 +186,9 @@ def invert(mix_BPHCC: Tensor) -> Tensor:
     assert mix_BPHCC.is_contiguous()
     inverse_BPHCC = torch.empty_like(mix_BPHCC)
     with torch.cuda.device_of(mix_BPHCC):  # Triton launches on the current device
-        _invert[(mix_BPHCC.shape[:-2].numel(),)](mix_BPHCC, inverse_BPHCC, SIZE=SIZE, num_warps=INVERT_WARPS)
+        _invert[(mix_BPHCC.shape[:-2].numel(),)](
+            mix_BPHCC, inverse_BPHCC, SIZE=SIZE, num_warps=INVERT_WARPS, num_stages=1
+        )
     return inverse_BPHCC
 
 
@@ -179,8 +203,9 @@ def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int]:
         "KEYS": state_BHKV.shape[2],
         "VALUES": state_BHKV.shape[3],
         "COLUMNS": columns.size,
+        "SLICE": SLICE,
         "num_warps": columns.warps,
-        "num_stages": columns.stages,
+        "num_stages": 1,  # nothing is loaded ahead: what one turn stores, the next loads
     }
 
 
