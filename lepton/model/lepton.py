@@ -15,6 +15,7 @@ from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
 from lepton.model.crystals import CrystalRun, Crystals
+from lepton.model.delta_rule import has_kernels
 from lepton.model.draft import Drafter
 from lepton.model.entry import checked, fresh_state, with_memory
 from lepton.model.initialise import initialise
@@ -332,7 +333,8 @@ class Lepton(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, MemoryRun | None]:
         if self.memory is None:
             return None, None, None
-        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline)
+        in_kernels = has_kernels(past.memory.matrix_BHKV, u_BTD.shape[1])
+        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline, in_kernels)
 
     def _crystallise(
         self, h_BTD: Tensor, u_BTD: Tensor, tokens: Tensor, past: State, timeline: Timeline

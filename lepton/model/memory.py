@@ -2,13 +2,12 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. The chunk form below computes the same for many
-tokens at once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better,
+Read after write. A document's end is a mask, never a decay of 0. `lepton/model/delta_rule.py` computes the same for
+many tokens at once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better,
 because the state is a sum over the whole past.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,56 +15,10 @@ from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
 from lepton.model.attention import Linear, norm
+from lepton.model.delta_rule import CHUNK, Writes, delta_rule, delta_rule_in_kernels
 from lepton.model.timeline import Timeline
 
 CONV = 4
-CHUNK = 64
-
-
-class Writes(NamedTuple):
-    """What tokens do to the memory, chunk-major: P chunks of C tokens, H heads; k [B, P, H, C, key_dim] and so on."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor
-    rate: Tensor
-    document_BPC: Tensor
-
-
-def delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run the memory over P chunks; return the reads [B, P, H, C, value_dim] and the state after each chunk.
-
-    `entry_document_BP` names the document that the state on entry to a chunk belongs to.
-
-    The part of a chunk that does not depend on the state is solved for all chunks at once, by substitution: inverting
-    by repeated squaring explodes in fp32 on repeated tokens.
-    """
-    q, k, v, log_decay, rate, document_BPC = writes
-    low = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
-    same_BPCC = (document_BPC[:, :, :, None] == document_BPC[:, :, None, :]) & low
-    log_g = log_decay.cumsum(-1)
-    ratio = (log_g[..., :, None] - log_g[..., None, :]).masked_fill(~same_BPCC[:, :, None], float("-inf")).exp()
-    enters_BPC = document_BPC == entry_document_BP[:, :, None]
-    g = log_g.exp() * enters_BPC[:, :, None]
-    mix = (rate[..., None] * (k @ k.mT) * ratio).tril(-1)
-    solved = torch.linalg.solve_triangular(
-        mix + torch.eye(mix.shape[-1], dtype=mix.dtype, device=mix.device),
-        torch.cat([rate[..., None] * v, (rate * g)[..., None] * k], -1),
-        upper=False,
-        unitriangular=True,
-    )
-    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
-    inside = (q @ k.mT) * ratio
-    stays_BPC = document_BPC == document_BPC[:, :, -1:]
-    to_end = (log_g[..., -1:] - log_g).exp() * stays_BPC[:, :, None]
-    reads, states, state = [], [], state_BHKV
-    for p in range(k.shape[1]):
-        written = u[:, p] - w[:, p] @ state
-        reads.append(g[:, p, :, :, None] * (q[:, p] @ state) + inside[:, p] @ written)
-        state = g[:, p, :, -1, None, None] * state + (k[:, p] * to_end[:, p, :, :, None]).mT @ written
-        states.append(state)
-    return torch.stack(reads, 1), states
 
 
 class WorkingMemory(nn.Module):
@@ -82,13 +35,13 @@ class WorkingMemory(nn.Module):
         self.out = Linear(self.heads * self.value_dim, config.width)
 
     def forward(
-        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline
+        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline, in_kernels: bool = False
     ) -> tuple[Tensor, Tensor, "MemoryRun"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
-        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any
-        prefix follows.
+        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry; `in_kernels` is what
+        `has_kernels` says of it. Returns the reads [B, T, heads x value_dim] (normed), their strength [B, T], and the
+        record from which the state after any prefix follows.
         """
         raw_BTC = self.qkv(u_BTD)
         joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
@@ -114,9 +67,13 @@ class WorkingMemory(nn.Module):
             _pad_chunks(timeline.document_BT, chunk),
         )
         entry_BP = F.pad(writes.document_BPC[:, :-1, -1], (1, 0))
-        reads, states = delta_rule(writes, state_BHKV, entry_BP)
+        if in_kernels:
+            reads, entry_BPHKV, end_BHKV = delta_rule_in_kernels(writes, state_BHKV, entry_BP)
+        else:
+            reads, states = delta_rule(writes, state_BHKV, entry_BP)
+            entry_BPHKV, end_BHKV = torch.stack([state_BHKV, *states[:-1]], 1), states[-1]
         read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryRun(writes, torch.stack([state_BHKV, *states], 1), joined_BXC)
+        run = MemoryRun(writes, entry_BPHKV, end_BHKV, joined_BXC)
         strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
         return norm(read_BTHV).flatten(2).to(u_BTD.dtype), strength_BT, run
 
@@ -138,8 +95,10 @@ class MemoryRun:
     """What a chunk did to the memory: from it the memory after any prefix follows."""
 
     writes: Writes
-    states_BPHKV: Tensor
-    """The memory on entry and after each chunk."""
+    entry_BPHKV: Tensor
+    """The memory on entry to each chunk."""
+    end_BHKV: Tensor
+    """The memory after the last one."""
     joined_BXC: Tensor
     """Inputs of the convolution, those of the past first."""
 
@@ -148,8 +107,8 @@ class MemoryRun:
         chunk = self.writes.k.shape[-2]
         rows = torch.arange(len(count_B), device=count_B.device)
         whole_B, rest_B = count_B // chunk, count_B % chunk
-        state_BHKV = self.states_BPHKV[rows, whole_B]
         last_B = whole_B.clamp(max=self.writes.k.shape[1] - 1)
+        state_BHKV = torch.where((whole_B > last_B)[:, None, None, None], self.end_BHKV, self.entry_BPHKV[rows, last_B])
         part = Writes(*(value[rows, last_B][:, None] for value in self.writes))
         written_BC = torch.arange(chunk, device=count_B.device) < rest_B[:, None]
         final_B1 = part.document_BPC[:, 0].gather(1, (rest_B - 1).clamp(min=0)[:, None])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lepton.model.memory import Writes, delta_rule
+from lepton.model.delta_rule import Writes, delta_rule
 from tests.laws.lab import build, text
 
 ROWS, CHUNKS, HEADS, CHUNK, KEYS, VALUES = 2, 3, 2, 16, 8, 6
