@@ -29,6 +29,9 @@ def _device(request, monkeypatch):
     monkeypatch.setattr("lepton.model.lepton.has_kernel", lambda device, _dtype, width: width >= 16)
     monkeypatch.setattr("lepton.model.loss._wants_kernel", lambda x: x.is_cuda)
     monkeypatch.setitem(lab.SHAPE, "head_dim", 16)
+    for variant in lab.VARIANTS.values():
+        for name in variant.keys() & {"key_dim", "value_dim"}:
+            monkeypatch.setitem(variant, name, 16)
     monkeypatch.setattr(lab.build, "__defaults__", (0, torch.float32))
     torch.set_default_device("cuda")
     yield
