@@ -110,7 +110,7 @@ def has_kernels(state_BHKV: Tensor | None, length: int) -> bool:
 @functools.cache
 def _built(device: torch.device, keys: int, values: int) -> bool:
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # whoever asks first
             # As many rows as take the kernels' largest blocks.
             k = torch.zeros(256, 1, 1, CHUNK, keys, device=device, requires_grad=True)
             v = k.new_zeros(256, 1, 1, CHUNK, values)

@@ -239,6 +239,13 @@ def test_a_model_with_the_kernels_equals_one_without(device, monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", GPU)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_trial_succeeds_whoever_asks_first(mode, device):
+    with mode():
+        assert module._built.__wrapped__(torch.device(device), 64, 128)
+
+
 # From here on, the kernels are not needed: when they are asked for.
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 SIZE = 64
 """Tokens of a chunk."""
 SLICE = 16
-"""Terms of a product at a time: as many as registers hold of both sides. More of them spill on an H100 or H200."""
+"""Terms of a product at a time: as many as registers hold of both sides. 64 of them spill on an H100 or H200."""
+STAGES = 5
+"""Slices of 64 terms that are on their way at once, and one: all, so that a product waits once."""
 INVERT_WARPS = 2
 
 
@@ -103,7 +105,7 @@ def _invert(mix_ptr, inverse_ptr, SIZE: tl.constexpr):
 def _forward(
     solved_ptr, into_ptr, decay_ptr, state_ptr, written_ptr, entry_ptr, end_ptr, chunks,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
-    SLICE: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A state has no rows to index: what a product needs slice by slice it loads from where the state is stored."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
@@ -121,16 +123,16 @@ def _forward(
         entry_place = entry_ptr + place * (KEYS * VALUES)
         written_place = written_ptr + place * (SIZE * VALUES)
         tl.store(entry_place + at_KV, state_KV)
-        written_CV = tl.load(solved_place + v[None, :])
+        less_CV = -tl.load(solved_place + v[None, :])
         tl.debug_barrier()  # every thread has stored what others load
-        for first in tl.static_range(0, KEYS, SLICE):
+        for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             w_CS = tl.load(solved_place + VALUES + first + s[None, :])
             state_SV = tl.load(entry_place + first * VALUES + at_SV)
-            written_CV = tl.dot(w_CS, -state_SV, written_CV, input_precision="ieee")
-        tl.store(written_place + c[:, None] * VALUES + v[None, :], written_CV)
+            less_CV = tl.dot(w_CS, state_SV, less_CV, input_precision="ieee")
+        tl.store(written_place + c[:, None] * VALUES + v[None, :], -less_CV)
         state_KV *= tl.load(decay_ptr + place)
         tl.debug_barrier()
-        for first in tl.static_range(0, SIZE, SLICE):
+        for first in tl.range(0, SIZE, SLICE, num_stages=STAGES):
             into_SK = tl.load(into_place + first * KEYS)
             written_SV = tl.load(written_place + first * VALUES + at_SV)
             state_KV = tl.dot(tl.trans(into_SK), written_SV, state_KV, input_precision="ieee")
@@ -142,7 +144,7 @@ def _backward(
     written_slope_ptr, entry_slope_ptr, end_slope_ptr, solved_ptr, into_ptr, decay_ptr, entry_ptr,
     solved_grad_ptr, decay_grad_ptr, after_grad_ptr, state_grad_ptr, chunks, places,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
-    SLICE: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, of the state after each chunk and on entry, and each block of columns' part of the decays'."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
@@ -166,17 +168,18 @@ def _backward(
         tl.store(decay_grad_ptr + part.to(tl.int64) * places + place, tl.sum(tl.sum(entry_KV * slope_KV, 1), 0))
         u_grad_CV = tl.load(written_slope_ptr + place * (SIZE * VALUES) + c[:, None] * VALUES + v[None, :])
         tl.debug_barrier()  # every thread has stored what others load
-        for first in tl.static_range(0, KEYS, SLICE):
+        for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             into_CS = tl.load(into_place + first + s[None, :])
             slope_SV = tl.load(after_grad_ptr + at_state + first * VALUES + at_SV)
             u_grad_CV = tl.dot(into_CS, slope_SV, u_grad_CV, input_precision="ieee")
         tl.store(u_grad_place + c[:, None] * WIDTH, u_grad_CV)
-        slope_KV = slope_KV * tl.load(decay_ptr + place) + tl.load(entry_slope_ptr + at_state + at_KV)
+        less_KV = -(slope_KV * tl.load(decay_ptr + place) + tl.load(entry_slope_ptr + at_state + at_KV))
         tl.debug_barrier()
-        for first in tl.static_range(0, SIZE, SLICE):
+        for first in tl.range(0, SIZE, SLICE, num_stages=STAGES):
             w_SK = tl.load(w_place + first * WIDTH)
             u_grad_SV = tl.load(u_grad_place + (first + s[:, None]) * WIDTH)
-            slope_KV = tl.dot(tl.trans(w_SK), -u_grad_SV, slope_KV, input_precision="ieee")
+            less_KV = tl.dot(tl.trans(w_SK), u_grad_SV, less_KV, input_precision="ieee")
+        slope_KV = -less_KV
     tl.store(state_grad_ptr + state_place + at_KV, slope_KV)
 
 
@@ -204,8 +207,9 @@ def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int]:
         "VALUES": state_BHKV.shape[3],
         "COLUMNS": columns.size,
         "SLICE": SLICE,
+        "STAGES": STAGES,
         "num_warps": columns.warps,
-        "num_stages": 1,  # nothing is loaded ahead: what one turn stores, the next loads
+        "num_stages": 1,  # beyond a product nothing is loaded ahead: what one turn stores, the next loads
     }
 
 
