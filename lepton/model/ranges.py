@@ -73,9 +73,10 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     if head_dim < 16 or head_dim & (head_dim - 1):
         return False
     try:
-        q = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
-        index = torch.arange(16, dtype=torch.int32, device=device)[None]
-        attend_in_ranges(q, q, q, Ranges(index, index, index + 1, 16, 1)).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():  # whoever asks first may be generating
+            q = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
+            index = torch.arange(16, dtype=torch.int32, device=device)[None]
+            attend_in_ranges(q, q, q, Ranges(index, index, index + 1, 16, 1)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
