@@ -25,7 +25,7 @@ def _device(request, monkeypatch):
         yield
         return
     real = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cuda": real(device))
+    monkeypatch.setattr(torch, "Generator", lambda device=None: real(device or torch.get_default_device()))
     monkeypatch.setattr("lepton.model.lepton.has_kernel", lambda device, _dtype, width: width >= 16)
     monkeypatch.setattr("lepton.model.loss._wants_kernel", lambda x: x.is_cuda)
     monkeypatch.setitem(lab.SHAPE, "head_dim", 16)

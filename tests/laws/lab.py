@@ -56,12 +56,13 @@ TRACES = ("hint_BTP", "read_BTM", "thought_BTD", "benefit_BT", "signals_BT3")
 def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lepton:
     """A small model whose parameters are all shaken: zero initialisation would hide leaks."""
     torch.manual_seed(seed)
-    model = Lepton(LeptonConfig(**{**SHAPE, **VARIANTS[variant], **overrides}))
+    with torch.device("cpu"):  # the same one on every device
+        model = Lepton(LeptonConfig(**{**SHAPE, **VARIANTS[variant], **overrides}))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     if model.crystals is not None:
         model.crystals.score.weight.data *= 3
-    return model.to(dtype)
+    return model.to(torch.get_default_device(), dtype)
 
 
 def half_depth(variant: str) -> dict:
@@ -71,11 +72,12 @@ def half_depth(variant: str) -> dict:
 
 def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True) -> Tensor:
     """Random tokens, with document ends sprinkled in."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCAB, (rows, length), generator=generator)
-    if documents:
-        tokens[torch.rand(rows, length, generator=generator) < 0.04] = EOS
-    return tokens
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(1, VOCAB, (rows, length), generator=generator)
+        if documents:
+            tokens[torch.rand(rows, length, generator=generator) < 0.04] = EOS
+    return tokens.to(torch.get_default_device())
 
 
 def views(out: Output) -> dict[str, Tensor]:
