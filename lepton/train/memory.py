@@ -154,8 +154,10 @@ def _memory(model: Lepton, seq_len: int) -> int:
         return 0
     config, chunk = model.config, min(CHUNK, seq_len)
     keys, values = config.key_dim, config.value_dim
-    # After the convolution, solved, values and reads, keys and queries; ten chunk x chunk; four states a chunk.
-    precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys + 10 * chunk + 4 * keys * values // chunk
+    # After the convolution, solved, values and reads, keys and queries; then chunk x chunk, and states a chunk.
+    squares, states = (4, 2) if model.dtype.itemsize < FP32 else (10, 4)
+    precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
+    precise += squares * chunk + states * keys * values // chunk
     return config.memory_heads * seq_len * (FP32 * precise + model.dtype.itemsize * (2 * keys + values))
 
 
