@@ -6,14 +6,14 @@ forms. `lepton/model/memory.py` says what the rule is.
 """
 
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lepton.model.loss import HAS_TRITON
+from lepton.model import kernels
+from lepton.model.kernels import HAS_TRITON
 
 CHUNK = 64
 
@@ -109,7 +109,7 @@ def has_kernels(state_BHKV: Tensor | None, length: int) -> bool:
 
 @functools.cache
 def _built(device: torch.device, keys: int, values: int) -> bool:
-    try:
+    def trial() -> None:
         with torch.inference_mode(False), torch.enable_grad():  # whoever asks first
             # As many rows as take the kernels' largest blocks.
             k = torch.zeros(256, 1, 1, CHUNK, keys, device=device, requires_grad=True)
@@ -118,13 +118,8 @@ def _built(device: torch.device, keys: int, values: int) -> bool:
             state = k.new_zeros(256, 1, keys, values)
             reads, *_ = delta_rule_in_kernels(Writes(k, k, v, gate, gate, document), state, document[:, :, 0])
             torch.autograd.grad(reads.sum(), k)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"the memory runs slower: Triton cannot build its kernels here ({reason})", stacklevel=3)
-        return False
-    return True
+
+    return kernels.works("the memory", trial)
 
 
 @torch.library.custom_op("lepton::solve_unit_lower", mutates_args=())

@@ -10,8 +10,6 @@ Shapes: M positions, C positions of a chunk, V rows of the vocabulary with paddi
 """
 
 import functools
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,6 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+from lepton.model import kernels
+from lepton.model.kernels import HAS_TRITON
 
 IGNORE = -100
 CHUNK_CPU = 512
@@ -30,8 +31,6 @@ ENTRIES_GPU = 1 << 28
 MULTIPLE_GPU = 128
 """Positions a pass on a GPU are a multiple of this, the tiles of its matrix products."""
 Z_WEIGHT = 1e-4
-# It comes with PyTorch's builds for GPUs on Linux, and is no dependency of its own.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Chunk: TypeAlias = Callable[
     [Tensor, Tensor, Tensor, int, float, float, bool],
@@ -173,18 +172,18 @@ def _wants_kernel(x_MD: Tensor) -> bool:
 @functools.cache
 def _kernel_chunk(device: torch.device, dtype: torch.dtype) -> Chunk:
     """The kernel, after a trial; or `plain_chunk` and a warning where Triton cannot build it (no C compiler, say)."""
-    try:
+
+    def trial() -> None:
         from lepton.model.kernels.cross_entropy import fused_chunk
 
         raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
         zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
         fused_chunk(raw_CV, zero, one, 16, 15.0, 0.0, True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"the loss runs slower: Triton cannot build its kernel here ({reason})", stacklevel=2)
+
+    if not kernels.works("the loss", trial):
         return plain_chunk
+    from lepton.model.kernels.cross_entropy import fused_chunk
+
     return fused_chunk
 
 

@@ -5,7 +5,6 @@ from when its token has left the window until better ones push it out, a thought
 """
 
 import functools
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lepton.model.loss import HAS_TRITON
+from lepton.model import kernels
+from lepton.model.kernels import HAS_TRITON
 from lepton.model.timeline import Timeline, band_edges
 
 
@@ -72,18 +72,14 @@ def has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         return False
     if head_dim < 16 or head_dim & (head_dim - 1):
         return False
-    try:
+
+    def trial() -> None:
         with torch.inference_mode(False), torch.enable_grad():  # whoever asks first may be generating
             q = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
             index = torch.arange(16, dtype=torch.int32, device=device)[None]
             attend_in_ranges(q, q, q, Ranges(index, index, index + 1, 16, 1)).sum().backward()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"attention runs slower: Triton cannot build its kernels here ({reason})", stacklevel=2)
-        return False
-    return True
+
+    return kernels.works("attention", trial)
 
 
 def attend_in_ranges(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, ranges: Ranges) -> Tensor:

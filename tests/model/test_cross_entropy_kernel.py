@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lepton.model import loss as module
-from lepton.model.loss import HAS_TRITON, IGNORE, linear_cross_entropy
+from lepton.model.kernels import HAS_TRITON
+from lepton.model.loss import IGNORE, linear_cross_entropy
 from tests.model.test_loss import reference
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,7 +252,7 @@ def test_a_kernel_that_cannot_be_built_is_done_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "lepton.model.kernels.cross_entropy", None)
     monkeypatch.setattr(module, "_kernel_chunk", module._kernel_chunk.__wrapped__)
     x, weight, target = data("cpu", torch.float32, 12, 128, 97)
-    with pytest.warns(UserWarning, match="the loss runs slower: Triton cannot build its kernel here"):
+    with pytest.warns(UserWarning, match="the loss runs slower: Triton cannot build its kernels here"):
         check(x, weight, target, 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
 
 

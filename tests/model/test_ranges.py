@@ -9,7 +9,7 @@ import torch
 
 from lepton.model import ranges as module
 from lepton.model.attention import attend, unseen
-from lepton.model.loss import HAS_TRITON
+from lepton.model.kernels import HAS_TRITON
 from lepton.model.ranges import Ranges, attend_in_ranges, runs
 from lepton.model.timeline import Timeline, sees
 from tests.laws.lab import EOS, VARIANTS, build, text
