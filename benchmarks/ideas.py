@@ -216,7 +216,13 @@ def read_arguments() -> argparse.Namespace:
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
-    add("--rounds", type=int, nargs="+", default=thinking.ROUNDS, help="what rounds of thinking are drawn from")
+    add(
+        "--rounds",
+        type=int,
+        nargs="+",
+        default=thinking.ROUNDS,
+        help="what rounds of thinking are drawn from; more than 2 for one row in 8 at most",
+    )
     add("--change", nargs="+", default=[], metavar="FIELD=N", help="fields of the configuration to change")
     add("--weights", nargs="+", default=[], metavar="LOSS=W", help="weights of auxiliary losses to change")
     add("--seed", type=int, default=0)

@@ -11,7 +11,7 @@ from lepton.errors import InputError
 from lepton.model.crystals import CONTEXT, Columns, Store
 from lepton.model.memory import CONV
 from lepton.model.state import Memory, State, flatten, read_tensors, rebuild
-from lepton.model.thoughts import Group
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, Group, late_rows
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -94,7 +94,13 @@ def checked(
         raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
     if think is None:
         think = model.config.rounds if model.thoughts is not None else 0
-    if not isinstance(think, Tensor):
+    if isinstance(think, Tensor):
+        if think.shape != (rows,):
+            raise InputError(f"think must hold one number for each of {rows} rows, not {tuple(think.shape)}")
+        check_range(think, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")
+        late = late_rows(rows)
+        check_range((think > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
+    else:
         if not isinstance(think, int) or think < 0:
             raise InputError(f"think={think}: must be a whole number of rounds, from 0")
         if think and model.thoughts is None:

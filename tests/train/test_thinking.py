@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lepton.errors import InputError
 from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.train.thinking import plan_thoughts
 from tests.laws.lab import build, text
@@ -29,3 +30,17 @@ def test_rows_think_as_long_as_they_want_to(place):
     for row, think in enumerate(rounds):
         alone = model.trunk(tokens[row : row + 1], think=think).hidden
         torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        ([3, 3, 0, 0], "rows that think for more than 2 rounds: 2: must lie in 0..1"),
+        ([0, 5, 0, 0], "rounds of thinking 5: must lie in 0..4"),
+        ([0, -1, 0, 0], "rounds of thinking -1: must lie in 0..4"),
+        ([1, 2], "one number for each of 4 rows"),
+    ],
+)
+def test_rounds_that_there_is_no_room_for_are_refused(rounds, message):
+    with pytest.raises(InputError, match=message):
+        build("complete").loss(text(1, rows=4), think=torch.tensor(rounds))
