@@ -25,11 +25,11 @@ from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
 from lepton.model.initialise import initialise
-from lepton.train import thinking
+from lepton.train import hardware, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
-from lepton.train.schedule import lr_scale
+from lepton.train.schedule import lr_scale, memory_start
 from lepton.train.setup import frequent_ids
 from lepton.train.thinking import plan_thoughts
 
@@ -63,7 +63,7 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
         self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
-        self.model.compute_dtype = torch.bfloat16
+        self.model.compute_dtype = hardware.pick_dtype("auto", torch.device(self.device))
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
         self.findings: dict[str, Any] = {
@@ -98,13 +98,14 @@ class Run:
         )
 
     def step(self, micro_step: MicroStep, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor,
-             step: int, steps: int) -> torch.Tensor:  # fmt: skip
-        """One optimizer step; returns the cross-entropy, on the device."""
+             step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """One optimizer step; returns the cross-entropy and the norm of the trunk's gradient, on the device."""
         think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        optimizers.step(scale, grad_clip=1.0, pool=micro_step.pool)
-        return micro_step.take_figures()["loss"]
+        late = step >= memory_start(steps, self.arguments.memory_delay)
+        norm = optimizers.step(scale, grad_clip=1.0, pool=micro_step.pool, late=late)
+        return micro_step.take_figures()["loss"], norm
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -125,21 +126,24 @@ class Run:
         """One pass; the clock runs from step 20 on."""
         if self.model.drafter is not None:
             self.model.drafter.ids.copy_(frequent_ids(self.train_set, 50257, len(self.model.drafter.ids)))
-        optimizers, curve, clock, timed = self.optimizers(), [], 0.0, min(20, self.steps - 1)
+        optimizers, curve, norms, clock, timed = self.optimizers(), [], [], 0.0, min(20, self.steps - 1)
         rows, length = self.arguments.batch_size, self.arguments.seq_len
         for step in range(self.steps):
             if step == timed:
                 self.synchronize()
                 clock = time.perf_counter()
             batch = self.train_set.batch(step, batch_size=rows)
-            nats = self.step(micro_step, optimizers, *batch, step, self.steps)
+            nats, norm = self.step(micro_step, optimizers, *batch, step, self.steps)
+            norms.append(norm)
             if step % 100 == 0 or step == self.steps - 1:
                 curve.append([step, round(nats.item(), 4)])
                 print(f"{self.arguments.variant} step {step} {nats.item():.4f} {self.elapsed():.0f}s", flush=True)
         self.synchronize()
         speed = (self.steps - timed) * rows * length / (time.perf_counter() - clock)
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else None
-        self.tell(curve=curve, tokens_per_s=round(speed), peak_gb=peak and round(peak, 2))
+        spread = torch.stack(norms).float().quantile(torch.tensor([0.5, 0.9, 0.99, 1.0], device=self.device))
+        norms_of_gradients = dict(zip(("50%", "90%", "99%", "100%"), spread.tolist(), strict=True))
+        self.tell(curve=curve, grad_norm=norms_of_gradients, tokens_per_s=round(speed), peak_gb=peak and round(peak, 2))
 
     @torch.no_grad()
     def held_out_loss(self, limit: int | None = None, **options: Any) -> float:
@@ -213,6 +217,7 @@ def read_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=6e-4)
     add("--muon_lr", type=float, default=0.02)
     add("--weight_decay", type=float, default=0.1)
+    add("--memory_delay", type=int, default=600, help="steps before memory and hint feed the stream")
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)

@@ -6,8 +6,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
-
 from lepton.data.prepare import prepare
 from lepton.data.sources import is_text
 from lepton.data.tokenizer import Tokenizer
@@ -23,8 +21,11 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 
 def cache_folder() -> Path:
     """Return the folder for prepared data: $LEPTON_CACHE, or the user's cache folder of this platform."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else platformdirs.user_cache_path("lepton", appauthor=False)
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    import platformdirs  # which nothing else needs, and machines without a package index may lack
+
+    return platformdirs.user_cache_path("lepton", appauthor=False)
 
 
 def default_corpus(tokenizer: Tokenizer) -> Path:

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, norm
+from lepton.model.attention import Linear
 from lepton.model.delta_rule import CHUNK, Writes, delta_rule, delta_rule_in_kernels
 from lepton.model.timeline import Timeline
 
 CONV = 4
+READ_EPS = 1e-2
+"""Added to the mean square of a read before it is normed: about that of a weak one. With next to nothing there, what is
+small for want of an answer would be made as large as any, its rounding and its gradient with it."""
 
 
 class WorkingMemory(nn.Module):
@@ -75,7 +78,8 @@ class WorkingMemory(nn.Module):
         read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
         run = MemoryRun(writes, entry_BPHKV, end_BHKV, joined_BXC)
         strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
-        return norm(read_BTHV).flatten(2).to(u_BTD.dtype), strength_BT, run
+        normed_BTHV = F.rms_norm(read_BTHV, read_BTHV.shape[-1:], eps=READ_EPS)
+        return normed_BTHV.flatten(2).to(u_BTD.dtype), strength_BT, run
 
 
 def _chunks(x_BTHX: Tensor, chunk: int) -> Tensor:

@@ -46,6 +46,10 @@ on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they
 AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
 """Parameters that only auxiliary losses reach; clipped apart, they leave the trunk alone."""
 
+LATE = ("memory.out.", "peek.back.")
+"""The ways of memory and hint into the stream, which rest at zero for `memory_delay` steps. From the first step on, the
+memory's quick gains keep the deep blocks from learning the same and then more (docs/log.md, 2026-11-25)."""
+
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
@@ -155,12 +159,14 @@ class Optimizers:
         self._auxiliary = [parameter for name, parameter in both if name.startswith(AUXILIARY)]
         groups = [
             {
-                "params": [item for item in rest if _kind(*item) == (rate, decays)],
+                "params": [item for item in rest if _kind(*item) == (rate, decays, late)],
                 "weight_decay": decays * weight_decay,
                 "rate": rate,
+                "late": late,
             }
             for rate in (EMBEDDING_RATE, 1)
             for decays in (True, False)
+            for late in (False, True)
         ]
         self._device = both[0][1].device
         on_gpu = self._device.type == "cuda"
@@ -174,8 +180,10 @@ class Optimizers:
         )
         self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
         if muon:
+            split = ([item for item in muon if item[0].startswith(LATE) == late] for late in (False, True))
+            halves = [{"params": part, "late": late} for late, part in enumerate(split) if part]
             batched = BatchedMuon(
-                muon, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
+                halves, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
             )
             # Who trains in full precision wants it here too: half of it rounds the smallest difference to a large one.
             batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
@@ -189,7 +197,7 @@ class Optimizers:
         self._asked: tuple[float | None, ...] | None = None
         self._recording: Recording | None = None
 
-    def step(self, scale: float, grad_clip: float, pool: Any = None) -> Tensor:
+    def step(self, scale: float, grad_clip: float, pool: Any = None, *, late: bool = True) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
 
         Returns the norm of the trunk's gradients before clipping.
@@ -198,10 +206,11 @@ class Optimizers:
             scale: what the schedule says.
             grad_clip: norm to which gradients are clipped, the trunk's and the others' each on their own.
             pool: memory in which a recording works, such as `MicroStep.pool`; None takes some of its own.
+            late: whether the matrices `LATE` learn already.
         """
         for name, member in self._members.items():
             for group in member.param_groups:
-                rate = self._peak[name] * group.get("rate", 1) * scale
+                rate = self._peak[name] * group.get("rate", 1) * scale * (late or not group["late"])
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(rate)
                 else:
@@ -260,10 +269,10 @@ class Optimizers:
         self._asked, self._recording = None, None  # the state lies elsewhere now
 
 
-def _kind(name: str, parameter: Tensor) -> tuple[int, bool]:
-    """Return how much faster than AdamW's rate a parameter learns, and whether it decays."""
+def _kind(name: str, parameter: Tensor) -> tuple[int, bool, bool]:
+    """Return how much faster than AdamW's rate a parameter learns, whether it decays, and whether it starts late."""
     rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
-    return rate, parameter.ndim == 2 and name != "embed.weight"
+    return rate, parameter.ndim == 2 and name != "embed.weight", name.startswith(LATE)
 
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

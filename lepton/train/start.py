@@ -102,6 +102,7 @@ def _initialise(settings: TrainSettings, path: Path) -> Start:
     _check_size(settings, content.get("size"), config, path)
     config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
+    settings = settings.replace(memory_delay=0)  # its memory is in use already
     return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))
 
 

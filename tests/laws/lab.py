@@ -3,6 +3,9 @@
 An idea joins the laws by a line here: a variant that switches it off, and the names of its outputs.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,6 +54,12 @@ CANARIES = ("complete", "dense")
 # Outputs [B, T, ...] of a forward pass that the laws speak of, and what the ideas did on the way.
 OUTPUTS = ("logits", "hidden", "uncertainty", "depth")
 TRACES = ("hint_BTP", "read_BTM", "thought_BTD", "benefit_BT", "signals_BT3")
+
+
+def once_a_device(make: Callable[..., Lepton]) -> Callable[..., Lepton]:
+    """`functools.cache` for models: one that a test made on a CPU is none for a GPU."""
+    cached = functools.cache(lambda _device, *args, **options: make(*args, **options))
+    return functools.wraps(make)(lambda *args, **options: cached(torch.get_default_device(), *args, **options))
 
 
 def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides) -> Lepton:

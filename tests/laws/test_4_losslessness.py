@@ -11,14 +11,14 @@ from lepton.generate import Generation, Options, generate, generate_with_stats
 from lepton.generate.sampling import probabilities
 from lepton.model import Lepton
 from tests.generate.models import lively, oracle
-from tests.laws.lab import CANARIES, IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, text
+from tests.laws.lab import CANARIES, IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text
 
 GREEDY = {"temperature": 0}
 PLAIN = {"use_speculative": False}
 DRAFTS, NEW = 4, 20
 
 
-@functools.cache
+@once_a_device
 def model_of(variant, dtype=torch.float64, **changes):
     return lively(variant, dtype, **changes)
 
@@ -105,6 +105,8 @@ def test_what_ends_the_text_ends_it_inside_a_chunk():
     cuts = set()
     texts = [row[len(prompt) :] for row, prompt in zip(whole, prompts, strict=True)]
     for new, at in itertools.product(texts, range(2, 8)):
+        if at >= len(new):  # that text ended by itself
+            continue
         for stop in ([new[at]], [new[at - 1 : at + 1]]):
             options = {"max_new_tokens": 20, "stop": stop, **GREEDY}
             plain = generate(model, prompts, **options, **PLAIN)
@@ -135,10 +137,10 @@ ROWS = 3000
 AHEAD = 4
 
 
-@functools.cache
-def small_model():
+@once_a_device
+def small_model(seed=3):
     """Few ids, so that whole continuations can be counted; two of them are never drafted."""
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     model = Lepton(LeptonConfig(**{**SHAPE, **IDEAS, **SMALL})).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.6 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
@@ -177,17 +179,20 @@ def exact(model, **sampling):
     ],
 )
 def test_sampled_text_has_the_distribution_of_plain_decoding(sampling, speculative):
-    model = small_model()
-    expected = exact(model, **sampling)
-    options = {**sampling, "seed": 11, "use_speculative": speculative}
-    rows, stats = generate_with_stats(model, [PROMPT] * ROWS, AHEAD, **options)
-    counts = dict.fromkeys(expected, 0)
-    for row in rows:
-        counts[tuple(row[len(PROMPT) :])] += 1
-    assert not any(count for path, count in counts.items() if expected[path] == 0), "an excluded token was returned"
-    assert chi_square_p(counts, {path: ROWS * chance for path, chance in expected.items()}) > 1e-3
-    if speculative:
-        assert all(0.05 < share < 0.95 for share in stats.acceptance), "drafts are kept and rejected"
+    for seed in range(3, 9):
+        model = small_model(seed)
+        expected = exact(model, **sampling)
+        options = {**sampling, "seed": 11, "use_speculative": speculative}
+        rows, stats = generate_with_stats(model, [PROMPT] * ROWS, AHEAD, **options)
+        counts = dict.fromkeys(expected, 0)
+        for row in rows:
+            counts[tuple(row[len(PROMPT) :])] += 1
+        assert not any(count for path, count in counts.items() if expected[path] == 0), "an excluded token was returned"
+        assert chi_square_p(counts, {path: ROWS * chance for path, chance in expected.items()}) > 1e-3
+        # A model drawn on another device may keep nearly all drafts of a place or none: then the next one says more.
+        if not speculative or all(0.05 < share < 0.95 for share in stats.acceptance):
+            return
+    pytest.fail("no model had drafts kept and rejected at every place")
 
 
 def test_a_row_with_less_room_than_its_neighbours_is_what_it_would_be_alone():

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lepton.model.attention import norm
+from lepton.model.memory import READ_EPS
 from tests.laws.lab import EOS
 
 Column = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
@@ -101,7 +102,8 @@ def remember(memory, u) -> list[torch.Tensor]:
         for h in range(memory.heads):
             kept = decay[h] * state[h]
             state[h] = kept + torch.outer(k[h], rate[h] * (v[h] - kept.T @ k[h]))
-        answers.append(torch.cat([norm(state[h].T @ q[h]) for h in range(memory.heads)]))
+        reads = [state[h].T @ q[h] for h in range(memory.heads)]
+        answers.append(torch.cat([read / (read.square().mean() + READ_EPS).sqrt() for read in reads]))
     return answers
 
 

@@ -6,7 +6,7 @@ import torch
 from lepton.config import LeptonConfig
 from lepton.model import Lepton, create_lepton
 from lepton.train import optimizer
-from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, Optimizers, split_parameters
+from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, LATE, Optimizers, split_parameters
 from tests.train.small import SHAPE
 
 MATRICES = {"attention.qkv", "attention.out", "mlp.up", "mlp.down"}
@@ -89,6 +89,20 @@ def test_matrices_decay_alike_under_either_optimizer_and_the_embedding_does_not(
         rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
         shrunk = 1.0 if name == "embed.weight" or parameter.ndim < 2 else 1 - rate * 1e-2 * 0.5
         torch.testing.assert_close(parameter.data, before[name] * shrunk)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_memory_and_hint_feed_the_stream_only_when_they_are_late(kind):
+    model = small_model()
+    optimizers = optimizers_of(model, kind, weight_decay=0.0)
+    before = copy.deepcopy(model.state_dict())
+    for late, moves in ((False, False), (True, True)):
+        noisy_gradients(model, 0)
+        optimizers.step(1.0, 1.0, late=late)
+        for name, parameter in model.named_parameters():
+            moved = not torch.equal(parameter, before[name])
+            assert moved == (moves or not name.startswith(LATE)), name
+    assert {name.split(".")[0] for name in before if name.startswith(LATE)} == {"memory", "peek"}
 
 
 @pytest.mark.parametrize("stacked", [2**25, 3000, 1])

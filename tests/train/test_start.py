@@ -96,6 +96,7 @@ def test_initial_weights_only(run):
     assert (start.step, start.resumed) == (0, None)
     assert start.config.window == 8
     assert start.settings.seq_len == 512, "settings are the new run's own"
+    assert start.settings.memory_delay == 0, "the memory is in use already"
     Lepton(start.config).load_state_dict(start.weights)
 
 
