@@ -22,7 +22,7 @@ PEAK_TFLOPS = (
 )  # fmt: skip
 """Dense bf16 peaks with fp32 accumulation, from the makers' data sheets. The first that a card's name holds counts."""
 USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
-"""Share of a plain matrix product's rate that training reaches, for estimates."""
+"""Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
 HOST_SECONDS = 0.006
 """Time that a GPU's host takes to launch a micro-batch, however small, for estimates."""
 
@@ -107,7 +107,8 @@ def training_seconds(flops: float, micro_batches: int, device: torch.device, dty
     size = 4096 if device.type == "cuda" else 768
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))
-    rate = 2 * size**3 / seconds * USUAL_SHARE.get(device.type, 0.2)
+    share = USUAL_SHARE.get(device.type, 0.2) * (2 if (device.type, dtype) == ("cpu", torch.float32) else 1)
+    rate = 2 * size**3 / seconds * share
     return flops / rate + (0 if device.type == "cpu" else micro_batches * HOST_SECONDS)
 
 
