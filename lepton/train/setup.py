@@ -17,7 +17,6 @@ from lepton.train.folder import RunFolder
 from lepton.train.memory import mend, predicted_bytes
 from lepton.train.metrics import MetricsLog, duration
 from lepton.train.optimizer import Optimizers
-from lepton.train.schedule import memory_start
 from lepton.train.settings import TrainSettings
 from lepton.train.start import Start
 
@@ -111,9 +110,8 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
         chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
         if chosen:
             say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
-    joins = memory_start(settings.max_steps, settings.memory_delay)
-    if joins > start.step and not (model.memory is None and model.peek is None):
-        say(f"memory and hint feed the stream from step {joins:,} on")
+    if settings.memory_delay > start.step and not (model.memory is None and model.peek is None):
+        say(f"memory and hint feed the stream from step {settings.memory_delay:,} on")
     memory = hardware.gpu_memory(parts.device)
     if memory is not None:
         available, total = memory

@@ -20,7 +20,7 @@ from lepton.train.flops import training_flops_per_token
 from lepton.train.metrics import Progress
 from lepton.train.micro_step import MicroStep
 from lepton.train.recorder import Recorder
-from lepton.train.schedule import lr_scale, memory_start
+from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.setup import Parts, assemble, introduce, make_room, out_of_memory
 from lepton.train.signals import Interrupted, StopRequest
@@ -124,7 +124,7 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        late = self.step >= memory_start(settings.max_steps, settings.memory_delay)
+        late = self.step >= settings.memory_delay
         figures["grad_norm"] = parts.optimizers.step(scale, settings.grad_clip, micro_step.pool, late=late).float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))

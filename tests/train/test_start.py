@@ -100,6 +100,11 @@ def test_initial_weights_only(run):
     Lepton(start.config).load_state_dict(start.weights)
 
 
+def test_a_short_run_that_is_made_longer_keeps_its_memory(run):
+    assert started(resume=str(run / "step_4.pt"), max_steps=50_000).settings.memory_delay == 0
+    assert started(max_steps=50_000).settings.memory_delay == 600
+
+
 def test_weights_alone_do_not_resume(run, data, tmp_path):
     content = checkpoint.load(run / "step_4.pt")
     checkpoint.save(tmp_path / "weights.pt", {name: content[name] for name in ("model", "config", "step")})
