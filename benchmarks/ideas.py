@@ -104,7 +104,7 @@ class Run:
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
         late = step >= memory_start(steps, self.arguments.memory_delay)
-        norm = optimizers.step(scale, grad_clip=1.0, pool=micro_step.pool, late=late)
+        norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings, late=late)
         return micro_step.take_figures()["loss"], norm
 
     def synchronize(self) -> None:

@@ -96,7 +96,7 @@ class LeptonTraining:
             think, groups = plan_thoughts(self.model.config, self.tokens_BX, 0, index, micro)
             self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
         self.micro_step.take_figures()
-        self.optimizers.step(1.0, 1.0, self.micro_step.pool)
+        self.optimizers.step(1.0, 1.0, self.micro_step.recordings)
 
 
 @dataclass(frozen=True)

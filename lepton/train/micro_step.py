@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lepton.model import Lepton
+from lepton.train.recording import Recordings
 from lepton.train.thinking import plan_thoughts
 
 WARM_UP = 2
-"""Runs before a recording, so that everything that is compiled or set up at first use is."""
+"""Runs before the first recording of a shape, so that everything that is compiled or set up at first use is."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,25 @@ class MicroStep:
                 (module, name, torch.compile(getattr(module, name), dynamic=False))
                 for module, name in compiled_parts(model)
             ]
-        self._record = recorded and model.embed.weight.device.type == "cuda"
-        self._recordings: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs]] = {}
-        self.pool: Any = None
-        """The memory that recordings work in, None before the first. Gradients and figures lie outside of it."""
+        device = model.embed.weight.device
+        self.recordings = Recordings(device) if recorded and device.type == "cuda" else None
+        """Of micro-batches, by their shapes; None where nothing is recorded. Gradients and figures lie outside."""
+        self._places: dict[Any, Inputs] = {}
+        """Where the recording of a shape reads its inputs."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
     def prepare(self, batch_size: int, seq_len: int) -> None:
         """Compile and record batches of this shape before the clock runs; where that fails, say why and do without."""
-        if not self._parts and not self._record:
+        if not self._parts and self.recordings is None:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
-        model = self._model
+        model, device = self._model, self._model.embed.weight.device
         tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
         think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
-        while self._parts or self._record:
+        while self._parts or self.recordings is not None:
             try:
                 self(tokens, lengths, think, groups, share=0.0)
                 break
@@ -85,9 +87,9 @@ class MicroStep:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 what = "compile" if self._parts else "record"
                 self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
-                self._parts, self._record = [], self._record and bool(self._parts)
-                self._recordings.clear()
-                self.pool = None
+                self.recordings = Recordings(device) if self._parts and self.recordings is not None else None
+                self._parts = []
+                self._places.clear()
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
@@ -99,17 +101,21 @@ class MicroStep:
         device = self._model.embed.weight.device
         given = (tokens, lengths, think, torch.tensor(share))
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
-        if not self._record:
+        if self.recordings is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
         key = (tuple(tokens.shape), groups if self._model.thoughts or self._model.crystals else None)
-        with torch.cuda.device(device):  # streams and recordings belong to the current one
-            if key not in self._recordings:
-                self._recordings[key] = self._recorded(inputs, groups)
-            graph, place = self._recordings[key]
+        with torch.cuda.device(device):  # streams belong to the current one
+            if key not in self._places:
+                self.recordings.clear()  # the first run of another shape needs the memory that they hold
+                self._places[key] = self._warmed_up(inputs, groups)
+            place = self._places[key]
+            if key not in self.recordings:
+                with self._compiled():
+                    self.recordings.record(key, lambda: self._run(place, groups))
             place.copy_(inputs)
-            graph.replay()
+            self.recordings.replay(key)
 
     def take_figures(self) -> dict[str, Tensor]:
         """Return the sums of the loss terms since the last call, each weighted by its micro-batch's share."""
@@ -127,24 +133,19 @@ class MicroStep:
             self._sums = torch.zeros_like(terms)
         self._sums += terms * inputs.share
 
-    def _recorded(self, inputs: Inputs, groups: int | None) -> tuple[torch.cuda.CUDAGraph, Inputs]:
-        """Record a micro-batch of this shape. Only replaying adds anything: the runs before have no share."""
+    def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
+        """Run a micro-batch of this shape without adding anything; return inputs that a recording can read."""
         idle = Inputs(inputs.tokens_BX, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with self._compiled():
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    self._run(idle, groups)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+        with self._compiled(), torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
                 self._run(idle, groups)
-        self.pool = graph.pool()
-        return graph, idle
+        torch.cuda.current_stream().wait_stream(aside)
+        return idle
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:

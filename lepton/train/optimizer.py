@@ -10,11 +10,13 @@ recorded as a CUDA graph, and replayed in one launch.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lepton.train.recording import Recordings
 
 BETAS = (0.9, 0.95)
 EPS = 1e-10
@@ -120,26 +122,6 @@ def orthogonal(
     return (x if wide else x.mT).to(stack_NRC.dtype)
 
 
-class Recording:
-    """An update of what lies on a GPU, recorded as a CUDA graph: replayed in one launch, on the same memory each time.
-
-    Recording runs nothing. `pool` is memory that other recordings work in too, of which none runs beside this one.
-    """
-
-    def __init__(self, update: Callable[[], Tensor], device: torch.device, pool: Any) -> None:
-        # Entering the current stream restores it: a recording that fails leaves its own one current.
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            self._device, self._graph = device, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool):
-                self._result = update()
-
-    def replay(self) -> Tensor:
-        """Run the update and return its result, which later runs leave alone."""
-        with torch.cuda.device(self._device):
-            self._graph.replay()
-            return self._result.clone()
-
-
 class Optimizers:
     """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
 
@@ -194,10 +176,15 @@ class Optimizers:
                 for group in member.param_groups:
                     group["lr"] = torch.zeros((), dtype=torch.float32, device=self._device)
         self._record = recorded and on_gpu
-        self._asked: tuple[float | None, ...] | None = None
-        self._recording: Recording | None = None
+        self._own = Recordings(self._device)
+        self._state = object()
+        """Stands for where the members' state lies."""
+        self._asked: Hashable = None
+        """The last update: its clipping, and where state and gradients lie."""
 
-    def step(self, scale: float, grad_clip: float, pool: Any = None, *, late: bool = True) -> Tensor:
+    def step(
+        self, scale: float, grad_clip: float, recordings: Recordings | None = None, *, late: bool = True
+    ) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
 
         Returns the norm of the trunk's gradients before clipping.
@@ -205,7 +192,7 @@ class Optimizers:
         Args:
             scale: what the schedule says.
             grad_clip: norm to which gradients are clipped, the trunk's and the others' each on their own.
-            pool: memory in which a recording works, such as `MicroStep.pool`; None takes some of its own.
+            recordings: in whose memory an update is recorded too, such as `MicroStep.recordings`; None takes more.
             late: whether the matrices `LATE` learn already.
         """
         for name, member in self._members.items():
@@ -215,8 +202,8 @@ class Optimizers:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-        recording = self._recorded(grad_clip, pool) if self._record else None
-        return recording.replay() if recording else self._update(grad_clip)
+        norm = self._replayed(grad_clip, recordings or self._own) if self._record else None
+        return self._update(grad_clip) if norm is None else norm
 
     @torch.no_grad()
     def _update(self, grad_clip: float) -> Tensor:
@@ -230,19 +217,20 @@ class Optimizers:
         # What is not finite in either shows in what is returned, so that nothing goes on from it.
         return norm + 0 * apart
 
-    def _recorded(self, grad_clip: float, pool: Any) -> Recording | None:
-        """Return the recording of an update, or None where it is to run as it is.
+    def _replayed(self, grad_clip: float, recordings: Recordings) -> Tensor | None:
+        """Replay an update, recorded where it was asked for the last time too; None where it is to run as it is.
 
-        It runs so whenever it differs from the last one, in `grad_clip` or in where the gradients lie: that creates
-        state and loads kernels, which cannot happen while recording. The next one like it is recorded.
+        It runs so whenever it differs from the last one, in `grad_clip` or in where state and gradients lie: that
+        creates state and loads kernels, which cannot happen while recording.
         """
         places = [None if each.grad is None else each.grad.data_ptr() for each in self._trunk + self._auxiliary]
-        asked = (grad_clip, *places)
-        if asked != self._asked:
-            self._asked, self._recording = asked, None
-        elif self._recording is None:
+        key = (self._state, grad_clip, *places)
+        if key not in recordings:
+            if key != self._asked:
+                self._asked = key
+                return None
             try:
-                self._recording = Recording(lambda: self._update(grad_clip), self._device, pool)
+                recordings.record(key, lambda: self._update(grad_clip))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # in many ways; none of them should stop a run that works without
@@ -253,7 +241,9 @@ class Optimizers:
                     stacklevel=3,
                 )
                 self._record = False
-        return self._recording
+                return None
+        norm: Tensor = recordings.replay(key).clone()
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; rates and other hyperparameters are not part of it."""
@@ -266,7 +256,7 @@ class Optimizers:
         for name, member in self._members.items():
             own = member.state_dict()["param_groups"]
             member.load_state_dict({"state": saved["states"][name], "param_groups": own})
-        self._asked, self._recording = None, None  # the state lies elsewhere now
+        self._state = object()
 
 
 def _kind(name: str, parameter: Tensor) -> tuple[int, bool, bool]:

@@ -125,7 +125,8 @@ class Trainer:
             min_lr_ratio=settings.min_lr_ratio,
         )
         late = self.step >= settings.memory_delay
-        figures["grad_norm"] = parts.optimizers.step(scale, settings.grad_clip, micro_step.pool, late=late).float()
+        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.recordings, late=late)
+        figures["grad_norm"] = norm.float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
 

@@ -7,6 +7,7 @@ from lepton.config import LeptonConfig
 from lepton.model import Lepton, create_lepton
 from lepton.train import optimizer
 from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, LATE, Optimizers, split_parameters
+from lepton.train.recording import Recordings
 from tests.train.small import SHAPE
 
 MATRICES = {"attention.qkv", "attention.out", "mlp.up", "mlp.down"}
@@ -191,26 +192,22 @@ def test_a_restored_state_keeps_the_new_rates():
     assert all(group["weight_decay"] == 0 for member in second._members.values() for group in member.param_groups)
 
 
-class Replayed:
-    """Stands in for a recording where there is no GPU: runs the update each time."""
+class Rerun:
+    """Stands in for `Recordings` where there is no GPU: runs the actions each time."""
 
-    made: list["Replayed"]
+    def __init__(self, device=None):
+        self.actions, self.recorded, self.replays = {}, 0, 0
 
-    def __init__(self, update, device, pool):
-        self.update, self.pool, self.replays = update, pool, 0
-        self.made.append(self)
+    def __contains__(self, key):
+        return key in self.actions
 
-    def replay(self):
+    def record(self, key, action):
+        self.actions[key] = action
+        self.recorded += 1
+
+    def replay(self, key):
         self.replays += 1
-        return self.update()
-
-
-@pytest.fixture
-def recordings(monkeypatch):
-    """All that were made, in their order."""
-    monkeypatch.setattr(Replayed, "made", [], raising=False)
-    monkeypatch.setattr(optimizer, "Recording", Replayed)
-    return Replayed.made
+        return self.actions[key]()
 
 
 def noisy_gradients(model, seed):
@@ -222,8 +219,8 @@ def noisy_gradients(model, seed):
         parameter.grad.copy_(torch.randn(parameter.shape, generator=noise) / 100)
 
 
-def test_a_step_is_recorded_the_second_time_in_a_row(recordings):
-    model, twin = small_model(), small_model()
+def test_a_step_is_recorded_the_second_time_in_a_row():
+    model, twin, recordings = small_model(), small_model(), Rerun()
     optimizers, plain = optimizers_of(model), optimizers_of(twin)
     optimizers._record = True
     made_and_replayed = []
@@ -231,9 +228,9 @@ def test_a_step_is_recorded_the_second_time_in_a_row(recordings):
     def step(clip=1.0):
         for which in (model, twin):
             noisy_gradients(which, len(made_and_replayed))
-        norm, expected = optimizers.step(0.5, clip, "the pool"), plain.step(0.5, clip)
+        norm, expected = optimizers.step(0.5, clip, recordings), plain.step(0.5, clip)
         assert torch.equal(norm, expected)
-        made_and_replayed.append((len(recordings), sum(recording.replays for recording in recordings)))
+        made_and_replayed.append((recordings.recorded, recordings.replays))
         return made_and_replayed[-1]
 
     assert [step() for _ in range(4)] == [(0, 0), (1, 1), (1, 2), (1, 3)]
@@ -243,34 +240,35 @@ def test_a_step_is_recorded_the_second_time_in_a_row(recordings):
     assert [step(clip=0.5) for _ in range(2)] == [(2, 5), (3, 6)]
     optimizers.load_state_dict(copy.deepcopy(optimizers.state_dict()))
     assert [step(clip=0.5) for _ in range(2)] == [(3, 6), (4, 7)]
-    assert {recording.pool for recording in recordings} == {"the pool"}
+    recordings.actions.clear()
+    assert [step(clip=0.5) for _ in range(2)] == [(5, 8), (5, 9)], "nothing that it rests on has changed"
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_gradient_that_comes_later_gets_its_state_before_it_is_recorded(recordings):
-    model = small_model()
+def test_a_gradient_that_comes_later_gets_its_state_before_it_is_recorded():
+    model, recordings = small_model(), Rerun()
     optimizers = optimizers_of(model)
     optimizers._record = True
     noisy_gradients(model, 0)
     late = model.stem[0].mlp.up.weight
     gradient, late.grad = late.grad, None
     for _ in range(2):
-        optimizers.step(1.0, 1.0)
-    assert len(recordings) == 1
+        optimizers.step(1.0, 1.0, recordings)
+    assert recordings.recorded == 1
     assert not optimizers._members["muon"].state[late]
     late.grad = gradient
-    optimizers.step(1.0, 1.0)
-    assert len(recordings) == 1
+    optimizers.step(1.0, 1.0, recordings)
+    assert recordings.recorded == 1
     assert optimizers._members["muon"].state[late]
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_on_a_cpu_nothing_is_recorded_and_rates_are_numbers(recordings, recorded):
+def test_on_a_cpu_nothing_is_recorded_and_rates_are_numbers(monkeypatch, recorded):
+    monkeypatch.setattr(Recordings, "record", lambda *_: pytest.fail("recorded"))
     model = small_model()
     optimizers = optimizers_of(model, recorded=recorded)
     train_some(model, optimizers, 3)
-    assert recordings == []
     rates = [group["lr"] for member in optimizers._members.values() for group in member.param_groups]
     assert all(isinstance(rate, float) for rate in rates)
 
@@ -279,7 +277,7 @@ def test_where_recording_fails_it_says_so_once_and_goes_on(monkeypatch):
     def failing(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
 
-    monkeypatch.setattr(optimizer, "Recording", failing)
+    monkeypatch.setattr(Recordings, "record", failing)
     model = small_model()
     optimizers = optimizers_of(model)
     optimizers._record = True
@@ -298,7 +296,7 @@ def test_a_full_gpu_is_no_failing_recording(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(optimizer, "Recording", full)
+    monkeypatch.setattr(Recordings, "record", full)
     model = small_model()
     optimizers = optimizers_of(model)
     optimizers._record = True
@@ -322,7 +320,7 @@ def noisy_run(kind, recorded, device):
             noisy_gradients(model, len(norms))
             norms.append(optimizers.step(scale, grad_clip))
             values.append(norms[-1].item())
-            replayed.append(optimizers._recording is not None)
+            replayed.append(recorded and optimizers._asked in optimizers._own)
             assert not any(parameter.grad.any() for parameter in model.parameters())
 
     steps(0.1, 1.0, 0.5, 0.0, 0.7, grad_clip=0.1)
