@@ -29,7 +29,7 @@ from lepton.train import hardware, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
-from lepton.train.schedule import lr_scale, memory_start
+from lepton.train.schedule import lr_scale
 from lepton.train.setup import frequent_ids
 from lepton.train.thinking import plan_thoughts
 
@@ -103,8 +103,7 @@ class Run:
         think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        late = step >= memory_start(steps, self.arguments.memory_delay)
-        norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings, late=late)
+        norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings)
         return micro_step.take_figures()["loss"], norm
 
     def synchronize(self) -> None:
@@ -217,7 +216,6 @@ def read_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=6e-4)
     add("--muon_lr", type=float, default=0.02)
     add("--weight_decay", type=float, default=0.1)
-    add("--memory_delay", type=int, default=600, help="steps before memory and hint feed the stream")
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)

@@ -92,12 +92,6 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add("--optimizer", choices=("muon", "adamw"), help="muon is Muon and AdamW; adamw is AdamW alone (default: muon)")
     add("--weight_decay", type=float, metavar="X", help="matrices shrink by this x lr a step (default: 0.1)")
     add("--warmup_steps", type=int, metavar="N", help="steps of warm-up, at most max_steps / 10 (default: 500)")
-    add(
-        "--memory_delay",
-        type=int,
-        metavar="N",
-        help="steps before memory and hint feed the stream; 0 in runs shorter than twice that (default: 600)",
-    )
     add("--cooldown", type=float, metavar="X", help="last share of the run in which the rates fall (default: 0.4)")
     add("--min_lr_ratio", type=float, metavar="X", help="share of the peak rates where they end (default: 0)")
     add("--grad_clip", type=float, metavar="X", help="largest norm of the gradient (default: 1)")

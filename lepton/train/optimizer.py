@@ -48,9 +48,10 @@ on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they
 AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
 """Parameters that only auxiliary losses reach; clipped apart, they leave the trunk alone."""
 
-LATE = ("memory.out.", "peek.back.")
-"""The ways of memory and hint into the stream, which rest at zero for `memory_delay` steps. From the first step on, the
-memory's quick gains keep the deep blocks from learning the same and then more (docs/log.md, 2026-11-25)."""
+FEEDS = ("memory.out.", "peek.back.")
+FEEDS_RATE = 0.1
+"""The ways of memory and hint into the stream learn this much slower than other matrices. At full rate the memory's
+quick gains keep the deep blocks from learning the same and then more (docs/log.md, 2026-11-26)."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -139,21 +140,10 @@ class Optimizers:
         both = muon + rest
         self._trunk = [parameter for name, parameter in both if not name.startswith(AUXILIARY)]
         self._auxiliary = [parameter for name, parameter in both if name.startswith(AUXILIARY)]
-        groups = [
-            {
-                "params": [item for item in rest if _kind(*item) == (rate, decays, late)],
-                "weight_decay": decays * weight_decay,
-                "rate": rate,
-                "late": late,
-            }
-            for rate in (EMBEDDING_RATE, 1)
-            for decays in (True, False)
-            for late in (False, True)
-        ]
         self._device = both[0][1].device
         on_gpu = self._device.type == "cuda"
         adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            _groups(rest, weight_decay),
             lr=lr,
             betas=BETAS,
             eps=EPS,
@@ -162,11 +152,8 @@ class Optimizers:
         )
         self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
         if muon:
-            split = ([item for item in muon if item[0].startswith(LATE) == late] for late in (False, True))
-            halves = [{"params": part, "late": late} for late, part in enumerate(split) if part]
-            batched = BatchedMuon(
-                halves, lr=muon_lr, momentum=MOMENTUM, weight_decay=weight_decay * lr / muon_lr, adjust_lr_fn="original"
-            )
+            groups = _groups(muon, weight_decay * lr / muon_lr)
+            batched = BatchedMuon(groups, lr=muon_lr, momentum=MOMENTUM, adjust_lr_fn="original")
             # Who trains in full precision wants it here too: half of it rounds the smallest difference to a large one.
             batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
             self._members["muon"] = batched
@@ -182,9 +169,7 @@ class Optimizers:
         self._asked: Hashable = None
         """The last update: its clipping, and where state and gradients lie."""
 
-    def step(
-        self, scale: float, grad_clip: float, recordings: Recordings | None = None, *, late: bool = True
-    ) -> Tensor:
+    def step(self, scale: float, grad_clip: float, recordings: Recordings | None = None) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
 
         Returns the norm of the trunk's gradients before clipping.
@@ -193,11 +178,10 @@ class Optimizers:
             scale: what the schedule says.
             grad_clip: norm to which gradients are clipped, the trunk's and the others' each on their own.
             recordings: in whose memory an update is recorded too, such as `MicroStep.recordings`; None takes more.
-            late: whether the matrices `LATE` learn already.
         """
         for name, member in self._members.items():
             for group in member.param_groups:
-                rate = self._peak[name] * group.get("rate", 1) * scale * (late or not group["late"])
+                rate = self._peak[name] * group["rate"] * scale
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(rate)
                 else:
@@ -259,10 +243,23 @@ class Optimizers:
         self._state = object()
 
 
-def _kind(name: str, parameter: Tensor) -> tuple[int, bool, bool]:
-    """Return how much faster than AdamW's rate a parameter learns, whether it decays, and whether it starts late."""
-    rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
-    return rate, parameter.ndim == 2 and name != "embed.weight", name.startswith(LATE)
+def _groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Return groups of parameters that learn at one rate and decay alike, the fastest first."""
+    kinds = sorted({_kind(*item) for item in parameters}, reverse=True)
+    return [
+        {
+            "params": [item for item in parameters if _kind(*item) == (rate, decays)],
+            "rate": rate,
+            "weight_decay": decays * weight_decay,
+        }
+        for rate, decays in kinds
+    ]
+
+
+def _kind(name: str, parameter: Tensor) -> tuple[float, bool]:
+    """Return how much faster a parameter learns than its optimizer's rate says, and whether it decays."""
+    rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else FEEDS_RATE if name.startswith(FEEDS) else 1
+    return rate, parameter.ndim == 2 and name != "embed.weight"
 
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

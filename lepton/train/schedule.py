@@ -27,11 +27,3 @@ def lr_scale(step: int, *, max_steps: int, warmup_steps: int, cooldown: float, m
     falling = max(1, round(cooldown * max_steps))
     remaining = min(1.0, (max_steps - step) / falling)
     return min_lr_ratio + (1 - min_lr_ratio) * remaining
-
-
-def memory_start(max_steps: int, memory_delay: int) -> int:
-    """Return the step from which memory and hint feed the stream: `memory_delay`, or 0 in runs shorter than twice that.
-
-    At first they gain the most, and a short run ends before they would cost anything (docs/log.md, 2026-11-25).
-    """
-    return memory_delay if max_steps >= 2 * memory_delay else 0

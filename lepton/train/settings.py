@@ -49,8 +49,6 @@ class TrainSettings:
     """Each step matrices outside the embedding shrink by weight_decay x lr (AdamW's rate, for both optimizers)."""
     warmup_steps: int = 500
     """Steps of linear warm-up, at most a tenth of max_steps."""
-    memory_delay: int = 600
-    """Steps before working memory and hint feed the stream; 0 in runs shorter than twice that, and with `init_from`."""
     cooldown: float = 0.4
     """Share of max_steps, at the end, over which the rates fall linearly; between is the peak."""
     min_lr_ratio: float = 0.0
@@ -98,7 +96,7 @@ class TrainSettings:
         for name in ("lr", "muon_lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: must be a positive number")
-        for name in ("weight_decay", "warmup_steps", "memory_delay", "seed"):
+        for name in ("weight_decay", "warmup_steps", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("cooldown", "min_lr_ratio"):

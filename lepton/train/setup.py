@@ -110,8 +110,6 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
         chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
         if chosen:
             say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
-    if settings.memory_delay > start.step and not (model.memory is None and model.peek is None):
-        say(f"memory and hint feed the stream from step {settings.memory_delay:,} on")
     memory = hardware.gpu_memory(parts.device)
     if memory is not None:
         available, total = memory

@@ -12,7 +12,6 @@ from lepton.config import LeptonConfig, check_names
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.errors import InputError
 from lepton.model.factory import size_config
-from lepton.train.schedule import memory_start
 from lepton.train.settings import TrainSettings
 
 DEFAULT_SIZE = "tiny"
@@ -45,17 +44,9 @@ class Start:
 def begin(settings: TrainSettings, given: Collection[str]) -> Start:
     """Find what the run starts from and settle its settings; `given` are those that the user chose.
 
-    What the memory's delay comes to is settled here too, and kept: a short run that is made longer keeps its memory.
-
     Raises:
         InputError: a checkpoint that is missing, torn or of another shape, or a tokenizer that does not fit.
     """
-    start = _find(settings, given)
-    delay = memory_start(start.settings.max_steps, start.settings.memory_delay)
-    return dataclasses.replace(start, settings=start.settings.replace(memory_delay=delay))
-
-
-def _find(settings: TrainSettings, given: Collection[str]) -> Start:
     path = _resume_path(settings)
     if path is not None:
         start = _resume(settings, given, path)
@@ -111,7 +102,6 @@ def _initialise(settings: TrainSettings, path: Path) -> Start:
     _check_size(settings, content.get("size"), config, path)
     config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
-    settings = settings.replace(memory_delay=0)  # its memory is in use already
     return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))
 
 

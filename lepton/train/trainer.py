@@ -124,8 +124,7 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        late = self.step >= settings.memory_delay
-        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.recordings, late=late)
+        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.recordings)
         figures["grad_norm"] = norm.float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))

@@ -68,7 +68,7 @@ def flags(data, out):
         "--model_size", "nano", *shape, "--data_dir", str(data), "--tokenizer", str(data / "tokenizer.json"),
         "--checkpoint_dir", str(out), "--resume", "auto", "--max_steps", str(STEPS), "--seq_len", "24",
         "--batch_size", "2", "--grad_accum", "2", *every, "--eval_every", "5", "--eval_batches", "1",
-        "--sample_every", "7", "--sample_tokens", "2", "--memory_delay", "15", "--device", "cpu", "--threads", "1",
+        "--sample_every", "7", "--sample_tokens", "2", "--device", "cpu", "--threads", "1",
     ]  # fmt: skip
 
 

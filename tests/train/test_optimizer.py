@@ -6,7 +6,7 @@ import torch
 from lepton.config import LeptonConfig
 from lepton.model import Lepton, create_lepton
 from lepton.train import optimizer
-from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, LATE, Optimizers, split_parameters
+from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, FEEDS, FEEDS_RATE, Optimizers, split_parameters
 from lepton.train.recording import Recordings
 from tests.train.small import SHAPE
 
@@ -87,23 +87,28 @@ def test_matrices_decay_alike_under_either_optimizer_and_the_embedding_does_not(
         parameter.grad = torch.zeros_like(parameter)
     optimizers_of(model, kind, lr=1e-2, weight_decay=0.5).step(1.0, 1.0)
     for name, parameter in model.named_parameters():
-        rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else 1
+        rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else FEEDS_RATE if name.startswith(FEEDS) else 1
         shrunk = 1.0 if name == "embed.weight" or parameter.ndim < 2 else 1 - rate * 1e-2 * 0.5
         torch.testing.assert_close(parameter.data, before[name] * shrunk)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_memory_and_hint_feed_the_stream_only_when_they_are_late(kind):
-    model = small_model()
-    optimizers = optimizers_of(model, kind, weight_decay=0.0)
-    before = copy.deepcopy(model.state_dict())
-    for late, moves in ((False, False), (True, True)):
+def test_parameters_learn_at_their_rates(kind, monkeypatch):
+    """In a first step without decay a parameter moves in proportion to its rate."""
+
+    def moves():
+        model = small_model()
+        before = copy.deepcopy(model.state_dict())
         noisy_gradients(model, 0)
-        optimizers.step(1.0, 1.0, late=late)
-        for name, parameter in model.named_parameters():
-            moved = not torch.equal(parameter, before[name])
-            assert moved == (moves or not name.startswith(LATE)), name
-    assert {name.split(".")[0] for name in before if name.startswith(LATE)} == {"memory", "peek"}
+        optimizers_of(model, kind, weight_decay=0.0).step(1.0, 1e6)
+        return {name: (parameter - before[name]).norm().item() for name, parameter in model.named_parameters()}
+
+    found = moves()
+    for which in ("EMBEDDING_RATE", "FEEDS_RATE"):
+        monkeypatch.setattr(optimizer, which, 1)
+    for name, alike in moves().items():
+        rate = 10 if name.startswith(EMBEDDING) else 0.1 if name in ("memory.out.weight", "peek.back.weight") else 1
+        assert found[name] == pytest.approx(rate * alike, rel=1e-3), name
 
 
 @pytest.mark.parametrize("stacked", [2**25, 3000, 1])

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from lepton.train.schedule import lr_scale, memory_start, warmup_length
+from lepton.train.schedule import lr_scale, warmup_length
 
 
 def scales(max_steps, warmup_steps=500, cooldown=0.4, min_lr_ratio=0.0):
@@ -38,10 +38,3 @@ def test_the_floor_holds():
 @pytest.mark.parametrize("max_steps", [1, 2, 9, 11])
 def test_short_runs_learn_in_every_step(max_steps):
     assert all(0 < scale <= 1 for scale in scales(max_steps))
-
-
-@pytest.mark.parametrize(
-    ("max_steps", "delay", "start"), [(50_000, 600, 600), (1200, 600, 600), (1199, 600, 0), (9, 0, 0)]
-)
-def test_the_memory_starts_late_unless_the_run_is_short(max_steps, delay, start):
-    assert memory_start(max_steps, delay) == start

@@ -96,13 +96,7 @@ def test_initial_weights_only(run):
     assert (start.step, start.resumed) == (0, None)
     assert start.config.window == 8
     assert start.settings.seq_len == 512, "settings are the new run's own"
-    assert start.settings.memory_delay == 0, "the memory is in use already"
     Lepton(start.config).load_state_dict(start.weights)
-
-
-def test_a_short_run_that_is_made_longer_keeps_its_memory(run):
-    assert started(resume=str(run / "step_4.pt"), max_steps=50_000).settings.memory_delay == 0
-    assert started(max_steps=50_000).settings.memory_delay == 600
 
 
 def test_weights_alone_do_not_resume(run, data, tmp_path):

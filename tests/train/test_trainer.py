@@ -43,16 +43,6 @@ def test_a_run_leaves_its_files(finished):
     assert final["model"]["uncertainty.calibration"].tolist() != [1, 0]
 
 
-def test_memory_and_hint_feed_the_stream_from_their_step_on(data, tmp_path):
-    out = tmp_path / "out"
-    _, said = small_run(data, out, save_every=1, keep=8, memory_delay=3)
-    assert "memory and hint feed the stream from step 3 on" in said
-    for step in range(1, 9):
-        weights = torch.load(out / f"step_{step}.pt")["model"]
-        for name in ("memory.out.weight", "peek.back.weight"):
-            assert bool(weights[name].any()) == (step > 3), (step, name)
-
-
 def test_the_metrics_tell_each_step_and_validation_once(finished):
     out, _ = finished
     entries = metrics_of(out)
