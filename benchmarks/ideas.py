@@ -25,7 +25,7 @@ from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
 from lepton.model.initialise import initialise
-from lepton.train import hardware, thinking
+from lepton.train import hardware, optimizer, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
@@ -216,6 +216,7 @@ def read_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=6e-4)
     add("--muon_lr", type=float, default=0.02)
     add("--weight_decay", type=float, default=0.1)
+    add("--feeds_rate", type=float, default=optimizer.FEEDS_RATE, help="share of Muon's at which memory and hint feed")
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
@@ -240,6 +241,7 @@ def read_arguments() -> argparse.Namespace:
         arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
         arguments.eval_batches = 1
     thinking.ROUNDS = tuple(arguments.rounds)
+    optimizer.FEEDS_RATE = arguments.feeds_rate
     objective.WEIGHTS |= {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
     return arguments
 
