@@ -50,7 +50,7 @@ AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
 
 FEEDS = ("memory.out.", "peek.back.")
 FEEDS_RATE = 0.1
-"""The ways of memory and hint into the stream learn this much slower than other matrices. At full rate the memory's
+"""The ways of memory and hint into the stream learn at this share of other matrices' rate. At the full one the memory's
 quick gains keep the deep blocks from learning the same and then more (docs/log.md, 2026-11-26)."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
