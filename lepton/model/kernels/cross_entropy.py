@@ -16,18 +16,18 @@ from lepton.model.loss import IGNORE
 # multiprocessor of an H100 or H200 at once: 264 rows of 100 KB, which the second reading still finds in 50 MB of cache.
 BLOCK = 4096
 COLUMNS_A_WARP = 32 * 8
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _shares(raw_ptr, column, columns, vocab_size, cap):
-    """Return `w` with ``tanh(raw / cap) = 1 - 2 w`` and ``exp(cap tanh(raw / cap))``, 0 beyond the vocabulary.
+def _shares(raw, cap: tl.constexpr):
+    """Return `w` with ``tanh(raw / cap) = 1 - 2 w`` and ``exp(cap tanh(raw / cap))``.
 
     This form of tanh has no difference of large numbers, and its derivative, ``4 w (1 - w)``, needs no second one.
+    Powers of two are what the hardware computes: all factors are folded into theirs.
     """
-    # The mask is the row's end and not the vocabulary's: rows are padded to a length that wide loads divide.
-    raw = tl.load(raw_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    w = 1.0 / (1.0 + tl.exp(raw * (2.0 / cap)))
-    return w, tl.where(column < vocab_size, tl.exp(cap - 2.0 * cap * w), 0.0)
+    w = 1.0 / (1.0 + tl.exp2(raw.to(tl.float32) * (2.0 * LOG2_E / cap)))
+    return w, tl.exp2(cap * LOG2_E - (2.0 * LOG2_E * cap) * w)
 
 
 @triton.jit
@@ -37,14 +37,16 @@ def _cross_entropy(
     count_ptr,
     nats_ptr,
     squares_ptr,
-    vocab_size,
-    cap,
     z_weight,
-    columns: tl.constexpr,  # of which a model has one or two
+    # A model has one or two of each of these. Rows are padded to `columns`, a length that wide loads divide.
+    vocab_size: tl.constexpr,
+    columns: tl.constexpr,
+    cap: tl.constexpr,
     IGNORE: tl.constexpr,
     SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    WHOLE: tl.constexpr = vocab_size // BLOCK * BLOCK  # columns in blocks that need no mask
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * columns
     label = tl.load(target_ptr + row)
@@ -57,25 +59,36 @@ def _cross_entropy(
                 tl.store(raw_ptr + column, tl.zeros([BLOCK], raw_ptr.dtype.element_ty), mask=column < columns)
     else:
         sums = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, columns, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            _, exp = _shares(raw_ptr, column, columns, vocab_size, cap)
+        for first in range(0, WHOLE, BLOCK):
+            _, exp = _shares(tl.load(raw_ptr + first + tl.arange(0, BLOCK)), cap)
             sums += exp
+        for first in range(WHOLE, vocab_size, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            _, exp = _shares(tl.load(raw_ptr + column, mask=column < columns, other=0.0), cap)
+            sums += tl.where(column < vocab_size, exp, 0.0)
         total = tl.sum(sums)
         lse = tl.log(total)
-        w_label, _ = _shares(raw_ptr, label, columns, vocab_size, cap)
+        w_label, exp_label = _shares(tl.load(raw_ptr + label), cap)
         tl.store(nats_ptr + row, lse - (cap - 2.0 * cap * w_label))
         tl.store(squares_ptr + row, lse * lse)
         if SLOPES:
             # Every thread has read the label's logit before any overwrites it.
             tl.debug_barrier()
-            share = 1.0 / tl.load(count_ptr).to(tl.float32)
+            share = 4.0 / tl.load(count_ptr).to(tl.float32)
             scale = (1.0 + 2.0 * z_weight * lse) * share / total
-            for first in range(0, columns, BLOCK):
+            for first in range(0, WHOLE, BLOCK):
                 column = first + tl.arange(0, BLOCK)
-                w, exp = _shares(raw_ptr, column, columns, vocab_size, cap)
-                slope = (exp * scale - tl.where(column == label, share, 0.0)) * (4.0 * w * (1.0 - w))
+                w, exp = _shares(tl.load(raw_ptr + column), cap)
+                tl.store(raw_ptr + column, (exp * scale * (w * (1.0 - w))).to(raw_ptr.dtype.element_ty))
+            for first in range(WHOLE, columns, BLOCK):
+                column = first + tl.arange(0, BLOCK)
+                w, exp = _shares(tl.load(raw_ptr + column, mask=column < columns, other=0.0), cap)
+                slope = tl.where(column < vocab_size, exp * scale * (w * (1.0 - w)), 0.0)
                 tl.store(raw_ptr + column, slope.to(raw_ptr.dtype.element_ty), mask=column < columns)
+            # The label's own slope is written last.
+            tl.debug_barrier()
+            slope_label = (exp_label * scale - share) * (w_label * (1.0 - w_label))
+            tl.store(raw_ptr + label, slope_label.to(raw_ptr.dtype.element_ty))
 
 
 def fused_chunk(
@@ -98,10 +111,10 @@ def fused_chunk(
             count,
             nats_C,
             squares_C,
-            vocab_size,
-            cap,
             z_weight,
+            vocab_size=vocab_size,
             columns=columns,
+            cap=cap,
             IGNORE=IGNORE,
             SLOPES=grads,
             BLOCK=block,
