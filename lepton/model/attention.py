@@ -164,9 +164,7 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries [..., N, H] of normed states [..., D]."""
-        q = rotary.rotate(norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))))
-        # Scores are divided by sqrt(head_dim).
-        return F.pad(q[..., :-1], (0, 1), value=self.head_dim**0.5) if self.biased else q
+        return self._query(self.q(x), rotary)
 
     def key_value(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [..., K, H] of normed states [..., D].
@@ -174,8 +172,29 @@ class Attention(nn.Module):
         Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half,
         so that they match the same at every position and nothing extrapolates. `bias` [...] is added to their scores.
         """
-        k = norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
-        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return self._key_value(self.k(x), self.v(x), rotary, bias)
+
+    def query_key_value(self, x: Tensor, here: Rotary, keys_here: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`query` and `key_value` of the same states.
+
+        In training it is one product: its gradient for `x` need not be written three times and added up.
+        """
+        if not torch.is_grad_enabled():
+            return self.query(x, here), *self.key_value(x, keys_here)
+        matrices = [self.q.weight, self.k.weight, self.v.weight]
+        parts = F.linear(x, torch.cat(matrices).to(x.dtype)).split([len(each) for each in matrices], -1)
+        return self._query(parts[0], here), *self._key_value(parts[1], parts[2], keys_here)
+
+    def _query(self, q: Tensor, rotary: Rotary) -> Tensor:
+        q = rotary.rotate(norm(q.unflatten(-1, (self.heads, self.head_dim))))
+        # Scores are divided by sqrt(head_dim).
+        return F.pad(q[..., :-1], (0, 1), value=self.head_dim**0.5) if self.biased else q
+
+    def _key_value(
+        self, k: Tensor, v: Tensor, rotary: Rotary | None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k = norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
+        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         if rotary is None:
             half = self.head_dim // 2
             k = torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)

@@ -1,5 +1,7 @@
 """A transformer block: pre-norm attention and a squared-ReLU MLP."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,24 @@ from torch import Tensor, nn
 from lepton.config import LeptonConfig
 from lepton.model.attention import Attention, Linear, Rotary, Sight, norm
 from lepton.model.route import Route
+
+
+class SquaredReLU(torch.autograd.Function):
+    """``relu(x) ** 2``, which keeps its result alone for the backward pass: its slope is twice the root of that.
+
+    The product that follows keeps the same. With `x` as well an MLP would keep nearly twice as much.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return 2 * y.sqrt() * grad
 
 
 class MLP(nn.Module):
@@ -18,7 +38,8 @@ class MLP(nn.Module):
         self.down = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        y: Tensor = SquaredReLU.apply(self.up(x))
+        return self.down(y)
 
 
 class Block(nn.Module):
@@ -43,10 +64,12 @@ class Block(nn.Module):
         made of it.
         """
         normed_BTD = norm(x_BTD)
-        k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
+        if route is None:
+            q_BTNH, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
+        else:
+            k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
         k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
         if route is None:
-            q_BTNH = self.attention.query(normed_BTD, rotary)
             x_BTD = self._rest(x_BTD, self.attention(q_BTNH, k_BJKH, v_BJKH, sight, None))
         else:
             here = Rotary(route.take(rotary.cos), route.take(rotary.sin))

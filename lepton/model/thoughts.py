@@ -175,9 +175,9 @@ class Thoughts(nn.Module):
         slots = z_BGSD.shape[2]
         place = Rotary(room.here.cos.repeat_interleave(slots, 1), room.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
-        own_k, own_v = attention.key_value(z_BQD, None)
+        q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
         k, v = torch.cat([room.k_BJKH, own_k], 1), torch.cat([room.v_BJKH, own_v], 1)
-        answer_BQNH = attend(attention.query(z_BQD, place), k, v, room.unseen_BQJ)
+        answer_BQNH = attend(q_BQNH, k, v, room.unseen_BQJ)
         z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)

@@ -41,15 +41,14 @@ def predicted_bytes(
     ends = config.layers * size * seq_len * config.width  # whatever else is kept: a block's input
     deep = _block(model, seq_len, _slots(model, seq_len))
     inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
-    # Matrices are copied to the activations' dtype, and the copies kept for the backward pass.
-    copies, slopes = _matrices(model), size * seq_len * (2 * config.ffn + 4 * config.width)
+    slopes = size * seq_len * (2 * config.ffn + 4 * config.width)
     if checkpoint_activations:
         inside = 0
-        copies -= _matrices(model.stem) + _matrices(model.blocks)
         slopes += deep
     row = ends + inside + _thinking(model, batch_size, seq_len) + _memory(model, seq_len) + _between(model, seq_len)
     busiest = max(_loss(model, batch_size * seq_len), batch_size * slopes)
-    return _parameters(model, optimizer) + (size * copies if size < FP32 else 0) + batch_size * row + busiest
+    working = size * _matrices(model) if size < FP32 else 0
+    return _parameters(model, optimizer) + working + batch_size * row + busiest
 
 
 def mend(settings: TrainSettings, predicted: Callable[[TrainSettings], int], room: int) -> str:
@@ -121,8 +120,8 @@ def _block(model: Lepton, seq_len: int, slots: int) -> int:
     config = model.config
     answers = config.heads * config.head_dim
     # Two normed inputs and what attention adds; queries before and after the norm and their answers; keys before the
-    # norm; the MLP before and after its activation.
-    token = 3 * config.width + 3 * answers + config.kv_heads * config.head_dim + 2 * config.ffn
+    # norm and values beside them; the MLP after its activation.
+    token = 3 * config.width + 3 * answers + 2 * config.kv_heads * config.head_dim + config.ffn
     return model.dtype.itemsize * (seq_len * token + _columns(model, seq_len, slots)) + FP32 * seq_len * config.heads
 
 

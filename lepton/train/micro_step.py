@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lepton.model import Lepton
 from lepton.train.recording import Recordings
 from lepton.train.thinking import plan_thoughts
+from lepton.train.working_weights import WorkingWeights
 
 WARM_UP = 2
 """Runs before the first recording of a shape, so that everything that is compiled or set up at first use is."""
@@ -52,6 +53,7 @@ class MicroStep:
         say: Callable[[str], None] = print,
     ) -> None:
         self._model = model
+        self._weights = WorkingWeights(model)
         self._say = say
         self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
@@ -125,8 +127,9 @@ class MicroStep:
         return figures
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
-        loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
-        (loss.loss * inputs.share).backward()
+        with _products(self._model), self._weights.in_place():
+            loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
+            (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
         terms = torch.stack([term.float() for term in loss.parts.values()])
         if self._sums is None:
@@ -167,6 +170,21 @@ def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
     parts = [(module, "forward") for module in [*model.stem, *model.blocks]]
     parts += [(idea, "forward") for idea in (model.thoughts, model.memory) if idea is not None]
     return parts + [(idea, "loss") for idea in (model.uncertainty, model.peek, model.drafter) if idea is not None]
+
+
+@contextmanager
+def _products(model: Lepton) -> Iterator[None]:
+    """Let a GPU's tensor cores do the fp32 products (in TF32) of a model whose activations are rounded more coarsely.
+
+    Those are the memory's, whose queries, keys and values come out of products in half precision.
+    """
+    before = torch.get_float32_matmul_precision()
+    if model.embed.weight.is_cuda and model.dtype.itemsize < torch.float32.itemsize:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _to_device(value: Tensor, device: torch.device) -> Tensor:

@@ -177,7 +177,7 @@ def test_a_cuda_graph_replays_it(device):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_it_is_the_same(device):
     x, weight, target = data(device, torch.bfloat16, 300, 512, 500)
     both = []
@@ -200,7 +200,6 @@ def test_the_operator_keeps_its_word_to_the_compiler(grads, monkeypatch):
 
 
 @pytest.mark.usefixtures("_forced")
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")
 def test_a_graph_of_the_whole_loss_holds_the_operator(monkeypatch):
     monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
     x, weight, target = data("cpu", torch.float32, 300, 128, 97)

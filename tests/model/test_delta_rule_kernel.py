@@ -201,7 +201,7 @@ def test_a_graph_of_working_memory_holds_the_operators(device):
 
 
 @pytest.mark.parametrize("device", GPU)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_it_is_the_same(device):
     model = build("complete", dtype=torch.float32, key_dim=64, value_dim=128).to(device)
     run = remember(model, device, 150)

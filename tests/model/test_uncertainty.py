@@ -122,7 +122,7 @@ def test_a_graph_of_the_whole_loss():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*TensorFloat32")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_is_the_same(dtype):
     model, *inputs, target = given(rows=300)

@@ -6,11 +6,8 @@ from lepton.model.factory import size_config
 from lepton.train import TrainSettings
 from lepton.train.memory import USABLE, mend, predicted_bytes
 
-# Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts, rows of 512 targets.
-MEASURED = {
-    ("tiny", False, 64): 12.58, ("tiny", False, 128): 23.45, ("tiny", False, 32): 7.16,
-    ("tiny", True, 64): 11.56, ("tiny", True, 128): 21.31, ("micro", False, 64): 4.5, ("micro", True, 64): 3.85,
-}  # fmt: skip
+# Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H100, bf16, Muon, compiled parts.
+MEASURED = {("tiny", True, 128, 512): 16.72, ("medium", False, 64, 1024): 46.12}
 
 
 def shape_of(size, dense=False, dtype=torch.bfloat16):
@@ -20,10 +17,10 @@ def shape_of(size, dense=False, dtype=torch.bfloat16):
     return model
 
 
-@pytest.mark.parametrize(("size", "dense", "rows"), MEASURED)
-def test_near_what_was_measured(size, dense, rows):
-    predicted = predicted_bytes(shape_of(size, dense), rows, 512, False)
-    assert predicted / 1e9 == pytest.approx(MEASURED[size, dense, rows], rel=0.15)
+@pytest.mark.parametrize(("size", "dense", "rows", "length"), MEASURED)
+def test_near_what_was_measured(size, dense, rows, length):
+    predicted = predicted_bytes(shape_of(size, dense), rows, length, False)
+    assert predicted / 1e9 == pytest.approx(MEASURED[size, dense, rows, length], rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -82,5 +79,5 @@ def test_the_mend_fits_a_card():
     settings = TrainSettings(batch_size=256, grad_accum=2)
     assert predicted(settings) > room
     use = mend(settings, predicted, room)
-    assert use == "--batch_size 64 --grad_accum 8 (the same step), or --checkpoint_activations"
-    assert predicted(settings.replace(batch_size=64)) <= USABLE * room < predicted(settings.replace(batch_size=128))
+    assert use == "--batch_size 128 --grad_accum 4 (the same step), or --checkpoint_activations"
+    assert predicted(settings.replace(batch_size=128)) <= USABLE * room < predicted(settings)

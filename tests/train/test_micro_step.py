@@ -25,6 +25,26 @@ def gradients(model):
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+def at_work(model):
+    """Give all matrices something to do: some start at zero, behind which a gradient that is lost does not show."""
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def strictly(line):
+    """Take what a `MicroStep` says: a test of what is fast means nothing where it goes on without."""
+    assert "cannot" not in line, line
+
+
+def assert_same_gradients(model, expected, tolerance):
+    """Compare each parameter's gradient by its norm, so that what is small and lost stands out too."""
+    for (name, parameter), wanted in zip(model.named_parameters(), expected, strict=True):
+        off = (parameter.grad - wanted).norm()
+        assert off <= tolerance * wanted.norm(), f"{name}: off by {off:.3g} of {wanted.norm():.3g}"
+
+
 def test_micro_batches_add_up_by_their_shares(model):
     loss = model.loss(TOKENS, lengths=LENGTHS, think=THINK)
     loss.loss.backward()
@@ -39,6 +59,30 @@ def test_micro_batches_add_up_by_their_shares(model):
     torch.testing.assert_close(figures["loss"], loss.parts["ce"])
     micro_step(TOKENS, LENGTHS, THINK, None, 0.5)
     torch.testing.assert_close(micro_step.take_figures()["loss"], loss.parts["ce"] / 2)
+
+
+def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
+    """Twice, with other weights the second time, which the copies must follow."""
+    at_work(model).compute_dtype = torch.bfloat16
+    micro_step = MicroStep(model, compiled=False)
+    masters = dict(model.named_parameters())
+    for _ in range(2):
+        model.zero_grad()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK).loss.backward()
+        expected = gradients(model)
+        model.zero_grad(set_to_none=False)
+        for share in (0.25, 0.75):
+            micro_step(TOKENS, LENGTHS, THINK, None, share)
+        assert_same_gradients(model, expected, 0.03)
+        after = dict(model.named_parameters())
+        assert all(after[name] is masters[name] and after[name].dtype == torch.float32 for name in masters)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.data.mul_(1.5)
+    model.blocks[0].forward = None
+    with pytest.raises(TypeError):
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert dict(model.named_parameters()) == masters
 
 
 def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
@@ -62,7 +106,19 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     assert len(ran) == len(compiled_parts(model))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, tolerance, monkeypatch):
+    """A compiler has lost one before: PyTorch 2.11's that of what a function of ours had changed in place."""
+    real = torch.compile
+    monkeypatch.setattr("torch.compile", lambda f, *, dynamic: real(f, dynamic=dynamic, backend="aot_eager"))
+    at_work(model).compute_dtype = dtype
+    model.loss(TOKENS, lengths=LENGTHS, think=THINK).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    MicroStep(model, compiled=True, say=strictly)(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert_same_gradients(model, expected, tolerance)
+
+
 def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch):
     model = Lepton(LeptonConfig(**SHAPE | WITHOUT_IDEAS))
     for parameter in model.parameters():
@@ -114,24 +170,28 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recording_equals_the_plain_pass(model, compiled, checkpointing):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_a_recording_equals_the_plain_pass(model, dtype, tolerance, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
-    model.cuda()
+    at_work(model).cuda().compute_dtype = dtype
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    plain = MicroStep(model, compiled=False, recorded=False)
     for share in (0.25, 0.75):
-        plain(TOKENS, LENGTHS, THINK, 4, share)
-    expected, figures = gradients(model), plain.take_figures()
+        loss = model.loss(TOKENS.cuda(), lengths=LENGTHS.cuda(), think=THINK.cuda(), groups=4)
+        (loss.loss * share).backward()
+    expected = [gradient - 1 for gradient in gradients(model)]
     model.checkpoint_activations = checkpointing
-    recorded = MicroStep(model, compiled=compiled)
+    recorded = MicroStep(model, compiled=compiled, say=strictly)
     recorded.prepare(4, 8)
+    assert not any(parameter.grad.any() for parameter in model.parameters())
     for parameter in model.parameters():
         parameter.grad.fill_(1)
     for share in (0.25, 0.75):
         recorded(TOKENS, LENGTHS, THINK, 4, share)
-    torch.testing.assert_close(gradients(model), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(recorded.take_figures(), figures, rtol=1e-5, atol=1e-5)
+    for parameter in model.parameters():
+        parameter.grad -= 1
+    assert_same_gradients(model, expected, tolerance)
+    torch.testing.assert_close(recorded.take_figures()["loss"], loss.parts["ce"], rtol=tolerance, atol=0)
 
 
 @pytest.mark.gpu
@@ -161,7 +221,6 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:.*TensorFloat32")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
 def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, tolerance, monkeypatch):
     """Kernels, compiled and recorded parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
@@ -177,7 +236,7 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
         optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=fast)
-        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=[].append)
+        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=strictly)
         micro_step.prepare(8, 200)
         curves.append([])
         for step in range(20):

@@ -1,6 +1,7 @@
 """What takes turns in the gated delta rule, in kernels: substitution in a chunk, and the state from chunk to chunk.
 
-Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. Shapes:
+Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. The state's
+products are as precise as `torch.set_float32_matmul_precision` says. Shapes:
 P chunks of C = 64 tokens, H heads, K keys, V values of a program's block of columns, S terms of a product at a time;
 R rows of a block of the inverse.
 """
@@ -105,7 +106,7 @@ def _invert(mix_ptr, inverse_ptr, SIZE: tl.constexpr):
 def _forward(
     solved_ptr, into_ptr, decay_ptr, state_ptr, written_ptr, entry_ptr, end_ptr, chunks,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
-    SLICE: tl.constexpr, STAGES: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A state has no rows to index: what a product needs slice by slice it loads from where the state is stored."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
@@ -128,14 +129,14 @@ def _forward(
         for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             w_CS = tl.load(solved_place + VALUES + first + s[None, :])
             state_SV = tl.load(entry_place + first * VALUES + at_SV)
-            less_CV = tl.dot(w_CS, state_SV, less_CV, input_precision="ieee")
+            less_CV = tl.dot(w_CS, state_SV, less_CV, input_precision=PRECISION)
         tl.store(written_place + c[:, None] * VALUES + v[None, :], -less_CV)
         state_KV *= tl.load(decay_ptr + place)
         tl.debug_barrier()
         for first in tl.range(0, SIZE, SLICE, num_stages=STAGES):
             into_SK = tl.load(into_place + first * KEYS)
             written_SV = tl.load(written_place + first * VALUES + at_SV)
-            state_KV = tl.dot(tl.trans(into_SK), written_SV, state_KV, input_precision="ieee")
+            state_KV = tl.dot(tl.trans(into_SK), written_SV, state_KV, input_precision=PRECISION)
     tl.store(end_ptr + row.to(tl.int64) * (KEYS * VALUES) + at_KV, state_KV)
 
 
@@ -144,7 +145,7 @@ def _backward(
     written_slope_ptr, entry_slope_ptr, end_slope_ptr, solved_ptr, into_ptr, decay_ptr, entry_ptr,
     solved_grad_ptr, decay_grad_ptr, after_grad_ptr, state_grad_ptr, chunks, places,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
-    SLICE: tl.constexpr, STAGES: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, of the state after each chunk and on entry, and each block of columns' part of the decays'."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
@@ -171,14 +172,14 @@ def _backward(
         for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             into_CS = tl.load(into_place + first + s[None, :])
             slope_SV = tl.load(after_grad_ptr + at_state + first * VALUES + at_SV)
-            u_grad_CV = tl.dot(into_CS, slope_SV, u_grad_CV, input_precision="ieee")
+            u_grad_CV = tl.dot(into_CS, slope_SV, u_grad_CV, input_precision=PRECISION)
         tl.store(u_grad_place + c[:, None] * WIDTH, u_grad_CV)
         less_KV = -(slope_KV * tl.load(decay_ptr + place) + tl.load(entry_slope_ptr + at_state + at_KV))
         tl.debug_barrier()
         for first in tl.range(0, SIZE, SLICE, num_stages=STAGES):
             w_SK = tl.load(w_place + first * WIDTH)
             u_grad_SV = tl.load(u_grad_place + (first + s[:, None]) * WIDTH)
-            less_KV = tl.dot(tl.trans(w_SK), u_grad_SV, less_KV, input_precision="ieee")
+            less_KV = tl.dot(tl.trans(w_SK), u_grad_SV, less_KV, input_precision=PRECISION)
         slope_KV = -less_KV
     tl.store(state_grad_ptr + state_place + at_KV, slope_KV)
 
@@ -199,7 +200,7 @@ def _cut(rows: int, values: int) -> Columns:
     return MANY if rows * values >= ENOUGH * MANY.size and values >= MANY.size else FEW
 
 
-def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int]:
+def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int | str]:
     return {
         "HEADS": state_BHKV.shape[1],
         "SIZE": SIZE,
@@ -208,6 +209,7 @@ def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int]:
         "COLUMNS": columns.size,
         "SLICE": SLICE,
         "STAGES": STAGES,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "num_warps": columns.warps,
         "num_stages": 1,  # beyond a product nothing is loaded ahead: what one turn stores, the next loads
     }
