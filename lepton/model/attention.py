@@ -1,5 +1,6 @@
 """Attention: QK-normed, grouped-query, rotary on half of each head, over a sliding window and extra slot columns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def products(x: Tensor, *linears: Linear) -> Sequence[Tensor]:
+    """What some matrices make of the same states.
+
+    Where gradients are wanted it is one product: that for `x` need not be written for each of them and added up.
+    """
+    if not torch.is_grad_enabled():
+        return [linear(x) for linear in linears]
+    matrix = torch.cat([linear.weight for linear in linears]).to(x.dtype)
+    return F.linear(x, matrix).split([linear.out_features for linear in linears], -1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ class Attention(nn.Module):
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Queries [..., N, H] of normed states [..., D]."""
-        return self._query(self.q(x), rotary)
+        return self._as_query(self.q(x), rotary)
 
     def key_value(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [..., K, H] of normed states [..., D].
@@ -172,39 +184,34 @@ class Attention(nn.Module):
         Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half,
         so that they match the same at every position and nothing extrapolates. `bias` [...] is added to their scores.
         """
-        return self._key_value(self.k(x), self.v(x), rotary, bias)
+        k, v = products(x, self.k, self.v)
+        return self._as_key(k, rotary, bias), self._as_value(v)
 
     def query_key_value(self, x: Tensor, here: Rotary, keys_here: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`query` and `key_value` of the same states.
+        """`query` and `key_value` of the same states."""
+        q, k, v = products(x, self.q, self.k, self.v)
+        return self._as_query(q, here), self._as_key(k, keys_here), self._as_value(v)
 
-        In training it is one product: its gradient for `x` need not be written three times and added up.
-        """
-        if not torch.is_grad_enabled():
-            return self.query(x, here), *self.key_value(x, keys_here)
-        matrices = [self.q.weight, self.k.weight, self.v.weight]
-        parts = F.linear(x, torch.cat(matrices).to(x.dtype)).split([len(each) for each in matrices], -1)
-        return self._query(parts[0], here), *self._key_value(parts[1], parts[2], keys_here)
-
-    def _query(self, q: Tensor, rotary: Rotary) -> Tensor:
+    def _as_query(self, q: Tensor, rotary: Rotary) -> Tensor:
         q = rotary.rotate(norm(q.unflatten(-1, (self.heads, self.head_dim))))
         # Scores are divided by sqrt(head_dim).
         return F.pad(q[..., :-1], (0, 1), value=self.head_dim**0.5) if self.biased else q
 
-    def _key_value(
-        self, k: Tensor, v: Tensor, rotary: Rotary | None, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _as_key(self, k: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
         k = norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
         if rotary is None:
             half = self.head_dim // 2
             k = torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
         else:
             k = rotary.rotate(k)
         if not self.biased:
-            return k, v
+            return k
         if bias is None:
-            return F.pad(k[..., :-1], (0, 1)), v
-        return torch.cat([k[..., :-1], bias.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)], -1), v
+            return F.pad(k[..., :-1], (0, 1))
+        return torch.cat([k[..., :-1], bias.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)], -1)
+
+    def _as_value(self, v: Tensor) -> Tensor:
+        return v.unflatten(-1, (self.kv_heads, self.head_dim))
 
     def forward(self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sight: Sight, route: Route | None) -> Tensor:
         """Answer the queries of all tokens [B, T, N, H], or of the routed ones [M, N, H]; returns [..., D].

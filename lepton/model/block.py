@@ -14,7 +14,8 @@ from lepton.model.route import Route
 class SquaredReLU(torch.autograd.Function):
     """``relu(x) ** 2``, which keeps its result alone for the backward pass: its slope is twice the root of that.
 
-    The product that follows keeps the same. With `x` as well an MLP would keep nearly twice as much.
+    The product that follows keeps the same. With `x` as well an MLP would keep nearly twice as much. Nothing is done in
+    place: where that is, PyTorch 2.11's compiler loses the gradient.
     """
 
     @staticmethod
@@ -66,18 +67,20 @@ class Block(nn.Module):
         normed_BTD = norm(x_BTD)
         if route is None:
             q_BTNH, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
+            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, *_after(past, k_BTKH, v_BTKH), sight, None))
         else:
             k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
-        k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
-        if route is None:
-            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, k_BJKH, v_BJKH, sight, None))
-        else:
             here = Rotary(route.take(rotary.cos), route.take(rotary.sin))
             q_MNH = self.attention.query(route.take(normed_BTD), here)
-            answer_MD = self.attention(q_MNH, k_BJKH, v_BJKH, sight, route)
+            answer_MD = self.attention(q_MNH, *_after(past, k_BTKH, v_BTKH), sight, route)
             x_BTD = route.put(x_BTD, self._rest(route.take(x_BTD), answer_MD))
         return x_BTD, k_BTKH, v_BTKH
 
     def _rest(self, x: Tensor, answer: Tensor) -> Tensor:
         x = x + answer
         return x + self.mlp(norm(x))
+
+
+def _after(past: tuple[Tensor, Tensor], k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of past and chunk."""
+    return torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
