@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # for fixtures of a whole module too, which are made before those of a test
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

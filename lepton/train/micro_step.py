@@ -178,9 +178,11 @@ def _products(model: Lepton) -> Iterator[None]:
 
     Those are the memory's, whose queries, keys and values come out of products in half precision.
     """
+    if not model.embed.weight.is_cuda or model.dtype.itemsize >= torch.float32.itemsize:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if model.embed.weight.is_cuda and model.dtype.itemsize < torch.float32.itemsize:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

@@ -84,7 +84,7 @@ class TrainSettings:
     checkpoint_activations: bool = False
     """Keep of each block its inputs alone and compute it again in the backward pass: slower, in less memory."""
     compile: bool | None = None
-    """Compile the parts that the model repeats; None compiles on a GPU."""
+    """Compile the parts that the model repeats; None compiles on a GPU. A CPU cannot."""
     threads: int | None = None
     """CPU threads; None leaves torch's choice."""
 

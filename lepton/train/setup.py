@@ -150,6 +150,11 @@ def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
         grad_accum = GRAD_ACCUM_CPU if device.type == "cpu" else GRAD_ACCUM
     if compiled is None:
         compiled = device.type == "cuda"
+    if compiled and device.type == "cpu":
+        raise InputError(
+            "--compile: PyTorch's compiler for CPUs gets some of this model's gradients wrong (2.13); leave it out, "
+            "nothing is slower for it"
+        )
     return settings.replace(grad_accum=grad_accum, compile=compiled)
 
 

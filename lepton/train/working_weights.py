@@ -24,19 +24,17 @@ class WorkingWeights:
             module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != model.dtype
         ]
         self._masters = [cast(nn.Parameter, linear.weight) for linear in self._linears]
-        self._copies = [
-            nn.Parameter(master.detach().to(model.dtype), requires_grad=master.requires_grad)
-            for master in self._masters
-        ]
+        self._copies = [nn.Parameter(master.detach().to(model.dtype)) for master in self._masters]
         for copy, master in zip(self._copies, self._masters, strict=True):
-            if copy.requires_grad:
-                copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
+            copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the model compute with copies of its present weights; gradients go to the masters."""
         if self._copies:
             torch._foreach_copy_([copy.detach() for copy in self._copies], [each.detach() for each in self._masters])
+        for copy, master in zip(self._copies, self._masters, strict=True):
+            copy.requires_grad_(master.requires_grad)
         try:
             self._put(self._copies)
             yield

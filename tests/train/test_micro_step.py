@@ -13,6 +13,17 @@ from tests.train.small import SHAPE
 TOKENS = torch.arange(1, 37).view(4, 9)
 LENGTHS = torch.tensor([9, 9, 5, 9])
 THINK = torch.tensor([0, 1, 2, 4])
+# Longer than the window, so that there are crystals; for gradients.
+LONG = torch.randint(1, 300, (4, 41), generator=torch.Generator().manual_seed(0))
+LONG_LENGTHS = torch.tensor([41, 41, 25, 41])
+
+
+@pytest.fixture(autouse=True)
+def _every_program_is_compiled():
+    """Beyond a number of programs a process the compiler goes on without, in silence."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 @pytest.fixture
@@ -30,6 +41,8 @@ def at_work(model):
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.1)
+    # Else the router's error, and with it its gradient, is about as small as what half precision rounds off.
+    torch.nn.init.constant_(model.router.benefit.bias, 1.0)
     return model
 
 
@@ -39,9 +52,13 @@ def strictly(line):
 
 
 def assert_same_gradients(model, expected, tolerance):
-    """Compare each parameter's gradient by its norm, so that what is small and lost stands out too."""
+    """Compare each parameter's gradient by its norm, so that what is small and lost stands out too.
+
+    In half precision single numbers, which are sums that nearly cancel, are 4 % off by rounding alone.
+    """
     for (name, parameter), wanted in zip(model.named_parameters(), expected, strict=True):
         off = (parameter.grad - wanted).norm()
+        assert wanted.norm() > 0, f"{name}: nothing to compare"
         assert off <= tolerance * wanted.norm(), f"{name}: off by {off:.3g} of {wanted.norm():.3g}"
 
 
@@ -68,12 +85,12 @@ def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
     masters = dict(model.named_parameters())
     for _ in range(2):
         model.zero_grad()
-        model.loss(TOKENS, lengths=LENGTHS, think=THINK).loss.backward()
+        model.loss(LONG, lengths=LONG_LENGTHS, think=THINK).loss.backward()
         expected = gradients(model)
         model.zero_grad(set_to_none=False)
         for share in (0.25, 0.75):
-            micro_step(TOKENS, LENGTHS, THINK, None, share)
-        assert_same_gradients(model, expected, 0.03)
+            micro_step(LONG, LONG_LENGTHS, THINK, None, share)
+        assert_same_gradients(model, expected, 0.1)
         after = dict(model.named_parameters())
         assert all(after[name] is masters[name] and after[name].dtype == torch.float32 for name in masters)
         with torch.no_grad():
@@ -81,7 +98,7 @@ def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
                 parameter.data.mul_(1.5)
     model.blocks[0].forward = None
     with pytest.raises(TypeError):
-        micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+        micro_step(LONG, LONG_LENGTHS, THINK, None, 1.0)
     assert dict(model.named_parameters()) == masters
 
 
@@ -106,16 +123,23 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     assert len(ran) == len(compiled_parts(model))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, tolerance, monkeypatch):
     """A compiler has lost one before: PyTorch 2.11's that of what a function of ours had changed in place."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
     real = torch.compile
-    monkeypatch.setattr("torch.compile", lambda f, *, dynamic: real(f, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setattr("torch.compile", lambda f, *, dynamic: real(f, dynamic=dynamic, backend=backend))
     at_work(model).compute_dtype = dtype
-    model.loss(TOKENS, lengths=LENGTHS, think=THINK).loss.backward()
+    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    MicroStep(model, compiled=True, say=strictly)(TOKENS, LENGTHS, THINK, None, 1.0)
+    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0)
+    assert len(compiled) >= len({type(part).__name__ for part, _ in compiled_parts(model)})
     assert_same_gradients(model, expected, tolerance)
 
 
@@ -142,7 +166,7 @@ def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch)
             micro_step(TOKENS, LENGTHS, None, None, 0.5)
         results.append((len(compiled), gradients(model)))
     (programs, expected), (programs_again, found) = results
-    assert programs_again == programs
+    assert programs_again == programs > 0
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -170,24 +194,25 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_a_recording_equals_the_plain_pass(model, dtype, tolerance, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     at_work(model).cuda().compute_dtype = dtype
+    _, groups = plan_thoughts(model.config, LONG, 0, 0, 0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for share in (0.25, 0.75):
-        loss = model.loss(TOKENS.cuda(), lengths=LENGTHS.cuda(), think=THINK.cuda(), groups=4)
+        loss = model.loss(LONG.cuda(), lengths=LONG_LENGTHS.cuda(), think=THINK.cuda(), groups=groups)
         (loss.loss * share).backward()
     expected = [gradient - 1 for gradient in gradients(model)]
     model.checkpoint_activations = checkpointing
     recorded = MicroStep(model, compiled=compiled, say=strictly)
-    recorded.prepare(4, 8)
+    recorded.prepare(4, 40)
     assert not any(parameter.grad.any() for parameter in model.parameters())
     for parameter in model.parameters():
         parameter.grad.fill_(1)
     for share in (0.25, 0.75):
-        recorded(TOKENS, LENGTHS, THINK, 4, share)
+        recorded(LONG, LONG_LENGTHS, THINK, groups, share)
     for parameter in model.parameters():
         parameter.grad -= 1
     assert_same_gradients(model, expected, tolerance)

@@ -285,11 +285,13 @@ def test_a_mistake_touches_nothing_of_an_earlier_run(data, tmp_path):
     assert files_of(tmp_path) == before
 
 
-def test_explicit_settings_win_on_a_cpu(data, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr("torch.compile", lambda part, *, dynamic: compiled.append(part) or part)
-    _, text = small_run(data, tmp_path, grad_accum=3, compile=True, threads=1, max_steps=1)
-    assert compiled
+def test_a_cpu_does_not_compile(data, tmp_path):
+    with pytest.raises(InputError, match=r"--compile: .* gradients wrong .*; leave it out"):
+        small_run(data, tmp_path, compile=True)
+
+
+def test_explicit_settings_win_on_a_cpu(data, tmp_path):
+    _, text = small_run(data, tmp_path, grad_accum=3, compile=False, threads=1, max_steps=1)
     assert "192 tokens a step" in text
     assert "on a CPU" not in text
     assert small_settings(data, tmp_path).grad_accum is None

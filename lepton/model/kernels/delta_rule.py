@@ -1,7 +1,7 @@
 """What takes turns in the gated delta rule, in kernels: substitution in a chunk, and the state from chunk to chunk.
 
 Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. The state's
-products are as precise as `torch.set_float32_matmul_precision` says. Shapes:
+products are as precise as `torch.backends.cuda.matmul.fp32_precision` says. Shapes:
 P chunks of C = 64 tokens, H heads, K keys, V values of a program's block of columns, S terms of a product at a time;
 R rows of a block of the inverse.
 """
@@ -209,7 +209,7 @@ def _options(state_BHKV: Tensor, columns: Columns) -> dict[str, int | str]:
         "COLUMNS": columns.size,
         "SLICE": SLICE,
         "STAGES": STAGES,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": columns.warps,
         "num_stages": 1,  # beyond a product nothing is loaded ahead: what one turn stores, the next loads
     }
