@@ -195,7 +195,7 @@ class Attention(nn.Module):
     def _as_query(self, q: Tensor, rotary: Rotary) -> Tensor:
         q = rotary.rotate(norm(q.unflatten(-1, (self.heads, self.head_dim))))
         # Scores are divided by sqrt(head_dim).
-        return F.pad(q[..., :-1], (0, 1), value=self.head_dim**0.5) if self.biased else q
+        return _ending_in(q, q.new_full((), self.head_dim**0.5)) if self.biased else q
 
     def _as_key(self, k: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
         k = norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
@@ -204,11 +204,7 @@ class Attention(nn.Module):
             k = torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
         else:
             k = rotary.rotate(k)
-        if not self.biased:
-            return k
-        if bias is None:
-            return F.pad(k[..., :-1], (0, 1))
-        return torch.cat([k[..., :-1], bias.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)], -1)
+        return _ending_in(k, k.new_zeros(()) if bias is None else bias.to(k.dtype)) if self.biased else k
 
     def _as_value(self, v: Tensor) -> Tensor:
         return v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -235,3 +231,13 @@ class Attention(nn.Module):
                 unseen_RQX = unseen_BTX[pick.rows_R[:, None], pick.query_RQ]
                 answers.append(pick.unpad(attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], unseen_RQX)))
         return self.out(torch.cat(answers, 1 if route is None else 0).flatten(-2))
+
+
+def _ending_in(x: Tensor, last: Tensor) -> Tensor:
+    """Heads [..., N, H] with `last` [...] in place of their last coordinate.
+
+    Not by `F.pad`: of what the same kernel has just stored, PyTorch's compiler for GPUs pads nothing
+    (pytorch/pytorch#189895).
+    """
+    is_last_H = torch.arange(x.shape[-1], device=x.device) == x.shape[-1] - 1
+    return torch.where(is_last_H, last[..., None, None], x)

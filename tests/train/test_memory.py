@@ -6,8 +6,17 @@ from lepton.model.factory import size_config
 from lepton.train import TrainSettings
 from lepton.train.memory import USABLE, mend, predicted_bytes
 
-# Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H100, bf16, Muon, compiled parts.
-MEASURED = {("tiny", True, 128, 512): 16.72, ("medium", False, 64, 1024): 46.12}
+# Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts.
+MEASURED = {
+    ("tiny", False, 32, 512): 6.31,
+    ("tiny", False, 64, 512): 10.82,
+    ("tiny", False, 128, 512): 19.96,
+    ("tiny", True, 64, 512): 9.47,
+    ("tiny", True, 128, 512): 17.14,
+    ("micro", False, 64, 512): 3.93,
+    ("micro", True, 64, 512): 3.06,
+    ("medium", False, 64, 1024): 46.75,
+}
 
 
 def shape_of(size, dense=False, dtype=torch.bfloat16):

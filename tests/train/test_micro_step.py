@@ -1,3 +1,5 @@
+from dataclasses import is_dataclass
+
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
@@ -192,19 +194,71 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("length", [40, 201])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length):
+    """In answers and gradients, given the same: between whole passes rounding would turn some choices of crystals."""
+    at_work(model).cuda().compute_dtype = dtype
+    calls = []
+
+    def kept(module, function):
+        return lambda *given: calls.append((module, function, given)) or function(*given)
+
+    for module, name in compiled_parts(model):
+        setattr(module, name, kept(module, getattr(module, name)))
+    tokens = torch.randint(1, 300, (4, length + 1), generator=torch.Generator().manual_seed(0))
+    _, groups = plan_thoughts(model.config, tokens, 0, 0, 0)
+    lengths = torch.full((4,), length + 1, device="cuda")
+    model.loss(tokens.cuda(), lengths=lengths, think=THINK.cuda(), groups=groups)
+    assert len(calls) == len(compiled_parts(model))
+    for module, function, given in calls:
+        expected = results(function, module, given)
+        found = results(torch.compile(function, dynamic=False), module, given)
+        assert len(found) == len(expected) > 1
+        for one, other in zip(found, expected, strict=True):
+            off, size = (one.double() - other.double()).norm(), other.double().norm()
+            name = f"{type(module).__name__}'s {tuple(other.shape)}"
+            assert off <= tolerance * size, f"{name}: off by {off:.3g} of {size:.3g}"
+
+
+def results(function, module, given):
+    """What a part returns, and gradients of states and parameters."""
+    given = [each.detach().requires_grad_() if is_state(each) else each for each in given]
+    answers = [answer for answer in states(function(*given)) if answer.requires_grad]
+    torch.manual_seed(0)
+    slopes = [torch.randn_like(answer) for answer in answers]
+    wanted = [each for each in given if is_state(each)] + list(module.parameters())
+    gradients = torch.autograd.grad(answers, wanted, slopes, retain_graph=True, allow_unused=True)
+    return answers + [gradient for gradient in gradients if gradient is not None]
+
+
+def is_state(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def states(value):
+    """All tensors of floating point in what a part returns."""
+    if is_state(value):
+        return [value]
+    if is_dataclass(value):
+        value = tuple(vars(value).values())
+    return [state for part in value for state in states(part)] if isinstance(value, tuple | list) else []
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_a_recording_equals_the_plain_pass(model, dtype, tolerance, compiled, checkpointing):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     at_work(model).cuda().compute_dtype = dtype
     _, groups = plan_thoughts(model.config, LONG, 0, 0, 0)
+    plain = MicroStep(model, compiled=compiled, recorded=False, say=strictly)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for share in (0.25, 0.75):
-        loss = model.loss(LONG.cuda(), lengths=LONG_LENGTHS.cuda(), think=THINK.cuda(), groups=groups)
-        (loss.loss * share).backward()
-    expected = [gradient - 1 for gradient in gradients(model)]
+        plain(LONG, LONG_LENGTHS, THINK, groups, share)
+    expected, figures = [gradient - 1 for gradient in gradients(model)], plain.take_figures()
     model.checkpoint_activations = checkpointing
     recorded = MicroStep(model, compiled=compiled, say=strictly)
     recorded.prepare(4, 40)
@@ -216,7 +270,6 @@ def test_a_recording_equals_the_plain_pass(model, dtype, tolerance, compiled, ch
     for parameter in model.parameters():
         parameter.grad -= 1
     assert_same_gradients(model, expected, tolerance)
-    figures = {"loss" if name == "ce" else name: term.float() for name, term in loss.parts.items()}
     torch.testing.assert_close(recorded.take_figures(), figures, rtol=tolerance / 10, atol=tolerance / 10)
 
 
