@@ -236,7 +236,7 @@ class Attention(nn.Module):
 def _ending_in(x: Tensor, last: Tensor) -> Tensor:
     """Heads [..., N, H] with `last` [...] in place of their last coordinate.
 
-    Not by `F.pad`: of what the same kernel has just stored, PyTorch's compiler for GPUs pads nothing
+    Not by `F.pad`: of what the same kernel has just stored, PyTorch 2.11's compiler for GPUs pads nothing
     (pytorch/pytorch#189895).
     """
     is_last_H = torch.arange(x.shape[-1], device=x.device) == x.shape[-1] - 1
