@@ -20,7 +20,7 @@ from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
-from lepton.evals.calibration import measure_uncertainty
+from lepton.evals.calibration import fit_temperature, measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
@@ -174,7 +174,8 @@ class Run:
 
     def ideas(self) -> None:
         calibrate(self.model, calibration_batches(self.held_out, 16))
-        reliability = measure_uncertainty(self.model, evaluation_batches(self.held_out, 16))
+        temperature = fit_temperature(self.model, calibration_batches(self.held_out, 16))
+        reliability = measure_uncertainty(self.model, evaluation_batches(self.held_out, 16), temperature=temperature)
         self.tell(reliability=reliability.to_dict())
         counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1), 24))
         self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
