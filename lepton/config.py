@@ -1,6 +1,7 @@
 """Configuration of the model: frozen, keyword-only, validated on construction."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -78,9 +79,16 @@ class LeptonConfig:
     """The baseline: the same blocks without any idea, full attention, MLP widened to equal parameters."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim", "vocab_size"):
+        self._check_types()
+        for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.vocab_size < 2:
+            raise InputError(f"vocab_size={self.vocab_size}: must be at least 2")
+        if self.embed_rank is not None and self.embed_rank < 1:
+            raise InputError(f"embed_rank={self.embed_rank}: must be at least 1, or None for the full width")
+        if not 0 < self.rope_base < math.inf:
+            raise InputError(f"rope_base={self.rope_base}: must be a positive number")
         if self.heads % self.kv_heads:
             raise InputError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 4:
@@ -97,6 +105,13 @@ class LeptonConfig:
             self._check_dense()
         else:
             self._check_ideas()
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind: Any = float | int if field.type is float else field.type
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise InputError(f"{field.name}={value!r}: must be {_KINDS[field.type]}")
 
     def _check_dense(self) -> None:
         if self.window is not None:
@@ -142,6 +157,14 @@ class LeptonConfig:
         """Rebuild a configuration from `to_dict`; an unknown name raises InputError with the nearest match."""
         check_names(fields)
         return LeptonConfig(**fields)
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number, or None",
+    float: "a number",
+    bool: "True or False",
+}
 
 
 def check_names(fields: Mapping[str, Any]) -> None:

@@ -94,8 +94,6 @@ def test_depth_is_a_knob(trained):
     assert (full.depth == 7).all()
     assert (shallow.logits - full.logits).abs().mean() > 1e-2
     assert 0.2 < (half.depth == 7).float().mean() < 0.7
-    benefit = full.traces.benefit_BT
-    assert benefit[half.depth == 7].mean() > benefit[half.depth == 2].mean()
 
 
 @torch.no_grad()

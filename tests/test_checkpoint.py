@@ -90,6 +90,19 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         checkpoint.load(path)
 
 
+def test_no_damaged_byte_is_more_than_an_unusable_file(tmp_path):
+    """Names and sizes in the archive's directory, at its end, are covered by no checksum."""
+    path = tmp_path / "step_3.pt"
+    checkpoint.save(path, payload(3))
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1200, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        try:
+            assert checkpoint.load(path)["step"] == 3
+        except InputError:
+            assert checkpoint.newest_whole(tmp_path) in (None, path)
+
+
 def test_the_newest_whole_one(tmp_path):
     assert checkpoint.newest_whole(tmp_path / "missing") is None
     assert checkpoint.newest_whole(tmp_path) is None

@@ -52,6 +52,7 @@ def open_data_set(
             seed=0,
             split=split,
             vocab_size=model.config.vocab_size,
+            eos_id=model.config.eos_id,
             tokenizer_hash=tokenizer.hash,
         )
 

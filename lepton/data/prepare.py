@@ -39,7 +39,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the documents of `sources` (see `Corpus`) as shards into the folder `out`; return its metadata.
 
-    - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id.
+    - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id,
+      and the metadata say how far, so that nobody trains on it.
     - About `val_fraction` of the documents, chosen by a hash of their text, go into ``out/val``. The first document
       always trains. With too few documents there is no such folder, and reading holds out the last rows.
     - All is written into a hidden folder beside `out`, which takes its name at the end: a half-made one is never seen.
@@ -73,6 +74,7 @@ def prepare(
             "text_bytes": counts["text_bytes"],
             "skipped_files": len(corpus.skipped),
             "row_len": row_len,
+            "padding": {**writers[0].padding, **{f"val/{name}": count for name, count in writers[1].padding.items()}},
             "vocab_size": tokenizer.size,
             "tokenizer_hash": tokenizer.hash,
         }
@@ -157,6 +159,8 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, row_len: int, shard_rows: int, eos_id: int) -> None:
         self.tokens = 0
+        self.padding: dict[str, int] = {}
+        """Of the shard whose last row had to be filled up: with how many tokens."""
         self._folder, self._eos_id, self._row_len = folder, eos_id, row_len
         self._buffer = np.empty(row_len * shard_rows, np.uint16)
         self._used = 0
@@ -177,13 +181,18 @@ class _ShardWriter:
         """Write what is left, its last row filled up with the end-of-text id."""
         if self._used:
             end = -(-self._used // self._row_len) * self._row_len
+            if end > self._used:
+                self.padding[self._name()] = end - self._used
             self._buffer[self._used : end] = self._eos_id
             self._used = end
             self._save()
 
+    def _name(self) -> str:
+        return f"shard_{self._shards:05d}.npy"
+
     def _save(self) -> None:
         self._folder.mkdir(exist_ok=True)
         rows = self._buffer[: self._used].reshape(-1, self._row_len)
-        np.save(self._folder / f"shard_{self._shards:05d}.npy", rows)
+        np.save(self._folder / self._name(), rows)
         self._shards += 1
         self._used = 0

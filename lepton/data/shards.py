@@ -1,10 +1,11 @@
 """Reading training data: a folder of memory-mapped token shards, in batches that are a function of the step.
 
-- A shard is ``shard_*.npy``: integers of any width, shape (rows, row_len). ``metadata.json`` beside them is optional.
+- A shard is ``shard_*.npy``: integers of any width, shape (rows, row_len). ``metadata.json`` beside them is optional;
+  its ``padding`` says how many tokens at the end of a shard only fill its last row, which are never read.
 - A row of L tokens has L - 1 targets. Its window k covers the tokens k * seq_len .. k * seq_len + seq_len, the last
   one included, so that a row's windows use every target exactly once; a row's last window may be shorter.
 - Training visits every window once an epoch, in a pseudo-random order that mixes the whole data set; a batch is a pure
-  function of seed, step, micro-batch and rank, so that resuming needs no state of a loader.
+  function of seed, step and micro-batch, so that resuming needs no state of a loader.
 
 Shapes: B batch, T seq_len.
 """
@@ -12,7 +13,7 @@ Shapes: B batch, T seq_len.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
     """Rows of tokens for `Lepton.loss`."""
 
     tokens: torch.Tensor
-    """int64 [B, T + 1], padded with 0."""
+    """int64 [B, T + 1]; short rows are padded with a token that ends no document."""
     lengths: torch.Tensor
     """int64 [B]: valid tokens of each row, one more than its targets."""
 
@@ -49,6 +50,8 @@ class Shard:
     row_len: int
     first: int = 0
     """The first of the rows, counted in the file."""
+    padding: int = 0
+    """Tokens at the end of the last row that only fill it."""
 
 
 class ShardedDataset:
@@ -58,7 +61,7 @@ class ShardedDataset:
     1 % of all rows, which are then never trained on.
 
     Raises InputError for a folder without whole integer shards, a `seq_len` that no row holds, a data set too small to
-    keep a validation row apart, and a `tokenizer_hash` other than the one in metadata.json.
+    keep a validation row apart, a split without a target, and a `tokenizer_hash` other than the one in metadata.json.
     """
 
     def __init__(
@@ -69,24 +72,31 @@ class ShardedDataset:
         seed: int,
         split: Literal["train", "val"],
         vocab_size: int,
+        eos_id: int = 0,
         tokenizer_hash: str | None = None,
     ) -> None:
         assert split in ("train", "val"), split
         self.folder, self.seq_len, self.seed, self.vocab_size = Path(folder), seq_len, seed, vocab_size
         self.metadata = read_metadata(self.folder)
         self._check_tokenizer(tokenizer_hash)
-        self.shards = _shards_of(self.folder, split)
+        # As an end of document each padded token would be a document of its own, and open a segment with thoughts.
+        self._padding_id = int(eos_id == 0)
+        self.shards = _shards_of(self.folder, split, _read_padding(self.folder, self.metadata))
         row_len = self.shards[0].row_len
         if not 1 <= seq_len <= row_len:
             raise InputError(f"seq_len={seq_len}: must lie in 1..{row_len}, the length of a row in {self.folder}")
         self.row_len = row_len
         self.rows = sum(shard.rows for shard in self.shards)
-        self.windows_per_row = math.ceil((row_len - 1) / seq_len)
-        self.windows = self.rows * self.windows_per_row
-        """Windows of an epoch."""
-        self.tokens = self.rows * (row_len - 1)
+        self.tokens = self.rows * (row_len - 1) - sum(shard.padding for shard in self.shards)
         """Targets of an epoch."""
-        self._ends = np.cumsum([shard.rows for shard in self.shards])
+        if not self.tokens:
+            raise InputError(f"{self.folder}: its {split} split holds no token to predict; prepare more text")
+        self.windows_per_row = math.ceil((row_len - 1) / seq_len)
+        empty = [self.windows_per_row - math.ceil((row_len - 1 - shard.padding) / seq_len) for shard in self.shards]
+        counts = [shard.rows * self.windows_per_row - none for shard, none in zip(self.shards, empty, strict=True)]
+        self.windows = sum(counts)
+        """Windows of an epoch."""
+        self._ends = np.cumsum(counts)
         self._open: Callable[[Path], np.ndarray] = lru_cache(maxsize=OPEN_SHARDS)(_map)
 
     def describe(self) -> str:
@@ -95,33 +105,29 @@ class ShardedDataset:
         name = self.metadata.get("name") or self.folder.resolve().name
         return f"{name}: {_readable(self.tokens)} tokens, {shards}"
 
-    def batch(
-        self, step: int, micro: int = 0, *, batch_size: int, accumulate: int = 1, rank: int = 0, world: int = 1
-    ) -> Batch:
-        """Return the windows of a step (from 0), of one of its `accumulate` micro-batches, and of a rank of `world`.
+    def batch(self, step: int, micro: int = 0, *, batch_size: int, accumulate: int = 1) -> Batch:
+        """Return the windows of a step (from 0), of one of its `accumulate` micro-batches.
 
-        The batches of all ranks and micro-batches of the steps 0, 1, ... walk through epoch after epoch.
+        The micro-batches of the steps 0, 1, ... walk through epoch after epoch.
         """
         assert step >= 0, step
         assert 0 <= micro < accumulate, (micro, accumulate)
-        assert 0 <= rank < world, (rank, world)
-        first = ((step * accumulate + micro) * world + rank) * batch_size
+        first = (step * accumulate + micro) * batch_size
         samples = first + np.arange(batch_size, dtype=np.int64)
         return self._read(permute(samples % self.windows, self.windows, self.seed, samples // self.windows))
 
-    def batches(self, batch_size: int, limit: int | None = None, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield all windows in order; the last batch may be smaller.
 
-        With a `limit`, at most so many batches (over all ranks), of windows spread evenly over the split.
-        `rank` takes every `world`-th batch.
+        With a `limit`, at most so many batches, of windows spread evenly over the split.
         """
         count = self.windows if limit is None else min(self.windows, limit * batch_size)
-        for start in range(rank * batch_size, count, world * batch_size):
+        for start in range(0, count, batch_size):
             places = np.arange(start, min(start + batch_size, count), dtype=np.int64)
             yield self._read(places * self.windows // count)
 
     def _read(self, windows: np.ndarray) -> Batch:
-        tokens = np.zeros((len(windows), self.seq_len + 1), np.int64)
+        tokens = np.full((len(windows), self.seq_len + 1), self._padding_id, np.int64)
         lengths = np.zeros(len(windows), np.int64)
         for i, window in enumerate(windows.tolist()):
             stretch = self._window(window)[1]
@@ -133,11 +139,12 @@ class ShardedDataset:
 
     def _window(self, window: int) -> tuple[Shard, np.ndarray]:
         """Return the shard and the tokens (a view of the file, at most T + 1) of a window."""
-        row, k = divmod(window, self.windows_per_row)
-        number = int(np.searchsorted(self._ends, row, side="right"))
+        number = int(np.searchsorted(self._ends, window, side="right"))
         shard = self.shards[number]
-        row_in_file = shard.first + row - int(self._ends[number]) + shard.rows
-        return shard, self._open(shard.path)[row_in_file, k * self.seq_len : (k + 1) * self.seq_len + 1]
+        row, k = divmod(window - (int(self._ends[number - 1]) if number else 0), self.windows_per_row)
+        end = shard.row_len - (shard.padding if row == shard.rows - 1 else 0)
+        stretch = slice(k * self.seq_len, min((k + 1) * self.seq_len + 1, end))
+        return shard, self._open(shard.path)[shard.first + row, stretch]
 
     def _raise_bad_id(self, windows: np.ndarray) -> None:
         for shard, stretch in map(self._window, windows.tolist()):
@@ -171,6 +178,17 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def _read_padding(folder: Path, metadata: dict[str, Any]) -> dict[str, int]:
+    """Return how many tokens only fill the last row, of each shard that has such by its name in `folder`."""
+    padding = metadata.get("padding", {})
+    if not isinstance(padding, dict) or not all(type(count) is int and count >= 0 for count in padding.values()):
+        raise InputError(
+            f"{folder / 'metadata.json'}: its padding is {padding}, not a count of tokens for each shard; "
+            "mend or remove it"
+        )
+    return padding
+
+
 def read_header(path: Path) -> Shard:
     """Read a shard's shape, without its tokens. Raises InputError if it is no whole 2-D array of integers."""
     try:
@@ -198,11 +216,11 @@ def _map(path: Path) -> np.ndarray:
     return np.asarray(np.lib.format.open_memmap(path, mode="r"))
 
 
-def _shards_of(folder: Path, split: str) -> list[Shard]:
+def _shards_of(folder: Path, split: str, padding: dict[str, int]) -> list[Shard]:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; make it with: python -m lepton prepare SOURCE --out {folder}")
-    shards = _read_headers(folder)
-    val = _read_headers(folder / "val")
+    shards = _read_headers(folder, "", padding)
+    val = _read_headers(folder, "val/", padding)
     if not shards:
         raise InputError(
             f"no tokens in {folder} (no shard_*.npy files with rows); "
@@ -218,14 +236,21 @@ def _shards_of(folder: Path, split: str) -> list[Shard]:
         )
     held = min(last.rows, max(1, min(rows // HELD_OUT_SHARE, HELD_OUT_ROWS)))
     if split == "val":
-        return [Shard(last.path, held, last.row_len, first=last.rows - held)]
+        return [Shard(last.path, held, last.row_len, first=last.rows - held, padding=last.padding)]
     return [*before, Shard(last.path, last.rows - held, last.row_len)] if held < last.rows else before
 
 
-def _read_headers(folder: Path) -> list[Shard]:
-    """Return the shards of a folder that have rows, by name; all of one row length."""
-    shards = [shard for path in sorted(folder.glob("shard_*.npy")) if (shard := read_header(path)).rows]
+def _read_headers(folder: Path, place: str, padding: dict[str, int]) -> list[Shard]:
+    """Return the shards at a `place` in the folder that have rows, by name; all of one row length."""
+    paths = sorted((folder / place).glob("shard_*.npy"))
+    read = [replace(read_header(path), padding=padding.get(place + path.name, 0)) for path in paths]
+    shards = [shard for shard in read if shard.rows]
     for shard in shards:
+        if shard.padding >= shard.row_len:
+            raise InputError(
+                f"{folder / 'metadata.json'}: its padding of {place}{shard.path.name} is {shard.padding}, where a row "
+                f"has {shard.row_len} tokens; mend or remove it"
+            )
         if shard.row_len != shards[0].row_len:
             raise InputError(
                 f"{shard.path}: rows of {shard.row_len} tokens, but {shards[0].path.name} has {shards[0].row_len}; "

@@ -9,11 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lepton.model import Lepton
+from lepton.model.router import Router
 
-DEPTHS = (0.75, 0.5, 0.0)
+DEPTHS = {"depth 0.75": 0.75, "depth 0.5": 0.5, "depth 0.5 by lot": 0.5, "depth 0": 0.0}
+BY_LOT = "depth 0.5 by lot"
+"""The same depth with tokens drawn at random: what the router's choice is worth is the difference to it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def ideas(model: Lepton) -> list[str]:
         "working memory": model.memory,
         "crystals": model.crystals,
         "peek": model.peek,
-        **{_depth_name(depth): model.router for depth in DEPTHS},
+        **dict.fromkeys(DEPTHS, model.router),
     }
     return [name for name, part in parts.items() if part is not None]
 
@@ -48,7 +52,7 @@ def without(model: Lepton, idea: str) -> Iterator[dict[str, Any]]:
     - working memory: its values are zero, and so is all that is read from it.
     - crystals: the store is left out, as in a model that is built without it.
     - peek: the hint is not fed back.
-    - depth D: only that share of the tokens goes past the stem.
+    - depth D: only that share of the tokens goes past the stem; by lot: whatever the router says.
     """
     if idea == "thoughts":
         yield {"think": 0}
@@ -68,8 +72,12 @@ def without(model: Lepton, idea: str) -> Iterator[dict[str, Any]]:
         weight = model.peek.back.weight
         with _replaced(weight, weight.new_zeros(weight.shape)):
             yield {}
+    elif idea == BY_LOT:
+        assert model.router is not None
+        with _drawing_lots(model.router):
+            yield {"depth": DEPTHS[idea]}
     else:
-        yield {"depth": next(depth for depth in DEPTHS if idea == _depth_name(depth))}
+        yield {"depth": DEPTHS[idea]}
 
 
 def ablate(model: Lepton, nats_per_token: Callable[..., float], **options: Any) -> list[Ablated]:
@@ -86,8 +94,21 @@ def ablate(model: Lepton, nats_per_token: Callable[..., float], **options: Any) 
     return table
 
 
-def _depth_name(depth: float) -> str:
-    return f"depth {depth:g}"
+@contextmanager
+def _drawing_lots(router: Router) -> Iterator[None]:
+    """Let the router's scores be uniform in 0..1: far digits of a projection of each state, the same on any path."""
+    direction_D = torch.randn(router.benefit.in_features, generator=torch.Generator().manual_seed(0))
+
+    def score(u_BTD: Tensor) -> Tensor:
+        precise = u_BTD.to(torch.promote_types(u_BTD.dtype, torch.float32))
+        return (precise @ (1000 * direction_D).to(precise)) % 1
+
+    router.score = score  # type: ignore[method-assign]
+    try:
+        with _replaced(router.quantiles, torch.linspace(0, 1, len(router.quantiles)).to(router.quantiles)):
+            yield
+    finally:
+        del router.score
 
 
 @contextmanager

@@ -48,22 +48,6 @@ class HeldOut:
         return self.blocks / self.tokens
 
 
-def evaluate_rows(
-    model: Lepton,
-    batches: Iterable[Batch],
-    tokenizer: Tokenizer,
-    *,
-    depth: float | None = None,
-    think: int | None = None,
-) -> HeldOut:
-    """Measure `model` on rows of tokens, each row on its own from its first token on.
-
-    Raises:
-        InputError: there is nothing to predict.
-    """
-    return evaluate(model, batches, tokenizer, depth=depth, think=think)
-
-
 def evaluate_documents(
     model: Lepton,
     pieces: Iterable[Piece],
@@ -114,7 +98,7 @@ def evaluate(
     depth: float | None = None,
     think: int | None = None,
 ) -> HeldOut:
-    """Sum over all positions of `batches`; `carry`, `depth` and `think` as in `walk`.
+    """Measure `model` on all positions of `batches`; `carry`, `depth` and `think` as in `walk`.
 
     Raises:
         InputError: there is nothing to predict.

@@ -43,8 +43,8 @@ class Options:
     """Whether to compute the uncertainty of each new token."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 0")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be a whole number, at least 0")
         check_sampling(self.temperature, self.top_p, self.top_k)
 
 

@@ -29,10 +29,11 @@ def objective(
     model: "Lepton", hidden_BTD: Tensor, traces: Traces, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool
 ) -> Loss:
     """Return the loss of predicting `tokens[:, 1:]` from what the trunk's pass over `tokens[:, :-1]` gave."""
-    following_BT = tokens[:, 1:].long()
+    following_BT, position_BT = tokens[:, 1:].long(), traces.timeline.position_BT
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
         following_BT = following_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
+        position_BT = position_BT.masked_fill(index_T > lengths[:, None], -1)
     total, ce, z, nats_M = linear_cross_entropy(
         model.head_down(hidden_BTD).flatten(0, 1),
         model.embed.weight,
@@ -44,8 +45,8 @@ def objective(
     if auxiliary:
         small = {
             **_outcomes(model, hidden_BTD, traces, following_BT, nats_M),
-            **_drafts(model, hidden_BTD, traces, following_BT),
-            **_peek(model, traces, following_BT),
+            **_drafts(model, hidden_BTD, position_BT, following_BT),
+            **_peek(model, traces, position_BT, following_BT),
         }
     for name, value in small.items():
         total = total + WEIGHTS[name] * value
@@ -105,12 +106,11 @@ def _frozen_head(model: "Lepton", x_MD: Tensor, rows_VE: Tensor, target_M: Tenso
     return loss, nats_M
 
 
-def _drafts(model: "Lepton", hidden_BTD: Tensor, traces: Traces, following_BT: Tensor) -> dict[str, Tensor]:
+def _drafts(model: "Lepton", hidden_BTD: Tensor, position_BT: Tensor, following_BT: Tensor) -> dict[str, Tensor]:
     """The drafter's loss at a quarter of the positions."""
     if model.drafter is None:
         return {}
     ahead = model.drafter.count + 1
-    position_BT = traces.timeline.position_BT
     columns = []
     for i in range(ahead):
         # The token i + 1 after each position, if it is in the chunk and the same document.
@@ -125,11 +125,10 @@ def _drafts(model: "Lepton", hidden_BTD: Tensor, traces: Traces, following_BT: T
     return {"draft": model.drafter.loss(hidden_MD, following_MX[index_M], model.embed)}
 
 
-def _peek(model: "Lepton", traces: Traces, following_BT: Tensor) -> dict[str, Tensor]:
-    """The hint's loss: what it says about the tokens ahead."""
+def _peek(model: "Lepton", traces: Traces, position_BT: Tensor, following_BT: Tensor) -> dict[str, Tensor]:
+    """The hint's loss: what it says about the tokens ahead. Padding, at position -1, is none of them."""
     if model.peek is None or traces.hint_inputs_BTX is None:
         return {}
-    position_BT = traces.timeline.position_BT
     rows_R = _picks(following_BT[:, 0], DRAFT_STRIDE)
     inputs_RTX, embedded_RTE = traces.hint_inputs_BTX[rows_R], traces.embedded_BTE[rows_R]
     return {"peek": model.peek.loss(inputs_RTX, embedded_RTE, position_BT[rows_R])}

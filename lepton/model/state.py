@@ -85,7 +85,7 @@ class State:
     values_BLRKH: Tensor
     """Values of the same tokens."""
     taken_B: Tensor
-    """Tokens of the current capacity window that wanted to go deep."""
+    """Tokens of the current capacity window that went deep."""
     group: Group | None
     """The thoughts of the open segment."""
     memory: Memory
@@ -152,7 +152,9 @@ def read_tensors(path: str | Path, like: Part, kind: str) -> Part:
 
     def pick(name: str, value: Tensor) -> Tensor:
         found = tensors[name]
-        if found.shape[1:] != value.shape[1:] and not (name.endswith("_BLRKH") and value.shape[2] == 0):
+        grows = name.endswith("_BLRKH") and value.shape[2] == 0  # full attention keeps as many columns as it has read
+        shapes = [tensor.shape[1:2] + tensor.shape[3:] if grows else tensor.shape[1:] for tensor in (found, value)]
+        if found.ndim != value.ndim or shapes[0] != shapes[1]:
             raise InputError(f"{path}: '{name}' has shape {tuple(found.shape)}, this model needs {tuple(value.shape)}")
         return found.to(value.device, value.dtype)
 
@@ -161,7 +163,7 @@ def read_tensors(path: str | Path, like: Part, kind: str) -> Part:
 
 def _write(tensors: dict[str, Tensor], path: str | Path, kind: str) -> None:
     try:
-        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+        save_file({name: value.detach().clone() for name, value in tensors.items()}, path)  # it takes no shared memory
     except (OSError, SafetensorError) as problem:
         raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None
 

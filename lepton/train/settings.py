@@ -105,6 +105,10 @@ class TrainSettings:
         for name, choices in (("optimizer", OPTIMIZERS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise InputError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
+        if self.sample_prompt == "":
+            raise InputError(
+                "sample_prompt is empty: give a text, or leave it out for the beginning of the held-out data"
+            )
         if self.resume and self.init_from:
             raise InputError(f"resume={self.resume} and init_from={self.init_from}: give one of them")
 

@@ -60,6 +60,7 @@ def assemble(start: Start) -> Parts:
             seed=settings.seed,
             split=name,
             vocab_size=start.config.vocab_size,
+            eos_id=start.config.eos_id,
             tokenizer_hash=start.tokenizer.hash,
         )
 
@@ -177,7 +178,9 @@ def frequent_ids(data: ShardedDataset, vocab_size: int, count: int) -> torch.Ten
     """Return the `count` most frequent ids of the data's first windows, ties by id: what drafts may propose."""
     seen = torch.zeros(vocab_size, dtype=torch.int64)
     for step in range(COUNTED_WINDOWS // COUNTED_AT_ONCE):
-        seen += torch.bincount(data.batch(step, batch_size=COUNTED_AT_ONCE).tokens.flatten(), minlength=vocab_size)
+        tokens, lengths = data.batch(step, batch_size=COUNTED_AT_ONCE)
+        valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+        seen += torch.bincount(tokens[valid], minlength=vocab_size)
     return seen.argsort(descending=True, stable=True)[:count]
 
 

@@ -100,6 +100,8 @@ def _initialise(settings: TrainSettings, path: Path) -> Start:
     content = checkpoint.load(path)
     config = LeptonConfig.from_dict(content["config"])
     _check_size(settings, content.get("size"), config, path)
+    if settings.dense and not config.dense:
+        raise InputError(f"{path} has dense=False not True: weights with the ideas cannot start the dense baseline")
     config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
     return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))

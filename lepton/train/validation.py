@@ -67,8 +67,7 @@ def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dic
         chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
         figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
     if model.drafter is not None:
-        prompt = next(data.batches(1)).tokens[0, :PROMPT_TOKENS].tolist()
-        _, stats = generate_with_stats(model, prompt, max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
+        _, stats = generate_with_stats(model, _beginning(data), max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
         figures["tokens_a_cycle"] = round(stats.tokens_a_cycle, 3)
         figures["mean_depth"] = round(stats.mean_depth, 3)
     model.train(training)
@@ -79,13 +78,16 @@ def sample_text(
     model: Lepton, data: ShardedDataset, tokenizer: Tokenizer, *, prompt: str | None, max_new_tokens: int, seed: int
 ) -> str:
     """Return a prompt and what `model` continues it with; without a `prompt`, the beginning of `data`."""
-    if prompt is None:
-        tokens, lengths = next(data.batches(1))
-        ids = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
-    else:
-        ids = tokenizer.encode(prompt)
+    ids = _beginning(data) if prompt is None else tokenizer.encode(prompt)
     training = model.training
     model.eval()
     ids = generate(model, ids, max_new_tokens=max_new_tokens, seed=seed)
     model.train(training)
     return tokenizer.decode(ids)
+
+
+def _beginning(data: ShardedDataset) -> list[int]:
+    """Return the first tokens of `data`, at most PROMPT_TOKENS."""
+    tokens, lengths = next(data.batches(1))
+    ids: list[int] = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
+    return ids

@@ -10,7 +10,7 @@ import torch
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
 from lepton.evals.calibration import brier, fit_temperature, measure_uncertainty
-from lepton.evals.heldout import evaluate_documents, evaluate_rows
+from lepton.evals.heldout import evaluate, evaluate_documents
 from lepton.train.calibration import calibration_batches, evaluation_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 
@@ -41,7 +41,7 @@ def test_a_data_set(saved, data_dir):
     for split in ("val", "train"):
         figures = run_json(*command_of(path), "--data_dir", data_dir, "--split", split)
         data = ShardedDataset(data_dir, seq_len=31, seed=0, split=split, vocab_size=320)
-        expected = evaluate_rows(model, data.batches(8), tokenizer)
+        expected = evaluate(model, data.batches(8), tokenizer)
         assert figures["tokens"] == expected.tokens == data.tokens
         assert figures["bytes"] == expected.bytes
         assert figures["nats_per_token"] == pytest.approx(expected.nats_per_token)

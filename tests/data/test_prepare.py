@@ -66,6 +66,7 @@ def test_every_document_is_in_one_split_and_ends_with_eos(
         "text_bytes": sum(len(text.encode()) for text in texts),
         "skipped_files": 0,
         "row_len": 64,
+        "padding": metadata["padding"],
         "vocab_size": 50257,
         "tokenizer_hash": shipped.hash,
     }
@@ -81,6 +82,7 @@ def test_rows_are_full_and_the_last_is_filled_with_eos(tmp_path: Path, source: P
     ids = array.ravel()
     assert (ids[metadata["total_tokens"] - 1 :] == 0).all()
     assert ids[metadata["total_tokens"] - 2] != 0
+    assert metadata["padding"] == {"shard_00000.npy": array.size - metadata["total_tokens"]}
 
 
 def test_the_result_trains(tmp_path: Path, source: Path, shipped: Tokenizer) -> None:
@@ -90,7 +92,8 @@ def test_the_result_trains(tmp_path: Path, source: Path, shipped: Tokenizer) -> 
         ShardedDataset(out, seq_len=32, seed=0, split=split, vocab_size=50257, tokenizer_hash=shipped.hash)
         for split in ("train", "val")
     )
-    assert train.tokens + val.tokens == pytest.approx(metadata["total_tokens"], rel=0.05)
+    assert train.tokens + val.tokens == metadata["total_tokens"] - train.rows - val.rows
+    assert sum(int(batch.lengths.sum()) - len(batch.lengths) for batch in val.batches(3)) == val.tokens
     assert train.batch(0, batch_size=4).tokens.shape == (4, 33)
     with pytest.raises(InputError, match="another tokenizer"):
         ShardedDataset(out, seq_len=32, seed=0, split="val", vocab_size=50257, tokenizer_hash="0" * 64)

@@ -30,7 +30,7 @@ def targets(batch: shards.Batch) -> list[int]:
     found = []
     for row, length in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True):
         assert row[:length] == list(range(row[0], row[0] + length))
-        assert row[length:] == [0] * (len(row) - length)
+        assert row[length:] == [1] * (len(row) - length)
         found += row[1:length]
     return found
 
@@ -72,15 +72,14 @@ def test_a_batch_is_a_function_of_its_arguments(shard_folder: Folder) -> None:
     assert not torch.equal(dataset(folder, seed=1).batch(3, batch_size=4).tokens, fresh.batch(3, batch_size=4).tokens)
 
 
-def test_ranks_and_micro_batches_share_an_epoch_out(shard_folder: Folder) -> None:
+def test_micro_batches_share_an_epoch_out(shard_folder: Folder) -> None:
     data = dataset(shard_folder(numbered(49), val=(numbered(1, start=3000),)))
     one = [window for step in range(2) for window in data.batch(step, batch_size=24).tokens.tolist()]
     parts = [
         window
         for step in range(2)
         for micro in range(3)
-        for rank in range(2)
-        for window in data.batch(step, micro, batch_size=4, accumulate=3, rank=rank, world=2).tokens.tolist()
+        for window in data.batch(step, micro, batch_size=8, accumulate=3).tokens.tolist()
     ]
     assert parts == one
     assert len({window[0] for window in parts}) == 48
@@ -139,9 +138,6 @@ def test_validation_batches_come_in_order_and_spread_out_under_a_limit(shard_fol
     assert [len(batch.lengths) for batch in data.batches(16)] == [16, 16, 8]
     few = [row[0] for batch in data.batches(5, limit=2) for row in batch.tokens.tolist()]
     assert few == [33 * row for row in range(10)]
-    both = [[batch.tokens.tolist() for batch in data.batches(6, rank=rank, world=2)] for rank in (0, 1)]
-    alone = [batch.tokens.tolist() for batch in data.batches(6)]
-    assert both == [alone[::2], alone[1::2]]
 
 
 def test_describe_names_the_data(shard_folder: Folder) -> None:
@@ -164,6 +160,41 @@ def test_the_public_form_is_read(shard_folder: Folder) -> None:
     data = dataset(folder, seq_len=512, tokenizer_hash="anything")
     assert (data.rows, data.windows, data.tokens) == (301, 1204, 301 * 2047)
     assert sorted(data.batch(0, batch_size=1204).lengths.unique().tolist()) == [512, 513]
+
+
+@pytest.mark.parametrize("padding", [1, 7, 8, 25, 31, 32])
+@pytest.mark.parametrize("seq_len", [5, 8, 32])
+def test_what_only_fills_a_row_is_never_read(shard_folder: Folder, padding: int, seq_len: int) -> None:
+    train, val = numbered(3), numbered(2, start=500)
+    folder = shard_folder(train, val=(val,))
+    (folder / "metadata.json").write_text(
+        json.dumps({"padding": {"shard_00000.npy": padding, "val/shard_00000.npy": padding}})
+    )
+    for split, array in (("train", train), ("val", val)):
+        data = dataset(folder, seq_len=seq_len, split=split)
+        wanted = targets_of(array)[:-padding]
+        assert sorted(epoch(data)) == wanted
+        assert data.tokens == len(wanted)
+        batches = list(data.batches(3))
+        assert [target for batch in batches for target in targets(batch)] == wanted
+        assert min(length for batch in batches for length in batch.lengths.tolist()) >= 2
+
+
+def test_held_out_rows_take_the_padding_along(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(2), numbered(4, start=500))
+    (folder / "metadata.json").write_text(json.dumps({"padding": {"shard_00001.npy": 20}}))
+    train, val = (dataset(folder, split=split) for split in ("train", "val"))
+    assert (train.tokens, val.tokens) == (5 * 32, 12)
+    assert sorted(epoch(train) + epoch(val)) == targets_of(numbered(2), numbered(4, start=500))[:-20]
+
+
+@pytest.mark.parametrize(("eos_id", "padding"), [(0, 1), (1, 0), (9, 0)])
+def test_short_rows_are_padded_with_what_ends_no_document(shard_folder: Folder, eos_id: int, padding: int) -> None:
+    data = dataset(shard_folder(numbered(9, start=100)), seq_len=20, eos_id=eos_id)
+    batch = data.batch(0, batch_size=data.windows)
+    short = batch.lengths < 21
+    assert short.any()
+    assert (batch.tokens[short][:, 13:] == padding).all()
 
 
 # What cannot be read
@@ -249,6 +280,22 @@ def test_another_tokenizer_is_refused(shard_folder: Folder) -> None:
     refused(folder, "a" * 12, "b" * 12, "--tokenizer", tokenizer_hash="b" * 64)
     assert dataset(folder, tokenizer_hash="a" * 64).rows == 3
     assert dataset(folder).rows == 3
+
+
+@pytest.mark.parametrize("padding", [3, ["shard_00000.npy"], {"shard_00000.npy": -1}, {"shard_00000.npy": 1.5}])
+def test_padding_that_is_none_is_named(shard_folder: Folder, padding: object) -> None:
+    folder = shard_folder(numbered(4))
+    (folder / "metadata.json").write_text(json.dumps({"padding": padding}))
+    refused(folder, "metadata.json", "padding", str(padding))
+
+
+def test_padding_that_leaves_nothing_is_named(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4), val=(numbered(1),))
+    (folder / "metadata.json").write_text(json.dumps({"padding": {"val/shard_00000.npy": 33}}))
+    refused(folder, "metadata.json", "val/shard_00000.npy", "33", split="val")
+    (folder / "metadata.json").write_text(json.dumps({"padding": {"val/shard_00000.npy": 32}}))
+    refused(folder, "val split", "no token", "prepare", split="val")
+    assert dataset(folder).rows == 4
 
 
 @pytest.mark.parametrize("text", ["{torn", "[1]"])

@@ -6,7 +6,7 @@ import torch
 from lepton.evals.ablation import ablate, ideas, without
 from tests.laws.lab import build, text
 
-ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0"]
+ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0.5 by lot", "depth 0"]
 
 
 def snapshot(model):
@@ -67,6 +67,12 @@ def test_what_the_switches_switch_off():
         assert not model(tokens, **options).traces.thought_BTD.any()
     with without(model, "depth 0") as options:
         assert (model(tokens, **options).depth == model.config.stem_layers).all()
+    depths = []
+    for idea in ("depth 0.5", "depth 0.5 by lot"):
+        with without(model, idea) as options:
+            depths.append(model(tokens, **options).depth > model.config.stem_layers)
+    assert depths[0].sum() == pytest.approx(depths[1].sum(), abs=8)
+    assert 0.3 < (depths[0] != depths[1]).float().mean() < 0.7
     with without(model, "peek"):
         traces = model(tokens).traces
         plain = build("complete")(tokens).traces

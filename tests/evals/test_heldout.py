@@ -11,7 +11,7 @@ from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 from lepton.evals import heldout
-from lepton.evals.heldout import evaluate_documents, evaluate_rows
+from lepton.evals.heldout import evaluate, evaluate_documents
 from lepton.train import calibration
 from tests.cli.tiny import TEXT, small_bpe, tiny_model
 
@@ -84,7 +84,7 @@ def test_rows_are_measured_each_on_its_own(model, tokenizer, monkeypatch, tmp_pa
     np.save(tmp_path / "shard_00000.npy", rows)
     np.save(tmp_path / "val" / "shard_00000.npy", rows)
     data = ShardedDataset(tmp_path, seq_len=23, seed=0, split="val", vocab_size=320)
-    result = evaluate_rows(model, data.batches(2), tokenizer)
+    result = evaluate(model, data.batches(2), tokenizer)
     assert result.nats == pytest.approx(naive(model, rows.tolist()), abs=1e-6)
     assert result.tokens == 3 * 23
     assert result.bytes == sum(int(tokenizer.token_bytes()[row[1:]].sum()) for row in rows)
@@ -93,7 +93,7 @@ def test_rows_are_measured_each_on_its_own(model, tokenizer, monkeypatch, tmp_pa
 def test_short_rows_leave_their_padding_out(model, tokenizer):
     row = tokenizer.encode(TEXT)[:30]
     tokens = torch.tensor([row, [*row[:9], *[0] * 21]])
-    result = evaluate_rows(model, [Batch(tokens, torch.tensor([30, 9]))], tokenizer)
+    result = evaluate(model, [Batch(tokens, torch.tensor([30, 9]))], tokenizer)
     assert result.nats == pytest.approx(naive(model, [row, row[:9]]), abs=1e-6)
     assert result.tokens == 29 + 8
 

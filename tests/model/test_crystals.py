@@ -99,6 +99,24 @@ def test_a_stream_goes_on_from_a_file(tmp_path):
     assert torch.equal(expected.logits, got.logits)
 
 
+@pytest.mark.parametrize("variant", ["complete", "dense"])
+def test_a_stream_that_has_read_nothing_is_saved(variant, tmp_path):
+    model = build(variant)
+    model.new_state(2).save(tmp_path / "state.safetensors")
+    assert_states(model.new_state(2), model.load_state(tmp_path / "state.safetensors"), "loaded")
+
+
+@pytest.mark.parametrize("changes", [{"layers": 3}, {"kv_heads": 4}, {"head_dim": 4}])
+def test_a_dense_stream_of_another_shape_is_named(changes, tmp_path):
+    model = build("dense")
+    with torch.no_grad():
+        build("dense", **changes)(text(1)).state.save(tmp_path / "state.safetensors")
+        with pytest.raises(InputError, match="this model needs"):
+            model.load_state(tmp_path / "state.safetensors")
+        model(text(1)).state.save(tmp_path / "state.safetensors")
+        assert model.load_state(tmp_path / "state.safetensors").keys_BLRKH.shape[2] > 0
+
+
 def test_a_stream_goes_on_in_another_process(tmp_path):
     code = """
 import sys, torch

@@ -153,6 +153,14 @@ def test_bad_arguments_are_named(call, message):
         ({"draft_vocab": 98}, "draft_vocab=98"),
         ({"thoughts": -1}, "thoughts=-1"),
         ({"crystals": 0}, "crystals=0"),
+        ({"window": 16.5}, "window=16.5: must be a whole number, or None"),
+        ({"layers": True}, "layers=True: must be a whole number"),
+        ({"width": None}, "width=None: must be a whole number"),
+        ({"rope_base": "long"}, "rope_base='long': must be a number"),
+        ({"router": 1}, "router=1: must be True or False"),
+        ({"rope_base": 0}, "rope_base=0"),
+        ({"embed_rank": -3}, "embed_rank=-3"),
+        ({"vocab_size": 1}, "vocab_size=1"),
     ],
 )
 def test_bad_shapes_are_named(overrides, message):

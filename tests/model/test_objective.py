@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from lepton.model import draft as drafting
 from lepton.model import objective
+from lepton.model.attention import norm
 from lepton.model.peek import FADE, summary
 from tests.laws.lab import EOS, build, text
 
@@ -33,6 +35,93 @@ def test_every_auxiliary_loss_reaches_its_own_parameters():
     for name, gradient in found.items():
         assert gradient is not None, name
         assert gradient.any(), name
+
+
+def slow_parts(model, tokens, lengths):
+    """The small losses in single positions, as the modules describe them."""
+    inputs = tokens[:, :-1]
+    out = model.trunk(inputs)
+    traces = out.traces
+    documents = (inputs == EOS).cumsum(1) - (inputs == EOS).long()
+    following = tokens[:, 1:].masked_fill(torch.arange(1, tokens.shape[1]) >= lengths[:, None], -100)
+    flat = [divmod(pick, inputs.shape[1]) for pick in range(inputs.numel())]
+
+    def nats(hidden, target):
+        return torch.nn.functional.cross_entropy(model.head(hidden.detach()), target)
+
+    exits, routes = [], []
+    for pick in objective._picks(following, objective.OUTCOME_STRIDE).tolist():
+        row, t = flat[pick]
+        target = following[row, t]
+        if target >= 0:
+            left = model.router.exit(traces.early_BTD[row, t])
+            logits = norm(left)
+            if hasattr(model.head_down, "weight"):
+                logits = logits @ model.head_down.weight.detach().T
+            logits = logits @ model.embed.weight.detach()[: model.config.vocab_size].T
+            logits = model.config.logit_cap * torch.tanh(logits / model.config.logit_cap)
+            exits.append(torch.nn.functional.cross_entropy(logits, target))
+            saved = (exits[-1] - nats(out.hidden[row, t], target)).detach().clamp(-5, 5)
+            routes.append((traces.benefit_BT[row, t] - saved) ** 2)
+
+    drafter = model.drafter
+    proposals, drafts = drafter.ids.tolist(), [[] for _ in range(drafter.count)]
+    for pick in objective._picks(following, objective.DRAFT_STRIDE).tolist():
+        row, t = flat[pick]
+        state = drafter.begin(out.hidden[row, t])
+        for i in range(drafter.count):
+            place = t + i + 1
+            if place >= inputs.shape[1] or documents[row, place] != documents[row, t] or following[row, place] < 0:
+                break
+            state = drafter.step(state, model.embed.weight[inputs[row, place]])
+            if following[row, place] in drafter.ids:
+                logits = drafter.logits(state, drafter.rows(model.embed))
+                target = torch.tensor(proposals.index(following[row, place]))
+                drafts[i].append(torch.nn.functional.cross_entropy(logits, target))
+    weights = [drafting.FADE**i for i in range(drafter.count)]
+    draft = sum(w * torch.stack(losses).mean() for w, losses in zip(weights, drafts, strict=True)) / sum(weights)
+
+    hints = []
+    for row in objective._picks(following[:, 0], objective.DRAFT_STRIDE).tolist():
+        for t in range(int(lengths[row])):
+            ahead = [
+                FADE ** (i - 2) * norm(traces.embedded_BTE[row, t + i].detach())
+                for i in range(2, model.config.peek + 1)
+                if t + i < min(inputs.shape[1], int(lengths[row])) and documents[row, t + i] == documents[row, t]
+            ]
+            if ahead and t < inputs.shape[1]:
+                said = model.peek.summary(model.peek.hint(traces.hint_inputs_BTX[row, t].detach()))
+                hints.append(1 - torch.nn.functional.cosine_similarity(said, sum(ahead), dim=-1))
+    return {
+        "exit": torch.stack(exits).mean(),
+        "router": torch.stack(routes).mean(),
+        "draft": draft,
+        "peek": torch.stack(hints).mean(),
+    }
+
+
+LEARNS = {"exit": "router.exit_", "router": "router.benefit", "draft": "drafter.", "peek": "peek.summary"}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("padding", [EOS, 7])
+def test_the_small_losses_equal_single_positions(padding, seed, monkeypatch):
+    """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with."""
+    monkeypatch.setattr(objective, "OUTCOME_STRIDE", 3)
+    model, tokens = build("complete"), text(seed, rows=9)
+    lengths = torch.tensor([tokens.shape[1], 30, 2, 99, 64, 71, 17, 50, 88])
+    tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], padding)
+    loss = model.loss(tokens, lengths=lengths)
+    expected = slow_parts(model, tokens, lengths)
+    for part, begins in LEARNS.items():
+        tolerance = 1e-6 if part == "peek" else 1e-9  # whose summary is of fp32
+        torch.testing.assert_close(
+            loss.parts[part], expected[part].detach().to(loss.parts[part]), rtol=0, atol=tolerance
+        )
+        own = [parameter for name, parameter in model.named_parameters() if name.startswith(begins)]
+        got = torch.autograd.grad(loss.loss, own, retain_graph=True)
+        wanted = torch.autograd.grad(objective.WEIGHTS[part] * expected[part], own, retain_graph=True)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
 
 
 def test_the_parts_are_reported():

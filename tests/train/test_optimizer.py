@@ -10,8 +10,6 @@ from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, FEEDS, FEEDS_RATE,
 from lepton.train.recording import Recordings
 from tests.train.small import SHAPE
 
-MATRICES = {"attention.qkv", "attention.out", "mlp.up", "mlp.down"}
-
 
 def small_model(**changes):
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from lepton.train import TrainSettings
         ({"cooldown": 1.5}, "cooldown=1.5: must lie in 0..1"),
         ({"optimizer": "mu0n"}, "unknown optimizer 'mu0n'; did you mean 'muon'?"),
         ({"dtype": "bf61"}, "unknown dtype 'bf61'; did you mean 'bf16'?"),
+        ({"sample_prompt": ""}, "sample_prompt is empty"),
         ({"resume": "auto", "init_from": "x.pt"}, "give one of them"),
     ],
 )

@@ -99,6 +99,11 @@ def test_initial_weights_only(run):
     Lepton(start.config).load_state_dict(start.weights)
 
 
+def test_weights_with_ideas_do_not_start_the_dense_baseline(run):
+    with pytest.raises(InputError, match=r"best\.pt has dense=False not True"):
+        started(init_from=str(run / "best.pt"), dense=True)
+
+
 def test_weights_alone_do_not_resume(run, data, tmp_path):
     content = checkpoint.load(run / "step_4.pt")
     checkpoint.save(tmp_path / "weights.pt", {name: content[name] for name in ("model", "config", "step")})
