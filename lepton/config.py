@@ -160,8 +160,8 @@ class LeptonConfig:
 
 
 _KINDS: dict[Any, str] = {
-    int: "a whole number",
-    int | None: "a whole number, or None",
+    int: "a whole number (int)",
+    int | None: "a whole number (int), or None",
     float: "a number",
     bool: "True or False",
 }

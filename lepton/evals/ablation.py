@@ -15,9 +15,9 @@ from torch import Tensor
 from lepton.model import Lepton
 from lepton.model.router import Router
 
-DEPTHS = {"depth 0.75": 0.75, "depth 0.5": 0.5, "depth 0.5 by lot": 0.5, "depth 0": 0.0}
 BY_LOT = "depth 0.5 by lot"
-"""The same depth with tokens drawn at random: what the router's choice is worth is the difference to it."""
+"""Half depth with tokens drawn at random: what the router's choice is worth is the difference to it."""
+DEPTHS = {"depth 0.75": 0.75, "depth 0.5": 0.5, BY_LOT: 0.5, "depth 0": 0.0}
 
 
 @dataclass(frozen=True)

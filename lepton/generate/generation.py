@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Options:
     """Whether to compute the uncertainty of each new token."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 0:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: must be a whole number, at least 0")
         check_sampling(self.temperature, self.top_p, self.top_k)
 

@@ -5,6 +5,7 @@ Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousan
 
 import math
 import random
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
         raise InputError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p={top_p}: must lie in (0, 1]; 1 keeps every token")
-    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
         raise InputError(f"top_k={top_k}: must be a whole number, at least 1; leave it out (None) to keep every token")
 
 

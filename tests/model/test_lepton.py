@@ -153,7 +153,7 @@ def test_bad_arguments_are_named(call, message):
         ({"draft_vocab": 98}, "draft_vocab=98"),
         ({"thoughts": -1}, "thoughts=-1"),
         ({"crystals": 0}, "crystals=0"),
-        ({"window": 16.5}, "window=16.5: must be a whole number, or None"),
+        ({"window": 16.5}, r"window=16.5: must be a whole number \(int\), or None"),
         ({"layers": True}, "layers=True: must be a whole number"),
         ({"width": None}, "width=None: must be a whole number"),
         ({"rope_base": "long"}, "rope_base='long': must be a number"),
