@@ -13,15 +13,16 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms named here, and itself.
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
-    "checkpoint": {"errors"},
-    "data": {"errors", "config"},
-    "model": {"errors", "config", "presets", "checkpoint"},
+    "checkpoint": {"errors", "files"},
+    "data": {"errors", "files", "config"},
+    "model": {"errors", "files", "config", "presets", "checkpoint"},
     "generate": {"errors", "config", "model"},
-    "train": {"errors", "config", "presets", "checkpoint", "data", "model", "generate"},
-    "evals": {"errors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
-    "cli": {"errors", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
+    "train": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate"},
+    "evals": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
+    "cli": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
 LAZY_EXCEPTIONS = {("model", "generate")}
