@@ -1,12 +1,58 @@
-"""Configuration of the model: frozen, keyword-only, validated on construction."""
+"""Configuration of the model: frozen, keyword-only, validated on construction.
+
+`LeptonConfig` holds the shape of the trunk, and one `IdeaConfig` for each idea that the model has. The fields of an
+idea are declared beside its module, in `lepton/model/ideas/`, and registered there.
+"""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lepton.errors import InputError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdeaConfig:
+    """The fields of one idea."""
+
+    name: ClassVar[str]
+    """The idea's attribute in the model, and its name in checkpoints, overrides and on the command line."""
+    flat: ClassVar[Mapping[str, str]] = {}
+    """Fields by the names that they had when a configuration was flat; checkpoints from then still load."""
+    flat_switch: ClassVar[str] = ""
+    """The name in a flat configuration whose value 0 or False left the idea out."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, f"{self.name}.")
+
+    def check(self, config: "LeptonConfig") -> None:
+        """Raise InputError for values that do not fit each other or the model."""
+
+    def build(self, config: "LeptonConfig") -> Any:
+        """Return the idea's module for a model of this configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> Self:
+        """Return what the named size, of this width, uses."""
+        return cls()
+
+    def at_least(self, low: int, *names: str) -> None:
+        """Raise InputError for a field below `low`."""
+        for name in names:
+            if getattr(self, name) < low:
+                raise InputError(f"{self.name}.{name}={getattr(self, name)}: must be at least {low}")
+
+
+IDEAS: dict[str, type[IdeaConfig]] = {}
+"""Every registered idea by its name, in the order of the flow."""
+
+
+def register(*ideas: type[IdeaConfig]) -> None:
+    """Make ideas known to `LeptonConfig.from_dict` and `LeptonConfig.replace`, at the end of the flow."""
+    IDEAS.update({idea.name: idea for idea in ideas})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,46 +86,15 @@ class LeptonConfig:
     rope_base: float = 10000.0
     """Longest wavelength of the rotary positions, over 2 pi."""
     segment: int = 64
-    """Tokens of a segment: each opens with a group of thoughts and closes with its best crystals."""
-    thoughts: int = 4
-    """Thought tokens of a group; 0 leaves the idea out."""
-    thought_ffn: int = 768
-    """Hidden width of the thinking block's MLP."""
-    rounds: int = 2
-    """Rounds of thinking, where a call does not say."""
-    memory_heads: int = 4
-    """Heads of the working memory; 0 leaves it out."""
-    key_dim: int = 64
-    """Width of a working memory's keys."""
-    value_dim: int = 128
-    """Width of a working memory's values."""
-    slots: int = 64
-    """Crystals that are kept; 0 leaves the idea out."""
-    crystals: int = 4
-    """Crystals that a closing segment offers."""
-    hint: int = 64
-    """Width of the hint about what comes; 0 leaves the idea out."""
-    peek: int = 8
-    """Tokens ahead that the hint is taught to summarise, the next one excluded."""
-    router: bool = True
-    """Whether tokens can stop after the stem."""
-    exit_width: int = 384
-    """Hidden width of the adapter through which easy tokens leave."""
-    capacity_window: int = 64
-    """Tokens over which the share of deep tokens is kept."""
-    drafts: int = 4
-    """Tokens drafted at once; 0 leaves the idea out."""
-    draft_width: int = 256
-    """Width of the drafting cell."""
-    draft_vocab: int = 4096
-    """Frequent tokens that the drafter can propose."""
-    uncertainty: bool = True
-    """Whether the model estimates the chance that it is wrong."""
-    dense: bool = False
-    """The baseline: the same blocks without any idea, full attention, MLP widened to equal parameters."""
+    """Tokens of a segment, the unit in which ideas open and close something."""
+    slot_bias: bool = True
+    """Whether the last coordinate of each head carries the bias of slots' attention scores, rather than a number of
+    the token's own."""
+    ideas: tuple[IdeaConfig, ...] = ()
+    """The ideas, in the order of the flow."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        _check_types(self)
         for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -99,44 +114,21 @@ class LeptonConfig:
             raise InputError(f"window={self.window}: must be at least 1, or None for full attention")
         if not 0 < self.logit_cap <= 50:
             raise InputError(f"logit_cap={self.logit_cap}: must lie in 0..50, so that its exponential fits fp32")
+        if self.segment < 1:
+            raise InputError(f"segment={self.segment}: must be at least 1")
         if not 0 <= self.eos_id < self.vocab_size:
             raise InputError(f"eos_id={self.eos_id}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
-        if self.dense:
-            self._check_dense()
-        else:
-            self._check_ideas()
+        for idea in self.ideas:
+            idea.check(self)
 
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind: Any = float | int if field.type is float else field.type
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise InputError(f"{field.name}={value!r}: must be {_KINDS[field.type]}")
+    @property
+    def dense(self) -> bool:
+        """Whether the model is a plain transformer, without any idea."""
+        return not self.ideas
 
-    def _check_dense(self) -> None:
-        if self.window is not None:
-            raise InputError(f"window={self.window}: the dense baseline attends to everything; leave window at None")
-        for name in ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty"):
-            if getattr(self, name):
-                raise InputError(f"{name}={getattr(self, name)}: the dense baseline has no ideas; leave it off")
-
-    def _check_ideas(self) -> None:
-        names = ("thoughts", "memory_heads", "slots", "hint", "drafts", "rounds")
-        for name in names:
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 0")
-        widths = ("thought_ffn", "key_dim", "value_dim", "exit_width", "draft_width")
-        for name in ("segment", "crystals", "capacity_window", *widths):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.window is not None and self.segment > self.window:
-            raise InputError(f"segment={self.segment}: must not be longer than window={self.window}")
-        if self.slots and self.window is None:
-            raise InputError("slots: crystals appear where the window ends; give a window, or slots=0")
-        if self.hint and self.peek < 2:
-            raise InputError(f"peek={self.peek}: must be at least 2, since the next token is not part of the hint")
-        if self.drafts and not 1 <= self.draft_vocab <= self.vocab_size:
-            raise InputError(f"draft_vocab={self.draft_vocab}: must lie in 1..vocab_size={self.vocab_size}")
+    def idea(self, name: str) -> Any:
+        """Return the configuration of the idea called `name`; None: the model is without it."""
+        return next((idea for idea in self.ideas if idea.name == name), None)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -144,19 +136,90 @@ class LeptonConfig:
         return -(-self.vocab_size // 128) * 128
 
     def replace(self, **changes: Any) -> "LeptonConfig":
-        """Return a copy with `changes`; an unknown name raises InputError with the nearest match."""
-        check_names(changes)
-        return dataclasses.replace(self, **changes)
+        """Return a copy with `changes`.
+
+        A name is a field; an idea, which None or False leaves out and a mapping of fields or True puts in; a field of
+        an idea such as ``thoughts.rounds``; or a name of flat configurations such as ``rounds``. A field of an idea
+        that the model is without changes nothing.
+
+        Raises:
+            InputError: an unknown name, with the nearest match, or a value that does not fit.
+        """
+        own = {name: changes.pop(name) for name in list(changes) if name in _names(LeptonConfig)}
+        ideas = _changed(own.pop("ideas", self.ideas), changes, self.width)
+        return dataclasses.replace(self, **own, ideas=ideas)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, the form that a checkpoint stores."""
-        return dataclasses.asdict(self)
+        own = {name: getattr(self, name) for name in _names(LeptonConfig)}
+        return {**own, "ideas": {idea.name: dataclasses.asdict(idea) for idea in self.ideas}}
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> "LeptonConfig":
-        """Rebuild a configuration from `to_dict`; an unknown name raises InputError with the nearest match."""
-        check_names(fields)
-        return LeptonConfig(**fields)
+        """Rebuild a configuration from `to_dict`, or from the flat form of older checkpoints, which has no `ideas`.
+
+        Raises:
+            InputError: an unknown name, with the nearest match, or a value that does not fit.
+        """
+        own = {name: value for name, value in fields.items() if name in _names(LeptonConfig) and name != "ideas"}
+        rest = {name: value for name, value in fields.items() if name not in own}
+        if "ideas" in rest:
+            ideas = rest.pop("ideas")
+            if not isinstance(ideas, Mapping) or not all(isinstance(part, Mapping) for part in ideas.values()):
+                raise InputError(f"ideas={ideas!r}: must hold the fields of each idea by its name")
+            parts = _changed([], {**rest, **ideas}, own.get("width", 0))
+            return LeptonConfig(**own, ideas=parts)
+        dense = rest.pop("dense", False)
+        ideas = _changed([] if dense else [idea() for idea in IDEAS.values()], rest, own.get("width", 0))
+        return LeptonConfig(**own, slot_bias=not dense, ideas=ideas)
+
+
+def check_names(fields: Mapping[str, Any]) -> None:
+    """Raise InputError, with the nearest match, for a name that `LeptonConfig.replace` does not know."""
+    _by_idea({name: value for name, value in fields.items() if name not in _names(LeptonConfig)})
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _changed(ideas: Iterable[IdeaConfig], changes: Mapping[str, Any], width: int) -> tuple[IdeaConfig, ...]:
+    """Return `ideas` with `changes`, whose names are those that `LeptonConfig.replace` takes."""
+    parts = {idea.name: idea for idea in ideas}
+    for name, (switch, fields) in _by_idea(changes).items():
+        if switch is False:
+            parts.pop(name, None)
+        elif name in parts or switch:
+            part = parts[name] if name in parts else IDEAS[name].preset("", width)
+            parts[name] = dataclasses.replace(part, **fields)
+    order = [*IDEAS, *parts]
+    return tuple(sorted(parts.values(), key=lambda part: order.index(part.name)))
+
+
+def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[str, Any]]]:
+    """Sort changes by idea: whether it is switched on or off (None: it stays), and its fields that change."""
+    flat = {old: (idea, field) for idea in IDEAS.values() for old, field in idea.flat.items()}
+    found: dict[str, tuple[bool | None, dict[str, Any]]] = {}
+    for name, value in changes.items():
+        idea, dot, field = name.partition(".")
+        whole = name in IDEAS and (value is None or isinstance(value, Mapping | bool))
+        if whole:
+            switch, fields = (value is not None and value is not False), dict(value) if isinstance(value, Mapping) else {}
+        elif name in flat:
+            idea, field = flat[name][0].name, flat[name][1]
+            fields = {field: value}
+            switch = bool(value) if name == flat[name][0].flat_switch else None
+        elif dot and idea in IDEAS:
+            switch, fields = None, {field: value}
+        else:
+            known = [*_names(LeptonConfig), *IDEAS, *flat]
+            raise InputError(f"unknown configuration field '{name}'{nearest(name, known)}")
+        for field in fields:
+            if field not in _names(IDEAS[idea]):
+                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(field, _names(IDEAS[idea]))}")
+        before, others = found.get(idea, (None, {}))
+        found[idea] = (before if switch is None else switch, {**others, **fields})
+    return found
 
 
 _KINDS: dict[Any, str] = {
@@ -167,9 +230,11 @@ _KINDS: dict[Any, str] = {
 }
 
 
-def check_names(fields: Mapping[str, Any]) -> None:
-    """Raise InputError, with the nearest match, for a name that is no field of LeptonConfig."""
-    known = [field.name for field in dataclasses.fields(LeptonConfig)]
-    for name in fields:
-        if name not in known:
-            raise InputError(f"unknown configuration field '{name}'{nearest(name, known)}")
+def _check_types(config: Any, prefix: str = "") -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type not in _KINDS:
+            continue
+        kind: Any = float | int if field.type is float else field.type
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise InputError(f"{prefix}{field.name}={value!r}: must be {_KINDS[field.type]}")

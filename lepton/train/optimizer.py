@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lepton.model.parameters import Declared, declared
 from lepton.train.recording import Recordings
 
 BETAS = (0.9, 0.95)
@@ -26,50 +27,15 @@ MOMENTUM = 0.95
 STACKED = 2**25
 """Numbers of matrices that are orthogonalised at once; bounds the memory of the copies."""
 
-HIDDEN = (
-    "stem.",
-    "blocks.",
-    "thoughts.block.",
-    "thoughts.opening.",
-    "memory.qkv.",
-    "memory.out.",
-    "peek.",
-    "router.exit_",
-    "drafter.",
-    "uncertainty.",
-)
-"""How the names of Muon's matrices begin."""
-EMBEDDING = ("embed.", "embed_up.", "head_down.")
-EMBEDDING_RATE = 10
-"""The embedding and its projections learn this much faster than AdamW's other parameters. Adam's step does not depend
-on the size of a weight, and these start at 0.02, tied to the head: at 6e-4 they lag far behind the matrices
-(docs/log.md, 2026-11-22)."""
-
-AUXILIARY = ("router.", "drafter.", "uncertainty.", "peek.summary.")
-"""Parameters that only auxiliary losses reach; clipped apart, they leave the trunk alone."""
-
-FEEDS = ("memory.out.", "peek.back.")
-FEEDS_RATE = 0.1
-"""The ways of memory and hint into the stream learn at this share of other matrices' rate. At the full one the memory's
-quick gains keep the deep blocks from learning the same and then more (docs/log.md, 2026-11-26)."""
-
-NamedParameters = list[tuple[str, nn.Parameter]]
+Parameters = list[tuple[str, nn.Parameter, Declared]]
 
 
-def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
-    """Return the trainable parameters of `model` that Muon takes, and the rest.
-
-    Muon's are the matrices that map hidden states to hidden states: of stem, blocks and thoughts, of memory, hint,
-    exit, drafter and uncertainty. The embedding (whose rows are updated one by one), the projections of a factorised
-    embedding, gates, scores and everything that is not a matrix are left to AdamW.
-    """
-    muon: NamedParameters = []
-    rest: NamedParameters = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            hidden_matrix = parameter.ndim == 2 and name.startswith(HIDDEN)
-            (muon if hidden_matrix else rest).append((name, parameter))
-    return muon, rest
+def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
+    """Return the trainable parameters of `model` that Muon takes, and the rest, each with what is declared of it."""
+    entries = declared(model)
+    trained = [(name, each, entries[name]) for name, each in model.named_parameters() if each.requires_grad]
+    muon = [item for item in trained if item[2].optimizer == "muon"]
+    return muon, [item for item in trained if item[2].optimizer != "muon"]
 
 
 class BatchedMuon(torch.optim.Muon):
@@ -138,8 +104,8 @@ class Optimizers:
             muon, rest = [], muon + rest
         self.kind = kind
         both = muon + rest
-        self._trunk = [parameter for name, parameter in both if not name.startswith(AUXILIARY)]
-        self._auxiliary = [parameter for name, parameter in both if name.startswith(AUXILIARY)]
+        self._trunk = [parameter for _, parameter, entry in both if not entry.auxiliary]
+        self._auxiliary = [parameter for _, parameter, entry in both if entry.auxiliary]
         self._device = both[0][1].device
         on_gpu = self._device.type == "cuda"
         adamw = torch.optim.AdamW(
@@ -243,23 +209,17 @@ class Optimizers:
         self._state = object()
 
 
-def _groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
     """Return groups of parameters that learn at one rate and decay alike, the fastest first."""
-    kinds = sorted({_kind(*item) for item in parameters}, reverse=True)
+    kinds = sorted({(entry.rate, entry.decays) for *_, entry in parameters}, reverse=True)
     return [
         {
-            "params": [item for item in parameters if _kind(*item) == (rate, decays)],
+            "params": [(name, each) for name, each, entry in parameters if (entry.rate, entry.decays) == (rate, decays)],
             "rate": rate,
             "weight_decay": decays * weight_decay,
         }
         for rate, decays in kinds
     ]
-
-
-def _kind(name: str, parameter: Tensor) -> tuple[float, bool]:
-    """Return how much faster a parameter learns than its optimizer's rate says, and whether it decays."""
-    rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else FEEDS_RATE if name.startswith(FEEDS) else 1
-    return rate, parameter.ndim == 2 and name != "embed.weight"
 
 
 def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

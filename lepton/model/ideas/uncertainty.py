@@ -5,18 +5,35 @@ and what the model knows beside it (top state, expected benefit of depth, how mu
 strongly the memory answered). Trained by the true outcomes, calibrated on a split of its own.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.config import LeptonConfig
+from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.attention import Linear
+from lepton.model.ideas.idea import OUTCOME_STRIDE, Idea, Outcome, Switch, Work, matrices
 from lepton.model.loss import soft_cap
+from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 
-FEATURES = 6
+SIGNALS = ("router", "thoughts", "memory")
+"""Ideas whose signals it reads: benefit of depth, change of the thoughts, strength of the memory's answer."""
+FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
-# Bound of the log-odds that a prediction shows: further out a chance is 0 or 1 in fp32.
 LOG_ODDS = 15.0
+"""Bound of the log-odds that a prediction shows: further out a chance is 0 or 1 in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncertaintyConfig(IdeaConfig):
+    """The estimate of the chance that the model is wrong; it has no fields."""
+
+    name = "uncertainty"
+    flat_switch = "uncertainty"
+
+    def build(self, config: LeptonConfig) -> "Uncertainty":
+        return Uncertainty(config)
 
 
 def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,9 +55,19 @@ def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
     return shown, likely
 
 
-class Uncertainty(nn.Module):
+class Uncertainty(Idea):
     """The log-odds that the prediction shows, plus what an MLP adds to them, and the line that calibrates the sum."""
 
+    name = "uncertainty"
+    reads_top = True
+    compiled = ("loss",)
+    loss_weights = {"uncertainty": 0.1}
+    declares = {
+        "state.weight": MATRIX.but(auxiliary=True),
+        "features.weight": MATRIX.but(auxiliary=True),
+        "features.bias": BIAS.but(auxiliary=True),
+        "out.weight": ZERO_MATRIX.but(auxiliary=True),
+    }
     calibration: Tensor
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -51,6 +78,10 @@ class Uncertainty(nn.Module):
         self.out = Linear(HIDDEN, 1)
         # Scale and shift of the logit, fitted by `lepton calibrate`.
         self.register_buffer("calibration", torch.empty(2))
+
+    def reset(self) -> None:
+        """Scale 1 and shift 0: not calibrated yet."""
+        self.calibration.copy_(torch.tensor([1.0, 0.0]))
 
     def logit(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
         """Raw logit [...] of being wrong. `signals` [..., 3]: benefit of depth, thought change, memory strength."""
@@ -82,3 +113,28 @@ class Uncertainty(nn.Module):
         shift = F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
         mixed = self.state(hidden.detach()).to(shown.dtype) + shift
         return shown[..., 0] + self.out(F.silu(mixed))[..., 0]
+
+    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """What it says of sampled predictions, against what came."""
+        index_M, model = outcome.sampled_M, outcome.model
+        hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
+        with torch.no_grad():
+            raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T
+        signals_M3 = outcome.flow.signals(*SIGNALS).flatten(0, 1)[index_M]
+        target_M = outcome.following_BT.flatten()[index_M]
+        return {"uncertainty": self.loss(hidden_MD, raw_MV, signals_M3, target_M)}
+
+    def flops(self, work: Work) -> float:
+        return work.length * matrices(self)
+
+    def extra_training_flops(self, work: Work, head: int) -> float:
+        """The loss looks at samples alone, and not at every position as a pass does."""
+        sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
+        return sampled - 3 * 2 * matrices(self)
+
+    def sampled_logits(self) -> bool:
+        return True
+
+    def switches(self) -> dict[str, Switch]:
+        """None: without it the model predicts the same."""
+        return {}

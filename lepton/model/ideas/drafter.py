@@ -1,0 +1,163 @@
+"""Speculative drafts: a small recurrent cell guesses the next tokens one after the other, for the model to verify.
+
+The cell starts from the (detached) top state and is fed the embedding of the token just drafted (EAGLE, 2024;
+recurrent drafter, 2024). It proposes only frequent tokens; what it cannot propose is reached through the residual of
+the acceptance rule, so the output distribution stays exact. The trunk and the embedding never pay for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
+from lepton.model.attention import Linear, norm
+from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
+from lepton.model.loss import IGNORE, linear_cross_entropy
+from lepton.model.parameters import MATRIX, ZERO_MATRIX
+
+FADE = 0.8
+"""Weight of each drafted token's loss against the one before it."""
+STRIDE = 4
+"""One position in so many teaches the drafter."""
+WIDTHS = {"nano": 128, "micro": 192, "tiny": 256, "small": 256, "medium": 256, "large": 384, "xl": 512, "xxl": 512}
+"""Of the cell, by size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig(IdeaConfig):
+    """The cell that drafts tokens for speculative decoding."""
+
+    count: int = 4
+    """Tokens drafted at once."""
+    width: int = 256
+    """Width of the cell."""
+    vocab: int = 4096
+    """Frequent tokens that it can propose."""
+
+    name = "drafter"
+    flat = {"drafts": "count", "draft_width": "width", "draft_vocab": "vocab"}
+    flat_switch = "drafts"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(1, "count", "width")
+        if not 1 <= self.vocab <= config.vocab_size:
+            raise InputError(f"drafter.vocab={self.vocab}: must lie in 1..vocab_size={config.vocab_size}")
+
+    def build(self, config: LeptonConfig) -> "Drafter":
+        return Drafter(config, self)
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> "DrafterConfig":
+        return cls(width=WIDTHS.get(size, cls.width))
+
+
+class Drafter(Idea):
+    """The cell, its way in and its way out to the rows of the shared embedding that it may propose."""
+
+    name = "drafter"
+    reads_top = True
+    compiled = ("loss",)
+    loss_weights = {"draft": 0.1}
+    declares = {
+        **{f"{name}.weight": MATRIX.but(auxiliary=True) for name in ("enter", "token", "up", "leave")},
+        "down.weight": ZERO_MATRIX.but(auxiliary=True),
+    }
+    ids: Tensor
+
+    def __init__(self, config: LeptonConfig, own: DrafterConfig) -> None:
+        super().__init__()
+        width, embedding = own.width, config.embed_rank or config.width
+        self.count, self.cap, self.vocab_size = own.count, config.logit_cap, own.vocab
+        self.enter = Linear(config.width, width)
+        self.token = Linear(embedding, width)
+        self.up = Linear(2 * width, 2 * width)
+        self.down = Linear(2 * width, width)
+        self.leave = Linear(width, embedding)
+        # Which tokens can be proposed, most frequent first; training sets them from its data.
+        self.register_buffer("ids", torch.empty(own.vocab, dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Propose the first ids: byte-pair ids come by frequency."""
+        self.ids.copy_(torch.arange(self.vocab_size))
+
+    def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
+        """Propose the most frequent tokens, ties by id."""
+        self.ids.copy_(counts_V().argsort(descending=True, stable=True)[: self.vocab_size])
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Return the cell's state [..., W] at top states [..., D]."""
+        return norm(self.enter(hidden.detach()))
+
+    def step(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """Return the state after one more token, given its embedding [..., E]."""
+        entered = torch.cat([state, norm(self.token(norm(embedded.detach())))], -1)
+        return norm(state + self.down(F.relu(self.up(entered)).square()))
+
+    def rows(self, embedding: nn.Embedding) -> Tensor:
+        """The embeddings of the tokens that can be proposed, without gradient."""
+        return embedding.weight.detach()[self.ids]
+
+    def logits(self, state: Tensor, rows_VE: Tensor) -> Tensor:
+        """Logits over `ids`, in fp32 or better."""
+        raw = self.leave(state) @ rows_VE.to(state.dtype).T
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return self.cap * torch.tanh(raw / self.cap)
+
+    def loss(self, hidden_MD: Tensor, following_MX: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Faded mean cross-entropy of the drafts at M positions.
+
+        `following_MX` are the 1 + `count` tokens after each position, `IGNORE` beyond its document; the first was
+        sampled by the model itself, each next one is what the cell should have drafted.
+        """
+        rows_VE = self.rows(embedding).to(hidden_MD.dtype)  # once, and not with each draft
+        place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_VE.device)
+        place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_VE.device))
+        known_MX = following_MX.clamp(min=0)
+        target_MX = torch.where(following_MX >= 0, place_V[known_MX], IGNORE)
+        state_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_VE.device), 0.0
+        for i in range(self.count):
+            embedded_ME = F.embedding(known_MX[:, i], embedding.weight.detach()).to(state_MW.dtype)
+            state_MW = self.step(state_MW, embedded_ME)
+            loss, *_ = linear_cross_entropy(
+                self.leave(state_MW),
+                rows_VE,
+                target_MX[:, i + 1],
+                vocab_size=self.vocab_size,
+                cap=self.cap,
+                z_weight=0.0,
+            )
+            total, weights = total + FADE**i * loss, weights + FADE**i
+        return total / weights
+
+    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """What the cell drafts after a quarter of the positions."""
+        following_BT, position_BT = outcome.following_BT, outcome.position_BT
+        following = []
+        for i in range(self.count + 1):
+            # The token i + 1 after each position, if it is in the chunk and the same document.
+            token_BT = F.pad(following_BT[:, i:], (0, min(i, following_BT.shape[1])), value=IGNORE)
+            if i:
+                place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
+                token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
+            following.append(token_BT)
+        following_MX = torch.stack(following, -1).flatten(0, 1)
+        index_M = picks(following_BT, STRIDE)
+        hidden_MD = outcome.hidden_BTD.flatten(0, 1)[index_M]
+        return {"draft": self.loss(hidden_MD, following_MX[index_M], outcome.model.embed)}
+
+    def extra_training_flops(self, work: Work, head: int) -> float:
+        step = 2 * matrices(self.token) + 3 * matrices(self.up, self.down, self.leave)
+        step += 2 * self.vocab_size * self.leave.out_features
+        return 2 * (2 * matrices(self.enter) + self.count * step) / STRIDE
+
+    def kept_bytes(self, work: Work) -> float:
+        """Four steps at a quarter of the positions."""
+        return work.itemsize * work.length * (self.leave.out_features + 9 * self.leave.in_features)
+
+    def switches(self) -> dict[str, Switch]:
+        """None: without drafts the model predicts the same."""
+        return {}

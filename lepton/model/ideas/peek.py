@@ -1,0 +1,143 @@
+"""Future peek: a predicted hint about what comes. It reads the past; the future appears only in its loss.
+
+The hint is a small MLP of the stem state, the memory's read and the current thought, and feeds back through a
+projection that starts at zero. It is taught to point at a summary of the next tokens, the very next one excluded,
+that a right-to-left pass over the embeddings makes. That loss stops at the hint's inputs: it shapes the hint and
+costs the trunk nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.attention import Linear, norm
+from lepton.model.ideas.idea import Flow, Given, Idea, Outcome, Switch, Work, matrices, picks, replaced
+from lepton.model.parameters import FEED, MATRIX
+
+FADE = 0.8
+"""A token's share in the summary, against that of the token before it."""
+ROW_STRIDE = 4
+"""One row in so many teaches the hint, whose summary needs neighbours."""
+SOURCES = ("memory", "thoughts")
+"""Ideas whose features the hint reads beside the stem state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeekConfig(IdeaConfig):
+    """The hint about what comes."""
+
+    width: int = 64
+    """Width of the hint."""
+    horizon: int = 8
+    """Tokens ahead that the hint is taught to summarise, the next one excluded."""
+
+    name = "peek"
+    flat = {"hint": "width", "peek": "horizon"}
+    flat_switch = "hint"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(1, "width")
+        self.at_least(2, "horizon")  # the next token is no part of the hint
+
+    def build(self, config: LeptonConfig) -> "Peek":
+        features = [part.feature_width(config) for name in SOURCES if (part := config.idea(name)) is not None]
+        return Peek(config, self, config.width + sum(features))
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> "PeekConfig":
+        return cls(width=32 if size == "nano" else 64)
+
+
+class Peek(Idea):
+    """The hint, its way back into the stream, and what reads the summary off it."""
+
+    name = "peek"
+    compiled = ("loss",)
+    loss_weights = {"peek": 0.1}
+    declares = {
+        "up.weight": MATRIX,
+        "down.weight": MATRIX,
+        "back.weight": FEED,
+        "summary.weight": MATRIX.but(auxiliary=True),
+    }
+
+    def __init__(self, config: LeptonConfig, own: PeekConfig, inputs: int) -> None:
+        super().__init__()
+        self.up = Linear(inputs, 2 * own.width)
+        self.down = Linear(2 * own.width, own.width)
+        self.back = Linear(own.width, config.width)
+        self.summary = Linear(own.width, config.embed_rank or config.width)
+        self.horizon = own.horizon
+
+    def contribute(self, flow: Flow, past: Any) -> Given:
+        """Make the hint of the stem state, the memory's read and the current thought."""
+        inputs_BTX = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
+        hint_BTP = self.hint(inputs_BTX)
+        return Given(added_BTD=self.back(hint_BTP), feature_BTX=hint_BTP, inputs_BTX=inputs_BTX)
+
+    def hint(self, inputs_BTX: Tensor) -> Tensor:
+        """Return the hint [B, T, hint]."""
+        return norm(self.down(F.silu(self.up(inputs_BTX))))
+
+    def loss(self, inputs_BTX: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
+        """Mean 1 - cosine between what the hint says and the summary, over the tokens that have a future.
+
+        `embedded_BTE` are the embeddings of the chunk's own tokens; both arguments are used without gradient.
+        """
+        target_BTE, has_BT = summary(embedded_BTE.detach().float(), position_BT, self.horizon)
+        said_BTE = self.summary(self.hint(inputs_BTX.detach())).float()
+        distance_BT = 1 - F.cosine_similarity(said_BTE, target_BTE, dim=-1)
+        return (distance_BT * has_BT).sum() / has_BT.sum().clamp(min=1)
+
+    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """What the hint says about the tokens ahead. Padding, at position -1, is none of them."""
+        rows_R = picks(outcome.following_BT[:, 0], ROW_STRIDE)
+        inputs_BTX = outcome.flow.given[self.name].inputs_BTX
+        assert inputs_BTX is not None
+        embedded_RTE, position_RT = outcome.flow.embedded_BTE[rows_R], outcome.position_BT[rows_R]
+        return {"peek": self.loss(inputs_BTX[rows_R], embedded_RTE, position_RT)}
+
+    def flops(self, work: Work) -> float:
+        return work.length * (matrices(self) - matrices(self.summary))
+
+    def extra_training_flops(self, work: Work, head: int) -> float:
+        return 2 * (2 * matrices(self.up) + 3 * matrices(self.down, self.summary)) / ROW_STRIDE
+
+    def kept_bytes(self, work: Work) -> float:
+        """Its inputs, and the states that the hint is added to."""
+        return work.itemsize * work.length * (2 * self.up.in_features + 2 * self.back.out_features)
+
+    def switches(self) -> dict[str, Switch]:
+        """Off, the hint is not fed back."""
+
+        @contextmanager
+        def off(model: Any) -> Iterator[dict[str, Any]]:
+            with replaced(self.back.weight, torch.zeros_like(self.back.weight)):
+                yield {}
+
+        return {self.name: off}
+
+
+def summary(embedded_BTE: Tensor, position_BT: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """Faded sum of the normed embeddings 2 .. horizon tokens ahead in the same document, and where there is any.
+
+    Read from the right: each step to the left fades what is already there.
+    """
+    length = position_BT.shape[1]
+    normed = norm(embedded_BTE)
+    total = torch.zeros_like(normed)
+    has_BT = torch.zeros_like(position_BT, dtype=torch.bool)
+    for ahead in range(min(horizon, length - 1), 1, -1):
+        same_BT = torch.zeros_like(has_BT)
+        # In the same document exactly if the position grew by as much as the index.
+        same_BT[:, : length - ahead] = position_BT[:, ahead:] == position_BT[:, : length - ahead] + ahead
+        shifted = F.pad(normed[:, ahead:], (0, 0, 0, ahead))
+        total = FADE * total + shifted * same_BT[..., None]
+        has_BT = has_BT | same_BT
+    return total, has_BT

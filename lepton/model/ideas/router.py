@@ -1,0 +1,251 @@
+"""Sparse depth routing: which tokens go past the stem, and how the others leave.
+
+One score a token, read off the stem state: the nats that depth is expected to save. With a depth in 0..1, a token
+wants to go on if its score is above the quantile that leaves that share. Whether it does is decided by a running count:
+in each window of a document exactly the share, rounded, goes, and within it the count may run ahead of the share or
+fall behind it by a quarter of a window. So the knob means the same compute for every text. It is causal, with no top-k
+over a sequence and no statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for
+them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.attention import Linear, norm
+from lepton.model.ideas.idea import (
+    OUTCOME_STRIDE,
+    Call,
+    Flow,
+    Given,
+    Idea,
+    Outcome,
+    Switch,
+    Work,
+    matrices,
+    replaced,
+)
+from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
+from lepton.model.timeline import Timeline
+
+SLACK = 1 / 4
+"""Part of a window by which the count may run ahead or fall behind, since hard tokens come in bursts."""
+QUANTILES = 65
+DEPTHS = (0.75, 0.5, 0.0)
+"""Depths that an ablation measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(IdeaConfig):
+    """Which tokens stop after the stem, and how they leave."""
+
+    exit_width: int = 384
+    """Hidden width of the adapter through which easy tokens leave."""
+    window: int = 64
+    """Tokens over which the share of deep tokens is kept."""
+
+    name = "router"
+    flat = {"exit_width": "exit_width", "capacity_window": "window"}
+    flat_switch = "router"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(1, "exit_width", "window")
+
+    def build(self, config: LeptonConfig) -> "Router":
+        return Router(config, self)
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> "RouterConfig":
+        return cls(exit_width=width // 2)
+
+
+@dataclass(frozen=True)
+class RouterState:
+    """What the router keeps of the past."""
+
+    taken_B: Tensor
+    """Tokens of the current window that went deep."""
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """The running count of a chunk, from which the state after any prefix follows."""
+
+    taken_BT: Tensor
+    past: RouterState
+    window: int
+
+    def after(self, count_B: Tensor, timeline: Timeline) -> RouterState:
+        """Return the count once the first `count_B` tokens are read."""
+        inside_B = timeline.position_after(count_B) % self.window > 0
+        return RouterState(timeline.at(self.taken_BT, count_B, self.past.taken_B) * inside_B)
+
+
+class Router(Idea):
+    """The score, the table of its quantiles, and the exit of easy tokens."""
+
+    name = "router"
+    loss_weights = {"exit": 0.1, "router": 0.1}
+    declares = {
+        "benefit.weight": SCORE.but(auxiliary=True),
+        "benefit.bias": BIAS.but(auxiliary=True),
+        "exit_up.weight": MATRIX.but(auxiliary=True),
+        "exit_down.weight": ZERO_MATRIX.but(auxiliary=True),
+    }
+    quantiles: Tensor
+
+    def __init__(self, config: LeptonConfig, own: RouterConfig) -> None:
+        super().__init__()
+        self.window = own.window
+        self.benefit = nn.Linear(config.width, 1)
+        self.exit_up = Linear(config.width, own.exit_width)
+        self.exit_down = Linear(own.exit_width, config.width)
+        # Scores at the quantiles 0, 1/64, ..., 1, measured by `lepton calibrate`.
+        self.register_buffer("quantiles", torch.empty(QUANTILES))
+
+    def reset(self) -> None:
+        """Take the quantiles of unit normal scores, which is what the initial weights make of normed states."""
+        probability = torch.linspace(0, 1, QUANTILES).clamp(1e-3, 1 - 1e-3)
+        self.quantiles.copy_(2**0.5 * torch.erfinv(2 * probability - 1))
+
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> RouterState:
+        return RouterState(torch.zeros(rows, dtype=torch.int64, device=device))
+
+    def contribute(self, flow: Flow, past: RouterState) -> Given:
+        """Choose the tokens that go deep."""
+        benefit_BT = self.score(flow.u_BTD)
+        deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
+        return Given(signal_BT=benefit_BT, deep_BT=deep_BT, record=RouterRecord(taken_BT, past, self.window))
+
+    def leave(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
+        """Send the tokens that stopped after the stem through the exit."""
+        if call.depth >= 1:
+            return x_BTD
+        index_M = (~deep_BT).flatten().nonzero()[:, 0]
+        easy_MD = self.exit(x_BTD.flatten(0, 1)[index_M])
+        return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
+
+    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """The exit's own prediction, and the score against the nats that depth saved, at sampled positions."""
+        index_M, flow = outcome.sampled_M, outcome.flow
+        target_M = outcome.following_BT.flatten()[index_M]
+        early_MD = self.exit(flow.stream_BTD.flatten(0, 1)[index_M])
+        exit_loss, early_nats_M = outcome.frozen_loss(early_MD, target_M)
+        benefit_BT = flow.given[self.name].signal_BT
+        assert benefit_BT is not None
+        valid_M = target_M >= 0
+        saved_M = (early_nats_M - outcome.nats_M[index_M]).clamp(-5, 5)
+        error_M = (benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
+        return {"exit": exit_loss, "router": error_M.sum() / valid_M.sum().clamp(min=1)}
+
+    def flops(self, work: Work) -> float:
+        return work.length * (matrices(self.benefit) + (1 - work.depth) * matrices(self.exit_up, self.exit_down))
+
+    def extra_training_flops(self, work: Work, head: int) -> float:
+        """The score reads stopped gradients; the exit and two heads run at sampled positions."""
+        sampled = 2 * (2 * matrices(self.exit_up) + 3 * matrices(self.exit_down) + 2 * head) / OUTCOME_STRIDE
+        return sampled - 2 * matrices(self.benefit)
+
+    def sampled_logits(self) -> bool:
+        return True
+
+    def switches(self) -> dict[str, Switch]:
+        """Depths, and half depth with tokens drawn at random: the difference is what the router's choice is worth."""
+        return {f"depth {depth:g}": partial(_at_depth, depth=depth) for depth in DEPTHS[:2]} | {
+            "depth 0.5 at random": partial(_at_random, self),
+            "depth 0": partial(_at_depth, depth=0.0),
+        }
+
+    def score(self, u_BTD: Tensor) -> Tensor:
+        """Nats [..., ] that going deep is expected to save, of normed stem states, in fp32 or better."""
+        precise = torch.promote_types(u_BTD.dtype, torch.float32)
+        raw = F.linear(u_BTD.detach(), self.benefit.weight.to(u_BTD.dtype))[..., 0]
+        return raw.to(precise) + self.benefit.bias.to(precise)
+
+    def exit(self, x: Tensor) -> Tensor:
+        """Return the last state of tokens that stop after the stem. No gradient flows on."""
+        x = x.detach()
+        return x + self.exit_down(F.relu(self.exit_up(norm(x))).square())
+
+    def threshold(self, depth: float) -> Tensor:
+        """The score above which a share `depth` of tokens lies, interpolated in the table."""
+        place = (1 - depth) * (QUANTILES - 1)
+        left = min(int(place), QUANTILES - 2)
+        return torch.lerp(self.quantiles[left], self.quantiles[left + 1], place - left)
+
+    def choose(self, score_BT: Tensor, depth: float, taken_B: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
+        """Return which tokens go deep [B, T], and how many up to each of them did in its window [B, T].
+
+        `taken_B` is that count on entry.
+        """
+        place_BT = timeline.position_BT % self.window
+        if depth >= 1:
+            return torch.ones_like(score_BT, dtype=torch.bool), place_BT + 1
+        if depth <= 0:
+            return torch.zeros_like(score_BT, dtype=torch.bool), torch.zeros_like(place_BT)
+        wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)).long()
+        least_BT, most_BT = self.bounds(depth, place_BT.device)[:, place_BT]
+        # The count after a token is clamp(count before + wants, least, most). Such steps make such steps when joined,
+        # (add, low, high) each, so the count after every token is a scan; where a window begins, no past counts.
+        begins_BT = place_BT == 0
+        start_BT = wants_BT.clamp(least_BT, most_BT)
+        low_BT = torch.where(begins_BT, start_BT, least_BT)
+        high_BT = torch.where(begins_BT, start_BT, most_BT)
+        count_BT = running_clamp(wants_BT, low_BT, high_BT, taken_B)
+        before_BT = torch.cat([taken_B[:, None], count_BT[:, :-1]], 1).masked_fill(begins_BT, 0)
+        return count_BT > before_BT, count_BT
+
+    def bounds(self, depth: float, device: torch.device) -> Tensor:
+        """The least and the most tokens [2, window] that may have gone deep up to each place of a window."""
+        place = torch.arange(self.window, device=device)
+        share = depth * (place + 1).double()
+        slack, whole = max(2, int(SLACK * self.window)), round(depth * self.window)
+        least = torch.maximum((share - slack).ceil().long(), whole - (self.window - 1 - place)).clamp(min=0)
+        most = (share + slack).floor().long().clamp(max=whole)
+        return torch.stack([least, most])
+
+
+def running_clamp(add_BT: Tensor, low_BT: Tensor, high_BT: Tensor, start_B: Tensor) -> Tensor:
+    """Return x_t = clamp(x_(t-1) + add_t, low_t, high_t) for all t at once, with x_(-1) = `start_B`: [B, T]."""
+    distance = 1
+    while distance < add_BT.shape[1]:
+        # Join each step with the one that ends where it begins: clamp(clamp(x + a, l, h) + add, low, high).
+        a, low, high = (value[:, :-distance] for value in (add_BT, low_BT, high_BT))
+        add, least, most = (value[:, distance:] for value in (add_BT, low_BT, high_BT))
+        joined = (add + a, (low + add).clamp(least, most), (high + add).clamp(least, most))
+        add_BT, low_BT, high_BT = (
+            torch.cat([value[:, :distance], rest], 1)
+            for value, rest in zip((add_BT, low_BT, high_BT), joined, strict=True)
+        )
+        distance *= 2
+    return (start_B[:, None] + add_BT).clamp(low_BT, high_BT)
+
+
+
+@contextmanager
+def _at_depth(model: Any, depth: float) -> Iterator[dict[str, Any]]:
+    yield {"depth": depth}
+
+
+@contextmanager
+def _at_random(router: Router, model: Any) -> Iterator[dict[str, Any]]:
+    """Let the router's scores be uniform in 0..1: far digits of a projection of each state, the same on any path."""
+    direction_D = torch.randn(router.benefit.in_features, generator=torch.Generator().manual_seed(0))
+
+    def score(u_BTD: Tensor) -> Tensor:
+        precise = u_BTD.to(torch.promote_types(u_BTD.dtype, torch.float32))
+        return (precise @ (1000 * direction_D).to(precise)) % 1
+
+    router.score = score  # type: ignore[method-assign]
+    try:
+        with replaced(router.quantiles, torch.linspace(0, 1, len(router.quantiles)).to(router.quantiles)):
+            yield {"depth": 0.5}
+    finally:
+        del router.score
