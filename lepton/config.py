@@ -19,6 +19,8 @@ class IdeaConfig:
 
     name: ClassVar[str]
     """The idea's attribute in the model, and its name in checkpoints, overrides and on the command line."""
+    reads_top: ClassVar[bool] = False
+    """Whether it reads the top states, and takes no part in the pass before them."""
     flat: ClassVar[Mapping[str, str]] = {}
     """Fields by the names that they had when a configuration was flat; checkpoints from then still load."""
     flat_switch: ClassVar[str] = ""
@@ -33,6 +35,10 @@ class IdeaConfig:
     def build(self, config: "LeptonConfig") -> Any:
         """Return the idea's module for a model of this configuration."""
         raise NotImplementedError
+
+    def feature_width(self, config: "LeptonConfig") -> int:
+        """Return the width of the feature that later ideas can read of it; 0: there is none."""
+        return 0
 
     @classmethod
     def preset(cls, size: str, width: int) -> Self:

@@ -1,58 +1,58 @@
-"""The table of sizes: a line each."""
+"""The table of sizes: a line each. What the ideas of a size are made of stands beside each idea, in its `preset`."""
 
 from dataclasses import dataclass
 
-from lepton.config import LeptonConfig
+from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError, nearest
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named size: what it is for, the parameters it aims at, and its shape."""
+    """A named size: what it is for, the parameters it aims at, and the shape of its trunk."""
 
     name: str
-    target_params: int
+    millions: int
+    """Parameters of the complete model, every trainable one that inference uses."""
     purpose: str
-    config: LeptonConfig
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    embed_rank: int | None = None
+
+    @property
+    def target_params(self) -> int:
+        """Parameters that the complete model aims at."""
+        return self.millions * 1_000_000
+
+    def config(self, ideas: dict[str, type[IdeaConfig]]) -> LeptonConfig:
+        """Return the configuration with `ideas`, at what they use in this size."""
+        return LeptonConfig(
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            ffn=self.ffn,
+            embed_rank=self.embed_rank,
+            ideas=tuple(idea.preset(self.name, self.width) for idea in ideas.values()),
+        )
 
 
-def _preset(
-    name: str, millions: int, purpose: str, width: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int,
-    memory_heads: int, draft_width: int, embed_rank: int | None = None,
-) -> Preset:  # fmt: skip
-    small = name == "nano"
-    config = LeptonConfig(
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn=ffn,
-        embed_rank=embed_rank,
-        thoughts=2 if small else 4,
-        thought_ffn=width,
-        memory_heads=memory_heads,
-        key_dim=32 if small else 64,
-        value_dim=64 if small else 128,
-        hint=32 if small else 64,
-        exit_width=width // 2,
-        draft_width=draft_width,
-    )
-    return Preset(name, millions * 1_000_000, purpose, config)
-
-
-# The targets hold for the complete model: every trainable parameter that inference uses. From TINY on the MLP's width
-# is a multiple of 256: a GPU computes a product in tiles of up to so many columns, and the last one as a whole too.
-#           name      M     purpose             width layers heads kv head  ffn  memory draft embedding
+# From TINY on the MLP's width is a multiple of 256: a GPU computes a product in tiles of up to so many columns, and the
+# last one as a whole too.
+#           name      M     purpose             width layers heads kv head  ffn  embedding
 _TABLE = (
-    _preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800,  2,  128, 128),
-    _preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1600,  3,  192, 256),
-    _preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2560,  4,  256),
-    _preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3840,  4,  256),
-    _preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4864,  6,  256),
-    _preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6144,  6,  384),
-    _preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8448,  8,  512),
-    _preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10752,  8,  512),
+    Preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800, 128),
+    Preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1600, 256),
+    Preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2560),
+    Preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3840),
+    Preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4864),
+    Preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6144),
+    Preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8448),
+    Preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10752),
 )  # fmt: skip
 
 SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

@@ -4,29 +4,20 @@ from typing import Any
 
 import torch
 
-from lepton.config import LeptonConfig
+from lepton.config import IDEAS, LeptonConfig
+from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
 from lepton.model.lepton import Lepton
 from lepton.presets import preset
 
 # A matrix width that is no multiple of 8 numbers halves the speed of a matrix unit.
 WIDTH_STEP = 8
 
-# What turns a configuration into the one of the dense baseline.
-WITHOUT_IDEAS: dict[str, Any] = {
-    "dense": True,
-    "window": None,
-    "thoughts": 0,
-    "memory_heads": 0,
-    "slots": 0,
-    "hint": 0,
-    "router": False,
-    "drafts": 0,
-    "uncertainty": False,
-}
+DENSE: dict[str, Any] = {"ideas": (), "window": None, "slot_bias": False}
+"""What turns a configuration into that of the dense baseline: no ideas, and full attention."""
 
 
-def size_config(size: str, **overrides: Any) -> LeptonConfig:
-    """Return the configuration of a size with `overrides` of `LeptonConfig` fields.
+def size_config(size: str, *, dense: bool = False, **overrides: Any) -> LeptonConfig:
+    """Return the configuration of a size with `overrides`, which `LeptonConfig.replace` takes.
 
     ``dense=True`` gives the baseline of equal parameters: no ideas, full attention, and an MLP that is widened
     until its parameters agree with those of the complete model within 1 % (unless `ffn` is given as well).
@@ -34,17 +25,15 @@ def size_config(size: str, **overrides: Any) -> LeptonConfig:
     Raises:
         InputError: an unknown size or field (the nearest match is named), or values that do not fit together.
     """
-    complete = preset(size).config
-    if not overrides.get("dense"):
+    complete = preset(size).config(IDEAS)
+    if not dense:
         window = overrides.get("window", complete.window)
-        if window is not None and window < complete.segment:
+        if isinstance(window, int) and window < complete.segment:
             overrides = {"segment": window, **overrides}
         return complete.replace(**overrides)
-    dense = complete.replace(**{**WITHOUT_IDEAS, **overrides})
-    if "ffn" in overrides:
-        return dense
-    shape = {name: value for name, value in overrides.items() if name not in ("dense", *WITHOUT_IDEAS)}
-    return widened(dense, count_params(complete.replace(**shape)))
+    shape = {name: value for name, value in overrides.items() if name not in DENSE}
+    baseline = complete.replace(**shape).replace(**DENSE).replace(**overrides)
+    return baseline if "ffn" in overrides else widened(baseline, count_params(complete.replace(**shape)))
 
 
 def widened(config: LeptonConfig, params: int) -> LeptonConfig:

@@ -1,36 +1,40 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from lepton import checkpoint
-from lepton.config import LeptonConfig
-from lepton.errors import InputError
-from lepton.model.accounting import flops_per_token
-from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
+from lepton.config import IDEAS, LeptonConfig
+from lepton.errors import naming
+from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
-from lepton.model.crystals import CrystalRun, Crystals
-from lepton.model.delta_rule import has_kernels
-from lepton.model.draft import Drafter
-from lepton.model.entry import checked, fresh_state, with_memory
-from lepton.model.initialise import initialise
-from lepton.model.loss import Loss, soft_cap
-from lepton.model.memory import MemoryRun, WorkingMemory
-from lepton.model.objective import objective
-from lepton.model.output import Output, Traces
-from lepton.model.peek import Peek
-from lepton.model.ranges import has_kernel
-from lepton.model.route import Route
-from lepton.model.router import Router, taken_after
-from lepton.model.state import Memory, State, advance, read_tensors
-from lepton.model.thoughts import ThoughtRun, Thoughts
-from lepton.model.timeline import Band, Timeline, bands
-from lepton.model.uncertainty import Uncertainty
+from lepton.model.checks import whole
+from lepton.model.entry import MAX_ROWS, checked, checked_lengths, checked_tokens, fresh_state, with_memory
+from lepton.model.flops import flops_per_token
+from lepton.model.ideas.idea import Call, Flow, Idea, Place
+from lepton.model.kv_cache import KeysValues, KVCache, entries_after
+from lepton.model.layers import Linear, norm
+from lepton.model.objective import Loss, objective
+from lepton.model.output import Chunk, Output
+from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, initialise
+from lepton.model.saved import read_part
+from lepton.model.state import Memory, State, flatten
+from lepton.model.timeline import Timeline
+from lepton.model.weights import Origin, guard
+from lepton.ops.attention_plan import AttentionPlan, CausalWindow
+from lepton.ops.cross_entropy import soft_cap
+
+if TYPE_CHECKING:
+    from lepton.data.tokenizer import Tokenizer
+    from lepton.generate import Stream
 
 
 class Lepton(nn.Module):
@@ -39,41 +43,83 @@ class Lepton(nn.Module):
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
     fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
     `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
+    Each idea of `config.ideas` is an attribute of its name; a registered idea that the model is without is None.
     """
+
+    declares = {
+        "embed.weight": EMBEDDING,
+        "embed_up.weight": EMBEDDING_MATRIX,
+        "head_down.weight": EMBEDDING_MATRIX,
+    }
 
     def __init__(self, config: LeptonConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_activations = False
+        self._tokenizer_json: str | None = None
+        self._left_out: str | None = None
+        for name in IDEAS:
+            setattr(self, name, None)
         rank = config.embed_rank or config.width
-        reads = config.memory_heads * config.value_dim
-        thoughts = config.width if config.thoughts else 0
         self.embed = nn.Embedding(config.padded_vocab_size, rank)
         self.embed_up = Linear(rank, config.width) if config.embed_rank else nn.Identity()
         self.stem = nn.ModuleList(Block(config) for _ in range(config.stem_layers))
-        self.thoughts = Thoughts(config) if config.thoughts else None
-        self.memory = WorkingMemory(config) if config.memory_heads else None
-        self.crystals = Crystals(config) if config.slots else None
-        self.peek = Peek(config, config.width + reads + thoughts, rank) if config.hint else None
-        self.router = Router(config) if config.router else None
+        self._build(reads_top=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers - config.stem_layers))
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
-        self.drafter = Drafter(config, rank) if config.drafts else None
-        self.uncertainty = Uncertainty(config) if config.uncertainty else None
+        self._build(reads_top=True)
         initialise(self)
+        guard(self)
+
+    def _build(self, *, reads_top: bool) -> None:
+        for idea in self.config.ideas:
+            if idea.reads_top is reads_top:
+                setattr(self, idea.name, idea.build(self.config))
+
+    @property
+    def ideas(self) -> dict[str, Idea]:
+        """The ideas by name, in the order of the flow."""
+        names = [idea.name for idea in self.config.ideas if idea.name != self._left_out]
+        return {name: self._modules[name] for name in names}  # type: ignore[misc]
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[dict[str, Any]]:
+        """Leave an idea out inside the block, as in a model that is built without it. No state may cross its border."""
+        before, self._left_out = self._left_out, name
+        try:
+            yield {}
+        finally:
+            self._left_out = before
 
     @staticmethod
     def from_checkpoint(path: str | Path) -> "Lepton":
-        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode.
+        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
 
         Raises:
             InputError: the file is missing, torn, or no checkpoint.
         """
-        content = checkpoint.load(path)
-        model = Lepton(LeptonConfig.from_dict(content["config"]))
-        model.load_state_dict(content["model"])
+        return Lepton.restored(checkpoint.load(path), path)
+
+    @staticmethod
+    def restored(content: dict[str, Any], path: str | Path) -> "Lepton":
+        """Build the model of a checkpoint from its `content`, whose tensors become the parameters; `path` names it.
+
+        No memory is taken before the weights are known to fit the configuration.
+        """
+        with naming(path):
+            with torch.device("meta"):
+                model = Lepton(LeptonConfig.from_dict(content["config"]))
+            model.load_state_dict(content["model"], assign=True)
+        model._tokenizer_json = content.get("tokenizer")
         return model.eval()
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer that the checkpoint carries; None for a model that comes from none, or from one without."""
+        from lepton.data.tokenizer import Tokenizer
+
+        return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
 
     def forward(
         self,
@@ -88,12 +134,13 @@ class Lepton(nn.Module):
         """Predict the token after each token of a chunk.
 
         Args:
-            tokens: int [B, T], T >= 1. A document ends at `config.eos_id`; the next token starts anew.
+            tokens: integers [B, T], T >= 1, on the model's device. A document ends at `config.eos_id`; the next token
+                starts anew.
             state: the past, from `new_state`, `out.state` or `out.commit`; None starts fresh. It is not changed.
-            lengths: int [B], valid tokens of each row in 0..T; the rest is right padding, which `out.state` leaves out
-                and whose own outputs mean nothing. None: all.
+            lengths: integers [B], valid tokens of each row in 0..T; the rest is right padding, which `out.state` leaves
+                out and whose own outputs mean nothing. None: all.
             depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
-            think: rounds of thinking, from 0; None is `config.rounds`.
+            think: rounds of thinking, 0 to 256; None is the number that the configuration says.
             opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular
                 ones.
 
@@ -106,10 +153,9 @@ class Lepton(nn.Module):
         """
         out = self.trunk(tokens, state, lengths=lengths, depth=depth, think=think, opens=opens)
         logits = self.head(out.hidden)
-        uncertainty = None
-        if self.uncertainty is not None:
-            uncertainty = self.uncertainty(out.hidden, logits, out.traces.signals_BT3)
-        return Output(out.hidden, logits, uncertainty, out.depth, out.traces, out.lengths, out._commit)
+        doubt = self.ideas.get("uncertainty")
+        uncertainty = doubt(out.hidden, logits, doubt.signals(out.flow)) if doubt else None
+        return dataclasses.replace(out, logits=logits, uncertainty=uncertainty)
 
     def trunk(
         self,
@@ -123,56 +169,21 @@ class Lepton(nn.Module):
         groups: int | None = None,
     ) -> Output:
         """`forward` without the head: the states that predictions are read from, and the state to go on with."""
-        past, lengths, depth, think = checked(self, tokens, state, lengths, depth, think, opens)
-        config = self.config
-        timeline = Timeline.read(
-            tokens,
-            past.position_B,
-            past.phase_B,
-            eos_id=config.eos_id,
-            segment=config.segment,
-            opens_BT=opens,
-            groups=groups,
-        )
-        fresh = past.keys_BLRKH.shape[2] == 0 and depth == 1
-        in_ranges = fresh and has_kernel(tokens.device, self.dtype, config.head_dim)
-        near = [] if in_ranges else bands(timeline, past.keys_BLRKH.shape[2], config.window)
-        rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
-        columns: list[tuple[Tensor, Tensor]] = []
-
-        embedded_BTE = self.embed(tokens).to(self.dtype)
-        h_BTD = norm(self.embed_up(embedded_BTE))
-        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, self._sight(near, None, timeline), columns)
-        u_BTD = norm(h_BTD)
-        thoughts = self._think(u_BTD, past, rotary, timeline, think, columns, in_ranges)
-        read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
-        seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
-        x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
-        deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
-        slots = Slots.join(seen, thoughts.slots() if thoughts else None)
-        sight = self._sight(near, slots, timeline)
-        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
-        hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
-
-        def commit(count_B: Tensor) -> State:
-            position_B, taken_B = timeline.position_after(count_B), past.taken_B
-            if taken_BT is not None:
-                taken_B = taken_after(taken_BT, count_B, taken_B, timeline, config.capacity_window)
-            keep = self._columns(int(position_B.max()) if config.window is None else 0)
-            keys, values = (torch.stack(each, 1) for each in zip(*columns, strict=True))
-            tail_BXC, matrix_BHKV = memory.after(count_B, timeline) if memory else (None, None)
-            return State(
-                position_B,
-                timeline.phase_after(count_B),
-                advance(past.keys_BLRKH, keys, count_B, position_B, keep),
-                advance(past.values_BLRKH, values, count_B, position_B, keep),
-                taken_B,
-                thoughts.after(count_B) if thoughts else None,
-                Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None),
-            )
-
-        blocks_BT = torch.where(deep_BT, config.layers, config.stem_layers)
-        return Output(hidden_BTD, None, None, blocks_BT, traces, lengths, commit)
+        tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
+        place = self._place(tokens, past, call, opens, groups)
+        x_BTD = norm(self.embed_up(place.embedded_BTE))
+        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.near.plan())
+        flow, records = Flow.behind_stem(place, h_BTD), {}
+        for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
+            given = idea.contribute(flow, past.part(name))
+            flow = flow.joined_by(name, given)
+            records |= {} if given.record is None else {name: given.record}
+        x_BTD, deep = self._run(self.blocks, flow.stream_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
+        for _, idea in self._in_flow():
+            x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
+        chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
+        blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
+        return Output(norm(x_BTD), None, None, blocks_BT, flow, lengths, chunk)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""
@@ -194,7 +205,7 @@ class Lepton(nn.Module):
 
         Args:
             tokens: int [B, T], T >= 2; row b predicts tokens 1 .. lengths[b] - 1.
-            lengths: int [B], valid tokens of each row; None: all.
+            lengths: integers [B], valid tokens of each row; None: all.
             think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
             auxiliary: whether the losses of the ideas are computed; validation does without.
@@ -202,29 +213,83 @@ class Lepton(nn.Module):
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
-        if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise InputError(f"loss needs tokens [rows, at least 2], not {tuple(tokens.shape)}")
+        tokens = checked_tokens(self, tokens, 2)
+        lengths = None if lengths is None else checked_lengths(tokens, lengths)
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
-        hidden, traces = out.hidden, out.traces
+        hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
-        return objective(self, hidden, traces, tokens, lengths, auxiliary=auxiliary)
+        return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
+    def _place(
+        self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None
+    ) -> Place:
+        """Say where the tokens of a chunk stand and what they see, and embed them."""
+        config = self.config
+        timeline = Timeline.read(
+            tokens,
+            past.position_B,
+            past.phase_B,
+            eos_id=config.eos_id,
+            segment=config.segment,
+            opens_BT=opens,
+            groups=groups,
+        )
+        near = CausalWindow.of(
+            timeline.position_BT,
+            past=past.stem.entries,
+            window=config.window,
+            dtype=self.dtype,
+            head_dim=config.head_dim,
+            routed=call.depth < 1,
+        )
+        rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
+        return Place(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
+
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        x_BTD: Tensor,
+        past: KVCache,
+        rotary: Rotary,
+        plan: AttentionPlan,
+        slots: Slots | None = None,
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Run some blocks; return the stream behind them, and the chunk's keys and values in each."""
+        keys_values = []
+        for layer, block in enumerate(blocks):
+            arguments = (x_BTD, past.layer(layer), rotary, plan, slots)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
+                x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, k_BTKH, v_BTKH = block(*arguments)
+            keys_values.append((k_BTKH, v_BTKH))
+        return x_BTD, keys_values
+
+    def _in_flow(self) -> Iterator[tuple[str, Idea]]:
+        """Yield the ideas between stem and deep blocks, in the order of the flow."""
+        top = {idea.name for idea in self.config.ideas if idea.reads_top}
+        return ((name, idea) for name, idea in self.ideas.items() if name not in top)
+
+    def new_state(
+        self, batch_size: int, *, memory: Memory | str | Path | None = None, any_weights: bool = False
+    ) -> State:
         """Return the state of `batch_size` sequences that have read nothing.
 
-        `memory` is a file that `state.memory.save` wrote: the new sequences remember what those before did, its
-        positions shifted behind the window. Its rows must be `batch_size`, or one, which all then share.
+        `memory` is that of another state, or a file that `state.memory.save` wrote: the new sequences remember what
+        those before did, its positions shifted behind the window. Its rows must be `batch_size`, or one, which all then
+        share.
         """
-        state = fresh_state(self, batch_size)
-        return state if memory is None else with_memory(self, state, memory)
+        state = fresh_state(self, whole("batch_size", batch_size, 1, MAX_ROWS, " sequences"))
+        return state if memory is None else with_memory(self, state, memory, any_weights=any_weights)
 
-    def load_state(self, path: str | Path) -> State:
+    def load_state(self, path: str | Path, *, any_weights: bool = False) -> State:
         """Read what `state.save` wrote: a stream goes on in another process with identical output.
 
         Raises:
             InputError: the file is missing or torn, or the state is of a model of another shape.
         """
-        return read_tensors(path, self.new_state(1), "state")
+        return read_part(self, path, self.new_state(1), any_weights=any_weights)
 
     def generate(
         self,
@@ -238,19 +303,26 @@ class Lepton(nn.Module):
         stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         depth: float | None = None,
         think: int | None = None,
+        state: State | None = None,
+        memory: Memory | str | Path | None = None,
     ) -> list[int] | list[list[int]]:
         """Continue a prompt; see `lepton.generate.generate`."""
         from lepton.generate import generate
 
-        return generate(
-            self, prompt_ids, max_new_tokens, temperature, top_p, top_k, use_speculative, seed, stop, depth, think
-        )
+        knobs = (top_p, top_k, use_speculative, seed, stop, depth, think, state, memory)
+        return generate(self, prompt_ids, max_new_tokens, temperature, *knobs)
 
-    def generate_stream(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> Iterator[int]:
-        """Yield the new ids of one prompt as they are known; see `lepton.generate.generate_stream`."""
+    def generate_stream(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> "Stream":
+        """Return an iterator over the new ids of one prompt; see `lepton.generate.generate_stream`."""
         from lepton.generate import generate_stream
 
         return generate_stream(self, prompt_ids, *args, **options)
+
+    def generate_with_state(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> tuple[Any, State]:
+        """Return (tokens, the state to go on from); see `lepton.generate.generate_with_state`."""
+        from lepton.generate import generate_with_state
+
+        return generate_with_state(self, prompt_ids, *args, **options)
 
     def generate_with_uncertainty(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> Any:
         """Return (tokens, an uncertainty for each new token); see `lepton.generate.generate_with_uncertainty`."""
@@ -268,131 +340,21 @@ class Lepton(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def flops_per_token(self, length: int, *, depth: float | None = None, think: int | None = None) -> float:
-        """Floating-point operations of `forward` per token; see `lepton.model.accounting`."""
+        """Floating-point operations of `forward` per token; see `lepton.model.flops`."""
         return flops_per_token(self, length, depth=depth, think=think)
+
+    @cached_property
+    def fresh_shapes(self) -> dict[str, Tensor]:
+        """The tensors of a fresh state of one sequence by their names, as shapes alone (on the meta device)."""
+        with torch.device("meta"):
+            return flatten(fresh_state(Lepton(self.config), 1))
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
         with torch.device("meta"):
-            fixed = Lepton(self.config).to(self.dtype).new_state(1).nbytes
-        config = self.config
-        growing = 2 * config.layers * self._columns(length) * config.kv_heads * config.head_dim * self.dtype.itemsize
-        return fixed + growing if config.window is None else fixed
-
-    def _columns(self, position: int) -> int:
-        """Past columns that a state holds: all but one of a window, or `position` without one."""
-        return position if self.config.window is None else self.config.window - 1
-
-    def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline) -> Sight:
-        """What blocks see: the window and, behind the stem, the columns beside it (crystals, the current thoughts)."""
-        return Sight.of(near, slots, self.dtype) if near else Sight.whole(timeline, self.config.window, slots)
-
-    def _blocks(
-        self,
-        blocks: nn.ModuleList,
-        x_BTD: Tensor,
-        past: State,
-        rotary: Rotary,
-        sight: Sight,
-        columns: list[tuple[Tensor, Tensor]],
-        route: Route | None = None,
-    ) -> Tensor:
-        """Run some blocks; their keys and values join `columns`, in the order in which the state keeps them."""
-        for block in blocks:
-            before = (past.keys_BLRKH[:, len(columns)], past.values_BLRKH[:, len(columns)])
-            arguments = (x_BTD, before, rotary, sight, route)
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
-                x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTD, k_BTKH, v_BTKH = block(*arguments)
-            columns.append((k_BTKH, v_BTKH))
-        return x_BTD
-
-    def _think(
-        self,
-        u_BTD: Tensor,
-        past: State,
-        rotary: Rotary,
-        timeline: Timeline,
-        rounds: int | Tensor,
-        columns: list[tuple[Tensor, Tensor]],
-        in_ranges: bool,
-    ) -> ThoughtRun | None:
-        if self.thoughts is None:
-            return None
-        assert past.group is not None
-        k_BTKH, v_BTKH = self.thoughts.block.attention.key_value(u_BTD, rotary)
-        k_BJKH = torch.cat([past.keys_BLRKH[:, len(columns)], k_BTKH], 1)
-        v_BJKH = torch.cat([past.values_BLRKH[:, len(columns)], v_BTKH], 1)
-        columns.append((k_BTKH, v_BTKH))
-        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, rounds, in_ranges)
-
-    def _remember(
-        self, u_BTD: Tensor, past: State, timeline: Timeline
-    ) -> tuple[Tensor | None, Tensor | None, MemoryRun | None]:
-        if self.memory is None:
-            return None, None, None
-        in_kernels = has_kernels(past.memory.matrix_BHKV, u_BTD.shape[1])
-        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline, in_kernels)
-
-    def _crystallise(
-        self, h_BTD: Tensor, u_BTD: Tensor, tokens: Tensor, past: State, timeline: Timeline
-    ) -> tuple[Slots | None, CrystalRun | None]:
-        if self.crystals is None:
-            return None, None
-        return self.crystals(h_BTD, u_BTD, tokens, past.memory.store, timeline)
-
-    def _peek(
-        self,
-        h_BTD: Tensor,
-        u_BTD: Tensor,
-        embedded_BTE: Tensor,
-        thoughts: ThoughtRun | None,
-        read_BTM: Tensor | None,
-        strength_BT: Tensor | None,
-        timeline: Timeline,
-    ) -> tuple[Tensor, Traces]:
-        """Add what memory and hint say to the stem's states; gather what losses and features read."""
-        thought_BTD, change_BT = thoughts.read() if thoughts else (None, None)
-        x_BTD, inputs_BTX, hint_BTP = h_BTD, None, None
-        if self.memory is not None and read_BTM is not None:
-            x_BTD = x_BTD + self.memory.out(read_BTM)
-        if self.peek is not None:
-            inputs_BTX = torch.cat([part for part in (u_BTD, read_BTM, thought_BTD) if part is not None], -1)
-            hint_BTP = self.peek.hint(inputs_BTX)
-            x_BTD = x_BTD + self.peek.back(hint_BTP)
-        benefit_BT = self.router.score(u_BTD) if self.router else None
-        nothing_BT = torch.zeros_like(u_BTD[..., 0], dtype=torch.promote_types(u_BTD.dtype, torch.float32))
-        signals = [
-            nothing_BT if signal is None else signal.to(nothing_BT) for signal in (benefit_BT, change_BT, strength_BT)
-        ]
-        traces = Traces(
-            timeline=timeline,
-            embedded_BTE=embedded_BTE,
-            early_BTD=x_BTD,
-            hint_inputs_BTX=inputs_BTX,
-            hint_BTP=hint_BTP,
-            read_BTM=read_BTM,
-            thought_BTD=thought_BTD,
-            benefit_BT=benefit_BT,
-            signals_BT3=torch.stack(signals, -1).detach(),
-        )
-        return x_BTD, traces
-
-    def _route(
-        self, benefit_BT: Tensor | None, depth: float, past: State, near: list[Band], timeline: Timeline
-    ) -> tuple[Tensor, Tensor | None, Route | None]:
-        """Choose the tokens that go deep; without a `Route` all of them do."""
-        if self.router is None or benefit_BT is None:
-            return torch.ones_like(timeline.ends_BT), None, None
-        deep_BT, taken_BT = self.router.choose(benefit_BT, depth, past.taken_B, timeline)
-        return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, near)
-
-    def _leave(self, x_BTD: Tensor, deep_BT: Tensor, route: Route | None) -> Tensor:
-        """Send the tokens that stopped after the stem through the exit."""
-        if route is None or self.router is None:
-            return x_BTD
-        index_M = (~deep_BT).flatten().nonzero()[:, 0]
-        easy_MD = self.router.exit(x_BTD.flatten(0, 1)[index_M])
-        return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
+            state = fresh_state(Lepton(self.config).to(self.dtype), 1)
+        caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
+        entries = entries_after(self.config.window, length)
+        # B x L x K x H of each cache, for each entry that is not there yet.
+        grown = sum((entries - each.shape[2]) * each[:, :, :1].nbytes for each in caches if each.shape[2])
+        return state.nbytes + grown

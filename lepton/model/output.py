@@ -1,36 +1,49 @@
-"""What a forward pass returns: the predictions, and the past that any prefix of the chunk leads to."""
+"""What a forward pass returns: the predictions, and the chunk from which the state after any prefix of it follows."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lepton.errors import InputError
-from lepton.model.state import State
+from lepton.model.checks import integers
+from lepton.model.ideas.idea import Flow
+from lepton.model.kv_cache import KeysValues
+from lepton.model.state import State, of_parts, rebuild
 from lepton.model.timeline import Timeline
+from lepton.model.weights import Origin
 
 
 @dataclass(frozen=True)
-class Traces:
-    """What the ideas did, position by position: for losses, features and tests."""
+class Chunk:
+    """What a pass leaves of its tokens: `commit` makes the new state of it."""
 
+    past: State
     timeline: Timeline
-    embedded_BTE: Tensor
-    """Token embeddings."""
-    early_BTD: Tensor
-    """States that enter the blocks behind the stem."""
-    hint_inputs_BTX: Tensor | None
-    """What the hint is made of: stem state, memory read, current thought."""
-    hint_BTP: Tensor | None
-    """The hint about what comes."""
-    read_BTM: Tensor | None
-    """What the working memory answered, normed."""
-    thought_BTD: Tensor | None
-    """Mean of the token's thoughts, normed."""
-    benefit_BT: Tensor | None
-    """Nats that depth is expected to save."""
-    signals_BT3: Tensor
-    """Benefit, thought change, memory strength: what uncertainty reads beside the prediction."""
+    stem: Sequence[KeysValues]
+    """Keys and values of each block of the stem."""
+    deep: Sequence[KeysValues]
+    """Of each block behind it."""
+    records: dict[str, Any]
+    """Of the ideas that keep something, by their names."""
+    window: int | None
+    origin: Origin | None
+    """The weights of the pass."""
+
+
+def commit(chunk: Chunk, count_B: Tensor) -> State:
+    """Return the state after the first `count_B` tokens of each row of a chunk."""
+    past, timeline = chunk.past, chunk.timeline
+    parts = {name: record.after(count_B, timeline) for name, record in chunk.records.items()}
+    return State(
+        timeline.position_after(count_B),
+        timeline.phase_after(count_B),
+        past.stem.after(chunk.stem, count_B, timeline, chunk.window),
+        past.deep.after(chunk.deep, count_B, timeline, chunk.window),
+        *of_parts(parts, chunk.origin),
+    )
 
 
 @dataclass(frozen=True)
@@ -45,30 +58,41 @@ class Output:
     """Chance in 0..1, [B, T], that the most likely next token is wrong (None without the idea, or from `trunk`)."""
     depth: Tensor
     """Blocks that each token went through, int64 [B, T]."""
-    traces: Traces
+    flow: Flow
+    """What the ideas read and gave."""
     lengths: Tensor
     """Tokens of each row that are not padding, [B]."""
-    _commit: Callable[[Tensor], State]
+    chunk: Chunk
+    """What the state is made of."""
 
-    def commit(self, count_B: Tensor) -> State:
+    def commit(self, count_B: Tensor, *, keep_graph: bool = False) -> State:
         """Return the state after the first `count_B` tokens of each row.
 
         The chunk's length is prefill, a row's own length skips its right padding, 1 + accepted is the
         verification of drafts, and 0 leaves a row as it was.
 
         Args:
-            count_B: int64 [B], each in 0..T.
+            count_B: integers [B], each in 0..T.
+            keep_graph: whether gradients flow through the state into this chunk, as backpropagation through time wants
+                it. A stream of such states keeps the activations of all its chunks in memory. Without it the state
+                is a plain value, whatever the mode of autograd.
 
         Raises:
             InputError: `count_B` has not one entry for each row, or (seen on a CPU) a count is out of range.
         """
-        if not isinstance(count_B, Tensor) or count_B.shape != self.lengths.shape:
-            raise InputError(f"commit takes an int64 tensor with a count for each of {len(self.lengths)} rows")
+        rows = f"a count for each of {len(self.lengths)} rows"
+        count_B = integers(count_B, tuple(self.lengths.shape), self.lengths.device, "commit", rows)
         if count_B.device.type == "cpu" and not 0 <= int(count_B.min()) <= int(count_B.max()) <= self.hidden.shape[1]:
             raise InputError(f"commit {count_B.tolist()}: counts must lie in 0..{self.hidden.shape[1]}")
-        return self._commit(count_B)
+        return self._after(count_B, keep_graph)
 
     @property
     def state(self) -> State:
-        """The state after every token that is not padding."""
-        return self._commit(self.lengths)
+        """The state after every token that is not padding, without a graph; see `commit`."""
+        return self._after(self.lengths, False)
+
+    def _after(self, count_B: Tensor, keep_graph: bool) -> State:
+        if keep_graph:
+            return commit(self.chunk, count_B)
+        with torch.no_grad():
+            return rebuild(commit(self.chunk, count_B), lambda _name, value: value.detach())

@@ -58,6 +58,12 @@ FEED = ZERO_MATRIX.but(rate=0.1)
 keep these blocks from learning the same and then more (docs/log.md, 2026-11-26)."""
 SCORE = Declared(scaled, optimizer="adamw")
 """A matrix of few rows: scores, gates."""
+EMBEDDING_MATRIX = SCORE.but(rate=10)
+"""A projection of the embedding. The embedding and its projections learn ten times as fast as AdamW's other parameters:
+Adam's step does not depend on the size of a weight, and these start at 0.02, tied to the head; at 6e-4 they lag far
+behind the matrices (docs/log.md, 2026-11-22)."""
+EMBEDDING = Declared(normal(0.02), optimizer="adamw", rate=10, decays=False)
+"""The tied embedding: logits start small, and the input is normed."""
 BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)
 """A vector that starts at zero."""
 

@@ -1,70 +1,50 @@
 """The past of a batch of sequences, as a value: `forward` reads it and returns a new one."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 from torch import Tensor
 
+from lepton import tensors
 from lepton.errors import InputError
-from lepton.model.crystals import EMPTY, Store
-from lepton.model.thoughts import Group
+from lepton.model.kv_cache import KVCache
+from lepton.model.weights import Origin
 
 Part = TypeVar("Part")
-
-
-class Crystal(NamedTuple):
-    """One crystal, as a person looks at it."""
-
-    row: int
-    """Sequence of the batch."""
-    position: int
-    """Where its token stands in the document; negative if it was carried over from an earlier stream."""
-    score: float
-    """What the model gave it, in 0..1."""
-    tokens: list[int]
-    """The token and up to 15 before it."""
+WEIGHTS = "weights"
+"""Key of the fingerprint of the weights in a file's metadata."""
 
 
 @dataclass
 class Memory:
-    """What outlives the window: the working memory and the crystals. Iterating gives each `Crystal`, oldest first.
+    """What outlives the window: the states of the ideas that remember. Iterating gives each `Crystal`, oldest first.
 
     The rest of a state is never changed in place; `clear` is the one exception, and it is the user who asks for it.
     """
 
-    matrix_BHKV: Tensor | None
-    """The working memory, fp32 or better."""
-    tail_BXC: Tensor | None
-    """The last inputs of its convolution."""
-    store: Store | None
-    """The crystals."""
+    parts: dict[str, Any]
+    """By the ideas' names."""
+    origin: Origin | None = None
+    """The weights that made it, which `save` notes in the file."""
 
-    def __iter__(self) -> Iterator[Crystal]:
-        if self.store is None:
-            return
-        kept = self.store.kept
-        for row, index in (kept.position_BC > EMPTY).nonzero().tolist():
-            ids = [token for token in kept.ids_BCX[row, index].tolist() if token >= 0]
-            position, score = int(kept.position_BC[row, index]), kept.log_score_BC[row, index].exp().item()
-            yield Crystal(row, position, score, ids)
+    def __iter__(self) -> Iterator[Any]:
+        for part in self.parts.values():
+            if isinstance(part, Sequence) or hasattr(part, "__iter__"):
+                yield from part
 
     def clear(self) -> None:
         """Forget everything, in this state."""
-        if self.matrix_BHKV is not None and self.tail_BXC is not None:
-            self.matrix_BHKV = torch.zeros_like(self.matrix_BHKV)
-            self.tail_BXC = torch.zeros_like(self.tail_BXC)
-        if self.store is not None:
-            self.store = Store(self.store.kept.cleared(), self.store.pending.cleared(), self.store.ids_BX)
+        for name, part in self.parts.items():
+            self.parts[name] = part.cleared()
 
     def save(self, path: str | Path) -> None:
         """Write the memory alone to a safetensors file; `Lepton.new_state` takes it into a new conversation."""
-        _write(flatten(self), path, "memory")
+        _write(self, self.origin, path, "memory")
 
 
 @dataclass(frozen=True)
@@ -72,24 +52,21 @@ class State:
     """What the model keeps of the tokens it has read, a row for each sequence.
 
     Preallocated: its size does not depend on how much was read (law 9). The dense baseline is the exception:
-    it attends to the whole document, so its columns grow with it.
+    it attends to the whole document, so its caches grow with it.
     """
 
     position_B: Tensor
     """Tokens read of the current document; 0 means that the next token starts one."""
     phase_B: Tensor
     """Tokens since the segment opened, modulo its length; 0 means that the next token opens one."""
-    keys_BLRKH: Tensor
-    """Keys of the last R tokens, oldest first, of each block and then of the thinking block; zeros from before the
-    document."""
-    values_BLRKH: Tensor
-    """Values of the same tokens."""
-    taken_B: Tensor
-    """Tokens of the current capacity window that went deep."""
-    group: Group | None
-    """The thoughts of the open segment."""
+    stem: KVCache
+    """Of the blocks of the stem."""
+    deep: KVCache
+    """Of the blocks behind it."""
+    ideas: dict[str, Any]
+    """What each idea keeps, by its name, but for what `memory` holds."""
     memory: Memory
-    """Working memory and crystals."""
+    """What outlives the window."""
 
     @property
     def batch_size(self) -> int:
@@ -101,83 +78,84 @@ class State:
         """Bytes of all tensors."""
         return sum(value.nbytes for value in flatten(self).values())
 
+    def part(self, name: str) -> Any:
+        """Return what the idea called `name` keeps; None: nothing."""
+        return self.memory.parts.get(name, self.ideas.get(name))
+
     def rows(self, index: Tensor) -> "State":
         """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once."""
         return rebuild(self, lambda _name, value: value[index])
 
+    @staticmethod
+    def join(parts: "Sequence[State]") -> "State":
+        """Return the rows of several states of one model as one state, in their order."""
+        flat = [flatten(part) for part in parts]
+
+        def stack(name: str, value: Tensor) -> Tensor:
+            values = [each[name] for each in flat]
+            if name.endswith("_BLRKH"):  # without a window each keeps as many entries as it has read
+                most = max(each.shape[2] for each in values)
+                values = [F.pad(each, (0, 0, 0, 0, most - each.shape[2], 0)) for each in values]
+            return torch.cat(values)
+
+        return rebuild(parts[0], stack)
+
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file; `Lepton.load_state` goes on from it in another process."""
-        _write(flatten(self), path, "state")
+        _write(self, self.memory.origin, path, "state")
+
+
+def of_parts(parts: Mapping[str, Any], origin: Origin | None) -> tuple[dict[str, Any], Memory]:
+    """Return what ideas keep as `State.ideas` and `State.memory` hold it."""
+    lasting = {name: part for name, part in parts.items() if getattr(part, "outlives_window", False)}
+    return {name: part for name, part in parts.items() if name not in lasting}, Memory(lasting, origin)
+
+
+def _items(part: Any) -> list[tuple[str, str, Any]]:
+    """Return (name of the field, dotted name, value) of each value in a dataclass; those in a dict by their keys."""
+    items = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, dict):
+            items += [(field.name, key, item) for key, item in value.items()]
+        else:
+            items.append((field.name, field.name, value))
+    return items
 
 
 def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors of nested dataclasses by their dotted names."""
-    tensors: dict[str, Tensor] = {}
-    for field in dataclasses.fields(part):
-        value, name = getattr(part, field.name), prefix + field.name
+    found: dict[str, Tensor] = {}
+    for _, name, value in _items(part):
         if isinstance(value, Tensor):
-            tensors[name] = value
-        elif value is not None:
-            tensors |= flatten(value, name + ".")
-    return tensors
+            found[prefix + name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= flatten(value, f"{prefix}{name}.")
+    return found
 
 
 def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
     """Return nested dataclasses with `change(dotted name, tensor)` in each tensor's place."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
-        value, name = getattr(part, field.name), prefix + field.name
+    values: dict[str, Any] = {
+        field.name: {} for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), dict)  # type: ignore[arg-type]
+    }
+    for field, name, value in _items(part):
         if isinstance(value, Tensor):
-            values[field.name] = change(name, value)
+            value = change(prefix + name, value)
+        elif dataclasses.is_dataclass(value):
+            value = rebuild(value, change, f"{prefix}{name}.")
+        if field in values and isinstance(values[field], dict):
+            values[field][name] = value
         else:
-            values[field.name] = None if value is None else rebuild(value, change, name + ".")
+            values[field] = value
     return type(part)(**values)
 
 
-def read_tensors(path: str | Path, like: Part, kind: str) -> Part:
-    """Read what `State.save` or `Memory.save` wrote into the shape of `like`, on its device.
-
-    Raises:
-        InputError: no such file, not a file of this kind, or one of a model of another shape.
-    """
+def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:
+    weights = origin.fingerprint() if origin is not None else None
+    # Clones, since the format takes no memory that two tensors share.
+    values = {name: value.detach().clone() for name, value in flatten(part).items()}
     try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give one that {kind}.save wrote") from None
-    except (SafetensorError, OSError) as problem:
-        raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
-    wanted = flatten(like)
-    if missing := sorted(wanted.keys() ^ tensors.keys()):
-        raise InputError(f"{path}: not the {kind} of this model; '{missing[0]}' does not agree")
-
-    def pick(name: str, value: Tensor) -> Tensor:
-        found = tensors[name]
-        grows = name.endswith("_BLRKH") and value.shape[2] == 0  # full attention keeps as many columns as it has read
-        shapes = [tensor.shape[1:2] + tensor.shape[3:] if grows else tensor.shape[1:] for tensor in (found, value)]
-        if found.ndim != value.ndim or shapes[0] != shapes[1]:
-            raise InputError(f"{path}: '{name}' has shape {tuple(found.shape)}, this model needs {tuple(value.shape)}")
-        return found.to(value.device, value.dtype)
-
-    return rebuild(like, pick)
-
-
-def _write(tensors: dict[str, Tensor], path: str | Path, kind: str) -> None:
-    try:
-        save_file({name: value.detach().clone() for name, value in tensors.items()}, path)  # it takes no shared memory
-    except (OSError, SafetensorError) as problem:
+        tensors.write(path, values, {"kind": kind} | ({WEIGHTS: weights} if weights else {}))
+    except (OSError, tensors.SafetensorError) as problem:
         raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None
-
-
-def advance(column_BLRKH: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, keep: int) -> Tensor:
-    """Return the `keep` columns that end with the first `count_B` tokens of the chunk.
-
-    Columns from before the current document, of which `position_B` tokens are read, become zeros.
-    """
-    joined_BLJKH = torch.cat([column_BLRKH, chunk_BLTKH], 2)
-    past = column_BLRKH.shape[2]
-    source_BR = torch.arange(past - keep, past, device=count_B.device) + count_B[:, None]
-    in_document_BR = torch.arange(keep, device=count_B.device) >= keep - position_B[:, None]
-    index_B1R11 = source_BR.clamp(min=0)[:, None, :, None, None]
-    _, blocks, _, heads, width = joined_BLJKH.shape
-    kept_BLRKH = joined_BLJKH.gather(2, index_B1R11.expand(-1, blocks, -1, heads, width))
-    return kept_BLRKH.where(in_document_BR[:, None, :, None, None], 0)

@@ -9,14 +9,20 @@ A crystal is the raw stem state of its token. It appears once its token has left
 the deep blocks with the log-score as bias.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.config import LeptonConfig
-from lepton.model.attention import Slots, norm
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
+from lepton.model.attention import Slots
+from lepton.model.ideas.idea import LONGEST, Flow, Given, Idea, Work, matrices, segment_within_window
+from lepton.model.layers import norm
+from lepton.model.parameters import BIAS, SCORE
 from lepton.model.timeline import Timeline
 
 # Steps of a score: a discrete choice may only depend on differences well above rounding.
@@ -25,6 +31,42 @@ QUANTUM = 1024
 CONTEXT = 16
 # Position of a place without a crystal. Crystals carried over from another stream have negative positions.
 EMPTY = -(1 << 40)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrystalsConfig(IdeaConfig):
+    """The crystals."""
+
+    slots: int = 64
+    """Crystals that are kept."""
+    per_segment: int = 4
+    """Crystals that a closing segment offers."""
+
+    name = "crystals"
+    flat = {"slots": "slots", "crystals": "per_segment"}
+    flat_switch = "slots"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(1, "slots", "per_segment")
+        if config.window is None:
+            raise InputError("crystals appear where the window ends: give a window, or leave crystals out")
+        segment_within_window(config)
+
+    def build(self, config: LeptonConfig) -> "Crystals":
+        return Crystals(config, self)
+
+
+class Crystal(NamedTuple):
+    """One crystal, as a person looks at it."""
+
+    row: int
+    """Sequence of the batch."""
+    position: int
+    """Where its token stands in the document; negative if it was carried over from an earlier stream."""
+    score: float
+    """What the model gave it, in 0..1."""
+    tokens: list[int]
+    """The token and up to 15 before it."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +152,50 @@ def _count_in_group(chosen_BE: Tensor, group_BE: Tensor, groups: int) -> Tensor:
     return before_BE - starts_BG.gather(1, group_BE)
 
 
-class Crystals(nn.Module):
+class Crystals(Idea):
     """The score, and which crystals a chunk's tokens see."""
 
-    def __init__(self, config: LeptonConfig) -> None:
+    name = "crystals"
+    opens = True
+    old_names = {"memory.store.": "memory.crystals.", "store.": "crystals."}
+    declares = {"score.weight": SCORE, "score.bias": BIAS}
+
+    def __init__(self, config: LeptonConfig, own: CrystalsConfig) -> None:
         super().__init__()
         assert config.window is not None
-        self.window, self.slots, self.count = config.window, config.slots, config.crystals
+        self.window, self.slots, self.count = config.window, own.slots, own.per_segment
         self.score = nn.Linear(config.width, 1)
+
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> "Store":
+        width = self.score.in_features
+        kept = Columns.empty(rows, self.slots if room else 0, width, dtype, device)
+        pending = Columns.empty(rows, self.count, width, dtype, device)
+        return Store(kept, pending, torch.full((rows, CONTEXT - 1), -1, device=device))
+
+    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
+        """Crystals are ranked by numbers that hold a position in 31 bits."""
+        ids = (-1, config.vocab_size - 1)
+        scores = (-torch.inf, 0)
+        return {"log_score_BC": scores, "position_BC": (EMPTY, LONGEST), "ids_BCX": ids, "ids_BX": ids}
+
+    def carried(self, past: "Store", fresh: "Store") -> "Store":
+        """Return the store as a new stream starts with it."""
+        return past.carried(self.window)
+
+    def contribute(self, flow: Flow, past: "Store") -> Given:
+        """Rate the tokens, and show the crystals that have left the window."""
+        slots, record = self(flow.h_BTD, flow.u_BTD, flow.tokens_BT, past, flow.timeline)
+        return Given(slots=slots, record=record)
+
+    def slots_of(self, groups: int) -> int:
+        return (groups + 1) * self.count
+
+    def flops(self, work: Work) -> float:
+        return work.length * matrices(self)
 
     def forward(
         self, h_BTD: Tensor, u_BTD: Tensor, tokens_BT: Tensor, past: "Store", timeline: Timeline
-    ) -> tuple[Slots, "CrystalRun"]:
+    ) -> tuple[Slots, "CrystalRecord"]:
         """Rate the stem states `h_BTD` (normed: `u_BTD`) and lay out the columns that the deep blocks see."""
         score_BT = F.linear(u_BTD, self.score.weight.to(u_BTD.dtype))[..., 0]
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
@@ -131,12 +205,12 @@ class Crystals(nn.Module):
         age_X = torch.arange(CONTEXT - 1, -1, -1, device=tokens_BT.device)
         ids_BTX = ids_BTX.masked_fill(age_X > timeline.position_BT[..., None], -1)
         chunk = Columns(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
-        run = CrystalRun(self, past, chunk, history_BX, timeline)
-        columns, alive_BGC = run.columns(None)
+        record = CrystalRecord(self.slots, self.count, past, chunk, history_BX, timeline)
+        columns, alive_BGC = record.columns(None)
         alive_BTC = _gather(alive_BGC, timeline.group_BT)
         age_BTC = timeline.position_BT[:, :, None] - columns.position_BC[:, None]
         mask_BTC = alive_BTC & (age_BTC >= self.window)
-        return Slots(norm(columns.states_BCD), mask_BTC, columns.log_score_BC), run
+        return Slots(norm(columns.states_BCD), mask_BTC, columns.log_score_BC), record
 
 
 @dataclass(frozen=True)
@@ -147,6 +221,19 @@ class Store:
     pending: Columns
     ids_BX: Tensor
     """The last 15 ids, -1 before the document."""
+
+    outlives_window = True
+
+    def __iter__(self) -> Iterator[Crystal]:
+        kept = self.kept
+        for row, index in (kept.position_BC > EMPTY).nonzero().tolist():
+            ids = [token for token in kept.ids_BCX[row, index].tolist() if token >= 0]
+            position, score = int(kept.position_BC[row, index]), kept.log_score_BC[row, index].exp().item()
+            yield Crystal(row, position, score, ids)
+
+    def cleared(self) -> "Store":
+        """Return the store without a crystal."""
+        return Store(self.kept.cleared(), self.pending.cleared(), self.ids_BX)
 
     def carried(self, window: int) -> "Store":
         """Return the store as a new stream starts with it: nothing is open, and all of it is out of the window."""
@@ -163,10 +250,13 @@ class Store:
 
 
 @dataclass(frozen=True)
-class CrystalRun:
+class CrystalRecord:
     """A chunk's candidates, from which the store after any prefix follows."""
 
-    module: Crystals
+    slots: int
+    """Crystals that the store keeps."""
+    count: int
+    """Crystals that a segment offers."""
     past: Store
     chunk: Columns
     history_BX: Tensor
@@ -176,7 +266,7 @@ class CrystalRun:
         """Return all columns [kept; best of group 0, 1, ...] of the first `count_B` tokens (None: all), and which of
         them are in the store while each group is open: alive [B, G, C].
         """
-        timeline, count = self.timeline, self.module.count
+        timeline, count = self.timeline, self.count
         length = timeline.group_BT.shape[1]
         groups = timeline.opening_BG.shape[1] + 1
         offered = self.past.pending.join(self.chunk)
@@ -203,18 +293,18 @@ class CrystalRun:
         eligible_BGC = eligible_BGC & (document_BC[:, None] == document_BG[:, :, None])
         order_BC = columns.priority().argsort(dim=1, descending=True, stable=True)
         sorted_BGC = eligible_BGC.gather(2, order_BC[:, None].expand(-1, groups, -1))
-        stays_BGC = sorted_BGC & (sorted_BGC.cumsum(2) <= self.module.slots)
+        stays_BGC = sorted_BGC & (sorted_BGC.cumsum(2) <= self.slots)
         alive_BGC = torch.zeros_like(stays_BGC).scatter(2, order_BC[:, None].expand(-1, groups, -1), stays_BGC)
         return columns, alive_BGC
 
-    def after(self, count_B: Tensor) -> Store:
+    def after(self, count_B: Tensor, timeline: Timeline) -> Store:
         """Return the store once the first `count_B` tokens are read."""
         columns, alive_BGC = self.columns(count_B)
         group_B = self.timeline.at(self.timeline.group_BT, count_B, 0)
         goes_on_B1 = ~self.timeline.ended(count_B)[:, None]
         position_B = self.timeline.position_after(count_B)
         kept_BC = alive_BGC[torch.arange(len(group_B), device=group_B.device), group_B] & goes_on_B1
-        slots, count = self.module.slots, self.module.count
+        slots, count = self.slots, self.count
         place_C = (
             torch.arange(columns.position_BC.shape[1], device=group_B.device) - self.past.kept.position_BC.shape[1]
         )

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.model.attention import Linear, norm
+from lepton.model.layers import Linear, norm
 from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
-from lepton.model.loss import IGNORE, linear_cross_entropy
+from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 
 FADE = 0.8
@@ -39,6 +39,7 @@ class DrafterConfig(IdeaConfig):
     """Frequent tokens that it can propose."""
 
     name = "drafter"
+    reads_top = True
     flat = {"drafts": "count", "draft_width": "width", "draft_vocab": "vocab"}
     flat_switch = "drafts"
 
@@ -59,7 +60,6 @@ class Drafter(Idea):
     """The cell, its way in and its way out to the rows of the shared embedding that it may propose."""
 
     name = "drafter"
-    reads_top = True
     compiled = ("loss",)
     loss_weights = {"draft": 0.1}
     declares = {

@@ -20,16 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.model.attention import Rotary, Slots, norm
-from lepton.model.loss import linear_cross_entropy
+from lepton.config import LeptonConfig
+from lepton.errors import InputError
+from lepton.model.attention import Rotary, Slots
+from lepton.model.layers import norm
 from lepton.model.parameters import Declarations
 from lepton.model.timeline import Timeline
+from lepton.ops.attention_plan import AttentionPlan, CausalWindow
+from lepton.ops.cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
 
 OUTCOME_STRIDE = 32
 """One position in so many shows the ideas that predict outcomes what came of a prediction."""
+
+LONGEST = (1 << 31) - 1
+"""Largest position in a document."""
 
 Switch = Callable[["Lepton"], AbstractContextManager[dict[str, Any]]]
 """Switches an idea off inside a block, without changing a parameter, and yields the arguments of the calls in it."""
@@ -66,27 +73,38 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Flow:
-    """A chunk on its way from the stem to the deep blocks: what ideas read, and what they have given so far."""
+class Place:
+    """A chunk before any layer: its tokens, and where they stand."""
 
     call: Call
     tokens_BT: Tensor
     embedded_BTE: Tensor
     """Token embeddings."""
+    timeline: Timeline
+    rotary: Rotary
+    near: CausalWindow
+    """What the tokens see of past and chunk."""
+
+
+@dataclass(frozen=True)
+class Flow(Place):
+    """A chunk on its way from the stem to the deep blocks: what ideas read, and what they have given so far."""
+
     h_BTD: Tensor
     """The stream behind the stem."""
     u_BTD: Tensor
     """The same, normed."""
-    timeline: Timeline
-    rotary: Rotary
-    fresh: bool
-    """Whether nothing was read before the chunk."""
     given: Mapping[str, Given] = field(default_factory=dict)
     """By the names of the ideas, in order."""
 
+    @staticmethod
+    def behind_stem(place: Place, h_BTD: Tensor) -> "Flow":
+        """Return the flow as the first idea finds it."""
+        return Flow(**vars(place), h_BTD=h_BTD, u_BTD=norm(h_BTD))
+
     def joined_by(self, name: str, given: Given) -> "Flow":
-        """Return the flow with what one more idea gives."""
-        return replace(self, given={**self.given, name: given})
+        """Return the flow with what one more idea gives; its record, which is about the state, is left out."""
+        return replace(self, given={**self.given, name: replace(given, record=None)})
 
     def features(self, *names: str) -> list[Tensor]:
         """Return what these ideas let others read, of those that do."""
@@ -108,12 +126,12 @@ class Flow:
                 x_BTD = x_BTD + given.added_BTD
         return x_BTD
 
-    @property
+    @cached_property
     def slots(self) -> Slots | None:
-        """The slots of all ideas, side by side."""
-        return Slots.join(*(given.slots for given in self.given.values()))
+        """The slots of all ideas, side by side, those of the later ideas first."""
+        return Slots.join(*(given.slots for given in reversed(self.given.values())))
 
-    @property
+    @cached_property
     def deep_BT(self) -> Tensor:
         """The tokens that go past the stem: those that every idea with a say in it sends on."""
         deep_BT = torch.ones_like(self.timeline.ends_BT)
@@ -121,6 +139,12 @@ class Flow:
             if given.deep_BT is not None:
                 deep_BT = deep_BT & given.deep_BT
         return deep_BT
+
+    @cached_property
+    def plan(self) -> AttentionPlan:
+        """What the tokens see in the deep blocks."""
+        chosen_BT = self.deep_BT if self.call.depth < 1 else None
+        return self.near.plan(self.slots.mask_BTC if self.slots else None, chosen_BT)
 
 
 @dataclass
@@ -199,8 +223,6 @@ class Idea(nn.Module):
     """Its attribute in the model, and the beginning of its parameters' names."""
     title: ClassVar[str] = ""
     """What tables call it, where that is not its name."""
-    reads_top: ClassVar[bool] = False
-    """Whether it reads the top states, and takes no part in the pass."""
     declares: Declarations = {}
     loss_weights: ClassVar[Mapping[str, float]] = {}
     """Weight of each of its losses in the sum."""
@@ -208,14 +230,15 @@ class Idea(nn.Module):
     """Its functions that are compiled for training; they take tensors and plain values."""
     opens: ClassVar[bool] = False
     """Whether something happens where a segment opens, so that shapes depend on how many do."""
-    remembers: ClassVar[bool] = False
-    """Whether its part of the state outlives the window: then it belongs to `State.memory`."""
+
+    old_names: ClassVar[Mapping[str, str]] = {}
+    """How names of its part of the state began in older files, and how they begin now."""
 
     def contribute(self, flow: Flow, past: Any) -> Given:
         """Return what it gives to a pass, `past` being its part of the state on entry."""
         raise NotImplementedError(f"{type(self).__name__} reads the top states")
 
-    def leave(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
+    def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Return the last states, those of the tokens changed that did not go deep."""
         return x_BTD
 
@@ -225,6 +248,17 @@ class Idea(nn.Module):
         Without `room` no places are laid out for what is remembered later.
         """
         return None
+
+    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
+        """Return the least and the largest value of fields of its part of the state; a file may not exceed them."""
+        return {}
+
+    def carried(self, past: Any, fresh: Any) -> Any:
+        """Return its part of a memory as a new stream starts with it; `fresh` is that of a stream without a memory.
+
+        Only asked of an idea whose part of the state has a true `outlives_window`.
+        """
+        return past
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Return its losses by their names in `loss_weights`. None of them moves the trunk."""
@@ -257,12 +291,25 @@ class Idea(nn.Module):
         """Return the ways to switch it off at run time, by what a table calls them."""
         return {self.title or self.name: lambda model: model.without(self.name)}
 
+    def think_in_training(self, rows: int) -> float | None:
+        """Return the rounds that are computed for a row of a training batch of `rows`, on average."""
+        return None
+
+    def check_rounds(self, think_B: Tensor) -> None:
+        """Raise InputError for rounds of thinking per row that it cannot do."""
+
     def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor | None:
         """Return the rounds of thinking of each row of a training batch, [rows]; None: it does not think."""
         return None
 
     def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
         """Take what it needs of how often each token occurs in the training data; `counts_V()` counts."""
+
+
+def segment_within_window(config: LeptonConfig) -> None:
+    """Raise InputError unless what a segment opens or closes is in sight of all of it."""
+    if config.window is not None and config.segment > config.window:
+        raise InputError(f"segment={config.segment}: must not be longer than window={config.window}")
 
 
 def matrices(*modules: nn.Module | None) -> int:

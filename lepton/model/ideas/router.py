@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.attention import Linear, norm
+from lepton.model.layers import Linear, norm
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
@@ -93,6 +93,7 @@ class Router(Idea):
 
     name = "router"
     loss_weights = {"exit": 0.1, "router": 0.1}
+    old_names = {"taken_B": "router.taken_B"}
     declares = {
         "benefit.weight": SCORE.but(auxiliary=True),
         "benefit.bias": BIAS.but(auxiliary=True),
@@ -118,13 +119,16 @@ class Router(Idea):
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> RouterState:
         return RouterState(torch.zeros(rows, dtype=torch.int64, device=device))
 
+    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
+        return {"taken_B": (0, self.window)}
+
     def contribute(self, flow: Flow, past: RouterState) -> Given:
         """Choose the tokens that go deep."""
         benefit_BT = self.score(flow.u_BTD)
         deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
         return Given(signal_BT=benefit_BT, deep_BT=deep_BT, record=RouterRecord(taken_BT, past, self.window))
 
-    def leave(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
+    def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Send the tokens that stopped after the stem through the exit."""
         if call.depth >= 1:
             return x_BTD

@@ -6,16 +6,63 @@ also the first that sees the group: so the thoughts of an answer can influence i
 (Universal Transformer, 2018; Saunshi et al. 2025), input re-injected and normed in each round.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, Rotary, Slots, attend, norm, unseen
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
-from lepton.model.ranges import Ranges
-from lepton.model.timeline import Timeline, sees
+from lepton.model.checks import check_range
+from lepton.model.ideas.idea import Flow, Given, Idea, Switch, Work, matrices, segment_within_window
+from lepton.model.kv_cache import KeysValues, KVCache
+from lepton.model.layers import Linear, norm
+from lepton.model.parameters import MATRIX, SCORE, normal
+from lepton.model.timeline import Timeline
+from lepton.ops.attention import attend
+from lepton.ops.attention_plan import AttentionPlan, CausalWindow
+
+
+TRAINING_ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
+"""In training each row draws its rounds from these, so that any number works afterwards, and none at all. Mostly it is
+the usual number: drawing all of them alike may cost it (docs/log.md). More goes to `late_rows` rows at most."""
+USUAL_ROUNDS = 2
+MAX_TRAINING_ROUNDS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThoughtsConfig(IdeaConfig):
+    """Thoughts that open each segment."""
+
+    count: int = 4
+    """Thought tokens of a group."""
+    ffn: int = 768
+    """Hidden width of the thinking block's MLP."""
+    rounds: int = 2
+    """Rounds of thinking, where a call does not say."""
+
+    name = "thoughts"
+    flat = {"thoughts": "count", "thought_ffn": "ffn", "rounds": "rounds"}
+    flat_switch = "thoughts"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(0, "rounds")
+        self.at_least(1, "count", "ffn")
+        segment_within_window(config)
+
+    def build(self, config: LeptonConfig) -> "Thoughts":
+        return Thoughts(config, self)
+
+    def feature_width(self, config: LeptonConfig) -> int:
+        return config.width
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> "ThoughtsConfig":
+        return cls(count=2 if size == "nano" else 4, ffn=width)
 
 
 @dataclass(frozen=True)
@@ -27,6 +74,30 @@ class Group:
     """Whether anything was thought; without rounds a group is invisible."""
     change_B: Tensor
     """How far the last round moved the thoughts."""
+
+
+@dataclass(frozen=True)
+class ThoughtState:
+    """What the thoughts keep of the past."""
+
+    kv: KVCache
+    """What the thinking block attends to."""
+    group: Group
+
+
+@dataclass(frozen=True)
+class ThoughtRecord:
+    """A chunk's groups, and what the thinking block made of its tokens."""
+
+    run: "ThoughtRun"
+    chunk: KeysValues
+    past: KVCache
+    window: int | None
+
+    def after(self, count_B: Tensor, timeline: Timeline) -> ThoughtState:
+        """Return the state once the first `count_B` tokens are read."""
+        kv = self.past.after([self.chunk], count_B, timeline, self.window)
+        return ThoughtState(kv, self.run.after(count_B))
 
 
 @dataclass(frozen=True)
@@ -50,7 +121,7 @@ class ThoughtRun:
         )
 
     def slots(self) -> Slots:
-        """The columns that the deep blocks see: each token sees the group of its own segment."""
+        """Return the slots that the deep blocks see: each token sees the group of its own segment."""
         rows, groups, slots, _ = self.states_BGSD.shape
         group_G = torch.arange(groups, device=self.active_BG.device)
         sees_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
@@ -77,7 +148,8 @@ class Room:
     v_BJKH: Tensor
     here: Rotary
     """Of the opening tokens."""
-    unseen_BQJ: Tensor | Ranges
+    plan: AttentionPlan
+    """Of the slots' queries."""
 
     def of_rows(self, rows_R: Tensor) -> "Room":
         """Return that of some rows."""
@@ -85,20 +157,43 @@ class Room:
             value.index_select(0, rows_R)
             for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
         )
-        seen = self.unseen_BQJ
-        seen = seen.of_rows(rows_R) if isinstance(seen, Ranges) else seen.index_select(0, rows_R)
-        return Room(start, each, k, v, Rotary(cos, sin), seen)
+        return Room(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_R))
 
 
-class Thoughts(nn.Module):
+class Thoughts(Idea):
     """Learned vectors, the projection of the opening token, and the block that thinks."""
 
-    def __init__(self, config: LeptonConfig) -> None:
+    name = "thoughts"
+    opens = True
+    compiled = ("forward",)
+    old_names = {"group.": "thoughts.group."}
+    declares = {"start": SCORE.but(initial=normal(1)), "opening.weight": MATRIX}
+
+    def __init__(self, config: LeptonConfig, own: ThoughtsConfig) -> None:
         super().__init__()
-        self.window = config.window
-        self.start = nn.Parameter(torch.empty(config.thoughts, config.width))
+        self.config, self.rounds = config, own.rounds
+        self.start = nn.Parameter(torch.empty(own.count, config.width))
         self.opening = Linear(config.width, config.width)
-        self.block = Block(config, config.thought_ffn)
+        self.block = Block(config, own.ffn)
+
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> ThoughtState:
+        nothing = torch.zeros(rows, *self.start.shape, dtype=dtype, device=device)
+        inactive = torch.zeros(rows, dtype=torch.bool, device=device)
+        group = Group(nothing, inactive, torch.zeros(rows, dtype=dtype, device=device))
+        return ThoughtState(KVCache.fresh(self.config, 1, rows, dtype, device, room=room), group)
+
+    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
+        return {"active_B": (0, 1), "change_B": (0, torch.inf)}
+
+    def contribute(self, flow: Flow, past: ThoughtState) -> Given:
+        """Think at every opening; each token sees the thoughts of its own segment."""
+        chunk = self.block.attention.key_value(flow.u_BTD, flow.rotary)
+        k_BJKH, v_BJKH = (torch.cat(pair, 1) for pair in zip(past.kv.layer(0), chunk, strict=True))
+        rounds = self.rounds if flow.call.think is None else flow.call.think
+        run = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.near, rounds)
+        thought_BTD, change_BT = run.read()
+        record = ThoughtRecord(run, chunk, past.kv, self.config.window)
+        return Given(slots=run.slots(), feature_BTX=thought_BTD, signal_BT=change_BT, record=record)
 
     def forward(
         self,
@@ -108,15 +203,14 @@ class Thoughts(nn.Module):
         past: Group,
         rotary: Rotary,
         timeline: Timeline,
+        near: CausalWindow,
         rounds: int | Tensor,
-        in_ranges: bool = False,
     ) -> ThoughtRun:
         """Think at every opening of the chunk.
 
         `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
-        chunk. `rounds` is one number for all, or a tensor [B] as training has it: at most `USUAL_ROUNDS`, but for
-        `late_rows` rows at most `MAX_TRAINING_ROUNDS`. `in_ranges` says that the device can attend so, and that there
-        is no past.
+        chunk, and `near` says what the chunk's tokens see. `rounds` is one number for all, or a tensor [B] as training
+        has it: at most `USUAL_ROUNDS`, but for `late_rows` rows at most `MAX_TRAINING_ROUNDS`.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -126,10 +220,9 @@ class Thoughts(nn.Module):
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
-        mask_BQJ = self._mask(opening_BG, k_BJKH.shape[1], timeline)
-        unseen_BQJ = Ranges.of_slots(mask_BQJ) if in_ranges else unseen(mask_BQJ, u_BTD.dtype)
+        plan = near.plan_of_mask(self._mask(opening_BG, near))
         each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
-        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, unseen_BQJ)
+        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
         usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
         z_BGSD, change_BG = self._think(room, range(usual), z_BGSD, change_BG)
@@ -158,12 +251,10 @@ class Thoughts(nn.Module):
             z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
         return z_BGSD, change_BG
 
-    def _mask(self, opening_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
+    def _mask(self, opening_BG: Tensor, near: CausalWindow) -> Tensor:
         """Each slot sees what its opening token sees, if there is one, and its own group: [B, G * S, J + G * S]."""
         slots = len(self.start)
-        past = columns - timeline.position_BT.shape[1]
-        column_J = torch.arange(-past, columns - past, device=opening_BG.device)
-        window_BGJ = sees(timeline, opening_BG.clamp(min=0), column_J, self.window) & (opening_BG >= 0)[..., None]
+        window_BGJ = near.seen_by(opening_BG.clamp(min=0)) & (opening_BG >= 0)[..., None]
         group_Q = torch.arange(opening_BG.shape[1], device=opening_BG.device).repeat_interleave(slots)
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
@@ -176,16 +267,59 @@ class Thoughts(nn.Module):
         place = Rotary(room.here.cos.repeat_interleave(slots, 1), room.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
         q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
-        k, v = torch.cat([room.k_BJKH, own_k], 1), torch.cat([room.v_BJKH, own_v], 1)
-        answer_BQNH = attend(q_BQNH, k, v, room.unseen_BQJ)
-        z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
+        out_BQNH = attend(q_BQNH, room.k_BJKH, room.v_BJKH, room.plan, (own_k, own_v))
+        z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
 
 
-# In training the rounds vary from row to row: every row can have the usual number, a few can have more.
-USUAL_ROUNDS = 2
-MAX_TRAINING_ROUNDS = 4
+    def check_rounds(self, think_B: Tensor) -> None:
+        check_range(think_B, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")
+        late = late_rows(len(think_B))
+        check_range((think_B > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
+
+    def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Draw the rounds of each row. Every row can have the usual number, a few can have more."""
+        rounds_B = torch.tensor(TRAINING_ROUNDS)[torch.randint(len(TRAINING_ROUNDS), (rows,), generator=generator)]
+        rounds_B[(rounds_B > USUAL_ROUNDS).nonzero()[late_rows(rows) :]] = USUAL_ROUNDS
+        return rounds_B
+
+    def slots_of(self, groups: int) -> int:
+        return (groups + 1) * len(self.start)
+
+    def flops(self, work: Work) -> float:
+        """The tokens' keys and values, the openings, and each round over all groups."""
+        config, attention = self.config, self.block.attention
+        slots = work.groups * len(self.start)
+        rounds = self.rounds if work.think is None else work.think
+        a_round = slots * matrices(self.block) + 2 * config.heads * config.head_dim * slots * (work.length + slots)
+        keys_values = work.length * matrices(attention.k, attention.v)
+        return keys_values + work.groups * matrices(self.opening) + rounds * a_round
+
+    def kept_bytes(self, work: Work) -> float:
+        """Each round lays keys and values out anew."""
+        config = self.config
+        slots = work.groups * len(self.start)
+        heads = config.kv_heads if work.half else config.heads
+        a_round = 2 * (work.length + slots) * heads * config.head_dim + 10 * slots * config.width
+        return int(work.itemsize * training_rounds(work.rows) * a_round)
+
+    def think_in_training(self, rows: int) -> float:
+        return training_rounds(rows)
+
+    def switches(self) -> dict[str, Switch]:
+        """Off, no rounds are run, and no group is visible."""
+
+        @contextmanager
+        def off(model: Any) -> Iterator[dict[str, Any]]:
+            yield {"think": 0}
+
+        return {self.name: off}
+
+
+def training_rounds(rows: int) -> float:
+    """Return the rounds that a row of a training batch is computed for, on average: there is room for so many."""
+    return USUAL_ROUNDS + (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(rows) / rows
 
 
 def late_rows(rows: int) -> int:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.attention import Linear
-from lepton.model.ideas.idea import OUTCOME_STRIDE, Idea, Outcome, Switch, Work, matrices
-from lepton.model.loss import soft_cap
+from lepton.model.layers import Linear
+from lepton.model.ideas.idea import OUTCOME_STRIDE, Flow, Idea, Outcome, Switch, Work, matrices
+from lepton.ops.cross_entropy import soft_cap
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 
 SIGNALS = ("router", "thoughts", "memory")
@@ -30,6 +30,7 @@ class UncertaintyConfig(IdeaConfig):
     """The estimate of the chance that the model is wrong; it has no fields."""
 
     name = "uncertainty"
+    reads_top = True
     flat_switch = "uncertainty"
 
     def build(self, config: LeptonConfig) -> "Uncertainty":
@@ -59,7 +60,6 @@ class Uncertainty(Idea):
     """The log-odds that the prediction shows, plus what an MLP adds to them, and the line that calibrates the sum."""
 
     name = "uncertainty"
-    reads_top = True
     compiled = ("loss",)
     loss_weights = {"uncertainty": 0.1}
     declares = {
@@ -114,13 +114,17 @@ class Uncertainty(Idea):
         mixed = self.state(hidden.detach()).to(shown.dtype) + shift
         return shown[..., 0] + self.out(F.silu(mixed))[..., 0]
 
+    def signals(self, flow: Flow) -> Tensor:
+        """Return what it reads of other ideas [B, T, 3]."""
+        return flow.signals(*SIGNALS)
+
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """What it says of sampled predictions, against what came."""
         index_M, model = outcome.sampled_M, outcome.model
         hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
             raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T
-        signals_M3 = outcome.flow.signals(*SIGNALS).flatten(0, 1)[index_M]
+        signals_M3 = self.signals(outcome.flow).flatten(0, 1)[index_M]
         target_M = outcome.following_BT.flatten()[index_M]
         return {"uncertainty": self.loss(hidden_MD, raw_MV, signals_M3, target_M)}
 

@@ -2,21 +2,25 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. `lepton/model/delta_rule.py` computes the same for
-many tokens at once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better,
-because the state is a sum over the whole past.
+Read after write. A document's end is a mask, never a decay of 0. `lepton/ops/delta_rule.py` computes it. All of it runs
+in fp32 or better, because the state is a sum over the whole past.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.config import LeptonConfig
-from lepton.model.attention import Linear
-from lepton.model.delta_rule import CHUNK, Writes, delta_rule, delta_rule_in_kernels
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.ideas.idea import Flow, Given, Idea, Switch, Work, matrices, replaced
+from lepton.model.layers import Linear
+from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
 from lepton.model.timeline import Timeline
+from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 
 CONV = 4
 READ_EPS = 1e-2
@@ -24,12 +28,87 @@ READ_EPS = 1e-2
 small for want of an answer would be made as large as any, its rounding and its gradient with it."""
 
 
-class WorkingMemory(nn.Module):
+HEADS = {"nano": 2, "micro": 3, "tiny": 4, "small": 4, "medium": 6, "large": 6, "xl": 8, "xxl": 8}
+"""By size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkingMemoryConfig(IdeaConfig):
+    """The working memory."""
+
+    heads: int = 4
+    """Heads, each with a matrix of its own."""
+    key_dim: int = 64
+    """Width of its keys."""
+    value_dim: int = 128
+    """Width of its values."""
+
+    name = "memory"
+    flat = {"memory_heads": "heads", "key_dim": "key_dim", "value_dim": "value_dim"}
+    flat_switch = "memory_heads"
+
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(1, "heads", "key_dim", "value_dim")
+
+    def build(self, config: LeptonConfig) -> "WorkingMemory":
+        return WorkingMemory(config, self)
+
+    def feature_width(self, config: LeptonConfig) -> int:
+        return self.heads * self.value_dim
+
+    @classmethod
+    def preset(cls, size: str, width: int) -> "WorkingMemoryConfig":
+        nano = size == "nano"
+        return cls(heads=HEADS.get(size, cls.heads), key_dim=32 if nano else 64, value_dim=64 if nano else 128)
+
+
+@dataclass(frozen=True)
+class WorkingMemoryState:
+    """What the working memory keeps of the past."""
+
+    matrix_BHKV: Tensor
+    """A matrix per head, key_dim x value_dim, fp32 or better."""
+    tail_BXC: Tensor
+    """The last inputs of the convolution."""
+
+    outlives_window = True
+
+    def cleared(self) -> "WorkingMemoryState":
+        """Return the memory of one that has read nothing."""
+        return WorkingMemoryState(torch.zeros_like(self.matrix_BHKV), torch.zeros_like(self.tail_BXC))
+
+
+def first_tap(conv_CX: Tensor) -> None:
+    """1 on the token itself and 0 before it: the convolution starts as none."""
+    scaled(conv_CX)  # takes its share of the random numbers, so that a seed gives the weights that it always gave
+    conv_CX.zero_()[:, 0] = 1
+
+
+def spread_decay(bias_H: Tensor) -> None:
+    """2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
+    bias_H.copy_(torch.linspace(2, 6, len(bias_H)))
+
+
+class WorkingMemory(Idea):
     """Projections, short convolution and gates around the delta rule."""
 
-    def __init__(self, config: LeptonConfig) -> None:
+    name = "memory"
+    title = "working memory"
+    compiled = ("forward",)
+    old_names = {
+        f"{prefix}{name}": f"{prefix}memory.{name}" for prefix in ("memory.", "") for name in ("matrix_", "tail_")
+    }
+    declares = {
+        "qkv.weight": MATRIX,
+        "conv": SCORE.but(initial=first_tap),
+        "gates.weight": SCORE,
+        "decay_bias": BIAS.but(initial=spread_decay),
+        "out.weight": FEED,
+    }
+
+    def __init__(self, config: LeptonConfig, own: WorkingMemoryConfig) -> None:
         super().__init__()
-        self.heads, self.key_dim, self.value_dim = config.memory_heads, config.key_dim, config.value_dim
+        self.heads, self.key_dim, self.value_dim = own.heads, own.key_dim, own.value_dim
         self.channels = self.heads * (2 * self.key_dim + self.value_dim)
         self.qkv = Linear(config.width, self.channels)
         self.conv = nn.Parameter(torch.empty(self.channels, CONV))
@@ -37,14 +116,57 @@ class WorkingMemory(nn.Module):
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
         self.out = Linear(self.heads * self.value_dim, config.width)
 
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> WorkingMemoryState:
+        precise = torch.promote_types(dtype, torch.float32)
+        matrix = torch.zeros(rows, self.heads, self.key_dim, self.value_dim, dtype=precise, device=device)
+        return WorkingMemoryState(matrix, torch.zeros(rows, CONV - 1, self.channels, dtype=dtype, device=device))
+
+    def carried(self, past: WorkingMemoryState, fresh: WorkingMemoryState) -> WorkingMemoryState:
+        """Return `past` as a new stream starts with it: nothing stands before its first token."""
+        return replace(past, tail_BXC=fresh.tail_BXC)
+
+    def contribute(self, flow: Flow, past: WorkingMemoryState) -> Given:
+        """Read and write the memory, and add what it answers to the stream."""
+        read_BTM, strength_BT, record = self(flow.u_BTD, past.tail_BXC, past.matrix_BHKV, flow.timeline)
+        return Given(self.out(read_BTM), feature_BTX=read_BTM, signal_BT=strength_BT, record=record)
+
+    def flops(self, work: Work) -> float:
+        """Projections, and the products of the chunk form."""
+        chunk = min(CHUNK, work.length)
+        padded = -(-work.length // chunk) * chunk
+        inside = 2 * chunk * self.key_dim + chunk * self.value_dim
+        across = 3 * self.key_dim * self.value_dim
+        return work.length * matrices(self) + padded * self.heads * (inside + across)
+
+    def kept_bytes(self, work: Work) -> float:
+        """Nearly all in fp32."""
+        chunk, keys, values = min(CHUNK, work.length), self.key_dim, self.value_dim
+        # After the convolution, solved, values and reads, keys and queries; then chunk x chunk, and a state per chunk.
+        squares, states = (4, 2) if work.half else (10, 4)
+        precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
+        precise += squares * chunk + states * keys * values // chunk
+        return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values))
+
+    def switches(self) -> dict[str, Switch]:
+        """Off, its values are zero, and so is all that is read from it."""
+
+        @contextmanager
+        def off(model: Any) -> Iterator[dict[str, Any]]:
+            weight = self.qkv.weight.detach().clone()
+            weight.unflatten(0, (self.heads, -1))[:, -self.value_dim :] = 0
+            with replaced(self.qkv.weight, weight):
+                yield {}
+
+        return {self.title: off}
+
     def forward(
-        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline, in_kernels: bool = False
-    ) -> tuple[Tensor, Tensor, "MemoryRun"]:
+        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline
+    ) -> tuple[Tensor, Tensor, "MemoryRecord"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry; `in_kernels` is what
-        `has_kernels` says of it. Returns the reads [B, T, heads x value_dim] (normed), their strength [B, T], and the
-        record from which the state after any prefix follows.
+        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
+        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix
+        follows.
         """
         raw_BTC = self.qkv(u_BTD)
         joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
@@ -70,13 +192,9 @@ class WorkingMemory(nn.Module):
             _pad_chunks(timeline.document_BT, chunk),
         )
         entry_BP = F.pad(writes.document_BPC[:, :-1, -1], (1, 0))
-        if in_kernels:
-            reads, entry_BPHKV, end_BHKV = delta_rule_in_kernels(writes, state_BHKV, entry_BP)
-        else:
-            reads, states = delta_rule(writes, state_BHKV, entry_BP)
-            entry_BPHKV, end_BHKV = torch.stack([state_BHKV, *states[:-1]], 1), states[-1]
+        reads, entry_BPHKV, end_BHKV = delta_rule(writes, state_BHKV, entry_BP)
         read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryRun(writes, entry_BPHKV, end_BHKV, joined_BXC)
+        run = MemoryRecord(writes, entry_BPHKV, end_BHKV, joined_BXC)
         strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
         normed_BTHV = F.rms_norm(read_BTHV, read_BTHV.shape[-1:], eps=READ_EPS)
         return normed_BTHV.flatten(2).to(u_BTD.dtype), strength_BT, run
@@ -95,7 +213,7 @@ def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MemoryRun:
+class MemoryRecord:
     """What a chunk did to the memory: from it the memory after any prefix follows."""
 
     writes: Writes
@@ -106,8 +224,8 @@ class MemoryRun:
     joined_BXC: Tensor
     """Inputs of the convolution, those of the past first."""
 
-    def after(self, count_B: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
-        """Return the convolution's tail and the memory once the first `count_B` tokens are read."""
+    def after(self, count_B: Tensor, timeline: Timeline) -> WorkingMemoryState:
+        """Return the memory once the first `count_B` tokens are read."""
         chunk = self.writes.k.shape[-2]
         rows = torch.arange(len(count_B), device=count_B.device)
         whole_B, rest_B = count_B // chunk, count_B % chunk
@@ -122,12 +240,13 @@ class MemoryRun:
             document_BPC=torch.where(written_BC, part.document_BPC[:, 0], final_B1)[:, None],
         )
         entry_B = torch.where(last_B > 0, self.writes.document_BPC[rows, (last_B - 1).clamp(min=0), -1], 0)
-        _, states = delta_rule(replay, state_BHKV, entry_B[:, None])
-        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], states[0], state_BHKV)
+        # One chunk, and only its state: there is little that kernels could save.
+        _, _, replayed_BHKV = chunked_delta_rule(replay, state_BHKV, entry_B[:, None])
+        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], replayed_BHKV, state_BHKV)
         state_BHKV = state_BHKV.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
         index_BX = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
         tail_BXC = self.joined_BXC.gather(1, index_BX[..., None].expand(-1, -1, self.joined_BXC.shape[2]))
         in_document_BX = (
             torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
         )
-        return tail_BXC.where(in_document_BX[..., None], 0), state_BHKV
+        return WorkingMemoryState(state_BHKV, tail_BXC.where(in_document_BX[..., None], 0))

@@ -1,0 +1,69 @@
+"""The keys and values of the tokens that a chunk may still attend to, as a value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lepton.config import LeptonConfig
+from lepton.model.timeline import Timeline
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of a chunk or a past in one layer, [B, ..., K, H] each."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the last R tokens, oldest first, of L layers; zeros from before the document."""
+
+    keys_BLRKH: Tensor
+    values_BLRKH: Tensor
+
+    @staticmethod
+    def fresh(
+        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool
+    ) -> "KVCache":
+        """Return the cache of sequences that have read nothing; without `room` it has no entries."""
+        entries = entries_after(config.window, 0) if room else 0
+        nothing = torch.zeros(rows, layers, entries, config.kv_heads, config.head_dim, dtype=dtype, device=device)
+        return KVCache(nothing, nothing)
+
+    @property
+    def entries(self) -> int:
+        """Entries of a layer."""
+        return self.keys_BLRKH.shape[2]
+
+    def layer(self, index: int) -> KeysValues:
+        """Return keys and values [B, R, K, H] of one layer."""
+        return self.keys_BLRKH[:, index], self.values_BLRKH[:, index]
+
+    def after(self, chunk: Sequence[KeysValues], count_B: Tensor, timeline: Timeline, window: int | None) -> "KVCache":
+        """Return the cache once the first `count_B` tokens of a chunk are read, `chunk` being those of each layer."""
+        position_B = timeline.position_after(count_B)
+        entries = entries_after(window, int(position_B.max()) if window is None else 0)
+        keys, values = (torch.stack(each, 1) for each in zip(*chunk, strict=True))
+        return KVCache(
+            _advance(self.keys_BLRKH, keys, count_B, position_B, entries),
+            _advance(self.values_BLRKH, values, count_B, position_B, entries),
+        )
+
+
+def entries_after(window: int | None, position: int) -> int:
+    """Return the entries that a layer keeps at a position: all tokens but one of a window, or the whole document."""
+    return position if window is None else window - 1
+
+
+def _advance(past_BLRKH: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, entries: int) -> Tensor:
+    """Return the last `entries` entries that end with the first `count_B` tokens of the chunk.
+
+    Entries from before the current document, of which `position_B` tokens are read, become zeros.
+    """
+    joined_BLJKH = torch.cat([past_BLRKH, chunk_BLTKH], 2)
+    past = past_BLRKH.shape[2]
+    source_BR = torch.arange(past - entries, past, device=count_B.device) + count_B[:, None]
+    in_document_BR = torch.arange(entries, device=count_B.device) >= entries - position_B[:, None]
+    index_B1R11 = source_BR.clamp(min=0)[:, None, :, None, None]
+    _, layers, _, heads, width = joined_BLJKH.shape
+    kept_BLRKH = joined_BLJKH.gather(2, index_B1R11.expand(-1, layers, -1, heads, width))
+    return kept_BLRKH.where(in_document_BR[:, None, :, None, None], 0)
