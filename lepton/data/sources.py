@@ -5,6 +5,7 @@ a tokenizer would cut anyway: after a newline between two visible characters.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +80,18 @@ class Corpus:
         self.size = sum(path.stat().st_size for path in self.files)
         """Bytes of all files as they lie on the disk."""
 
+    def skipped_counts(self) -> dict[str, int]:
+        """Return how many files and folders of each kind were skipped, most first."""
+        return dict(Counter([*self.skipped.values(), *self.left_out.values()]).most_common())
+
     def skipped_summary(self) -> str:
         """Return what was skipped, such as ``3 .parquet (a.parquet, b.parquet, ...), 1 hidden (.git)``; or ''."""
-        kinds: dict[str, list[str]] = {}
-        for path, kind in (self.skipped | self.left_out).items():
-            kinds.setdefault(kind, []).append(path.name)
         parts = []
-        for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1])):
-            plural = "s" if len(names) > 1 and kind.endswith(("folder", "link")) else ""
-            more = ", ..." if len(names) > NAMES_SHOWN else ""
-            parts.append(f"{len(names):,} {kind}{plural} ({', '.join(names[:NAMES_SHOWN])}{more})")
+        for kind, count in self.skipped_counts().items():
+            names = [path.name for path, its in (self.skipped | self.left_out).items() if its == kind][:NAMES_SHOWN]
+            plural = "s" if count > 1 and kind.endswith(("folder", "link")) else ""
+            more = ", ..." if count > NAMES_SHOWN else ""
+            parts.append(f"{count:,} {kind}{plural} ({', '.join(names)}{more})")
         return ", ".join(parts)
 
     def pieces(self, advance: Callable[[int], object] | None = None) -> Iterator[Piece]:
