@@ -60,7 +60,7 @@ def add_separator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separator",
         metavar="TEXT",
-        help=f"split documents wherever TEXT stands, \\n is a new line; '' never (default: where a line is just {MARKER})",
+        help=f"split documents where TEXT stands, \\n is a new line; '' never (default: where a line is just {MARKER})",
     )
 
 
@@ -98,7 +98,7 @@ def _validation(metadata: dict[str, Any]) -> str:
     """Return what validates, with a warning where it is little."""
     documents, ends, tokens = metadata["val_documents"], metadata["val_ends"], metadata["val_tokens"]
     if not tokens:
-        return "for validation: the last rows of the data"
+        return f"for validation: the last rows, {metadata['held_out_tokens']:,} tokens"
     whose = [f"{documents:,} documents"] * bool(documents) + [f"the ends of {ends:,}"] * bool(ends)
     little = "; this is little, and what is measured on it is noisy: prepare more text" if tokens < FLOOR else ""
     return f"for validation: {' and '.join(whose)}, {tokens:,} tokens{little}"
@@ -106,8 +106,8 @@ def _validation(metadata: dict[str, Any]) -> str:
 
 def _next_step(args: argparse.Namespace, metadata: dict[str, Any]) -> str:
     """Return the command that trains on the data, or why there is none yet."""
-    tokens, row_len = metadata["total_tokens"], metadata["row_len"]
-    if not metadata["val_tokens"] and tokens <= row_len:
+    row_len = metadata["row_len"]
+    if max(metadata["val_tokens"], metadata["held_out_tokens"]) < 2:
         return "too little to train on: nothing is left for validation; prepare more text"
     words = ["python", "-m", "lepton", "train", "--data_dir", args.out]
     words += ["--tokenizer", args.tokenizer] if args.tokenizer else []

@@ -143,8 +143,8 @@ def _has_text(entry: Any, field: str) -> bool:
 
 def _opens_with_document(path: Path, field: str) -> bool:
     try:
-        with path.open("rb") as raw, unpacked(raw, path) as file:
-            return _has_text(next(_elements(_text(file), str(path)), None), field)
+        with path.open("rb") as raw, unpacked(raw, path) as file, _text(file) as text:
+            return _has_text(next(_elements(text, str(path)), None), field)
     except (InputError, UnicodeDecodeError):
         return False
 
@@ -156,11 +156,16 @@ def read_documents(raw: IO[bytes], path: Path, form: Form, field: str) -> Iterat
     """
     with unpacked(raw, path) as file:
         try:
-            if form == "text":
-                yield _text(file)
+            if form == "lines":
+                yield from map(io.StringIO, filter(None, _lines(file, path, field)))
                 return
-            texts = {"lines": _lines, "array": _array, "table": _table}[form](file, path, field)
-            yield from map(io.StringIO, filter(None, texts))
+            # The csv module finds the ends of lines itself.
+            with _text(file, newline="" if form == "table" else None) as text:
+                if form == "text":
+                    yield text
+                else:
+                    read = _array if form == "array" else _table
+                    yield from map(io.StringIO, filter(None, read(text, path, field)))
         except UnicodeDecodeError:
             raise InputError(f"{path} is not UTF-8 text: convert it, or leave it out") from None
 
@@ -187,8 +192,8 @@ def _text_of(entry: Any, field: str, place: str) -> str:
     return entry[field] or ""
 
 
-def _array(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
-    for number, entry in enumerate(_elements(_text(file), str(path)), start=1):
+def _array(file: IO[str], path: Path, field: str) -> Iterator[str]:
+    for number, entry in enumerate(_elements(file, str(path)), start=1):
         yield entry if isinstance(entry, str) else _text_of(entry, field, f"{path}, element {number}")
 
 
@@ -231,9 +236,8 @@ def _end_of(pattern: re.Pattern[str], text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _table(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
-    text = _text(file, newline="")
-    header = text.readline(BLOCK)
+def _table(file: IO[str], path: Path, field: str) -> Iterator[str]:
+    header = file.readline(BLOCK)
     delimiters = "\t" if suffixes(path)[0] == ".tsv" else ",;\t"
     columns: list[str] = []
     for delimiter in delimiters:
@@ -247,7 +251,7 @@ def _table(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
 
     def lines() -> Iterator[str]:
         nonlocal used
-        while line := text.readline(MAX_DOCUMENT):
+        while line := file.readline(MAX_DOCUMENT + 1):
             used += len(line)
             if used > MAX_DOCUMENT:
                 raise _too_long(f"{path}, the row that ends behind line {rows.line_num + 1}")

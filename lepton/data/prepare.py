@@ -1,6 +1,7 @@
 """Preparing training data: documents -> tokens -> shards of packed rows, in the form that `ShardedDataset` reads."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from lepton.data.publish import METADATA, place_for
 from lepton.data.publish import publish as _publish
 from lepton.data.sources import MARKER, Corpus, Piece
-from lepton.data.split import Splitter
+from lepton.data.split import Splitter, held_out_tokens
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 
@@ -62,17 +63,19 @@ def prepare(
     try:
         with place_for(out, force=force, wait=wait) as place:
             for source in sources:
-                if place.folder in (Path(source).resolve(), *Path(source).resolve().parents):
+                path = Path(os.path.realpath(source))
+                if place.folder in (path, *path.parents):
                     raise InputError(f"{source} lies in the output folder {out}: name another with --out")
-            corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=out)
+            own = (place.folder, place.partial.parent)
+            corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=own)
             folders = (place.partial, place.partial / "val")
-            rows = shard_rows or SHARD_TOKENS // row_len
-            train, val = writers = [_ShardWriter(folder, row_len, rows, tokenizer.eos_id) for folder in folders]
+            shard_rows = shard_rows or SHARD_TOKENS // row_len
+            train, val = writers = [_ShardWriter(folder, row_len, shard_rows, tokenizer.eos_id) for folder in folders]
             splitter = Splitter(train, val, val_fraction=val_fraction, eos_id=tokenizer.eos_id)
             quiet = None if show_progress else True  # None: shown on a terminal alone
             with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
                 counts = _fill(splitter, corpus.pieces(bar.update), tokenizer)
-            splitter.close(row_len)
+            splitter.close(row_len, shard_rows)
             for writer in writers:
                 writer.close()
             if not counts["documents"]:
@@ -86,6 +89,7 @@ def prepare(
                 "documents": counts["documents"],
                 "val_documents": splitter.val_documents,
                 "val_ends": splitter.val_ends,
+                "held_out_tokens": 0 if val.tokens else held_out_tokens(train.tokens, row_len, shard_rows),
                 "text_bytes": counts["text_bytes"],
                 "separators": corpus.separators,
                 "markers_kept": corpus.markers_kept,

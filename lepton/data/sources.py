@@ -43,7 +43,7 @@ class Corpus:
     `lepton.data.formats`). A document that holds separators is as many documents: without a `separator`, these are
     lines with nothing but `MARKER`; with one, the text wherever it stands; with an empty one, none.
 
-    In folders, hidden, binary and undecodable files, linked folders and the folder `leave_out` are skipped; a file
+    In folders, hidden, binary and undecodable files, linked folders and the folders `leave_out` are skipped; a file
     that is named must be readable.
     """
 
@@ -52,7 +52,7 @@ class Corpus:
         sources: Iterable[str | Path],
         *,
         text_field: str = "text",
-        leave_out: Path | None = None,
+        leave_out: Iterable[Path] = (),
         separator: str | None = None,
     ) -> None:
         if separator is not None and len(separator) > MAX_SEPARATOR:
@@ -67,10 +67,11 @@ class Corpus:
         self.markers_kept = 0
         """Markers that stand inside a line and were kept as text so far; only counted without a `separator`."""
         self._named: set[Path] = set()
+        self._leave_out = {os.path.realpath(folder) for folder in leave_out}
         files: dict[Path, None] = {}
         for source in map(Path, sources):
             if source.is_dir():
-                files.update(dict.fromkeys(path for path in self._walk(source, leave_out) if self._is_usable(path)))
+                files.update(dict.fromkeys(path for path in self._walk(source) if self._is_usable(path)))
             else:
                 self._check_named(source)
                 self._named.add(source)
@@ -192,7 +193,7 @@ class Corpus:
             rest = rest[kept:]
         yield rest
 
-    def _walk(self, folder: Path, leave_out: Path | None) -> Iterator[Path]:
+    def _walk(self, folder: Path) -> Iterator[Path]:
         def unreadable(error: OSError) -> None:
             self.left_out[Path(error.filename)] = "unreadable folder"
 
@@ -200,7 +201,7 @@ class Corpus:
             kept = []
             for name in sorted(folders):
                 path = Path(here, name)
-                if leave_out is not None and path.resolve() == leave_out.resolve():
+                if os.path.realpath(path) in self._leave_out:
                     continue
                 if reason := _why_not_enter(path):
                     self.left_out[path] = reason

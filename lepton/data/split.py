@@ -95,13 +95,13 @@ class Splitter:
         if self._tokens[1] >= FLOOR or sum(self._tokens) > HELD_BACK:
             self._release()
 
-    def close(self, row_len: int) -> None:
+    def close(self, row_len: int, shard_rows: int) -> None:
         """Write what waits. Nothing may be added any more."""
         train, val = self._writers
         if self._waiting:
             total = sum(self._tokens)
             wanted = min(FLOOR, total // MOST)
-            missing = wanted - (self._tokens[1] or _held_out_tokens(total, row_len))
+            missing = wanted - (self._tokens[1] or held_out_tokens(total, row_len, shard_rows))
             if missing > 0 and wanted >= SHORTEST_END:
                 self._choose_more(self._waiting, missing)
             self._release()
@@ -158,8 +158,10 @@ def held_out_rows(rows: Sequence[int], row_len: int, padding: int) -> int:
     return min(held + hardly_any, total - 1)
 
 
-def _held_out_tokens(total: int, row_len: int) -> int:
-    rows = -(-total // row_len)
-    padding = rows * row_len - total
-    held = held_out_rows([rows], row_len, padding)
+def held_out_tokens(tokens: int, row_len: int, shard_rows: int) -> int:
+    """Return how many of `tokens` in shards of `shard_rows` rows are held out where there is no ``val`` folder."""
+    total = -(-tokens // row_len)
+    full, rest = divmod(total, shard_rows)
+    padding = total * row_len - tokens
+    held = held_out_rows([shard_rows] * full + [rest] * (rest > 0), row_len, padding)
     return held * row_len - padding if held else 0

@@ -75,6 +75,8 @@ class Tokenizer:
             )
         if backend.post_processor and not _keeps_ids(json.loads(backend.post_processor.__getstate__())):
             raise InputError("the tokenizer's post-processor drops or repeats the text: its `single` must hold A once")
+        if any(token.content == EOS and not token.special for token in backend.get_added_tokens_decoder().values()):
+            backend.add_special_tokens([EOS])  # else a text that spells it would end there
         self.eos_id: int = eos
         """The id that ends a document."""
         self.size: int = 1 + max(backend.get_vocab().values())
