@@ -159,17 +159,29 @@ def test_only_new_tokens_are_computed(model):
     assert sum(rows * tokens for rows, tokens in shapes) == len(PROMPT) + new - 1
 
 
-def test_drafts_are_computed_where_there_is_room(model):
-    """A cycle computes the newest token and its drafts, never more than could still be handed out."""
+def test_every_cycle_drafts_alike(model):
+    """A cycle computes the newest token and all drafts, also where fewer could still be handed out."""
     with embedded_shapes(model) as shapes:
         generate(model, PROMPT, 1)
-        assert shapes == [(1, len(PROMPT))]
+        assert shapes == [(1, len(PROMPT))], "the prompt alone gives the first token"
         generate(model, PROMPT, 2)
-        assert shapes[2:] == [(1, 1)]
-        generate(model, PROMPT, 3)
-        assert shapes[4] == (1, 2)
         generate(model, PROMPT, 40)
-    assert max(tokens for rows, tokens in shapes if tokens != len(PROMPT)) == 1 + model.config.drafts
+    assert {shape for shape in shapes if shape[1] != len(PROMPT)} == {(1, 1 + model.config.drafts)}
+
+
+@pytest.mark.parametrize("variant", ["complete", "dense"])
+@pytest.mark.parametrize("seed", [0, 20241126130100, (1 << 64) - 1, -(1 << 63), np.int64(7)])
+def test_asking_for_more_changes_no_token(variant, seed):
+    model = lively(variant)
+    options = {"temperature": 1.3, "top_p": 1.0, "seed": seed}
+    most = generate(model, BATCH, 30, **options)
+    for new in (1, 2, 3, 5, 7, 12):
+        asked = generate(model, BATCH, new, **options)
+        assert asked == [row[: len(prompt) + new] for row, prompt in zip(most, BATCH, strict=True)]
+    assert [*PROMPT, *generate_stream(model, PROMPT, 7, **options)] == most[0][: len(PROMPT) + 7]
+    new = most[0][len(PROMPT) :]
+    end = new.index(new[len(new) // 2]) + 1
+    assert generate(model, PROMPT, 30, stop=new[end - 1], **options) == PROMPT + new[:end]
 
 
 def test_padding_opens_no_segments(model, monkeypatch):
