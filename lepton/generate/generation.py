@@ -130,6 +130,8 @@ class Generation:
         )
         self._pass = partial(model.trunk, depth=options.depth, think=options.think)
         self._new: list[list[int]] = [[] for _ in self.prompts]
+        self._first: Chunk | None = None
+        """What the prompts gave, if a state was asked for before the first token."""
         self._cycle: Cycle | None = None
         self._left: dict[int, State] = {}
         """States of the rows that ended before the newest cycle."""
@@ -147,7 +149,7 @@ class Generation:
     def state_without(self, rest: int) -> State:
         """Return `state` as if the last `rest` tokens of the newest cycle had not been drawn."""
         if self._cycle is None:
-            self._prefill()
+            self._first = self._prefill()
         assert self._cycle is not None, "reading the prompts is the first cycle"
         rows, given, commit = self._cycle
         state = commit(torch.tensor([count - 1 - rest for count in given], device=self._device))
@@ -161,7 +163,8 @@ class Generation:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws_RX, chunk = self._draws(rows), self._prefill()
+        draws_RX, chunk = self._draws(rows), self._first or self._prefill()
+        self._first = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
             logits_RTV = self.model.head(chunk.hidden_RTD)

@@ -5,7 +5,6 @@ Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousan
 
 import math
 import random
-import sys
 
 import torch
 from torch import Tensor
@@ -36,9 +35,8 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top
     logits = logits.double()
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
-    # The maximum goes first: dividing by a tiny temperature then overflows only towards probability 0. A temperature
-    # below the normal numbers is the smallest of these: where a processor takes it for 0, 0 / 0 would follow.
-    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / max(temperature, sys.float_info.min), -1)
+    # The maximum goes first: dividing by a tiny temperature then overflows only towards probability 0.
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
     if top_k is None and top_p == 1:
         return p
     ranked = _ranked(p, top_p, top_k)
