@@ -21,9 +21,7 @@ class RunFolder:
         self.path = Path(path)
         self.keep = keep
         remove_unfinished(self.path)
-        for name in ("*.pt.tmp", f"{METRICS}.tmp"):  # as versions before the lock called them
-            for unfinished in self.path.glob(name):
-                unfinished.unlink(missing_ok=True)
+        checkpoint.remove_unfinished(self.path)
 
     @property
     def metrics(self) -> Path:
