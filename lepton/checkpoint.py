@@ -128,6 +128,8 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         for name, value in _tensors(payload):
             tensors.check_finite(name, value)
+    except RecursionError as error:
+        raise InputError(f"{path} is no LEPTON checkpoint: it is nested too deeply") from error
     except InputError as error:
         raise InputError(f"{path}: {error}: training has diverged before it{_alternative(path)}") from error
     payload["model"] = dict(payload["model"])  # without `_metadata`: what counts is payload["config"]

@@ -32,3 +32,12 @@ def naming(place: object) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
+
+
+def shown(value: object) -> str:
+    """Return a value as a message can show it: on one line, and not at any length."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -34,18 +34,18 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, casts: bo
     Raises:
         InputError: the first name that does not fit, and why.
     """
-    for names, problem in ((wanted.keys() - found.keys(), "is missing"), (found.keys() - wanted.keys(), "is unknown")):
+    for problem, names in (("Missing", wanted.keys() - found.keys()), ("Unexpected", found.keys() - wanted.keys())):
         if names:
             more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
-            raise InputError(f"'{min(names, key=str)}' {problem}{more}")
+            raise InputError(f"{problem} key '{min(names, key=str)}'{more}")
     for name, like in wanted.items():
         value = found[name]
         if not isinstance(value, Tensor):
             raise InputError(f"'{name}' is no tensor but {type(value).__name__}")
         if value.shape != like.shape:
-            raise InputError(f"'{name}' has shape {tuple(value.shape)}, not {tuple(like.shape)}")
+            raise InputError(f"'{name}' has shape {tuple(value.shape)}, this model needs {tuple(like.shape)}")
         if value.dtype != like.dtype and not (casts and {value.dtype, like.dtype} <= {*FLOATS}):
-            raise InputError(f"'{name}' holds {value.dtype}, not {like.dtype}")
+            raise InputError(f"'{name}' holds {value.dtype}, this model needs {like.dtype}")
         check_finite(name, value)
 
 

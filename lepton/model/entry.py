@@ -10,8 +10,10 @@ from torch import Tensor
 from lepton.errors import InputError
 from lepton.model.crystals import CONTEXT, Columns, Store
 from lepton.model.memory import CONV
-from lepton.model.state import Memory, State, flatten, read_tensors, rebuild
+from lepton.model.saved import read_part
+from lepton.model.state import Memory, State, flatten, rebuild
 from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, Group, late_rows
+from lepton.model.weights import Origin
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -46,13 +48,13 @@ def fresh_state(model: "Lepton", batch_size: int, *, room: bool = True) -> State
         torch.zeros(ring, dtype=dtype, device=device),
         counter,
         group,
-        Memory(matrix, tail, store),
+        Memory(matrix, tail, store, Origin(model) if room else None),
     )
 
 
-def with_memory(model: "Lepton", state: State, path: str | Path) -> State:
+def with_memory(model: "Lepton", state: State, path: str | Path, *, any_weights: bool = False) -> State:
     """Return a fresh `state` with the memory that the file `path` holds."""
-    memory = read_tensors(path, model.new_state(1).memory, "state.memory")
+    memory = read_part(model, path, model.new_state(1).memory, any_weights=any_weights)
     tensors = flatten(memory)
     rows = next(iter(tensors.values())).shape[0] if tensors else state.batch_size
     if rows not in (1, state.batch_size):
