@@ -11,7 +11,6 @@ Shapes: B batch, T seq_len.
 """
 
 import hashlib
-import json
 import math
 import os
 import warnings

@@ -106,7 +106,7 @@ def test_loading_is_strict():
     model = build("complete")
     weights = model.state_dict()
     build("complete", seed=1).load_state_dict(weights)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r"Missing key 'embed\.weight'"):
         model.load_state_dict({name: value for name, value in weights.items() if name != "embed.weight"})
 
 
