@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lepton.model.block import Block
-from lepton.model.memory import CHUNK
-from lepton.model.timeline import band_edges
+from lepton.ops.delta_rule import CHUNK
+from lepton.ops.query_blocks import computed_pairs
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -25,7 +25,7 @@ def flops_per_token(
     config = model.config
     depth = 1.0 if depth is None else depth
     think = (config.rounds if model.thoughts is not None else 0) if think is None else think
-    pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, config.window))
+    pairs = computed_pairs(length, config.window)
     groups = -(-length // config.segment) if groups is None else groups
     crystals = (groups + 1) * config.crystals if model.crystals is not None else 0
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)

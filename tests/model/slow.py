@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lepton.model.attention import norm
+from lepton.model.layers import norm
 from lepton.model.memory import READ_EPS
 from tests.laws.lab import EOS
 
