@@ -17,7 +17,7 @@ def flops_per_token(
 ) -> float:
     """Floating-point operations of `forward` per token, over a fresh sequence of `length` tokens of one document.
 
-    A multiply-add counts as two; only matrix products are counted. Attention counts every column that is computed,
+    A multiply-add counts as two; only matrix products are counted. Attention counts every kv entry that is computed,
     masked or not, as torch's FLOP counter does with the math backend (triangular solves count nothing there, and so
     nothing here). `depth` is the share of tokens that go past the stem, `groups` the number of segments that there is
     room for, by default those that open. `lepton.train.flops` counts a training step.

@@ -64,7 +64,7 @@ class Slots:
 class Attention(nn.Module):
     """Projections of one attention layer. Its past is an argument.
 
-    But in the dense baseline the last coordinate of each head carries the bias of slot columns: a constant in queries,
+    But in the dense baseline the last coordinate of each head carries the bias of slots: a constant in queries,
     the bias in slots' keys, zero in tokens' keys. So it is part of the product of queries and keys, every attention
     kernel takes it, and its gradient needs no mask of its own.
     """

@@ -19,8 +19,8 @@ from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 
 CONV = 4
 READ_EPS = 1e-2
-"""Added to the mean square of a read before it is normed: about that of a weak one. With next to nothing there, what is
-small for want of an answer would be made as large as any, its rounding and its gradient with it."""
+"""Added to the mean square of a read before it is normed: about that of a weak one. Without it the norm would bring
+reads near zero, their rounding errors and their gradients to the size of all others."""
 
 
 class WorkingMemory(nn.Module):
