@@ -5,7 +5,7 @@ import torch
 
 from lepton.ops.attention_kernel import ATTENTION, Ranges, runs
 from lepton.ops.attention_plan import CausalWindow
-from lepton.ops.query_blocks import BLOCK, computed_pairs, query_blocks
+from lepton.ops.query_blocks import BLOCK
 from tests.ops.devices import force
 
 
@@ -113,15 +113,6 @@ def test_rows_can_be_picked_in_either_form(monkeypatch):
     ranges = lay_out(position, 4).plan_of_mask(mask).of_rows(rows).ranges
     expected = Ranges.of_mask(mask[rows])
     assert all(torch.equal(getattr(ranges, name), getattr(expected, name)) for name in ("first_BJ", "last_BJ"))
-
-
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize("length", [1, 256, 257, 1000])
-def test_query_blocks_cover_a_chunk_and_count_its_pairs(length, window):
-    blocks = query_blocks(length, 0, window)
-    assert [first for first, *_ in blocks] == [0, *(last for _, last, *_ in blocks[:-1])]
-    assert blocks[-1][1] == blocks[-1][3] == length
-    assert computed_pairs(length, window) == sum((b - a) * (d - c) for a, b, c, d in blocks)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

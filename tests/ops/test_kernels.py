@@ -8,6 +8,7 @@ from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.ops.delta_rule import DELTA_RULE
 from lepton.ops.kernels import Kernel
+from tests.ops.devices import GPU
 
 CUDA = torch.device("cuda")
 
@@ -83,8 +84,7 @@ def test_a_cpu_has_none(kernel):
     assert not any(kernel.works(torch.device("cpu"), dtype, 64, 64) for dtype in (torch.bfloat16, torch.float32))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", GPU)
 @pytest.mark.parametrize(
     ("kernel", "dtype", "sizes"),
     [
@@ -95,6 +95,6 @@ def test_a_cpu_has_none(kernel):
     ids=lambda value: getattr(value, "what", None),
 )
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_the_trials_succeed(kernel, dtype, sizes, mode):
+def test_the_trials_succeed(kernel, dtype, sizes, mode, device):
     with mode():
-        assert kernel.try_out(CUDA, dtype, *sizes)
+        assert kernel.try_out(torch.device(device), dtype, *sizes)
