@@ -5,12 +5,26 @@ idea are declared beside its module, in `lepton/model/ideas/`, and registered th
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from lepton.errors import InputError, nearest
+from lepton.errors import InputError, nearest, shown
+
+MOST = {
+    "width": 1 << 15,
+    "layers": 256,
+    "heads": 1024,
+    "kv_heads": 1024,
+    "ffn": 1 << 18,
+    "head_dim": 1024,
+    "window": 1 << 17,
+    "embed_rank": 1 << 15,
+    "vocab_size": 1 << 21,
+    "segment": 1 << 17,
+}
+"""Largest values: far above XXL's, and small enough that a model without memory (on the meta device) is built in about
+a second, so that a file's configuration can be compared with its weights before any memory is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +35,15 @@ class IdeaConfig:
     """The idea's attribute in the model, and its name in checkpoints, overrides and on the command line."""
     reads_top: ClassVar[bool] = False
     """Whether it reads the top states, and takes no part in the pass before them."""
+    most: ClassVar[Mapping[str, int]] = {}
+    """Largest value of each field that decides a size; see `MOST`."""
     flat: ClassVar[Mapping[str, str]] = {}
     """Fields by the names that they had when a configuration was flat; checkpoints from then still load."""
     flat_switch: ClassVar[str] = ""
     """The name in a flat configuration whose value 0 or False left the idea out."""
 
     def __post_init__(self) -> None:
-        _check_types(self, f"{self.name}.")
+        _check_fields(self, self.most, f"{self.name}.")
 
     def check(self, config: "LeptonConfig") -> None:
         """Raise InputError for values that do not fit each other or the model."""
@@ -100,16 +116,16 @@ class LeptonConfig:
     """The ideas, in the order of the flow."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim"):
+        _check_fields(self, MOST)
+        for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim", "segment"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise InputError(f"{name}={shown(getattr(self, name))}: must be at least 1")
         if self.vocab_size < 2:
             raise InputError(f"vocab_size={self.vocab_size}: must be at least 2")
         if self.embed_rank is not None and self.embed_rank < 1:
             raise InputError(f"embed_rank={self.embed_rank}: must be at least 1, or None for the full width")
-        if not 0 < self.rope_base < math.inf:
-            raise InputError(f"rope_base={self.rope_base}: must be a positive number")
+        if not 1 <= self.rope_base <= 1e12:
+            raise InputError(f"rope_base={shown(self.rope_base)}: must lie in 1..1e12")
         if self.heads % self.kv_heads:
             raise InputError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 4:
@@ -119,11 +135,9 @@ class LeptonConfig:
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1, or None for full attention")
         if not 0 < self.logit_cap <= 50:
-            raise InputError(f"logit_cap={self.logit_cap}: must lie in 0..50, so that its exponential fits fp32")
-        if self.segment < 1:
-            raise InputError(f"segment={self.segment}: must be at least 1")
+            raise InputError(f"logit_cap={shown(self.logit_cap)}: must lie in 0..50, so that its exponential fits fp32")
         if not 0 <= self.eos_id < self.vocab_size:
-            raise InputError(f"eos_id={self.eos_id}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
+            raise InputError(f"eos_id={shown(self.eos_id)}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
         for idea in self.ideas:
             idea.check(self)
 
@@ -167,6 +181,9 @@ class LeptonConfig:
         Raises:
             InputError: an unknown name, with the nearest match, or a value that does not fit.
         """
+        needed = [field.name for field in dataclasses.fields(LeptonConfig) if field.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in fields]:
+            raise InputError(f"the configuration lacks '{missing[0]}'")
         own = {name: value for name, value in fields.items() if name in _names(LeptonConfig) and name != "ideas"}
         rest = {name: value for name, value in fields.items() if name not in own}
         if "ideas" in rest:
@@ -207,7 +224,7 @@ def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[st
     flat = {old: (idea, field) for idea in IDEAS.values() for old, field in idea.flat.items()}
     found: dict[str, tuple[bool | None, dict[str, Any]]] = {}
     for name, value in changes.items():
-        idea, dot, field = name.partition(".")
+        idea, dot, field = str(name).partition(".")
         whole = name in IDEAS and (value is None or isinstance(value, Mapping | bool))
         if whole:
             switch, fields = (value is not None and value is not False), dict(value) if isinstance(value, Mapping) else {}
@@ -219,10 +236,10 @@ def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[st
             switch, fields = None, {field: value}
         else:
             known = [*_names(LeptonConfig), *IDEAS, *flat]
-            raise InputError(f"unknown configuration field '{name}'{nearest(name, known)}")
+            raise InputError(f"unknown configuration field '{name}'{nearest(str(name), known)}")
         for field in fields:
             if field not in _names(IDEAS[idea]):
-                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(field, _names(IDEAS[idea]))}")
+                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(str(field), _names(IDEAS[idea]))}")
         before, others = found.get(idea, (None, {}))
         found[idea] = (before if switch is None else switch, {**others, **fields})
     return found
@@ -233,14 +250,24 @@ _KINDS: dict[Any, str] = {
     int | None: "a whole number (int), or None",
     float: "a number",
     bool: "True or False",
+    bool | None: "True, False or None",
+    str: "a text",
+    str | None: "a text, or None",
 }
 
 
-def _check_types(config: Any, prefix: str = "") -> None:
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError unless `value` is of the type of a field, which is one of `_KINDS`."""
+    wanted: Any = float | int if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind not in (bool, bool | None)):
+        raise InputError(f"{name}={shown(value)}: must be {_KINDS[kind]}")
+
+
+def _check_fields(config: Any, most: Mapping[str, int], prefix: str = "") -> None:
+    """Raise InputError for a field of a wrong type, or beyond its largest value."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type not in _KINDS:
-            continue
-        kind: Any = float | int if field.type is float else field.type
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(f"{prefix}{field.name}={value!r}: must be {_KINDS[field.type]}")
+        name, value = prefix + field.name, getattr(config, field.name)
+        if field.type in _KINDS:
+            check_type(name, value, field.type)
+        if field.name in most and abs(value or 0) > most[field.name]:
+            raise InputError(f"{name}={shown(value)}: must be at most {most[field.name]:,}")

@@ -13,21 +13,39 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms named here, and itself.
 ALLOWED = {
     "errors": set(),
+    "requirements": set(),
+    "ops": {"errors"},
     "files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
-    "checkpoint": {"errors", "files"},
+    "archive": {"errors"},
+    "tensors": {"errors", "files"},
+    "checkpoint": {"errors", "files", "archive", "tensors"},
     "data": {"errors", "files", "config"},
-    "model": {"errors", "files", "config", "presets", "checkpoint"},
+    "model": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint"},
     "generate": {"errors", "config", "model"},
-    "train": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate"},
-    "evals": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
-    "cli": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
+    "train": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate"},
+    "evals": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
+    "cli": {
+        "errors",
+        "ops",
+        "requirements",
+        "files",
+        "tensors",
+        "config",
+        "presets",
+        "checkpoint",
+        "data",
+        "model",
+        "generate",
+        "train",
+        "evals",
+    },
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
-LAZY_EXCEPTIONS = {("model", "generate")}
+LAZY_EXCEPTIONS = {("model", "generate"), ("model", "data")}
 # Comes with PyTorch's builds for GPUs; the files of this folder need it, and are imported only where it is there.
-OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "model" / "kernels"
+OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "ops" / "triton"
 FILES = sorted((ROOT / "lepton").rglob("*.py"))
 
 

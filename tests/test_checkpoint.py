@@ -141,9 +141,10 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_device_that_is_really_full(tmp_path):
+def test_a_device_that_is_really_full(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "best.pt", payload(1))
-    (tmp_path / "best.pt.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "x")
+    (tmp_path / ".best.pt.x.tmp").symlink_to("/dev/full")
     with pytest.raises(InputError, match="cannot save"):
         checkpoint.save(tmp_path / "best.pt", payload(2))
     assert_intact(tmp_path)
@@ -184,7 +185,6 @@ def test_a_duplicate_is_independent_of_its_source(tmp_path, monkeypatch, links):
     if not links:
         monkeypatch.setattr("os.link", no_links)
     checkpoint.save(tmp_path / "step_1.pt", payload(1))
-    (tmp_path / "final.pt.tmp").write_bytes(b"left by a killed process")
     checkpoint.duplicate(tmp_path / "step_1.pt", tmp_path / "final.pt")
     checkpoint.save(tmp_path / "step_1.pt", payload(2))
     assert checkpoint.load(tmp_path / "final.pt")["step"] == 1
@@ -193,7 +193,7 @@ def test_a_duplicate_is_independent_of_its_source(tmp_path, monkeypatch, links):
 
 def test_what_killed_processes_left_is_removed(tmp_path):
     checkpoint.save(tmp_path / "step_1.pt", payload(1))
-    for name in ("step_2.pt.tmp", "best.pt.tmp", "notes.tmp"):
+    for name in (".step_2.pt.1f.tmp", "best.pt.tmp", "notes.tmp"):
         (tmp_path / name).write_bytes(b"half")
     checkpoint.remove_unfinished(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.tmp", "step_1.pt"]

@@ -1,7 +1,7 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, initialise
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State, flatten
 from lepton.model.timeline import Timeline
-from lepton.model.weights import Origin, guard
+from lepton.model.weights import Origin, check_weights, note_config, without_memory
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import soft_cap
 
@@ -70,7 +70,7 @@ class Lepton(nn.Module):
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
         self._build(reads_top=True)
         initialise(self)
-        guard(self)
+        self.register_state_dict_post_hook(note_config)
 
     def _build(self, *, reads_top: bool) -> None:
         for idea in self.config.ideas:
@@ -108,7 +108,7 @@ class Lepton(nn.Module):
         No memory is taken before the weights are known to fit the configuration.
         """
         with naming(path):
-            with torch.device("meta"):
+            with without_memory():
                 model = Lepton(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
         model._tokenizer_json = content.get("tokenizer")
@@ -120,6 +120,15 @@ class Lepton(nn.Module):
         from lepton.data.tokenizer import Tokenizer
 
         return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, once names, shapes, dtypes, finiteness and the configuration fit: nothing is taken over before.
+
+        Raises:
+            InputError: the weights are of another model; also a RuntimeError, as in torch.
+        """
+        check_weights(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(
         self,

@@ -92,6 +92,8 @@ def declared(model: nn.Module) -> dict[str, Declared]:
 def initialise(model: nn.Module) -> None:
     """Give every parameter its declared initial value, and every buffer the one that its module's `reset` gives."""
     entries = declared(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # there is no memory for values
     for name, parameter in model.named_parameters():
         entries[name].initial(parameter)
     for module in model.modules():

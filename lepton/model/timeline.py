@@ -1,9 +1,9 @@
 """Where the tokens of a chunk stand: positions, documents, segments.
 
 Shape suffixes here and in the whole package:
-B rows, T tokens of the chunk, R remembered tokens before it (the past columns), J = R + T columns in all,
+B rows, T tokens of the chunk, R remembered tokens before it (the past), J = R + T kv entries in all,
 D width, N query heads, K key/value heads, H head width, L blocks, V vocabulary; G segments of the chunk, the one that
-is open on entry first; S thought slots of a group; C crystal columns; M positions picked from B x T.
+is open on entry first; S thought slots of a group; C slots beside the tokens; M positions picked from B x T.
 """
 
 from dataclasses import dataclass

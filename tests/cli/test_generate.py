@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import re
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import torch
 
 from lepton import checkpoint
 from lepton.cli import generate as command
+from lepton.cli import shading
 from lepton.cli.loading import load
 from lepton.cli.main import INTERRUPTED
-from lepton.generate import generate, generate_with_stats, generate_with_uncertainty
+from lepton.errors import InputError
+from lepton.generate import generate, generate_with_state, generate_with_stats, generate_with_uncertainty
 from lepton.generate.stats import Stats
 from lepton.model import Lepton
 from tests.cli.tiny import run, run_json, save_tiny, tiny_model
@@ -177,7 +180,7 @@ def test_an_incomplete_character_is_shown_at_the_end(saved):
 
 
 def test_interruption_ends_the_line(saved, monkeypatch):
-    def interrupted(generation):
+    def interrupted(stream):
         yield from ((token, 0.0) for token in saved[2].encode("jumps"))
         raise KeyboardInterrupt
 
@@ -216,68 +219,249 @@ def test_ctrl_c_in_a_real_process(saved):
 
 # Uncertainty
 
-PIECES = [
-    command.Piece(text, uncertainty)
-    for text, uncertainty in [("The", 0.1), (" qu", 0.85), ("ick\n", 0.3), ("\n", 0.9), ("fox", 0.5), ("es run", 1.0)]
-]
-
-
-def test_colours_shade_by_uncertainty_and_never_a_line_end():
-    pale, warm, hot = (f"\033[30;48;5;{colour}m" for colour in (229, 222, 210))
-    off = "\033[0m"
-    expected = f"The{hot} qu{off}{pale}ick{off}\n\n{warm}fox{off}{hot}es run{off}"
-    assert "".join(command.shaded(PIECES)) == expected
-
-
-def test_marks_stand_behind_words():
-    assert "".join(command.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
-    assert "".join(command.marked([])) == ""
-
 
 class Screen(io.StringIO):
     def isatty(self):
         return True
 
 
+PIECES = [
+    shading.Piece(text, uncertainty)
+    for text, uncertainty in [("The", 0.1), (" qu", 0.85), ("ick\n", 0.3), ("\n", 0.9), ("fox", 0.5), ("es run", 1.0)]
+]
+PALE, WARM, HOT, OFF = *(f"\033[30;48;5;{colour}m" for colour in (229, 222, 210)), "\033[0m"
+
+
+def test_colours_shade_words_by_uncertainty_and_no_white_space():
+    expected = f"The {HOT}qu{OFF}{PALE}ick{OFF}\n\n{WARM}fox{OFF}{HOT}es{OFF} {HOT}run{OFF}"
+    assert "".join(shading.shaded(PIECES)) == expected
+
+
+def test_the_legend_shows_every_shade():
+    legend = shading.legend()
+    assert legend.startswith("chance that the model's best guess is wrong:  0-20 % \033[30;48;5;229m 20-40 % \033[0m")
+    assert all(f";{colour}m" in legend for colour in shading.SHADES[1:])
+
+
+def test_marks_stand_behind_words():
+    assert "".join(shading.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
+    assert "".join(shading.marked([])) == ""
+
+
+def test_a_terminal_obeys_nothing_in_the_text():
+    assert shading.visible("a\x1b[2Jb\r\n\tc\x07\x7f\x9bü東") == "a␛[2Jb␍\n\tc␇␡�ü東"
+
+
 def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert command.has_colours(Screen())
-    assert not command.has_colours(io.StringIO())
+    assert shading.has_colours(Screen())
+    assert not shading.has_colours(io.StringIO())
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert not command.has_colours(Screen())
+            assert not shading.has_colours(Screen())
 
 
-def test_uncertainty_on_the_command_line(saved, monkeypatch):
-    monkeypatch.setattr(command, "DOUBTFUL", 0.5)
-    words = [*command_of(saved[0]), "--prompt", "fox", "--seed", 5, "--temperature", 2]
-    plain = run(*words)[1]
-    code, out, err = run(*words, "--uncertainty")
-    assert code == 0
-    assert 0 < out.count(command.MARK) < 100
-    assert out.replace(command.MARK, "") == plain
-    legend, figures = err.splitlines()
-    assert legend == "[?] marks words with a token of uncertainty 0.5 or more"
-    assert re.fullmatch(
-        r"100 new tokens; \d+ forward calls; [1-5]\.\d\d tokens a cycle; "
-        r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks",
-        figures,
+SPEED = r"25 new tokens in \d+\.\d s \(\d+\.\d tokens/s\)"
+FIGURES = (
+    SPEED + r"; \d+ passes through the model; [1-5]\.\d\d tokens a pass; "
+    r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks"
+)
+
+
+def uncertain(saved, *flags, **options):
+    return run(
+        *command_of(saved[0]),
+        "--prompt",
+        "fox",
+        "--seed",
+        5,
+        "--temperature",
+        2,
+        "--max_new_tokens",
+        25,
+        *flags,
+        **options,
     )
+
+
+def test_a_pipe_gets_the_text_alone(saved):
+    plain = uncertain(saved)
+    assert plain[2] == ""
+    code, out, err = uncertain(saved, "--uncertainty")
+    assert (code, out) == (0, plain[1])
+    meaning, figures = err.splitlines()
+    assert meaning.startswith("stdout is no terminal, so the text is not shaded; --json")
+    assert re.fullmatch(FIGURES, figures)
+
+
+def test_a_terminal_is_kept_informed(saved):
+    code, out, err = uncertain(saved, screen=Screen)
+    assert (code, out) == (0, shading.visible(uncertain(saved)[1]))
+    loading, speed = err.splitlines()
+    assert loading == f"loading {saved[0]}"
+    assert re.fullmatch(SPEED, speed)
+
+
+def test_uncertainty_on_a_terminal(saved, monkeypatch):
+    plain = shading.visible(uncertain(saved)[1])
+    monkeypatch.setattr(shading, "DOUBTFUL", 0.5)
+    monkeypatch.setenv("TERM", "dumb")
+    out, err = uncertain(saved, "--uncertainty", screen=Screen)[1:]
+    assert 0 < out.count(shading.MARK) < 25
+    assert out.replace(shading.MARK, "") == plain
+    assert err.splitlines()[1].startswith("[?] marks words with a token of uncertainty")
+    assert re.fullmatch(FIGURES, err.splitlines()[2])
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    out, err = uncertain(saved, "--uncertainty", screen=Screen)[1:]
+    assert "\033[30;48;5;" in out
+    assert re.sub(r"\033\[[\d;]*m", "", out) == plain
+    assert err.splitlines()[1] == shading.legend()
 
 
 def test_figures_without_drafts():
-    assert command.describe(Stats(new_tokens=3, forward_calls=3, positions=5, blocks=15)) == (
-        "3 new tokens; 3 forward calls; mean depth 3.00 blocks"
+    stats = Stats(new_tokens=3, forward_calls=3, positions=5, blocks=15)
+    assert command.describe(stats, 0.5, uncertainty=False) == "3 new tokens in 0.5 s (6.0 tokens/s)"
+    assert command.describe(stats, 0.5, uncertainty=True) == (
+        "3 new tokens in 0.5 s (6.0 tokens/s); 3 passes through the model; mean depth 3.00 blocks"
     )
+
+
+# Texts that begin with a dash, escapes, the empty prompt, stdin
+
+
+@pytest.mark.parametrize("prompt", ["---", "-x", "-->", "--no such flag", "--", "-1", "a=b"])
+def test_a_prompt_may_look_like_a_flag(saved, prompt):
+    words = [*command_of(saved[0]), "--max_new_tokens", 3, "--seed", 0]
+    out = prompt + expected(saved, prompt, max_new_tokens=3, seed=0) + "\n"
+    assert run(*words, "--prompt", prompt) == (0, out, "")
+    assert run(*words, f"--prompt={prompt}") == (0, out, "")
+
+
+def test_stop_texts_take_escapes_and_dashes(saved, monkeypatch):
+    assert command.unescaped(r"\n\t\r\\n\d") == "\n\t\r\\n\\d"
+    monkeypatch.setattr(command, "tokens", lambda stream: ((token, 0.0) for token in saved[2].encode("ab-->c\nd")))
+    words = [*command_of(saved[0]), "--prompt", "fox "]
+    assert run(*words, "--stop", "-->")[1] == "fox ab-->\n"
+    assert run(*words, "--stop", r"\n")[1] == "fox ab-->c\n\n"
+    assert run(*words, "--stop", r"\\n")[1] == "fox ab-->c\nd\n"
+
+
+def test_an_empty_prompt_starts_a_document(saved):
+    _, model, tokenizer = saved
+    figures = run_json(*command_of(saved[0]), "--prompt", "", "--seed", 2, "--max_new_tokens", 9)
+    tokens = generate(model, [model.config.eos_id], 9, seed=2)
+    assert (figures["prompt"], figures["prompt_tokens"], figures["tokens"]) == ("", 1, tokens[1:])
+    assert figures["text"] == tokenizer.decode(tokens)
+
+
+class Keyboard(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+def test_stdin_without_a_text(saved, monkeypatch, capsys):
+    code, out, err = run(*command_of(saved[0]), "--prompt", "-", stdin=b"\n")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --prompt -: nothing came from stdin")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Keyboard("süß\n".encode())))
+    assert command._read_stdin() == "süß"
+    assert capsys.readouterr().err.startswith("type the prompt, and Ctrl-")
+
+
+# The memory file
+
+
+def test_the_memory_file_is_made_used_and_updated(saved, tmp_path):
+    _, model, tokenizer = saved
+    path = tmp_path / "memory.safetensors"
+    words = [*command_of(saved[0]), "--seed", 3, "--max_new_tokens", 20, "--memory", path]
+    first = run_json(*words, "--prompt", "The fox jumps over the lazy dog.")
+    assert first["text"] == expected(saved, first["prompt"], seed=3, max_new_tokens=20)
+    kept = model.new_state(1, memory=path).memory
+    assert kept.matrix_BHKV.any()
+    second = run_json(*words, "--prompt", "Ein Käse")
+    tokens, state = generate_with_state(model, tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
+    assert second["tokens"] == tokens[-20:]
+    assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=20), "the memory matters"
+    again = model.new_state(1, memory=path).memory.matrix_BHKV
+    torch.testing.assert_close(again, state.memory.matrix_BHKV)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_text_can_be_remembered_without_generating(saved, tmp_path):
+    _, model, tokenizer = saved
+    path = tmp_path / "memory.safetensors"
+    words = [*command_of(saved[0]), "--prompt", "The fox", "--memory", path, "--max_new_tokens", 0]
+    assert run(*words) == (0, "The fox\n", "")
+    with torch.no_grad():
+        ids = tokenizer.encode("The fox")
+        opens = torch.arange(len(ids))[None] == len(ids) - 1
+        read = model(torch.tensor([ids]), opens=opens).state
+    torch.testing.assert_close(model.new_state(1, memory=path).memory.matrix_BHKV, read.memory.matrix_BHKV)
+
+
+def test_ctrl_c_keeps_what_was_read_and_a_fault_what_was_there(saved, tmp_path, monkeypatch):
+    _, model, tokenizer = saved
+    path = tmp_path / "memory.safetensors"
+    words = [*command_of(saved[0]), "--prompt", "fox ", "--seed", 1, "--memory", path]
+
+    def leaving(error, after):
+        def tokens(stream):
+            yield from ((token, 0.0) for token in itertools.islice(stream, after))
+            raise error
+
+        monkeypatch.setattr(command, "tokens", tokens)
+        return run(*words)[0]
+
+    assert leaving(KeyboardInterrupt(), 0) == INTERRUPTED
+    assert not path.exists(), "nothing was read"
+    assert leaving(KeyboardInterrupt(), 7) == INTERRUPTED
+    state = generate_with_state(model, tokenizer.encode("fox "), 7, seed=1)[1]
+    torch.testing.assert_close(model.new_state(1, memory=path).memory.matrix_BHKV, state.memory.matrix_BHKV)
+    before = path.read_bytes()
+    assert leaving(InputError("fault"), 7) == 2
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "named"),
+    [
+        ("", "new", "--memory needs a --prompt"),
+        ("fox", "file/new", "file is no folder that can be written to"),
+        ("fox", "file", "file"),
+        ("fox", ".", ""),
+    ],
+)
+def test_memory_files_that_cannot_be(saved, tmp_path, prompt, name, named):
+    (tmp_path / "file").write_bytes(b"no memory")
+    code, out, err = run(*command_of(saved[0]), "--prompt", prompt, "--memory", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert named in err
+
+
+def test_advice_names_an_earlier_checkpoint_only_where_there_is_one(tmp_path):
+    weights = tiny_model().state_dict()
+    weights["blocks.0.mlp.down.weight"].fill_(3e38)
+    save_tiny(tmp_path / "step_7.pt", model=weights)
+    words = [*command_of(tmp_path / "step_7.pt"), "--prompt", "fox"]
+    assert run(*words)[2] == "error: the model's logits are not finite: its training diverged\n"
+    save_tiny(tmp_path / "step_3.pt", step=3)
+    assert run(*words)[2].endswith(f"diverged; an earlier checkpoint is {tmp_path / 'step_3.pt'}\n")
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt"], "--prompt: expected one argument"),
+        (["--prompt", "--seed", 3], "--prompt: expected one argument"),
+        (["--seed", 1 << 64], "seed=18446744073709551616: must be a whole number"),
+        (["--think", 10**6], "think=1000000: must be a whole number, in 0..256 rounds"),
         (["--temperature", -1], "temperature=-1.0"),
         (["--top_p", 0], "top_p=0.0"),
         (["--top_k", 0], "top_k=0"),

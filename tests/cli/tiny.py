@@ -81,9 +81,9 @@ def save_tiny(path, **changes):
     return model.eval(), tokenizer
 
 
-def run(*words, stdin=b""):
-    """Run the command line in this process; return its exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
+def run(*words, stdin=b"", screen=io.StringIO):
+    """Run the command line in this process; return its exit code, stdout and stderr, both made by `screen`."""
+    out, err = screen(), screen()
     before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(stdin))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

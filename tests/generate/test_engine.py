@@ -13,6 +13,8 @@ from lepton.generate import generate, generate_stream, generate_with_stats, gene
 from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, VOCAB, build
 
+GREEDY = {"temperature": 0}
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -67,7 +69,18 @@ def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
 
 @pytest.mark.parametrize(
     "form",
-    [list, tuple, torch.tensor, np.array, lambda p: torch.tensor([p]), lambda p: torch.tensor(p, dtype=torch.int32)],
+    [
+        list,
+        tuple,
+        torch.tensor,
+        np.array,
+        lambda p: torch.tensor([p]),
+        lambda p: torch.tensor(p, dtype=torch.int32),
+        lambda p: torch.tensor(p, dtype=torch.uint16),
+        lambda p: np.array([p], dtype=np.uint16),
+        lambda p: [torch.tensor(token) for token in p],
+        lambda p: [np.int64(token) for token in p],
+    ],
 )
 def test_one_prompt_in_every_form_gives_a_flat_list(model, form):
     result = generate(model, form(PROMPT), 5, seed=1)
@@ -82,6 +95,13 @@ def test_several_prompts_give_a_list_of_lists(model):
     assert both == generate(model, [PROMPT, PROMPT], 4, temperature=0)
     assert both == [generate(model, PROMPT, 4, temperature=0)] * 2
     assert generate(model, [PROMPT], 4, temperature=0) == both[:1]
+
+
+@pytest.mark.parametrize("row", [torch.tensor, np.array, tuple, lambda p: torch.tensor(p, dtype=torch.uint8)])
+def test_a_list_of_rows_is_several_prompts_whatever_the_rows_are(model, row):
+    """A list of tensors of one token each was one prompt."""
+    for rows in ([[5], [9]], BATCH, [[5]]):
+        assert generate(model, [row(prompt) for prompt in rows], 3, **GREEDY) == generate(model, rows, 3, **GREEDY)
 
 
 @pytest.mark.parametrize("chunk", [5, 1024])
@@ -159,17 +179,29 @@ def test_only_new_tokens_are_computed(model):
     assert sum(rows * tokens for rows, tokens in shapes) == len(PROMPT) + new - 1
 
 
-def test_drafts_are_computed_where_there_is_room(model):
-    """A cycle computes the newest token and its drafts, never more than could still be handed out."""
+def test_every_cycle_drafts_alike(model):
+    """A cycle computes the newest token and all drafts, also where fewer could still be handed out."""
     with embedded_shapes(model) as shapes:
         generate(model, PROMPT, 1)
-        assert shapes == [(1, len(PROMPT))]
+        assert shapes == [(1, len(PROMPT))], "the prompt alone gives the first token"
         generate(model, PROMPT, 2)
-        assert shapes[2:] == [(1, 1)]
-        generate(model, PROMPT, 3)
-        assert shapes[4] == (1, 2)
         generate(model, PROMPT, 40)
-    assert max(tokens for rows, tokens in shapes if tokens != len(PROMPT)) == 1 + model.config.drafts
+    assert {shape for shape in shapes if shape[1] != len(PROMPT)} == {(1, 1 + model.config.drafts)}
+
+
+@pytest.mark.parametrize("variant", ["complete", "dense"])
+@pytest.mark.parametrize("seed", [0, 20241126130100, (1 << 64) - 1, -(1 << 63), np.int64(7)])
+def test_asking_for_more_changes_no_token(variant, seed):
+    model = lively(variant)
+    options = {"temperature": 1.3, "top_p": 1.0, "seed": seed}
+    most = generate(model, BATCH, 30, **options)
+    for new in (1, 2, 3, 5, 7, 12):
+        asked = generate(model, BATCH, new, **options)
+        assert asked == [row[: len(prompt) + new] for row, prompt in zip(most, BATCH, strict=True)]
+    assert [*PROMPT, *generate_stream(model, PROMPT, 7, **options)] == most[0][: len(PROMPT) + 7]
+    new = most[0][len(PROMPT) :]
+    end = new.index(new[len(new) // 2]) + 1
+    assert generate(model, PROMPT, 30, stop=new[end - 1], **options) == PROMPT + new[:end]
 
 
 def test_padding_opens_no_segments(model, monkeypatch):
@@ -337,6 +369,19 @@ def test_a_gpu_gives_the_same_tokens(model):
         ("hello", "encode it with the tokenizer"),
         (None, "NoneType"),
         (7, "int"),
+        (b"hello", "encode it with the tokenizer"),
+        ({1: 2}, "dict"),
+        ([True, False], "True, which is no integer"),
+        (torch.tensor([True]), "True, which is no integer"),
+        ([1, None], "None, which is no integer"),
+        ([torch.tensor([1]), 2], "mixes ids and lists"),
+        ([torch.tensor([[1]])], r"shape \(1, 1\)"),
+        ([torch.tensor([1.5])], "1.5, which is no integer"),
+        (torch.zeros(0, 3, dtype=torch.long), "the prompt is empty"),
+        (torch.zeros(2, 3, device="meta", dtype=torch.long), "holds no ids"),
+        (range(1 << 40), "at most 16,777,216"),
+        ([10**5000], "a number of 16,610 bits"),
+        ([[1]] * 70_000, "at most 65,536"),
     ],
 )
 def test_prompts_that_are_none(model, prompt, named):
@@ -358,13 +403,69 @@ def test_prompts_that_are_none(model, prompt, named):
         ({"stop": VOCAB}, f"id {VOCAB}"),
         ({"stop": [[]]}, "stop sequence is empty"),
         ({"stop": "end"}, "'end', which is no integer"),
+        ({"stop": 1.0}, "1.0, which is no integer"),
+        ({"stop": True}, "True, which is no integer"),
+        ({"stop": [[1, [2]]]}, "no integer"),
+        ({"stop": [[None]]}, "no integer"),
+        ({"stop": {"a": 1}}, "no integer"),
+        ({"stop": np.zeros((1, 1, 1), dtype=int)}, "shape"),
+        ({"stop": [[1] * 2000]}, "of 2,000 tokens: at most 1,024"),
+        ({"stop": [1, -3]}, "id -3"),
         ({"depth": 1.5}, "depth=1.5"),
+        ({"depth": float("nan")}, "depth=nan"),
+        ({"depth": "half"}, "depth='half'"),
+        ({"depth": True}, "depth=True"),
+        ({"depth": torch.tensor(0.5)}, "depth=tensor"),
         ({"think": -1}, "think=-1"),
+        ({"think": True}, "think=True"),
+        ({"think": 10**6}, "think=1000000: must be a whole number, in 0..256 rounds"),
+        ({"think": 2.0}, "think=2.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": None}, "temperature=None"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": True}, "temperature=True"),
+        ({"temperature": 10**400}, "temperature="),
+        ({"top_p": None}, "top_p=None"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"top_k": True}, "top_k=True"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
+        ({"max_new_tokens": None}, "max_new_tokens=None"),
+        ({"max_new_tokens": "5"}, "max_new_tokens='5'"),
+        ({"use_speculative": "no"}, "use_speculative='no'"),
+        ({"seed": 1 << 64}, "seed=18446744073709551616: must be a whole number"),
+        ({"seed": -(1 << 63) - 1}, "seed=-9223372036854775809"),
+        ({"seed": 1.0}, "seed=1.0"),
+        ({"seed": True}, "seed=True"),
+        ({"seed": "1"}, "seed='1'"),
+        ({"seed": torch.tensor(1)}, "seed=tensor"),
     ],
 )
 def test_options_that_cannot_be_used(model, options, named):
-    with pytest.raises(InputError, match=named):
-        generate(model, PROMPT, **options)
+    """Each is said at the call, in one line, before anything is computed."""
+    for entry in (generate, generate_stream):
+        with embedded_shapes(model) as shapes, pytest.raises(InputError, match=named) as found:
+            entry(model, PROMPT, **options)
+        assert "\n" not in str(found.value)
+        assert shapes == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 10**30},
+        {"top_k": np.int64(3)},
+        {"temperature": np.float32(0.5)},
+        {"temperature": 1e-320},
+        {"think": np.int64(1)},
+    ],
+)
+def test_unusual_numbers_that_can_be_used(model, options):
+    assert len(generate(model, PROMPT, 3, **options)) == len(PROMPT) + 3
+
+
+def test_asking_for_a_great_many_tokens_takes_no_memory_in_advance(model):
+    stream = generate_stream(model, PROMPT, 10**12, seed=1)
+    assert [next(stream) for _ in range(5)] == generate(model, PROMPT, 5, seed=1)[-5:]
 
 
 def test_a_diverged_model_is_named():

@@ -43,6 +43,7 @@ class CrystalsConfig(IdeaConfig):
     """Crystals that a closing segment offers."""
 
     name = "crystals"
+    most = {"slots": 1 << 16, "per_segment": 1024}
     flat = {"slots": "slots", "crystals": "per_segment"}
     flat_switch = "slots"
 

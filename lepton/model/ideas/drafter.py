@@ -5,8 +5,9 @@ recurrent drafter, 2024). It proposes only frequent tokens; what it cannot propo
 the acceptance rule, so the output distribution stays exact. The trunk and the embedding never pay for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class DrafterConfig(IdeaConfig):
     """Frequent tokens that it can propose."""
 
     name = "drafter"
+    most = {"count": 64, "width": 1 << 15, "vocab": 1 << 21}
     reads_top = True
     flat = {"drafts": "count", "draft_width": "width", "draft_vocab": "vocab"}
     flat_switch = "drafts"
@@ -83,6 +85,11 @@ class Drafter(Idea):
     def reset(self) -> None:
         """Propose the first ids: byte-pair ids come by frequency."""
         self.ids.copy_(torch.arange(self.vocab_size))
+
+    def check_buffers(self, found: Mapping[str, Any], config: LeptonConfig) -> None:
+        ids = found.get(f"{self.name}.ids")
+        if ids is not None and not ids.is_meta and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+            raise InputError(f"'{self.name}.ids' holds ids outside 0..vocab_size-1={config.vocab_size - 1}")
 
     def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
         """Propose the most frequent tokens, ties by id."""

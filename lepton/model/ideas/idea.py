@@ -249,6 +249,9 @@ class Idea(nn.Module):
         """
         return None
 
+    def check_buffers(self, found: Mapping[str, Any], config: LeptonConfig) -> None:
+        """Raise InputError for values of its buffers in a model's weights `found` that it cannot have."""
+
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         """Return the least and the largest value of fields of its part of the state; a file may not exceed them."""
         return {}

@@ -38,6 +38,7 @@ class PeekConfig(IdeaConfig):
     """Tokens ahead that the hint is taught to summarise, the next one excluded."""
 
     name = "peek"
+    most = {"width": 1 << 15, "horizon": 1024}
     flat = {"hint": "width", "peek": "horizon"}
     flat_switch = "hint"
 

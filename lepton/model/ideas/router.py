@@ -52,6 +52,7 @@ class RouterConfig(IdeaConfig):
     """Tokens over which the share of deep tokens is kept."""
 
     name = "router"
+    most = {"exit_width": 1 << 18, "window": 1 << 20}
     flat = {"exit_width": "exit_width", "capacity_window": "window"}
     flat_switch = "router"
 

@@ -46,6 +46,7 @@ class ThoughtsConfig(IdeaConfig):
     """Rounds of thinking, where a call does not say."""
 
     name = "thoughts"
+    most = {"count": 1024, "ffn": 1 << 18, "rounds": 256}
     flat = {"thoughts": "count", "thought_ffn": "ffn", "rounds": "rounds"}
     flat_switch = "thoughts"
 

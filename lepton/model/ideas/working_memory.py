@@ -44,6 +44,7 @@ class WorkingMemoryConfig(IdeaConfig):
     """Width of its values."""
 
     name = "memory"
+    most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096}
     flat = {"memory_heads": "heads", "key_dim": "key_dim", "value_dim": "value_dim"}
     flat_switch = "memory_heads"
 
