@@ -24,13 +24,13 @@ from lepton.evals.calibration import fit_temperature, measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
-from lepton.model.initialise import initialise
+from lepton.model.parameters import initialise
 from lepton.train import hardware, optimizer, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
 from lepton.train.schedule import lr_scale
-from lepton.train.setup import frequent_ids
+from lepton.train.setup import token_counts
 from lepton.train.thinking import plan_thoughts
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -100,7 +100,7 @@ class Run:
     def step(self, micro_step: MicroStep, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor,
              step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """One optimizer step; returns the cross-entropy and the norm of the trunk's gradient, on the device."""
-        think, groups = plan_thoughts(self.model.config, tokens, self.arguments.seed, step, 0)
+        think, groups = plan_thoughts(self.model, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
         norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings)
@@ -123,8 +123,8 @@ class Run:
 
     def train(self, micro_step: MicroStep) -> None:
         """One pass; the clock runs from step 20 on."""
-        if self.model.drafter is not None:
-            self.model.drafter.ids.copy_(frequent_ids(self.train_set, 50257, len(self.model.drafter.ids)))
+        for idea in self.model.ideas.values():
+            idea.learn_frequencies(lambda: token_counts(self.train_set, 50257))
         optimizers, curve, norms, clock, timed = self.optimizers(), [], [], 0.0, min(20, self.steps - 1)
         rows, length = self.arguments.batch_size, self.arguments.seq_len
         for step in range(self.steps):
@@ -166,7 +166,7 @@ class Run:
         self.tell(val_loss=round(loss, 4), loss_of_quarters=[round(quarter, 4) for quarter in self.quarters])
         if self.arguments.brief:
             return
-        if self.model.router is not None:
+        if self.model.idea("router") is not None:
             self.ideas()
         tokenizer = load_tokenizer(self.arguments.tokenizer)
         prompt = prompts_of(self.held_out.batches(1), 1)[0]

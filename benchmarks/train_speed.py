@@ -70,8 +70,8 @@ class LeptonTraining:
         self.lengths_B = torch.full((len(tokens_BX),), tokens_BX.shape[1])
         self.model = Lepton(size_config(size, **VARIANTS[variant])).to(device).train()
         self.model.compute_dtype = hardware.pick_dtype("auto", device)
-        if self.model.drafter is not None:
-            self.model.drafter.ids.copy_(torch.arange(len(self.model.drafter.ids)))
+        if self.model.idea("drafter") is not None:
+            self.model.idea("drafter").ids.copy_(torch.arange(len(self.model.idea("drafter").ids)))
         self.optimizers = Optimizers(
             self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=WAYS[way]["recorded"]
         )
@@ -93,7 +93,7 @@ class LeptonTraining:
     def step(self, index: int) -> None:
         """One optimizer step."""
         for micro in range(self.accumulate):
-            think, groups = plan_thoughts(self.model.config, self.tokens_BX, 0, index, micro)
+            think, groups = plan_thoughts(self.model, self.tokens_BX, 0, index, micro)
             self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
         self.micro_step.take_figures()
         self.optimizers.step(1.0, 1.0, self.micro_step.recordings)

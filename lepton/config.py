@@ -225,21 +225,23 @@ def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[st
     found: dict[str, tuple[bool | None, dict[str, Any]]] = {}
     for name, value in changes.items():
         idea, dot, field = str(name).partition(".")
-        whole = name in IDEAS and (value is None or isinstance(value, Mapping | bool))
-        if whole:
-            switch, fields = (value is not None and value is not False), dict(value) if isinstance(value, Mapping) else {}
+        fields: dict[str, Any] = {}
+        switch: bool | None = None
+        if name in IDEAS and (value is None or isinstance(value, Mapping | bool)):
+            switch = value is not None and value is not False
+            fields = dict(value) if isinstance(value, Mapping) else {}
         elif name in flat:
             idea, field = flat[name][0].name, flat[name][1]
             fields = {field: value}
             switch = bool(value) if name == flat[name][0].flat_switch else None
         elif dot and idea in IDEAS:
-            switch, fields = None, {field: value}
+            fields = {field: value}
         else:
             known = [*_names(LeptonConfig), *IDEAS, *flat]
             raise InputError(f"unknown configuration field '{name}'{nearest(str(name), known)}")
         for field in fields:
-            if field not in _names(IDEAS[idea]):
-                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(str(field), _names(IDEAS[idea]))}")
+            if field not in (own := _names(IDEAS[idea])):
+                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(str(field), own)}")
         before, others = found.get(idea, (None, {}))
         found[idea] = (before if switch is None else switch, {**others, **fields})
     return found

@@ -11,7 +11,7 @@ from lepton.generate import generate_with_stats
 from lepton.model import create_lepton_nano
 from lepton.train.calibration import calibrate, calibration_batches
 from lepton.train.optimizer import Optimizers
-from lepton.train.setup import frequent_ids
+from lepton.train.setup import token_counts
 from lepton.train.thinking import plan_thoughts
 
 STEPS, ROWS, LENGTH = 100, 4, 96
@@ -28,11 +28,11 @@ def trained(tmp_path_factory):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     common = {"seed": 0, "vocab_size": model.config.vocab_size}
     data = ShardedDataset(folder, split="train", seq_len=LENGTH, **common)
-    model.drafter.ids.copy_(frequent_ids(data, model.config.vocab_size, len(model.drafter.ids)))
+    model.drafter.learn_frequencies(lambda: token_counts(data, model.config.vocab_size))
     optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
     for step in range(STEPS):
         batch = data.batch(step, batch_size=ROWS)
-        think, _ = plan_thoughts(model.config, batch.tokens, 0, step, 0)
+        think, _ = plan_thoughts(model, batch.tokens, 0, step, 0)
         model.loss(batch.tokens, lengths=batch.lengths, think=think).loss.backward()
         optimizers.step(min(1.0, (step + 1) / 10, (STEPS - step) / 40), 1.0)
     held_out = ShardedDataset(folder, split="val", seq_len=384, **common)

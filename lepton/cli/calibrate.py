@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
     model, tokenizer, step = load(args)
-    if model.uncertainty is None and model.router is None:
+    if model.idea("uncertainty") is None and model.idea("router") is None:
         raise InputError(f"{args.checkpoint} has neither uncertainty nor router: there is nothing to calibrate")
     what, _, windows = open_data_set(args, model, tokenizer)
     least = 1 if args.force else MIN_TOKENS
@@ -121,11 +121,11 @@ def figures(model: "Lepton", seen: "Outcomes") -> dict[str, float | None]:
     from lepton.evals.calibration import reliability
 
     table: dict[str, float | None] = {}
-    if model.uncertainty is not None:
+    if model.idea("uncertainty") is not None:
         scores = reliability(model, seen).to_dict()["scores"]["uncertainty"]
         table |= {name: scores[name] for name in MEASURED}
-    if model.router is not None and seen.benefit_N is not None:
-        deep_N = seen.benefit_N > model.router.threshold(0.5).item()
+    if model.idea("router") is not None and seen.benefit_N is not None:
+        deep_N = seen.benefit_N > model.idea("router").threshold(0.5).item()
         table["deep_at_half"] = deep_N.to(torch.float64).mean().item()
     return table
 

@@ -168,7 +168,6 @@ def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer")
 def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> None:
     """Say on stderr about how long it will take, from the rate on a few tokens."""
     from lepton.data.shards import Batch
-    from lepton.evals.ablation import ideas
     from lepton.evals.calibration import TEMPERATURE_TOKENS
     from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
     from lepton.train.calibration import walk
@@ -177,7 +176,7 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
     side = source.tokens(args.max_tokens or SIDE_TOKENS)
     planned = source.tokens(args.max_tokens) + side
     planned += min(TEMPERATURE_TOKENS, side) if source.fitted else 0
-    planned += side * len(ideas(model)) if args.ablate else 0
+    planned += side * len(switches(model)) if args.ablate else 0
     planned += len(TEMPERATURES) * (args.speculation or 0) * (PROMPT_TOKENS + NEW_TOKENS)
     seconds = found = 0.0
     for tokens, lengths in itertools.islice(source.batches(PROBE_TOKENS), 1):

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     model, tokenizer, step = load(args)
-    if args.json and model.uncertainty is not None:
+    if args.json and model.idea("uncertainty") is not None:
         options = dataclasses.replace(options, uncertainty=True)
     prompt_ids = tokenizer.encode(prompt) or [model.config.eos_id]
     stream = Stream(Generation(model, prompt_ids, options, memory=remembered))

@@ -41,8 +41,8 @@ def measure() -> list[dict[str, Any]]:
                 "name": name,
                 "params": model.num_params(),
                 "target": preset.target_params,
-                "width": preset.config.width,
-                "layers": preset.config.layers,
+                "width": preset.width,
+                "layers": preset.layers,
                 "state_bytes": model.state_bytes(STATE_LENGTH),
                 "purpose": preset.purpose,
             }

@@ -83,8 +83,8 @@ def measure_uncertainty(
 def reliability(model: Lepton, seen: Outcomes, temperature: float | None = None) -> Reliability:
     """Score what was collected, under `model`'s present calibration; `temperature` is the one it was collected with."""
     chances = {}
-    if seen.logit_N is not None and model.uncertainty is not None:
-        scale, shift = model.uncertainty.calibration.tolist()
+    if seen.logit_N is not None and model.idea("uncertainty") is not None:
+        scale, shift = model.idea("uncertainty").calibration.tolist()
         chances["uncertainty"] = torch.sigmoid(scale * seen.logit_N + shift)
     chances["max-probability"] = seen.doubt_N
     if temperature is not None:

@@ -39,7 +39,7 @@ def draft(
 
     `distribution` makes probabilities of the cell's logits, `draws_RK` are uniform numbers in [0, 1).
     """
-    drafter = model.drafter
+    drafter = model.idea("drafter")
     assert drafter is not None, "a model without a drafter decodes plainly"
     rows, vocab_size = len(token_R), model.config.vocab_size
     none = no_drafts(rows, vocab_size, token_R.device)

@@ -23,7 +23,7 @@ from lepton.generate.sampling import check_sampling, probabilities, random_strea
 from lepton.generate.stats import Stats
 from lepton.model import Lepton, Memory, State
 from lepton.model.checks import SEEDS, shown, whole
-from lepton.model.entry import check_state, checked_knobs
+from lepton.model.entry import check_state, checked_call
 
 PREFILL_CHUNK = 1024
 """Prompt tokens computed at once: bounds the memory of a long prompt."""
@@ -104,7 +104,7 @@ class Generation:
         state: State | None = None,
         memory: Memory | str | Path | None = None,
     ) -> None:
-        if options.uncertainty and model.uncertainty is None:
+        if options.uncertainty and model.idea("uncertainty") is None:
             raise InputError(
                 "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
             )
@@ -114,14 +114,15 @@ class Generation:
         self.stats = Stats()
         self._device = model.embed.weight.device
         rows = len(self.prompts)
-        checked_knobs(model, rows, options.depth, options.think)
+        checked_call(model, rows, options.depth, options.think)
         if state is not None and memory is not None:
             raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
         if state is not None:
             check_state(model, state, rows)
         self._past = state if memory is None else model.new_state(rows, memory=memory)
         # Drafts of a cycle: always as many, so that what a seed gives does not depend on how much is asked for.
-        self._drafts = model.drafter.count if options.use_speculative and model.drafter is not None else 0
+        drafter = model.idea("drafter") if options.use_speculative else None
+        self._drafts = 0 if drafter is None else drafter.count
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self._streams = [random_stream(seed, row) for row in range(rows)]
@@ -218,7 +219,7 @@ class Generation:
             out = self._pass(tokens_BT, state, lengths=lengths_B, opens=opens_BT)
             state = out.state
             at_B = (lengths_B - 1).clamp(min=0)
-            found = out.hidden[rows_B, at_B], out.traces.signals_BT3[rows_B, at_B]
+            found = out.hidden[rows_B, at_B], out.signals[rows_B, at_B]
             last = [torch.where(ends_B[:, None], *pair) for pair in zip(found, last or found, strict=True)]
             blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
             self.stats.forward_calls += 1
@@ -233,7 +234,7 @@ class Generation:
         """Pass the newest tokens and their drafts through the model."""
         out = self._pass(tokens_RT, state)
         self.stats.forward_calls += 1
-        return Chunk(out.hidden, out.traces.signals_BT3, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
+        return Chunk(out.hidden, out.signals, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
 
     def _hand_out(
         self,
@@ -252,8 +253,8 @@ class Generation:
         outcomes = torch.cat([ids_RT, torch.stack([verdict.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
         if self.options.uncertainty:
-            assert self.model.uncertainty is not None, "the constructor asked"
-            uncertainties = self.model.uncertainty(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
+            assert self.model.idea("uncertainty") is not None, "the constructor asked"
+            uncertainties = self.model.idea("uncertainty")(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
 
         news = []
         for row, (*ids, accepted, blocks, finite), unsure in zip(rows, outcomes, uncertainties, strict=True):

@@ -86,7 +86,8 @@ def _check_shapes(place: str, found: dict[str, Tensor], wanted: dict[str, Tensor
         grows = name.endswith("_BLRKH") and value.shape[2] == 0
         have, need = (part.shape[1:2] + part.shape[3:] if grows else part.shape[1:] for part in (found[name], value))
         if found[name].ndim != value.ndim or have != need:
-            raise InputError(f"{place}: of another model, its '{name}' has shape {tuple(have)}, this model's {tuple(need)}")
+            shapes = f"has shape {tuple(have)}, this model's {tuple(need)}"
+            raise InputError(f"{place}: of another model, its '{name}' {shapes}")
 
 
 def checked_tokens(model: "Lepton", tokens: Tensor, least: int) -> Tensor:
@@ -150,10 +151,8 @@ def checked(
         state = fresh_state(model, rows, room=False)
     else:
         check_state(model, state, rows)
-    if lengths is None:
-        lengths = torch.full((rows,), length, device=tokens.device)
-    else:
-        lengths = checked_lengths(tokens, lengths)
+    whole_rows = torch.full((rows,), length, device=tokens.device)
+    lengths = whole_rows if lengths is None else checked_lengths(tokens, lengths)
     if opens is not None:
         if not isinstance(opens, Tensor) or opens.dtype != torch.bool or opens.shape != tokens.shape:
             kind = f"{opens.dtype} {list(opens.shape)}" if isinstance(opens, Tensor) else type(opens).__name__

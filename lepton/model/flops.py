@@ -46,6 +46,6 @@ def _block(block: nn.Module, length: int, pairs: int, slots: int, depth: float) 
     assert isinstance(block, Block)
     attention = block.attention
     keys_values = matrices(attention.k, attention.v)
-    total = (length + (slots if depth > 0 else 0)) * keys_values
+    total: float = (length + (slots if depth > 0 else 0)) * keys_values
     total += depth * length * (matrices(block) - keys_values)
     return total + depth * 2 * attention.heads * attention.head_dim * (pairs + slots * length)

@@ -83,6 +83,10 @@ class Lepton(nn.Module):
         names = [idea.name for idea in self.config.ideas if idea.name != self._left_out]
         return {name: self._modules[name] for name in names}  # type: ignore[misc]
 
+    def idea(self, name: str) -> Any:
+        """Return the idea called `name`; None: the model is without it."""
+        return self.ideas.get(name)
+
     @contextmanager
     def without(self, name: str) -> Iterator[dict[str, Any]]:
         """Leave an idea out inside the block, as in a model that is built without it. No state may cross its border."""
@@ -162,8 +166,8 @@ class Lepton(nn.Module):
         """
         out = self.trunk(tokens, state, lengths=lengths, depth=depth, think=think, opens=opens)
         logits = self.head(out.hidden)
-        doubt = self.ideas.get("uncertainty")
-        uncertainty = doubt(out.hidden, logits, doubt.signals(out.flow)) if doubt else None
+        doubt = self.idea("uncertainty")
+        uncertainty = doubt(out.hidden, logits, out.signals) if doubt else None
         return dataclasses.replace(out, logits=logits, uncertainty=uncertainty)
 
     def trunk(
@@ -182,7 +186,8 @@ class Lepton(nn.Module):
         place = self._place(tokens, past, call, opens, groups)
         x_BTD = norm(self.embed_up(place.embedded_BTE))
         h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.near.plan())
-        flow, records = Flow.behind_stem(place, h_BTD), {}
+        flow = Flow.behind_stem(place, h_BTD)
+        records: dict[str, Any] = {}
         for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
             given = idea.contribute(flow, past.part(name))
             flow = flow.joined_by(name, given)
@@ -229,9 +234,7 @@ class Lepton(nn.Module):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def _place(
-        self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None
-    ) -> Place:
+    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> Place:
         """Say where the tokens of a chunk stand and what they see, and embed them."""
         config = self.config
         timeline = Timeline.read(

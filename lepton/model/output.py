@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lepton.errors import InputError
 from lepton.model.checks import integers
-from lepton.model.ideas.idea import Flow
+from lepton.model.ideas.idea import SIGNALS, Flow
 from lepton.model.kv_cache import KeysValues
 from lepton.model.state import State, of_parts, rebuild
 from lepton.model.timeline import Timeline
@@ -64,6 +64,11 @@ class Output:
     """Tokens of each row that are not padding, [B]."""
     chunk: Chunk
     """What the state is made of."""
+
+    @property
+    def signals(self) -> Tensor:
+        """What `SIGNALS` names, [B, T, 3]: benefit of depth, change of the thoughts, strength of the memory."""
+        return self.flow.signals(*SIGNALS)
 
     def commit(self, count_B: Tensor, *, keep_graph: bool = False) -> State:
         """Return the state after the first `count_B` tokens of each row.

@@ -97,5 +97,6 @@ def initialise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         entries[name].initial(parameter)
     for module in model.modules():
-        if hasattr(module, "reset"):
-            module.reset()
+        reset: Callable[[], None] | None = getattr(module, "reset", None)
+        if reset is not None:
+            reset()

@@ -48,7 +48,7 @@ def _renamed(model: "Lepton", found: dict[str, Tensor]) -> dict[str, Tensor]:
     Until 2026-11-26 one pair of tensors held the keys and values of stem, thinking block and deep blocks, and what the
     ideas keep had names of its own.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     old = {old: new for idea in model.ideas.values() for old, new in idea.old_names.items()}
     for name, value in found.items():
         if name in ("keys_BLRKH", "values_BLRKH") and value.ndim == 5:

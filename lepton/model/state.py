@@ -111,24 +111,17 @@ def of_parts(parts: Mapping[str, Any], origin: Origin | None) -> tuple[dict[str,
     return {name: part for name, part in parts.items() if name not in lasting}, Memory(lasting, origin)
 
 
-def _items(part: Any) -> list[tuple[str, str, Any]]:
-    """Return (name of the field, dotted name, value) of each value in a dataclass; those in a dict by their keys."""
-    items = []
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, dict):
-            items += [(field.name, key, item) for key, item in value.items()]
-        else:
-            items.append((field.name, field.name, value))
-    return items
-
-
 def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dataclasses by their dotted names."""
+    """Return the tensors of nested dataclasses by their dotted names; what is in a dict goes by its key."""
     found: dict[str, Tensor] = {}
-    for _, name, value in _items(part):
+    values = (
+        part if isinstance(part, dict) else {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
+    )
+    for name, value in values.items():
         if isinstance(value, Tensor):
             found[prefix + name] = value
+        elif isinstance(value, dict):
+            found |= flatten(value, prefix)
         elif dataclasses.is_dataclass(value):
             found |= flatten(value, f"{prefix}{name}.")
     return found
@@ -136,19 +129,16 @@ def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
 
 def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
     """Return nested dataclasses with `change(dotted name, tensor)` in each tensor's place."""
-    values: dict[str, Any] = {
-        field.name: {} for field in dataclasses.fields(part) if isinstance(getattr(part, field.name), dict)  # type: ignore[arg-type]
-    }
-    for field, name, value in _items(part):
+
+    def renewed(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            value = change(prefix + name, value)
-        elif dataclasses.is_dataclass(value):
-            value = rebuild(value, change, f"{prefix}{name}.")
-        if field in values and isinstance(values[field], dict):
-            values[field][name] = value
-        else:
-            values[field] = value
-    return type(part)(**values)
+            return change(prefix + name, value)
+        if isinstance(value, dict):
+            return {key: renewed(key, item) for key, item in value.items()}
+        return rebuild(value, change, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else value
+
+    fields = dataclasses.fields(part)  # type: ignore[arg-type]
+    return type(part)(**{each.name: renewed(each.name, getattr(part, each.name)) for each in fields})
 
 
 def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
 from lepton.model import Lepton, Output
-from lepton.model.router import QUANTILES
 
 TOKENS = 1 << 16
 """Positions that are looked at, where a call does not say."""
@@ -87,7 +86,7 @@ def calibrate(
     of their positions are read. A model without router and uncertainty is left alone, and so is one for which there are
     fewer than `min_tokens` positions: what it has, at first the identity, is then better than a fit.
     """
-    if model.router is None and model.uncertainty is None:
+    if model.idea("router") is None and model.idea("uncertainty") is None:
         return Calibration(0, None, None)
     slices = list(_outcomes(model, batches, max_tokens))
     tokens = sum(part.shape[1] for part in slices)
@@ -95,13 +94,13 @@ def calibrate(
         return Calibration(tokens, None, None)
     outcomes = _joined(model, slices)
     line, quantiles = None, None
-    if model.uncertainty is not None and outcomes.logit_N is not None:
+    if model.idea("uncertainty") is not None and outcomes.logit_N is not None:
         line = fit_line(outcomes.logit_N, outcomes.wrong_N)
-        model.uncertainty.calibration.copy_(torch.tensor(line))
-    if model.router is not None and outcomes.benefit_N is not None:
-        places = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+        model.idea("uncertainty").calibration.copy_(torch.tensor(line))
+    if model.idea("router") is not None and outcomes.benefit_N is not None:
+        places = torch.linspace(0, 1, len(model.idea("router").quantiles), dtype=torch.float64)
         quantiles = outcomes.benefit_N.quantile(places)
-        model.router.quantiles.copy_(quantiles)
+        model.idea("router").quantiles.copy_(quantiles)
     return Calibration(tokens, line, quantiles)
 
 
@@ -162,7 +161,7 @@ def walk(
                 index_M = index_M[: int(min(left, POSITIONS))]
                 left -= len(index_M)
                 hidden_MD = out.hidden.flatten(0, 1)[index_M]
-                others = (out.traces.signals_BT3, out.depth, target_BT)
+                others = (out.signals, out.depth, target_BT)
                 yield Positions(hidden_MD, model.head(hidden_MD), *(each.flatten(0, 1)[index_M] for each in others))
                 if left <= 0:
                     return
@@ -209,8 +208,8 @@ def _outcomes(
             (logits_MV / temperature).log_softmax(-1).amax(-1),
             part.signals_M3[:, 0].to(logits_MV.dtype),
         ]
-        if model.uncertainty is not None:
-            columns.append(model.uncertainty.logit(part.hidden_MD, logits_MV, part.signals_M3))
+        if model.idea("uncertainty") is not None:
+            columns.append(model.idea("uncertainty").logit(part.hidden_MD, logits_MV, part.signals_M3))
         yield torch.stack(columns).cpu().double()
 
 
@@ -219,7 +218,7 @@ def _joined(model: Lepton, slices: list[Tensor]) -> Outcomes:
     return Outcomes(
         wrong_N,
         logit_N[0] if logit_N else None,
-        benefit_N if model.router is not None else None,
+        benefit_N if model.idea("router") is not None else None,
         # From the logarithm, for what is left of a probability near 1.
         -torch.expm1(likely_N),
         -torch.expm1(scaled_N),

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from lepton.model import Lepton
+from lepton.model.ideas.idea import OUTCOME_STRIDE, Work
 from lepton.model.layers import Linear
-from lepton.model.objective import OUTCOME_STRIDE
-from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.ops.cross_entropy import ENTRIES_GPU
-from lepton.ops.delta_rule import CHUNK
 from lepton.ops.query_blocks import query_blocks
 from lepton.train.optimizer import split_parameters
 from lepton.train.settings import TrainSettings
@@ -39,13 +37,14 @@ def predicted_bytes(
     """
     config, size = model.config, model.dtype.itemsize
     ends = config.layers * size * seq_len * config.width  # whatever else is kept: a block's input
-    deep = _block(model, seq_len, _slots(model, seq_len))
+    work = _work(model, batch_size, seq_len)
+    deep = _block(model, seq_len, _slots(model, work))
     inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
     slopes = size * seq_len * (2 * config.ffn + 4 * config.width)
     if checkpoint_activations:
         inside = 0
         slopes += deep
-    row = ends + inside + _thinking(model, batch_size, seq_len) + _memory(model, seq_len) + _between(model, seq_len)
+    row = ends + inside + _between(model, work) + int(sum(idea.kept_bytes(work) for idea in model.ideas.values()))
     busiest = max(_loss(model, batch_size * seq_len), batch_size * slopes)
     working = size * _matrices(model) if size < FP32 else 0
     return _parameters(model, optimizer) + working + batch_size * row + busiest
@@ -100,7 +99,7 @@ def _flags(settings: TrainSettings, other: TrainSettings) -> str:
 
 def _parameters(model: Lepton, optimizer: str) -> int:
     """Parameters, gradients, and one average of Muon or two of AdamW, in fp32."""
-    muon, rest = (sum(parameter.numel() for _, parameter in part) for part in split_parameters(model))
+    muon, rest = (sum(parameter.numel() for _, parameter, _ in part) for part in split_parameters(model))
     return FP32 * ((3 if optimizer == "muon" else 4) * muon + 4 * rest)
 
 
@@ -109,10 +108,14 @@ def _matrices(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
 
 
-def _slots(model: Lepton, seq_len: int) -> int:
-    """Columns that a deep block sees beside the tokens, in training."""
-    groups, config = usual_groups(seq_len, model.config.segment) + 1, model.config
-    return groups * ((config.thoughts if model.thoughts else 0) + (config.crystals if model.crystals else 0))
+def _work(model: Lepton, batch_size: int, seq_len: int) -> Work:
+    groups = usual_groups(seq_len, model.config.segment)
+    return Work(seq_len, groups, rows=batch_size, itemsize=model.dtype.itemsize)
+
+
+def _slots(model: Lepton, work: Work) -> int:
+    """Slots that a deep block sees beside the tokens, in training."""
+    return sum(idea.slots_of(work.groups) for idea in model.ideas.values())
 
 
 def _block(model: Lepton, seq_len: int, slots: int) -> int:
@@ -135,44 +138,15 @@ def _columns(model: Lepton, seq_len: int, slots: int) -> int:
     return 2 * columns * config.heads * config.head_dim
 
 
-def _thinking(model: Lepton, batch_size: int, seq_len: int) -> int:
-    """Bytes that the thoughts of a row keep: each round lays keys and values out anew."""
-    if model.thoughts is None:
-        return 0
-    config = model.config
-    slots = usual_groups(seq_len, config.segment) * config.thoughts
-    heads = config.kv_heads if model.dtype.itemsize < FP32 else config.heads
-    a_round = 2 * (seq_len + slots) * heads * config.head_dim + 10 * slots * config.width
-    late = (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(batch_size) / batch_size
-    return int(model.dtype.itemsize * (USUAL_ROUNDS + late) * a_round)
-
-
-def _memory(model: Lepton, seq_len: int) -> int:
-    """Bytes that the working memory keeps of a row, nearly all in fp32."""
-    if model.memory is None:
-        return 0
-    config, chunk = model.config, min(CHUNK, seq_len)
-    keys, values = config.key_dim, config.value_dim
-    # After the convolution, solved, values and reads, keys and queries; then chunk x chunk, and states a chunk.
-    squares, states = (4, 2) if model.dtype.itemsize < FP32 else (10, 4)
-    precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
-    precise += squares * chunk + states * keys * values // chunk
-    return config.memory_heads * seq_len * (FP32 * precise + model.dtype.itemsize * (2 * keys + values))
-
-
-def _between(model: Lepton, seq_len: int) -> int:
-    """Bytes that a row keeps outside blocks, thoughts and memory."""
-    config = model.config
+def _between(model: Lepton, work: Work) -> int:
+    """Bytes that a row keeps outside blocks and ideas."""
+    config, seq_len = model.config, work.length
     numbers = 4 * config.width  # the embedding; the last state, normed, and its gradient
-    if model.peek is not None:
-        numbers += 2 * model.peek.up.in_features + 2 * config.width  # the hint's inputs, and the states it is added to
-    if model.drafter is not None:
-        numbers += model.embed.embedding_dim + 9 * config.draft_width  # four steps at a quarter of the positions
-    masks = 5 * _slots(model, seq_len)
+    masks = 5 * _slots(model, work)
     if model.dtype.itemsize == FP32:
         columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
         # Attention's masks, with and without slots, as such and as the numbers that are added to scores.
-        masks = 5 * (2 * columns + _slots(model, seq_len))
+        masks = 5 * (2 * columns + _slots(model, work))
     return seq_len * (model.dtype.itemsize * numbers + masks)
 
 
@@ -181,7 +155,7 @@ def _loss(model: Lepton, positions: int) -> int:
     config, size = model.config, model.dtype.itemsize
     entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)
     a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
-    looks = model.router is not None or model.uncertainty is not None
+    looks = any(idea.sampled_logits() for idea in model.ideas.values())
     sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if looks else 0
     # The head's gradient in fp32 and the head in the dtype of the activations; without the kernel what a chunk adds.
     head = FP32 + size if size < FP32 else FP32 + 2 * size

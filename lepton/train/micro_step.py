@@ -77,7 +77,7 @@ class MicroStep:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         model, device = self._model, self._model.embed.weight.device
         tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
-        think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
+        think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
         while self._parts or self.recordings is not None:
             try:
@@ -107,7 +107,7 @@ class MicroStep:
             with self._compiled():
                 self._run(inputs, groups)
             return
-        key = (tuple(tokens.shape), groups if self._model.thoughts or self._model.crystals else None)
+        key = (tuple(tokens.shape), groups if any(idea.opens for idea in self._model.ideas.values()) else None)
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.recordings.clear()  # the first run of another shape needs the memory that they hold
@@ -167,9 +167,8 @@ def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
 
     Crystals are sorts and index work: nothing to fuse, and the longest of all to compile.
     """
-    parts = [(module, "forward") for module in [*model.stem, *model.blocks]]
-    parts += [(idea, "forward") for idea in (model.thoughts, model.memory) if idea is not None]
-    return parts + [(idea, "loss") for idea in (model.uncertainty, model.peek, model.drafter) if idea is not None]
+    blocks = [(block, "forward") for block in [*model.stem, *model.blocks]]
+    return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
 
 
 @contextmanager

@@ -246,7 +246,9 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     kinds = sorted({(entry.rate, entry.decays) for *_, entry in parameters}, reverse=True)
     return [
         {
-            "params": [(name, each) for name, each, entry in parameters if (entry.rate, entry.decays) == (rate, decays)],
+            "params": [
+                (name, each) for name, each, entry in parameters if (entry.rate, entry.decays) == (rate, decays)
+            ],
             "rate": rate,
             "weight_decay": decays * weight_decay,
         }

@@ -52,8 +52,9 @@ def assemble(start: Start) -> Parts:
     settings = _for_device(start.settings, device)
     corpus = open_corpus(start, settings)
     model = _build_model(start, settings, device)
-    if start.weights is None and model.drafter is not None:
-        model.drafter.ids.copy_(frequent_ids(corpus.train, model.config.vocab_size, len(model.drafter.ids)))
+    if start.weights is None:
+        for idea in model.ideas.values():
+            idea.learn_frequencies(lambda: token_counts(corpus.train, model.config.vocab_size))
     optimizers = Optimizers(
         model,
         kind=settings.optimizer,
@@ -164,14 +165,14 @@ def _build_model(start: Start, settings: TrainSettings, device: torch.device) ->
     return model
 
 
-def frequent_ids(data: ShardedDataset, vocab_size: int, count: int) -> torch.Tensor:
-    """Return the `count` most frequent ids of the data's first windows, ties by id: what drafts may propose."""
+def token_counts(data: ShardedDataset, vocab_size: int) -> torch.Tensor:
+    """Return how often each id occurs in the first windows of the data, int64 [vocab_size]."""
     seen = torch.zeros(vocab_size, dtype=torch.int64)
     for step in range(COUNTED_WINDOWS // COUNTED_AT_ONCE):
         tokens, lengths = data.batch(step, batch_size=COUNTED_AT_ONCE)
         valid = torch.arange(tokens.shape[1]) < lengths[:, None]
         seen += torch.bincount(tokens[valid], minlength=vocab_size)
-    return seen.argsort(descending=True, stable=True)[:count]
+    return seen
 
 
 def _restore(content: dict[str, Any], optimizers: Optimizers, device: torch.device) -> None:

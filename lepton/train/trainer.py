@@ -125,7 +125,7 @@ class Trainer:
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            think, groups = plan_thoughts(parts.model.config, batch.tokens, settings.seed, self.step, micro)
+            think, groups = plan_thoughts(parts.model, batch.tokens, settings.seed, self.step, micro)
             micro_step(batch.tokens, batch.lengths, think, groups, count / sum(counts))
             self.recorder.move(self.step + 1, (micro + 1) / settings.grad_accum)
         figures = micro_step.take_figures()

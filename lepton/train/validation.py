@@ -60,13 +60,13 @@ def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dic
     figures: dict[str, float] = {}
     training = model.training
     model.eval()
-    if model.uncertainty is not None:
+    if model.idea("uncertainty") is not None:
         outcomes = collect(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
         assert outcomes.logit_N is not None
-        scale, shift = model.uncertainty.calibration.double().tolist()
+        scale, shift = model.idea("uncertainty").calibration.double().tolist()
         chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
         figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
-    if model.drafter is not None:
+    if model.idea("drafter") is not None:
         _, stats = generate_with_stats(model, _beginning(data), max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
         figures["tokens_a_cycle"] = round(stats.tokens_a_cycle, 3)
         figures["mean_depth"] = round(stats.mean_depth, 3)

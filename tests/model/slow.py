@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from lepton.model.memory import READ_EPS
 
 from lepton.model.layers import norm
-from lepton.model.memory import READ_EPS
 from lepton.ops.delta_rule import Writes, naive_delta_rule
 from tests.laws.lab import EOS
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lepton.model.initialise import ZERO
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +12,6 @@ from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model import Lepton, create_lepton_nano
 from lepton.model.factory import WITHOUT_IDEAS
-from lepton.model.initialise import ZERO
 from lepton.model.layers import norm
 from lepton.model.state import flatten
 from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from lepton.model.peek import FADE, summary
 
 from lepton.model import draft as drafting
 from lepton.model import objective
 from lepton.model.layers import norm
-from lepton.model.peek import FADE, summary
 from tests.laws.lab import EOS, build, text
 
 OWN = ("peek.", "router.", "drafter.", "uncertainty.")

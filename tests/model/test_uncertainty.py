@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lepton.model.uncertainty import LOG_ODDS, prediction_features
 
 from lepton.model.objective import OUTCOME_STRIDE, _picks
-from lepton.model.uncertainty import LOG_ODDS, prediction_features
 from tests.laws.lab import build, text
 
 

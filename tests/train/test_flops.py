@@ -22,7 +22,7 @@ def test_a_training_step_costs_what_is_said(changes, length):
     if model.drafter is not None:
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
     tokens = torch.randint(1, 50_000, (8, length + 1))
-    think, groups = plan_thoughts(model.config, tokens, seed=0, step=0, micro=0)
+    think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, think=think, groups=groups).loss.backward()
     said = training_flops_per_token(model, 8, length) * 8 * length

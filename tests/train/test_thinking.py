@@ -1,8 +1,8 @@
 import pytest
 import torch
+from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 
 from lepton.errors import InputError
-from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.train.thinking import plan_thoughts
 from tests.laws.lab import build, text
 
@@ -11,9 +11,9 @@ from tests.laws.lab import build, text
 def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
     model, tokens, seen = build("complete"), text(1, rows=rows), set()
     for step in range(200):
-        rounds_B, groups = plan_thoughts(model.config, tokens, 0, step, 0)
+        rounds_B, groups = plan_thoughts(model, tokens, 0, step, 0)
         assert (rounds_B > USUAL_ROUNDS).sum() <= late_rows(rows)
-        again_B, again = plan_thoughts(model.config, tokens, 0, step, 0)
+        again_B, again = plan_thoughts(model, tokens, 0, step, 0)
         assert torch.equal(rounds_B, again_B)
         assert groups == again
         seen |= set(rounds_B.tolist())

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.model.layers import Linear, norm
 from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
-from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
+from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
+from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 FADE = 0.8
 """Weight of each drafted token's loss against the one before it."""

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 OUTCOME_STRIDE = 32
 """One position in so many shows the ideas that predict outcomes what came of a prediction."""
 
+SIGNALS = ("router", "thoughts", "memory")
+"""Ideas whose signals the uncertainty reads: benefit of depth, change of the thoughts, strength of the memory's
+answer."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 
@@ -129,7 +132,7 @@ class Flow(Place):
     @cached_property
     def slots(self) -> Slots | None:
         """The slots of all ideas, side by side, those of the later ideas first."""
-        return Slots.join(*(given.slots for given in reversed(self.given.values())))
+        return Slots.join(*(given.slots for given in reversed([*self.given.values()])))
 
     @cached_property
     def deep_BT(self) -> Tensor:

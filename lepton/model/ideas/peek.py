@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.layers import Linear, norm
 from lepton.model.ideas.idea import Flow, Given, Idea, Outcome, Switch, Work, matrices, picks, replaced
+from lepton.model.layers import Linear, norm
 from lepton.model.parameters import FEED, MATRIX
 
 FADE = 0.8

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.layers import Linear, norm
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
@@ -32,6 +31,7 @@ from lepton.model.ideas.idea import (
     matrices,
     replaced,
 )
+from lepton.model.layers import Linear, norm
 from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
 from lepton.model.timeline import Timeline
 
@@ -231,7 +231,6 @@ def running_clamp(add_BT: Tensor, low_BT: Tensor, high_BT: Tensor, start_B: Tens
         )
         distance *= 2
     return (start_B[:, None] + add_BT).clamp(low_BT, high_BT)
-
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from lepton.model.timeline import Timeline
 from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 
-
 TRAINING_ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 """In training each row draws its rounds from these, so that any number works afterwards, and none at all. Mostly it is
 the usual number: drawing all of them alike may cost it (docs/log.md). More goes to `late_rows` rows at most."""
@@ -272,7 +271,6 @@ class Thoughts(Idea):
         z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
-
 
     def check_rounds(self, think_B: Tensor) -> None:
         check_range(think_B, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")

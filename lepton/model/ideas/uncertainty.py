@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices
 from lepton.model.layers import Linear
-from lepton.model.ideas.idea import OUTCOME_STRIDE, Flow, Idea, Outcome, Switch, Work, matrices
-from lepton.ops.cross_entropy import soft_cap
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
+from lepton.ops.cross_entropy import soft_cap
 
-SIGNALS = ("router", "thoughts", "memory")
-"""Ideas whose signals it reads: benefit of depth, change of the thoughts, strength of the memory's answer."""
 FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
 LOG_ODDS = 15.0
@@ -114,17 +112,13 @@ class Uncertainty(Idea):
         mixed = self.state(hidden.detach()).to(shown.dtype) + shift
         return shown[..., 0] + self.out(F.silu(mixed))[..., 0]
 
-    def signals(self, flow: Flow) -> Tensor:
-        """Return what it reads of other ideas [B, T, 3]."""
-        return flow.signals(*SIGNALS)
-
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """What it says of sampled predictions, against what came."""
         index_M, model = outcome.sampled_M, outcome.model
         hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
             raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T
-        signals_M3 = self.signals(outcome.flow).flatten(0, 1)[index_M]
+        signals_M3 = outcome.flow.signals(*SIGNALS).flatten(0, 1)[index_M]
         target_M = outcome.following_BT.flatten()[index_M]
         return {"uncertainty": self.loss(hidden_MD, raw_MV, signals_M3, target_M)}
 
