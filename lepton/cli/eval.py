@@ -168,6 +168,7 @@ def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer")
 def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> None:
     """Say on stderr about how long it will take, from the rate on a few tokens."""
     from lepton.data.shards import Batch
+    from lepton.evals.ablation import switches
     from lepton.evals.calibration import TEMPERATURE_TOKENS
     from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
     from lepton.train.calibration import walk

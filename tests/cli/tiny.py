@@ -37,29 +37,31 @@ def tiny_model():
     """A small model with random weights everywhere, so that its output depends on its input."""
     torch.manual_seed(1)
     model = Lepton(
-        LeptonConfig(
-            width=32,
-            layers=3,
-            heads=2,
-            kv_heads=1,
-            head_dim=16,
-            ffn=48,
-            window=16,
-            vocab_size=320,
-            segment=8,
-            thoughts=2,
-            thought_ffn=32,
-            memory_heads=2,
-            key_dim=8,
-            value_dim=8,
-            slots=5,
-            crystals=2,
-            hint=8,
-            peek=4,
-            exit_width=16,
-            capacity_window=8,
-            draft_width=16,
-            draft_vocab=200,
+        LeptonConfig.from_dict(
+            {
+                "width": 32,
+                "layers": 3,
+                "heads": 2,
+                "kv_heads": 1,
+                "head_dim": 16,
+                "ffn": 48,
+                "window": 16,
+                "vocab_size": 320,
+                "segment": 8,
+                "thoughts": 2,
+                "thought_ffn": 32,
+                "memory_heads": 2,
+                "key_dim": 8,
+                "value_dim": 8,
+                "slots": 5,
+                "crystals": 2,
+                "hint": 8,
+                "peek": 4,
+                "exit_width": 16,
+                "capacity_window": 8,
+                "draft_width": 16,
+                "draft_vocab": 200,
+            }
         )
     )
     for parameter in model.parameters():

@@ -154,7 +154,7 @@ def test_walking_gives_every_position_once(variant, monkeypatch):
             logits.append(out.logits[row, : length - 1])
             targets.append(batch.tokens[row, 1:length])
             if model.uncertainty is not None:
-                raw.append(model.uncertainty.logit(out.hidden, out.logits, out.traces.signals_BT3)[row, : length - 1])
+                raw.append(model.uncertainty.logit(out.hidden, out.logits, out.signals)[row, : length - 1])
     logits, targets = torch.cat(logits).detach(), torch.cat(targets)
     assert len(seen.wrong_N) == sum(int(batch.lengths.sum()) - 2 for batch in batches())
 

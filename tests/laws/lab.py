@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lepton.config import LeptonConfig
 from lepton.model import Lepton, Output, State
-from lepton.model.factory import WITHOUT_IDEAS
 from lepton.model.state import flatten
 
 VOCAB = 97
@@ -48,12 +47,12 @@ VARIANTS: dict[str, dict] = {
     "no uncertainty": {**IDEAS, "uncertainty": False},
     "factorised": {**IDEAS, "embed_rank": 16},
     "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
-    "dense": WITHOUT_IDEAS,
+    "dense": {"dense": True, "window": None},
 }
 CANARIES = ("complete", "dense")
 # Outputs [B, T, ...] of a forward pass that the laws speak of, and what the ideas did on the way.
-OUTPUTS = ("logits", "hidden", "uncertainty", "depth")
-TRACES = ("hint_BTP", "read_BTM", "thought_BTD", "benefit_BT", "signals_BT3")
+OUTPUTS = ("logits", "hidden", "uncertainty", "depth", "signals")
+GIVEN = ("added_BTD", "feature_BTX", "signal_BT", "deep_BT")
 
 
 def once_a_device(make: Callable[..., Lepton]) -> Callable[..., Lepton]:
@@ -66,7 +65,7 @@ def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **ove
     """A small model whose parameters are all shaken: zero initialisation would hide leaks."""
     torch.manual_seed(seed)
     with torch.device("cpu"):  # the same one on every device
-        model = Lepton(LeptonConfig(**{**SHAPE, **VARIANTS[variant], **overrides}))
+        model = Lepton(LeptonConfig.from_dict({**SHAPE, **VARIANTS[variant], **overrides}))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     if model.crystals is not None:
@@ -76,7 +75,8 @@ def build(variant: str, seed: int = 0, dtype: torch.dtype = torch.float64, **ove
 
 def half_depth(variant: str) -> dict:
     """Routing at half depth, where the variant can."""
-    return {"depth": 0.5} if VARIANTS[variant].get("router", True) else {}
+    shape = VARIANTS[variant]
+    return {"depth": 0.5} if shape.get("router", True) and not shape.get("dense") else {}
 
 
 def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True) -> Tensor:
@@ -92,7 +92,8 @@ def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True)
 def views(out: Output) -> dict[str, Tensor]:
     """Every output by its name, without those of ideas that are off."""
     found = {name: getattr(out, name) for name in OUTPUTS}
-    found |= {name: getattr(out.traces, name) for name in TRACES}
+    for idea, given in out.flow.given.items():
+        found |= {f"{idea}: {name}": getattr(given, name) for name in GIVEN}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -141,7 +141,7 @@ AHEAD = 4
 def small_model(seed=3):
     """Few ids, so that whole continuations can be counted; two of them are never drafted."""
     torch.manual_seed(seed)
-    model = Lepton(LeptonConfig(**{**SHAPE, **IDEAS, **SMALL})).double().eval()
+    model = Lepton(LeptonConfig.from_dict({**SHAPE, **IDEAS, **SMALL})).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.6 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     return model

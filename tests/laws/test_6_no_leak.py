@@ -28,7 +28,7 @@ def train(variant: str, sample, steps: int = STEPS) -> tuple[Lepton, torch.Gener
     torch.manual_seed(0)
     # No id ends a document here, so that every position has a past to copy from.
     shape = {**SHAPE, **VARIANTS[variant], "vocab_size": VOCAB + 1, "eos_id": VOCAB}
-    model = Lepton(LeptonConfig(**shape))
+    model = Lepton(LeptonConfig.from_dict(shape))
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(steps):

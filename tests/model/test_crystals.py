@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lepton.model.crystals import best_of_groups
+from lepton.model.ideas.crystals import best_of_groups
 
 from lepton.errors import InputError
 from tests.laws.lab import EOS, IDEAS, assert_close, assert_states, build, text
@@ -21,7 +21,7 @@ def slow_store(model, tokens: torch.Tensor) -> list[list[int]]:
     scores = torch.log(torch.sigmoid(score_of(model, tokens)))[0]
     keys = [round(1024 * score.item()) for score in scores]
     kept, open_, history = [], [], []
-    for t, position in enumerate(run.traces.timeline.position_BT[0].tolist()):
+    for t, position in enumerate(run.flow.timeline.position_BT[0].tolist()):
         if position == 0:
             kept, open_ = [], []
         if position % config.segment == 0:
@@ -82,7 +82,7 @@ def test_clearing_forgets():
     state, other = model(tokens).state, model(tokens).state
     state.memory.clear()
     assert list(state.memory) == []
-    assert not state.memory.matrix_BHKV.any()
+    assert not state.part("memory").matrix_BHKV.any()
     assert list(other.memory) != []
     difference = model(tokens[:, :5], state).logits - model(tokens[:, :5], other).logits
     assert difference.abs().max() > 1e-6
@@ -114,7 +114,7 @@ def test_a_dense_stream_of_another_shape_is_named(changes, tmp_path):
         with pytest.raises(InputError, match="this model needs"):
             model.load_state(tmp_path / "state.safetensors")
         model(text(1)).state.save(tmp_path / "state.safetensors")
-        assert model.load_state(tmp_path / "state.safetensors").keys_BLRKH.shape[2] > 0
+        assert model.load_state(tmp_path / "state.safetensors").deep.keys_BLRKH.shape[2] > 0
 
 
 def test_a_stream_goes_on_in_another_process(tmp_path):
@@ -141,7 +141,7 @@ def test_only_the_memory_goes_into_a_new_conversation(tmp_path):
     state.memory.save(tmp_path / "memory.safetensors")
     fresh = model.new_state(2, memory=tmp_path / "memory.safetensors")
     assert fresh.position_B.tolist() == [0, 0]
-    assert_close(state.memory.matrix_BHKV, fresh.memory.matrix_BHKV, "working memory")
+    assert_close(state.part("memory").matrix_BHKV, fresh.part("memory").matrix_BHKV, "working memory")
     carried = list(fresh.memory)
     assert all(crystal.position <= -IDEAS["window"] for crystal in carried)
     assert {tuple(c.tokens) for c in carried} & {tuple(c.tokens) for c in state.memory}

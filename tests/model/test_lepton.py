@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model import Lepton, create_lepton_nano
-from lepton.model.factory import WITHOUT_IDEAS
 from lepton.model.layers import norm
 from lepton.model.state import flatten
 from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views
@@ -66,7 +65,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_parameters():
     exact = model(text(1)).logits
     model.compute_dtype = torch.bfloat16
     out = model(text(1))
-    assert out.hidden.dtype == out.state.keys_BLRKH.dtype == torch.bfloat16
+    assert out.hidden.dtype == out.state.deep.keys_BLRKH.dtype == torch.bfloat16
     assert out.logits.dtype == torch.float32
     assert 1e-4 < (out.logits - exact).abs().mean() < 0.1
     model.loss(text(1)).loss.backward()
@@ -94,7 +93,7 @@ def test_the_weights_start_as_the_table_says_and_each_block_as_the_identity():
             expected = 0.0
         assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
     out = model(torch.arange(1, 40)[None])
-    torch.testing.assert_close(out.hidden, norm(norm(model.embed_up(out.traces.embedded_BTE))))
+    torch.testing.assert_close(out.hidden, norm(norm(model.embed_up(out.flow.embedded_BTE))))
 
 
 def test_building_under_the_meta_device_allocates_nothing():
@@ -120,7 +119,7 @@ def test_a_state_carries_a_graph_only_if_asked(variant):
     kept = out.commit(out.lengths, keep_graph=True)
     assert_states(out.state, kept, "with and without a graph")
     second = model(tokens[:, 40:], kept)
-    (gradient,) = torch.autograd.grad(second.logits.square().sum(), out.traces.embedded_BTE)
+    (gradient,) = torch.autograd.grad(second.logits.square().sum(), out.flow.embedded_BTE)
     assert gradient[:, -1].any(), "gradients reach the chunk before"
     assert not any(value.requires_grad for value in flatten(second.state).values()), "the next one is plain again"
 
@@ -233,4 +232,4 @@ def test_bad_arguments_are_named(call, message):
 )
 def test_bad_shapes_are_named(overrides, message):
     with pytest.raises(InputError, match=message):
-        Lepton(LeptonConfig(**{**SHAPE, **IDEAS, **overrides}))
+        Lepton(LeptonConfig.from_dict({**SHAPE, **IDEAS, **overrides}))

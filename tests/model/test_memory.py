@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lepton.model.memory import MemoryRun
+from lepton.model.ideas.working_memory import MemoryRecord
 
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
@@ -19,7 +19,7 @@ def test_constant_text_keeps_the_model_finite_for_long():
         out = model(tokens, state)
         state = out.state
         assert out.logits.isfinite().all()
-    assert state.memory.matrix_BHKV.abs().max() < 1e3
+    assert state.part("memory").matrix_BHKV.abs().max() < 1e3
 
 
 def reach(model, tokens: torch.Tensor) -> list[int]:
@@ -55,7 +55,7 @@ def remember(model, device, length):
 
     def run(forward):
         reads, strength, record = forward(states, tail, state, timeline)
-        assert isinstance(record, MemoryRun)
+        assert isinstance(record, MemoryRecord)
         after = record.after(counts, timeline)
         whole = record.after(torch.full_like(counts, 64), timeline)
         outputs = [reads, *after, *whole]

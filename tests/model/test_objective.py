@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lepton.model.peek import FADE, summary
+from lepton.model.ideas.peek import FADE, summary
 
 from lepton.model import draft as drafting
 from lepton.model import objective
@@ -152,7 +152,7 @@ def test_a_bound_on_the_groups_changes_nothing():
     model, tokens = build("complete"), text(3)
     exact, padded = model.trunk(tokens), model.trunk(tokens, groups=60)
     torch.testing.assert_close(exact.hidden, padded.hidden, rtol=0, atol=1e-9)
-    torch.testing.assert_close(exact.state.keys_BLRKH, padded.state.keys_BLRKH, rtol=0, atol=1e-9)
+    torch.testing.assert_close(exact.state.deep.keys_BLRKH, padded.state.deep.keys_BLRKH, rtol=0, atol=1e-9)
 
 
 def test_the_summary_fades_over_the_tokens_ahead_and_stops_at_the_document():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lepton.model.uncertainty import LOG_ODDS, prediction_features
+from lepton.model.ideas.uncertainty import LOG_ODDS, prediction_features
 
 from lepton.model.objective import OUTCOME_STRIDE, _picks
 from tests.laws.lab import build, text
@@ -105,7 +105,7 @@ def test_training_looks_at_what_the_model_predicts(variant):
     out, following = model.trunk(tokens[:, :-1]), tokens[:, 1:]
     picks = _picks(following, OUTCOME_STRIDE)
     hidden = out.hidden.flatten(0, 1)[picks]
-    signals = out.traces.signals_BT3.flatten(0, 1)[picks]
+    signals = out.signals.flatten(0, 1)[picks]
     expected = slow_loss(model.uncertainty, hidden, model.head(hidden), signals, following.flatten()[picks])
     torch.testing.assert_close(model.loss(tokens).parts["uncertainty"], expected.detach(), rtol=0, atol=1e-10)
 

@@ -6,7 +6,6 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from lepton.config import LeptonConfig
 from lepton.model import Lepton
-from lepton.model.factory import WITHOUT_IDEAS
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.train.micro_step import MicroStep, compiled_parts
@@ -34,7 +33,7 @@ def _every_program_is_compiled():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return Lepton(LeptonConfig(**SHAPE))
+    return Lepton(LeptonConfig.from_dict(SHAPE))
 
 
 def gradients(model):
@@ -149,7 +148,7 @@ def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, toler
 
 
 def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch):
-    model = Lepton(LeptonConfig(**SHAPE | WITHOUT_IDEAS))
+    model = Lepton(LeptonConfig.from_dict(SHAPE | {"dense": True, "window": None}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     compiled = []
@@ -314,7 +313,7 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
         else:
             monkeypatch.undo()
         torch.manual_seed(0)
-        model = Lepton(LeptonConfig(**SHAPE)).cuda().train()
+        model = Lepton(LeptonConfig.from_dict(SHAPE)).cuda().train()
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
         optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=fast)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
+from lepton.model.ideas.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 
 from lepton.errors import InputError
 from lepton.train.thinking import plan_thoughts

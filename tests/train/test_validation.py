@@ -13,7 +13,7 @@ from tests.train.small import SHAPE
 
 @pytest.fixture
 def model():
-    model = Lepton(LeptonConfig(**SHAPE))
+    model = Lepton(LeptonConfig.from_dict(SHAPE))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     return model
