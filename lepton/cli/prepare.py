@@ -1,11 +1,22 @@
-"""`prepare`: text, Markdown, code folders and JSON lines -> training shards."""
+"""`prepare`: text, Markdown, code folders, JSON lines, JSON arrays and tables -> training shards."""
 
 import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.data.prepare import prepare
+from lepton.data.prepare import MAX_ROW_LEN, ROW_LEN, prepare
+from lepton.data.sources import MARKER
+from lepton.data.split import FLOOR
 from lepton.data.tokenizer import load_tokenizer
+
+SEQ_LEN = 512
+"""What training reads at once unless `--seq_len` is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,18 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a text file (one document), a .jsonl or .jsonl.xz file (one document a line), or a folder of such files; "
-        "in folders, hidden and binary files are skipped",
+        help="a text file (one document), a .jsonl file (one document a line), a .json array or a .csv or .tsv table "
+        "(one an entry), each also as .gz, .xz or .bz2, or a folder of such files; in folders, hidden, linked and "
+        "binary ones are skipped, and .json files without text fields are source code",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards; a new or empty one")
     parser.add_argument("--force", action="store_true", help="replace the data set in DIR, once the new one is whole")
-    parser.add_argument("--text_field", default="text", metavar="NAME", help="field of JSON lines (default: text)")
+    parser.add_argument(
+        "--text_field", default="text", metavar="NAME", help="field of JSON entries, column of tables (default: text)"
+    )
+    add_separator(parser)
     parser.add_argument(
         "--val_fraction",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of the documents kept for validation (default: 0.01)",
+        help=f"share of the documents kept for validation (default: 0.01); of small corpora more, up to {FLOOR} tokens",
+    )
+    parser.add_argument(
+        "--row_len",
+        type=int,
+        default=ROW_LEN,
+        metavar="N",
+        help=f"tokens of a row, the most that --seq_len can be; 2..{MAX_ROW_LEN} (default: {ROW_LEN})",
     )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer file (default: pile_tokenizer.json, or LEPTON's)"
@@ -33,25 +55,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_separator(parser: argparse.ArgumentParser) -> None:
+    """Add `--separator`, which `separator_of` reads."""
+    parser.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help=f"split documents where TEXT stands, \\n is a new line; '' never (default: where a line is just {MARKER})",
+    )
+
+
+def separator_of(args: argparse.Namespace) -> str | None:
+    """Return the separator that was asked for, with its new lines."""
+    return None if args.separator is None else args.separator.replace("\\n", "\n")
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print what came of it."""
+    notes: list[str] = []
     metadata = prepare(
         args.sources,
         args.out,
         load_tokenizer(args.tokenizer),
         val_fraction=args.val_fraction,
         text_field=args.text_field,
+        separator=separator_of(args),
         force=args.force,
+        row_len=args.row_len,
         show_progress=True,
+        note=notes.append,
     )
     if args.json:
+        print("\n".join(notes), end="\n" if notes else "", file=sys.stderr)
         print_json({"out": str(Path(args.out)), **metadata})
         return 0
     documents, tokens, text_bytes = metadata["documents"], metadata["total_tokens"], metadata["text_bytes"]
     print(f"{args.out}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes of text a token")
-    print(f"for validation: {metadata['val_documents']:,} documents, {metadata['val_tokens']:,} tokens")
-    if metadata["skipped_files"]:
-        print(f"skipped: {metadata['skipped_files']:,} files without readable text")
-    flag = f" --tokenizer {args.tokenizer}" if args.tokenizer else ""
-    print(f"train on it: python train.py --data_dir {args.out}{flag}")
+    print("\n".join([_validation(metadata), *notes, _next_step(args, metadata)]))
     return 0
+
+
+def _validation(metadata: dict[str, Any]) -> str:
+    """Return what validates, with a warning where it is little."""
+    documents, ends, tokens = metadata["val_documents"], metadata["val_ends"], metadata["val_tokens"]
+    if not tokens:
+        return f"for validation: the last rows, {metadata['held_out_tokens']:,} tokens"
+    whose = [f"{documents:,} documents"] * bool(documents) + [f"the ends of {ends:,}"] * bool(ends)
+    little = "; this is little, and what is measured on it is noisy: prepare more text" if tokens < FLOOR else ""
+    return f"for validation: {' and '.join(whose)}, {tokens:,} tokens{little}"
+
+
+def _next_step(args: argparse.Namespace, metadata: dict[str, Any]) -> str:
+    """Return the command that trains on the data, or why there is none yet."""
+    row_len = metadata["row_len"]
+    if max(metadata["val_tokens"], metadata["held_out_tokens"]) < 2:
+        return "too little to train on: nothing is left for validation; prepare more text"
+    words = ["python", "-m", "lepton", "train", "--data_dir", args.out]
+    words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    words += ["--seq_len", str(row_len)] if row_len < SEQ_LEN else []
+    words += [] if _has_gpu() else ["--model_size", "nano"]
+    return f"train on it: {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+
+
+def _has_gpu() -> bool:
+    """Return whether this looks like a machine with an NVIDIA GPU. Asking torch would take seconds."""
+    return shutil.which("nvidia-smi") is not None

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lepton.cli.arguments import add_json, print_json
+from lepton.cli.prepare import add_separator, separator_of
 from lepton.data.tokenizer import MAX_IDS, Tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -15,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--out", required=True, metavar="FILE", help="the .json or .json.xz file to write")
     train.add_argument("--force", action="store_true", help="replace FILE, once the new tokenizer is trained")
     train.add_argument("--vocab_size", type=int, default=MAX_IDS, metavar="N", help=f"ids (default: {MAX_IDS})")
-    train.add_argument("--text_field", default="text", metavar="NAME", help="field of JSON lines (default: text)")
+    train.add_argument("--text_field", default="text", metavar="NAME", help="field of JSON entries (default: text)")
+    add_separator(train)
     add_json(train)
     info = actions.add_parser("info", help="show ids and hash", description="Show a tokenizer's ids and hash.")
     info.add_argument("--tokenizer", metavar="PATH", help="tokenizer file (default: pile_tokenizer.json, or LEPTON's)")
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             args.vocab_size,
             text_field=args.text_field,
+            separator=separator_of(args),
             force=args.force,
             show_progress=sys.stderr.isatty(),
         )

@@ -1,25 +1,27 @@
 """Preparing training data: documents -> tokens -> shards of packed rows, in the form that `ShardedDataset` reads."""
 
-import hashlib
 import json
-import shutil
-import uuid
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lepton.data.sources import Corpus, Piece
+from lepton.data.publish import METADATA, place_for
+from lepton.data.publish import publish as _publish
+from lepton.data.sources import MARKER, Corpus, Piece
+from lepton.data.split import Splitter, held_out_tokens
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 
 ROW_LEN = 2048
 """Tokens of a row, as in the public data set."""
-SHARD_ROWS = 16384
-"""Rows of a full shard: 64 MiB."""
+MAX_ROW_LEN = 1 << 20
+SHARD_TOKENS = 1 << 25
+"""Tokens of a full shard: 64 MiB."""
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once."""
 
@@ -31,126 +33,117 @@ def prepare(
     *,
     val_fraction: float = 0.01,
     text_field: str = "text",
+    separator: str | None = None,
     force: bool = False,
+    wait: bool = False,
     name: str | None = None,
     row_len: int = ROW_LEN,
-    shard_rows: int = SHARD_ROWS,
+    shard_rows: int | None = None,
     show_progress: bool = False,
+    note: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Write the documents of `sources` (see `Corpus`) as shards into the folder `out`; return its metadata.
 
     - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id,
       and the metadata say how far, so that nobody trains on it.
-    - About `val_fraction` of the documents, chosen by a hash of their text, go into ``out/val``. The first document
-      always trains. With too few documents there is no such folder, and reading holds out the last rows.
-    - All is written into a hidden folder beside `out`, which takes its name at the end: a half-made one is never seen.
-      An existing data set is only replaced with `force`, and only then; other folders are never touched.
+    - About `val_fraction` of the documents go into ``out/val`` (see `Splitter`). The first document always trains.
+      Where there is no such folder, reading holds out the last rows.
+    - `out` is decided on before anything is read, and holds the whole data set or nothing new (see
+      `lepton.data.publish`). An existing data set is only replaced with `force`, and only when the new one is whole;
+      other folders are never touched. Where another process is writing it, that is an error, or `wait` waits.
+    - `note` gets a line on each thing that a user may not expect, such as what was skipped.
 
     Raises InputError for sources without text and for an `out` that holds something already.
     """
     if not 0 <= val_fraction < 1:
         raise InputError(f"val_fraction={val_fraction}: must lie in 0..1, 1 excluded")
+    if not 2 <= row_len <= MAX_ROW_LEN:
+        raise InputError(f"row_len={row_len}: must lie in 2..{MAX_ROW_LEN}")
     sources, out = list(sources), Path(out).absolute()
-    _check_out(out, force)
-    for source in sources:
-        if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            raise InputError(f"{source} lies in the output folder, which would be replaced: name another with --out")
-    corpus = Corpus(sources, text_field=text_field, leave_out=out)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        partial.mkdir(parents=True)
-        writers = [_ShardWriter(folder, row_len, shard_rows, tokenizer.eos_id) for folder in (partial, partial / "val")]
-        quiet = None if show_progress else True  # None: shown on a terminal alone
-        with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-            counts = _fill(writers, _choose(corpus.pieces(bar.update), val_fraction), tokenizer)
-        if not counts["documents"]:
-            raise InputError(f"no text found in {', '.join(map(str, sources))} ({len(corpus.skipped)} files skipped)")
-        metadata = {
-            "name": name or out.name,
-            "total_tokens": sum(writer.tokens for writer in writers),
-            "val_tokens": writers[1].tokens,
-            "documents": counts["documents"],
-            "val_documents": counts["val_documents"],
-            "text_bytes": counts["text_bytes"],
-            "skipped_files": len(corpus.skipped),
-            "row_len": row_len,
-            "padding": {**writers[0].padding, **{f"val/{name}": count for name, count in writers[1].padding.items()}},
-            "vocab_size": tokenizer.size,
-            "tokenizer_hash": tokenizer.hash,
-        }
-        text = json.dumps(metadata, indent=2, ensure_ascii=False)
-        (partial / "metadata.json").write_text(text + "\n", encoding="utf-8")
-        _publish(partial, out, force)
+        with place_for(out, force=force, wait=wait) as place:
+            for source in sources:
+                path = Path(os.path.realpath(source))
+                if place.folder in (path, *path.parents):
+                    raise InputError(f"{source} lies in the output folder {out}: name another with --out")
+            own = (place.folder, place.partial.parent)
+            corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=own)
+            folders = (place.partial, place.partial / "val")
+            shard_rows = shard_rows or SHARD_TOKENS // row_len
+            train, val = writers = [_ShardWriter(folder, row_len, shard_rows, tokenizer.eos_id) for folder in folders]
+            splitter = Splitter(train, val, val_fraction=val_fraction, eos_id=tokenizer.eos_id)
+            quiet = None if show_progress else True  # None: shown on a terminal alone
+            with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
+                counts = _fill(splitter, corpus.pieces(bar.update), tokenizer)
+            splitter.close(row_len, shard_rows)
+            for writer in writers:
+                writer.close()
+            if not counts["documents"]:
+                skipped = corpus.skipped_summary()
+                why = f" (skipped: {skipped})" if skipped else ""
+                raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
+            metadata = {
+                "name": name or out.name,
+                "total_tokens": train.tokens + val.tokens,
+                "val_tokens": val.tokens,
+                "documents": counts["documents"],
+                "val_documents": splitter.val_documents,
+                "val_ends": splitter.val_ends,
+                "held_out_tokens": 0 if val.tokens else held_out_tokens(train.tokens, row_len, shard_rows),
+                "text_bytes": counts["text_bytes"],
+                "separators": corpus.separators,
+                "markers_kept": corpus.markers_kept,
+                "skipped_files": len(corpus.skipped),
+                "skipped": corpus.skipped_counts(),
+                "row_len": row_len,
+                "padding": {**train.padding, **{f"val/{name}": count for name, count in val.padding.items()}},
+                "vocab_size": tokenizer.size,
+                "tokenizer_hash": tokenizer.hash,
+            }
+            text = json.dumps(metadata, indent=2, ensure_ascii=False)
+            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+            _publish(place)
+            for line in _notes(corpus):
+                note(line)
     except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # numpy says of a full disk only how much of an array was written
+        raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
     return metadata
 
 
-def _check_out(out: Path, force: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: name a folder with --out")
-    for path in sorted([*out.glob("*"), *out.glob("val/*")]):
-        ours = path.match("shard_*.npy") or path.relative_to(out) in (Path("metadata.json"), Path("val"))
-        if not ours:
-            raise InputError(f"{out} holds other files ({path.relative_to(out)}): name a new folder with --out")
-    if any(out.glob("*")) and not (force and any(out.glob("shard_*.npy"))):
-        raise InputError(f"{out} is not empty: name another folder with --out, or replace a data set with --force")
+def _notes(corpus: Corpus) -> Iterator[str]:
+    if skipped := corpus.skipped_summary():
+        yield f"skipped: {skipped}"
+    if corpus.separators:
+        yield f"separators between documents: {corpus.separators:,}"
+    if corpus.markers_kept:
+        yield f"kept as text: {corpus.markers_kept:,} {MARKER} inside lines; --separator '{MARKER}' splits there"
 
 
-def _publish(partial: Path, out: Path, force: bool) -> None:
-    """Give the finished folder its name; a data set that has the name goes only now."""
-    if force and out.exists():
-        old = partial.with_suffix(".old")
-        out.rename(old)
-        try:
-            partial.rename(out)
-        except OSError:
-            old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        if out.exists():
-            out.rmdir()  # fails unless it is empty
-        partial.rename(out)
-
-
-def _choose(pieces: Iterable[Piece], val_fraction: float) -> Iterator[tuple[Piece, int]]:
-    """Yield every piece with its split, 0 for training and 1 for validation: equal documents go the same way."""
-    split = 0
-    opens, first = True, True
-    for piece in pieces:
-        if opens:
-            digest = hashlib.sha256(piece.text.encode("utf-8", "replace")).digest()
-            split = int(not first and int.from_bytes(digest[:8], "big") < val_fraction * 2**64)
-        yield piece, split
-        opens, first = piece.last, False
-
-
-def _fill(writers: list["_ShardWriter"], pieces: Iterable[tuple[Piece, int]], tokenizer: Tokenizer) -> Counter[str]:
-    """Encode the pieces, a batch at a time, and write them; return the counts of documents and bytes."""
+def _fill(splitter: Splitter, pieces: Iterable[Piece], tokenizer: Tokenizer) -> Counter[str]:
+    """Encode the pieces, a batch at a time, and hand them on; return the counts of documents and bytes."""
     counts: Counter[str] = Counter()
-    batch: list[tuple[Piece, int]] = []
+    batch: list[tuple[Piece, bytes, int]] = []
     characters = 0
+    opens = True
 
     def encode() -> None:
-        ids_of_piece = tokenizer.encode_batch(piece.text for piece, _ in batch)
-        for (piece, split), ids in zip(batch, ids_of_piece, strict=True):
-            writers[split].add([*ids, tokenizer.eos_id] if piece.last else ids)
+        nonlocal opens
+        ids_of_piece = tokenizer.encode_batch(piece.text for piece, _, _ in batch)
+        for (piece, key, split), ids in zip(batch, ids_of_piece, strict=True):
+            ids = [*ids, tokenizer.eos_id] if piece.last else ids
+            splitter.add(np.array(ids, np.uint16), key, split, opens=opens)
             counts["text_bytes"] += len(piece.text.encode("utf-8", "replace"))
             counts["documents"] += piece.last
-            counts["val_documents"] += piece.last and split
+            opens = piece.last
 
-    for piece, split in pieces:
-        batch.append((piece, split))
+    for piece, key, split in splitter.choose(pieces):
+        batch.append((piece, key, split))
         characters += len(piece.text)
         if characters >= BATCH_CHARACTERS:
             encode()
             batch, characters = [], 0
     encode()
-    for writer in writers:
-        writer.close()
     return counts
 
 
@@ -166,9 +159,10 @@ class _ShardWriter:
         self._used = 0
         self._shards = 0
 
-    def add(self, ids: list[int]) -> None:
+    def add(self, ids: np.ndarray) -> None:
+        """Take tokens, uint16 [N]."""
         self.tokens += len(ids)
-        rest = np.array(ids, np.uint16)
+        rest = ids
         while len(rest):
             fits = rest[: len(self._buffer) - self._used]
             self._buffer[self._used : self._used + len(fits)] = fits
@@ -176,6 +170,13 @@ class _ShardWriter:
             rest = rest[len(fits) :]
             if self._used == len(self._buffer):
                 self._save()
+
+    def take_back(self) -> np.ndarray:
+        """Return all tokens so far, none of which may be on the disk yet, and forget them."""
+        assert not self._shards
+        ids = self._buffer[: self._used].copy()
+        self.tokens = self._used = 0
+        return ids
 
     def close(self) -> None:
         """Write what is left, its last row filled up with the end-of-text id."""

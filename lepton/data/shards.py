@@ -10,8 +10,9 @@
 Shapes: B batch, T seq_len.
 """
 
-import json
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,14 +23,15 @@ import numpy as np
 import torch
 
 from lepton.data.permutation import permute
+from lepton.data.publish import METADATA, UNFINISHED
+from lepton.data.split import held_out_rows
 from lepton.errors import InputError
+from lepton.files import parse_json, read_bytes, readable
 
 OPEN_SHARDS = 64
 """Shards that are mapped at once: each holds a file open, and there may be thousands."""
-HELD_OUT_SHARE = 100
-"""Without a ``val`` folder, one row in this many is held out for validation..."""
-HELD_OUT_ROWS = 256
-"""...but at most this many, and at least one."""
+MAX_METADATA = 1 << 25
+"""Most bytes of metadata.json."""
 
 
 class Batch(NamedTuple):
@@ -57,8 +59,8 @@ class Shard:
 class ShardedDataset:
     """One split of the data set in `folder`.
 
-    The validation split is ``folder/val/shard_*.npy`` where that exists; else the last rows of the last shard, about
-    1 % of all rows, which are then never trained on.
+    The validation split is ``folder/val/shard_*.npy`` where that exists; else the last rows, about 1 % of all, which
+    are then never trained on (see `held_out_rows`).
 
     Raises InputError for a folder without whole integer shards, a `seq_len` that no row holds, a data set too small to
     keep a validation row apart, a split without a target, and a `tokenizer_hash` other than the one in metadata.json.
@@ -84,7 +86,10 @@ class ShardedDataset:
         self.shards = _shards_of(self.folder, split, _read_padding(self.folder, self.metadata))
         row_len = self.shards[0].row_len
         if not 1 <= seq_len <= row_len:
-            raise InputError(f"seq_len={seq_len}: must lie in 1..{row_len}, the length of a row in {self.folder}")
+            longer = f"; longer rows are made with: prepare --row_len {seq_len}" if seq_len > row_len else ""
+            raise InputError(
+                f"seq_len={seq_len}: must lie in 1..{row_len}, the length of a row in {self.folder}{longer}"
+            )
         self.row_len = row_len
         self.rows = sum(shard.rows for shard in self.shards)
         self.tokens = self.rows * (row_len - 1) - sum(shard.padding for shard in self.shards)
@@ -166,15 +171,15 @@ class ShardedDataset:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Return the contents of ``metadata.json`` in `folder`, or {} where there is none."""
-    path = folder / "metadata.json"
-    if not path.is_file():
+    path = folder / METADATA
+    if not os.path.lexists(path):
         return {}
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: no JSON ({error}); mend or remove it, it is optional") from None
+        metadata = parse_json(read_bytes(path, "metadata file", MAX_METADATA), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; correct or remove it, it is optional") from None
     if not isinstance(metadata, dict):
-        raise InputError(f"{path}: holds no JSON object; mend or remove it, it is optional")
+        raise InputError(f"{path}: holds no JSON object; correct or remove it, it is optional")
     return metadata
 
 
@@ -184,41 +189,50 @@ def _read_padding(folder: Path, metadata: dict[str, Any]) -> dict[str, int]:
     if not isinstance(padding, dict) or not all(type(count) is int and count >= 0 for count in padding.values()):
         raise InputError(
             f"{folder / 'metadata.json'}: its padding is {padding}, not a count of tokens for each shard; "
-            "mend or remove it"
+            "correct or remove it"
         )
     return padding
 
 
 def read_header(path: Path) -> Shard:
     """Read a shard's shape, without its tokens. Raises InputError if it is no whole 2-D array of integers."""
+    readable(path, "shard")
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
             version = np.lib.format.read_magic(file)
             old = version == (1, 0)
             read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
-            expected = file.tell() + math.prod(shape) * dtype.itemsize
+            start = file.tell()
         size = path.stat().st_size
-    except ValueError as error:
-        raise InputError(f"{path}: no .npy file, or a torn one ({error}); fetch or prepare it again") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if not np.issubdtype(dtype, np.integer):
+    except Exception as error:  # numpy has the header read as Python source, whose parser raises many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: no .npy file, or a torn one ({reason}); fetch or prepare it again") from None
+    if dtype.kind not in "iu":
         raise InputError(f"{path}: holds {dtype}, not integers; a shard holds token ids")
-    if len(shape) != 2 or shape[1] < 2:
+    if len(shape) != 2 or not all(type(length) is int and length >= 0 for length in shape) or shape[1] < 2:
         raise InputError(f"{path}: has the shape {shape}, not (rows, row_len) with rows of at least 2 tokens")
+    expected = start + math.prod(shape) * dtype.itemsize
     if size < expected:
         raise InputError(f"{path}: is truncated, {size} bytes of {expected}; fetch or prepare it again")
     return Shard(path, *shape)
 
 
 def _map(path: Path) -> np.ndarray:
-    return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    read_header(path)  # it may have been replaced meanwhile
+    try:
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot map {path} into memory: {' '.join(str(error).split())}") from None
 
 
 def _shards_of(folder: Path, split: str, padding: dict[str, int]) -> list[Shard]:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}; make it with: python -m lepton prepare SOURCE --out {folder}")
+    if (folder / UNFINISHED).exists():
+        raise InputError(f"{folder} is not whole: `prepare` was interrupted when it replaced the files; run it again")
     shards = _read_headers(folder, "", padding)
     val = _read_headers(folder, "val/", padding)
     if not shards:
@@ -228,16 +242,26 @@ def _shards_of(folder: Path, split: str, padding: dict[str, int]) -> list[Shard]
         )
     if val:
         return shards if split == "train" else val
-    *before, last = shards
-    rows = sum(shard.rows for shard in shards)
-    if rows < 2:
+    rows = [shard.rows for shard in shards]
+    held = held_out_rows(rows, shards[0].row_len, shards[-1].padding)
+    if not held:
         raise InputError(
             f"{folder} holds a single row of tokens: too small to keep one for validation; prepare more text"
         )
-    held = min(last.rows, max(1, min(rows // HELD_OUT_SHARE, HELD_OUT_ROWS)))
-    if split == "val":
-        return [Shard(last.path, held, last.row_len, first=last.rows - held, padding=last.padding)]
-    return [*before, Shard(last.path, last.rows - held, last.row_len)] if held < last.rows else before
+    return _cut(shards, sum(rows) - held, None) if split == "val" else _cut(shards, 0, sum(rows) - held)
+
+
+def _cut(shards: list[Shard], start: int, stop: int | None) -> list[Shard]:
+    """Return the rows `start` to `stop` of the shards, counted over all of them."""
+    found, before = [], 0
+    for shard in shards:
+        first = min(max(start - before, 0), shard.rows)
+        last = shard.rows if stop is None else min(max(stop - before, 0), shard.rows)
+        if first < last:
+            padding = shard.padding if last == shard.rows else 0
+            found.append(replace(shard, rows=last - first, first=first, padding=padding))
+        before += shard.rows
+    return found
 
 
 def _read_headers(folder: Path, place: str, padding: dict[str, int]) -> list[Shard]:
@@ -249,7 +273,7 @@ def _read_headers(folder: Path, place: str, padding: dict[str, int]) -> list[Sha
         if shard.padding >= shard.row_len:
             raise InputError(
                 f"{folder / 'metadata.json'}: its padding of {place}{shard.path.name} is {shard.padding}, where a row "
-                f"has {shard.row_len} tokens; mend or remove it"
+                f"has {shard.row_len} tokens; correct or remove it"
             )
         if shard.row_len != shards[0].row_len:
             raise InputError(

@@ -31,8 +31,8 @@ def cache_folder() -> Path:
 def default_corpus(tokenizer: Tokenizer) -> Path:
     """Return the folder of the prepared standard library; prepare it first where it is missing (some seconds).
 
-    It is made once for each Python version and tokenizer. `prepare` lets the folder appear whole or not at all, and
-    where two processes make it at once the first to finish wins.
+    It is made once for each Python version and tokenizer. `prepare` lets the folder appear whole or not at all; of two
+    processes that want to make it the second waits for the first, or, without locks, loses against it.
     """
     python = ".".join(map(str, sys.version_info[:3]))
     folder = cache_folder() / f"stdlib-{python}-{tokenizer.hash[:12]}"
@@ -40,7 +40,7 @@ def default_corpus(tokenizer: Tokenizer) -> Path:
         files = stdlib_files()
         print(f"preparing the default data, Python {python}'s standard library, once, in {folder}", file=sys.stderr)
         try:
-            prepare(files, folder, tokenizer, val_fraction=VAL_FRACTION, name="stdlib")
+            prepare(files, folder, tokenizer, val_fraction=VAL_FRACTION, name="stdlib", wait=True)
         except InputError as error:
             if not folder.is_dir():
                 raise InputError(f"{error}; {CACHE_VARIABLE} in the environment names another cache folder") from None

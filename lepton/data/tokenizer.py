@@ -6,13 +6,16 @@
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import lzma
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,12 +23,15 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lepton.data.sources import Corpus
 from lepton.errors import InputError
+from lepton.files import read_bytes, replacing, unpack_xz
 
 EOS = "<|endoftext|>"
 SPECIALS = (EOS, "<|pad|>", "<|unk|>")
 MAX_IDS = 50257
 PUBLIC_NAME = "pile_tokenizer.json"
 SHIPPED_NAME = "tokenizer.json.xz"
+MAX_BYTES = 1 << 25
+"""Most bytes of a tokenizer file, packed and unpacked; those with 50,257 ids have 2 to 4 million."""
 
 
 def _byte_of_character() -> dict[int, int]:
@@ -63,6 +69,14 @@ class Tokenizer:
         eos = backend.token_to_id(EOS)
         if eos is None:
             raise InputError(f"the tokenizer has no {EOS}: it needs one to end a document")
+        if dropout := getattr(backend.model, "dropout", None):
+            raise InputError(
+                f"the tokenizer has dropout {dropout}, which gives a text other ids each time: set it to null"
+            )
+        if backend.post_processor and not _keeps_ids(json.loads(backend.post_processor.__getstate__())):
+            raise InputError("the tokenizer's post-processor drops or repeats the text: its `single` must hold A once")
+        if any(token.content == EOS and not token.special for token in backend.get_added_tokens_decoder().values()):
+            backend.add_special_tokens([EOS])  # else a text that spells it would end there
         self.eos_id: int = eos
         """The id that ends a document."""
         self.size: int = 1 + max(backend.get_vocab().values())
@@ -76,10 +90,8 @@ class Tokenizer:
 
         Raises InputError when it is no such text, is not byte-level, has no end of text, or has too many ids.
         """
-        try:
+        with _library("no tokenizer of the `tokenizers` library"):
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises the bare class
-            raise InputError(f"no tokenizer of the `tokenizers` library: {error}") from None
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise InputError("the tokenizer is not byte-level: give one with a ByteLevel decoder")
         return Tokenizer(backend)
@@ -91,12 +103,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without specials."""
-        ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        with _library("the tokenizer cannot encode this text"):
+            ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
-        batch = self._backend.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        encodable = [_encodable(text) for text in texts]
+        with _library("the tokenizer cannot encode this text"):
+            batch = self._backend.encode_batch_fast(encodable, add_special_tokens=False)
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -114,12 +129,18 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of all that decides an id, whatever the file's format and the library's version."""
+        """SHA-256 (hex) of all that decides an id, whatever the file's format and the library's version.
+
+        Settings enter only where they differ from their defaults: a version that adds one changes no hash, nor does
+        this the hashes that data sets hold already.
+        """
         form = json.loads(self._backend.to_str())
         model = form["model"]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
         added = [[token["id"], token["content"]] for token in form["added_tokens"]]
         parts = [model["type"], model["vocab"], merges, added, form["normalizer"], form["pre_tokenizer"]]
+        if settings := _settings(form):
+            parts.append(settings)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -142,24 +163,62 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _settings(form: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides an id beside vocabulary, merges, normalizer and pre-tokenizer, where it is no default.
+
+    Special tokens are never found in a text (see `Tokenizer`), so of added tokens only the others' flags count.
+    """
+    model = form["model"]
+    names = model.keys() - {"type", "vocab", "merges", "dropout"}
+    settings = {name: model[name] for name in names if model[name] not in (None, "") and model[name] is not False}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    found = [[token["id"], *(token[flag] for flag in flags)] for token in form["added_tokens"] if not token["special"]]
+    return settings | ({"found": found} if found else {})
+
+
+def _keeps_ids(processor: dict[str, Any]) -> bool:
+    """Return whether a post-processor leaves a text's ids as they are, specials apart, which are not asked for."""
+    if processor["type"] == "Sequence":
+        return all(map(_keeps_ids, processor["processors"]))
+    if processor["type"] != "TemplateProcessing":
+        return True
+    return [piece["Sequence"]["id"] for piece in processor["single"] if "Sequence" in piece] == ["A"]
+
+
+@contextlib.contextmanager
+def _library(failure: str) -> Iterator[None]:
+    """Turn the errors of the `tokenizers` library into InputError: it raises bare exceptions, and its panics are not
+    even those."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{failure}: {' '.join(str(error).split())}") from None
+
+
 def load_tokenizer(path: str | Path | None = None, beside: Path | None = None) -> Tokenizer:
     """Return the tokenizer at `path`; else ``pile_tokenizer.json`` in the working folder or in the folder `beside`;
     else the one that LEPTON ships. Raises InputError for a file that cannot be used."""
     if path is None:
         folders = [Path.cwd()] if beside is None else [Path.cwd(), beside]
-        path = next((folder / PUBLIC_NAME for folder in folders if (folder / PUBLIC_NAME).is_file()), None)
+        path = next((folder / PUBLIC_NAME for folder in folders if os.path.lexists(folder / PUBLIC_NAME)), None)
     if path is None:
-        return Tokenizer.from_json(_text_of((resources.files("lepton.data") / SHIPPED_NAME).read_bytes()))
+        content = (resources.files("lepton.data") / SHIPPED_NAME).read_bytes()
+        return Tokenizer.from_json(lzma.decompress(content).decode())
+    content = read_bytes(path, "tokenizer", MAX_BYTES)
+    if not content:
+        raise InputError(f"{path} is empty: no tokenizer")
+    if content.startswith(b"\xfd7zXZ"):
+        content = unpack_xz(content, str(path), MAX_BYTES)
     try:
-        return Tokenizer.from_json(_text_of(Path(path).read_bytes()))
-    except OSError as error:
-        raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    except (EOFError, lzma.LZMAError, ValueError) as error:
+        return Tokenizer.from_json(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no tokenizer: not UTF-8 text") from None
+    except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _text_of(content: bytes) -> str:
-    return (lzma.decompress(content) if content.startswith(b"\xfd7zXZ") else content).decode("utf-8-sig")
 
 
 def train_tokenizer(
@@ -168,6 +227,7 @@ def train_tokenizer(
     vocab_size: int = MAX_IDS,
     *,
     text_field: str = "text",
+    separator: str | None = None,
     force: bool = False,
     show_progress: bool = False,
 ) -> Tokenizer:
@@ -182,7 +242,24 @@ def train_tokenizer(
         raise InputError(f"vocab_size={vocab_size}: must lie in {smallest}..{MAX_IDS}")
     if out.is_dir() or (out.exists() and not force):
         raise InputError(f"{out} exists: name a new file with --out, or replace a file with --force")
-    corpus = Corpus(sources, text_field=text_field)
+    corpus = Corpus(sources, text_field=text_field, separator=separator)
+    if any(path.name == out.name and path.resolve() == out.resolve() for path in corpus.files):
+        raise InputError(f"{out} is one of the sources: name another file with --out")
+    try:
+        with replacing(out) as unfinished:
+            unfinished.touch()  # what cannot be written is said before the work
+            tokenizer = _train(corpus, vocab_size, show_progress)
+            if tokenizer.size == smallest < vocab_size:
+                raise InputError(f"found nothing to learn from in {', '.join(map(str, sources))}: name files with text")
+            content = tokenizer.to_json().encode()
+            packed = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME) if out.suffix == ".xz" else content
+            unfinished.write_bytes(packed)
+    except OSError as error:
+        raise InputError(f"cannot write the tokenizer {out}: {error.strerror}") from None
+    return tokenizer
+
+
+def _train(corpus: Corpus, vocab_size: int, show_progress: bool) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -193,22 +270,6 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
-    backend.train_from_iterator((_encodable(piece.text) for piece in corpus.pieces()), trainer)
-    tokenizer = Tokenizer(backend)
-    if tokenizer.size == smallest < vocab_size:
-        raise InputError(f"found nothing to learn from in {', '.join(map(str, sources))}: name files with more text")
-    _write(out, tokenizer.to_json().encode())
-    return tokenizer
-
-
-def _write(out: Path, content: bytes) -> None:
-    if out.suffix == ".xz":
-        content = lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write the tokenizer {out}: {error.strerror}") from None
+    with _library("the `tokenizers` library cannot learn from this text"):
+        backend.train_from_iterator((_encodable(piece.text) for piece in corpus.pieces()), trainer)
+    return Tokenizer(backend)

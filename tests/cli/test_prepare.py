@@ -46,8 +46,8 @@ def test_prepare_says_what_it_made(call: Call, notes: Path, capsys: pytest.Captu
     assert err == ""
     assert "data: 40 documents, " in out
     assert "bytes of text a token" in out
-    assert "skipped: 1 files" in out
-    assert out.endswith("train on it: python train.py --data_dir data\n")
+    assert "skipped: 1 binary (photo.jpg)" in out
+    assert "train on it: python -m lepton train --data_dir data" in out
     assert np.load("data/shard_00000.npy").shape[1] == 2048
 
 

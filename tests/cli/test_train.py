@@ -85,7 +85,7 @@ def test_flags_become_settings(flags, name, value):
         (["--max_steps", "0"], "max_steps=0: must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--resume", "nowhere/step_5.pt"], "step_5.pt does not exist; no whole checkpoint is there"),
-        (["--tokenizer", "nowhere.json"], "cannot read the tokenizer nowhere.json"),
+        (["--tokenizer", "nowhere.json"], "no such tokenizer: nowhere.json"),
         (["--data_dir", "nowhere"], "no such folder: nowhere"),
     ],
 )

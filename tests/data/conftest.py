@@ -5,13 +5,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from lepton.data.tokenizer import EOS, Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def shipped() -> Tokenizer:
     return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def letters() -> Tokenizer:
+    """A token a byte: quick to load and to hash."""
+    tokens = [EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([EOS])
+    return Tokenizer(backend)
 
 
 @pytest.fixture

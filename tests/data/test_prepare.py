@@ -63,8 +63,13 @@ def test_every_document_is_in_one_split_and_ends_with_eos(
         "val_tokens": sum(len(shipped.encode(text)) + 1 for text in val),
         "documents": 300,
         "val_documents": len(val),
+        "val_ends": 0,
+        "held_out_tokens": 0,
         "text_bytes": sum(len(text.encode()) for text in texts),
+        "separators": 0,
+        "markers_kept": 0,
         "skipped_files": 0,
+        "skipped": {},
         "row_len": 64,
         "padding": metadata["padding"],
         "vocab_size": 50257,
@@ -128,7 +133,7 @@ def test_a_single_document_trains_and_lends_its_end(tmp_path: Path, shipped: Tok
     assert metadata["val_documents"] == 0
     assert not (tmp_path / "data" / "val").exists()
     val = ShardedDataset(tmp_path / "data", seq_len=512, seed=0, split="val", vocab_size=50257)
-    assert val.rows == 1
+    assert val.tokens == metadata["held_out_tokens"] - val.rows > 512
 
 
 def test_a_text_about_eos_holds_no_eos(tmp_path: Path, shipped: Tokenizer) -> None:
@@ -234,7 +239,7 @@ def test_a_data_set_that_appears_meanwhile_is_kept(
 def test_sources_without_text_are_refused(tmp_path: Path, shipped: Tokenizer) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.bin").write_bytes(b"\0")
-    with pytest.raises(InputError, match=r"no text found in .*in \(1 files skipped\)"):
+    with pytest.raises(InputError, match=r"no text found in .*in \(skipped: 1 binary \(a\.bin\)\)"):
         prepare(iter([tmp_path / "in"]), tmp_path / "data", shipped)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

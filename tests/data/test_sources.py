@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lepton import files
 from lepton.data import sources
 from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ def test_a_folder_is_read_by_name_without_what_is_no_text(tmp_path: Path) -> Non
     }
     for hidden in (".git/config", ".hidden", "__pycache__/x.py", "a/node_modules/x.js", "out/old.txt"):
         put(tmp_path / hidden, "no")
-    corpus = Corpus([tmp_path], leave_out=tmp_path / "out")
+    corpus = Corpus([tmp_path], leave_out=[tmp_path / "out"])
     assert documents(corpus) == ["z", "line", "one", "two"]
     assert set(corpus.skipped) == unread
 
@@ -101,7 +102,7 @@ def test_a_file_without_permission(tmp_path: Path) -> None:
         Corpus([path])
     corpus = Corpus([tmp_path])
     assert documents(corpus) == []
-    assert corpus.skipped == [path]
+    assert corpus.skipped == {path: "unreadable"}
 
 
 def test_torn_json_lines_are_named_with_their_line(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_long_documents_come_in_pieces_that_change_no_token(
 
 def test_pieces_of_code_change_no_token(shipped: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PIECE", 4096)
-    path = Path(sources.__file__)
+    path = Path(files.__file__)
     ids = [i for piece in Corpus([path]).pieces() for i in shipped.encode(piece.text)]
     assert ids == shipped.encode(path.read_text(encoding="utf-8"))
 
@@ -168,3 +169,89 @@ def test_progress_adds_up_to_the_size_of_the_files(tmp_path: Path) -> None:
     assert corpus.size == sum(path.stat().st_size for path in tmp_path.iterdir())
     assert sum(steps) == pytest.approx(corpus.size, rel=0.02)
     assert min(steps) > 0
+
+
+# Separators
+
+
+STORIES = "Once.\n<|endoftext|>\nTwice,\nsaid <|endoftext|> he.\r\n<|endoftext|>\r\n\n<|endoftext|>\n\nThrice."
+
+
+def test_lines_with_the_marker_alone_separate_documents(tmp_path: Path) -> None:
+    corpus = Corpus([put(tmp_path / "a.txt", STORIES)])
+    assert documents(corpus) == ["Once.\n", "Twice,\nsaid <|endoftext|> he.\n", "\nThrice."]
+    assert (corpus.separators, corpus.markers_kept) == (3, 1)
+    corpus = Corpus([put(tmp_path / "a.jsonl", lines(STORIES, "four"))])
+    assert len(documents(corpus)) == 4
+
+
+def test_a_named_separator_stands_anywhere_and_an_empty_one_nowhere(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", STORIES)
+    anywhere = ["Once.\n", "\nTwice,\nsaid ", " he.\n", "\n\nThrice."]
+    assert documents(Corpus([path], separator="<|endoftext|>")) == anywhere
+    assert documents(Corpus([path], separator="")) == [STORIES.replace("\r", "")]
+    assert documents(Corpus([path], separator="\nTwice,\n")) == [
+        "Once.\n<|endoftext|>",
+        STORIES.replace("\r", "").split("Twice,\n")[1],
+    ]
+    with pytest.raises(InputError, match="at most 1,024"):
+        Corpus([path], separator="-" * 2000)
+
+
+@pytest.mark.parametrize("separator", [None, "<|endoftext|>", "\n"])
+def test_separators_are_found_wherever_pieces_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str | None
+) -> None:
+    texts = [f"story {i} " + "long words and more\n" * (i % 9) + "end" for i in range(40)]
+    joint = "\n<|endoftext|>\n"
+    path = put(tmp_path / "a.txt", joint.join(texts))
+    wanted = documents(Corpus([path], separator=separator))
+    for length in (16, 17, 50, 61):
+        monkeypatch.setattr(sources, "PIECE", length)
+        pieces = list(Corpus([path], separator=separator).pieces())
+        assert max(len(piece.text) for piece in pieces) <= length
+        assert documents(Corpus([path], separator=separator)) == wanted
+    if separator is None:
+        assert wanted == [text + "\n" for text in texts[:-1]] + texts[-1:]
+
+
+# What is skipped
+
+
+def test_what_a_folder_does_not_give_is_counted_and_named(tmp_path: Path) -> None:
+    for name in (".git/x", ".env", "a.parquet", "b.parquet", "c.parquet", "d.parquet", "e.pdf"):
+        put(tmp_path / "in" / name, "text")
+    put(tmp_path / "in" / "sub" / "photo.jpg", b"\xff\xd8\0")
+    put(tmp_path / "in" / "latin.txt", b"caf\xe9")
+    put(tmp_path / "in" / "__pycache__" / "x.py", "no")
+    put(tmp_path / "elsewhere" / "x.txt", "no")
+    try:
+        (tmp_path / "in" / "there").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "in" / "there2").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "in" / "lost").symlink_to(tmp_path / "nowhere")
+        os.mkfifo(tmp_path / "in" / "pipe")
+    except (OSError, AttributeError):
+        pytest.skip("this system has no links for ordinary users, or no pipes with names")
+    corpus = Corpus([tmp_path / "in"])
+    assert documents(corpus) == []
+    summary = corpus.skipped_summary()
+    assert summary.startswith("4 .parquet (a.parquet, b.parquet, c.parquet, ...), ")
+    for part in (
+        "2 linked folders (there, there2)",
+        "2 hidden (.git, .env)",
+        "1 .pdf (e.pdf)",
+        "1 binary (photo.jpg)",
+        "1 not UTF-8 (latin.txt)",
+        "1 __pycache__ (__pycache__)",
+        "1 broken link (lost)",
+        "1 pipe or device (pipe)",
+    ):
+        assert part in summary
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names and devices are of Unix")
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, kind in ((tmp_path / "pipe.txt", "a pipe"), ("/dev/zero", "a device")):
+        with pytest.raises(InputError, match=kind):
+            Corpus([path])

@@ -181,9 +181,9 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match=r"cannot read the tokenizer .*missing\.json"):
+    with pytest.raises(InputError, match=r"no such tokenizer: .*missing\.json"):
         load_tokenizer(tmp_path / "missing.json")
-    with pytest.raises(InputError, match="cannot read the tokenizer"):
+    with pytest.raises(InputError, match="is a folder, not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
