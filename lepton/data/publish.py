@@ -59,6 +59,8 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
     set, or a data set without `force`; and if another process is writing it, for which `wait` waits instead.
     """
     folder = Path(os.path.realpath(out))
+    if folder.is_symlink():
+        raise InputError(f"{out} is a link that leads back to itself: name another folder with --out")
     inside = folder.is_dir() and (_is_mount(folder) or not os.access(folder.parent, os.W_OK))
     _check_out(out, force, inside)
     workshop = folder / WORKSHOP if inside else folder.with_name(f".{folder.name}.partial")

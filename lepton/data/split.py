@@ -2,7 +2,7 @@
 
 What is measured on a handful of tokens is noise, and the best checkpoint is chosen by it. So where the chosen documents
 have fewer than `FLOOR` tokens, or than a tenth of a small corpus, more are chosen, in the order of their hashes; one
-that is far larger than what is missing gives its end alone. Equal documents always go the same way.
+that would make it more than twice as many gives its end alone. Equal documents always go the same way.
 """
 
 import hashlib
@@ -101,15 +101,16 @@ class Splitter:
         if self._waiting:
             total = sum(self._tokens)
             wanted = min(FLOOR, total // MOST)
-            missing = wanted - (self._tokens[1] or held_out_tokens(total, row_len, shard_rows))
-            if missing > 0 and wanted >= SHORTEST_END:
-                self._choose_more(self._waiting, missing)
+            found = self._tokens[1] or held_out_tokens(total, row_len, shard_rows)
+            if found < wanted and wanted >= SHORTEST_END:
+                self._choose_more(self._waiting, wanted)
             self._release()
         elif 0 < val.tokens < FLOOR:
             train.add(val.take_back())
             self.val_documents = 0
 
-    def _choose_more(self, documents: list[_Document], missing: int) -> None:
+    def _choose_more(self, documents: list[_Document], wanted: int) -> None:
+        missing = wanted - self._tokens[1]
         groups: dict[bytes, list[_Document]] = {}
         for document in documents:
             if not document.split:
@@ -118,7 +119,7 @@ class Splitter:
         for key in sorted(groups, key=lambda key: (key == first, key)):
             group = groups[key]
             size = sum(document.tokens for document in group)
-            if size <= 2 * missing and key != first:
+            if size <= missing + wanted and key != first:
                 for document in group:
                     document.split = 1
                 self.val_documents += len(group)
