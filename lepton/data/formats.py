@@ -114,9 +114,9 @@ def form_of(path: Path, field: str, *, named: bool) -> Form:
 
     A .json file that opens with '[' is an array of documents if it is named; in a folder, where it may as well be
     part of a program, only if its first element has the text field. One with an object that has it on every line is
-    JSON lines. Every other .json file is source text.
+    JSON lines. Every other .json file is source text; of a packed one, which no program reads, that is an InputError.
     """
-    suffix = suffixes(path)[0]
+    suffix, packing = suffixes(path)
     if suffix in JSON_LINES:
         return "lines"
     if suffix in TABLES:
@@ -129,12 +129,22 @@ def form_of(path: Path, field: str, *, named: bool) -> Form:
             start = file.readline(MAX_DOCUMENT)
     start = start.lstrip()
     if start.startswith(b"["):
-        return "array" if named or _opens_with_document(path, field) else "text"
+        if named or _opens_with_document(path, field):
+            return "array"
+    elif _has_text(_json_or_none(start), field):
+        return "lines"
+    if packing:
+        raise InputError(
+            f"{path}: no documents with the field '{field}'; name it with --text_field, or unpack the file"
+        )
+    return "text"
+
+
+def _json_or_none(text: bytes) -> Any:
     try:
-        first = parse_json(start, str(path))
+        return parse_json(text, "")
     except InputError:
-        return "text"
-    return "lines" if _has_text(first, field) else "text"
+        return None
 
 
 def _has_text(entry: Any, field: str) -> bool:

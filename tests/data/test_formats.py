@@ -107,7 +107,12 @@ def test_json_that_is_source_code_stays_text(tmp_path: Path) -> None:
     put(tmp_path / "code" / "ignore.json", ignore)
     put(tmp_path / "code" / "stories.json", '[{"text": "a story"}]')
     put(tmp_path / "code" / "train.json", lines("one", "two"))
-    assert documents(Corpus([tmp_path / "code"])) == [config, ignore, "a story", "one", "two"]
+    packed = put(tmp_path / "code" / "vocabulary.json.gz", gzip.compress(config.encode()))
+    corpus = Corpus([tmp_path / "code"])
+    assert documents(corpus) == [config, ignore, "a story", "one", "two"]
+    assert list(corpus.skipped) == [packed]
+    with pytest.raises(InputError, match="no documents with the field 'text'"):
+        Corpus([packed])
     assert documents(Corpus([tmp_path / "code" / "config.json"])) == [config]
     assert documents(Corpus([tmp_path / "code" / "ignore.json"])) == ["a", "b"]
 

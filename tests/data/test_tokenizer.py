@@ -1,5 +1,7 @@
+import contextlib
 import json
 import lzma
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from lepton.data import tokenizer as module
+from lepton.data.prepare import prepare
+from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import EOS, MAX_IDS, Tokenizer, load_tokenizer, train_tokenizer
 from lepton.errors import InputError
 
@@ -122,6 +127,137 @@ def test_the_hash_is_of_the_ids_and_not_of_the_format(shipped: Tokenizer) -> Non
     assert Tokenizer.from_json(fewer).hash != shipped.hash
 
 
+def test_the_hash_of_the_public_form_is_what_data_sets_hold() -> None:
+    assert Tokenizer(small()).hash == "0472bbfaabb9228b961c852a5375be0075e9d6a68a9a797b63392c3a5cf3f5da"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("ignore_merges", True, True),
+        ("byte_fallback", True, True),
+        ("fuse_unk", True, True),
+        ("unk_token", "a", True),
+        ("end_of_word_suffix", "é", True),
+        ("continuing_subword_prefix", "", False),
+        ("end_of_word_suffix", "", False),
+        ("unk_token", None, False),
+        ("dropout", 0.0, False),
+    ],
+)
+def test_a_setting_that_decides_an_id_changes_the_hash(name: str, value: object, other: bool) -> None:
+    form = json.loads(small(280).to_str())
+    form["model"][name] = value
+    assert (Tokenizer.from_json(json.dumps(form)).hash != Tokenizer(small(280)).hash) == other
+
+
+@pytest.mark.parametrize(
+    "name", ["ignore_merges", "byte_fallback", "fuse_unk", "unk_token", "continuing_subword_prefix"]
+)
+def test_a_form_without_a_setting_has_the_hash_of_its_default(name: str) -> None:
+    form = json.loads(small(280).to_str())
+    del form["model"][name]
+    assert Tokenizer.from_json(json.dumps(form)).hash == Tokenizer(small(280)).hash
+
+
+def test_the_flags_of_added_tokens_change_the_hash_where_they_decide_an_id() -> None:
+    backend = small(280)
+    backend.add_tokens(["<sep>"])
+    form = json.loads(backend.to_str())
+    hashes = {Tokenizer(backend).hash}
+    for flag in ("single_word", "lstrip", "rstrip", "normalized", "special"):
+        other = json.loads(backend.to_str())
+        other["added_tokens"][-1][flag] ^= True
+        hashes.add(Tokenizer.from_json(json.dumps(other)).hash)
+    assert len(hashes) == 6
+    form["added_tokens"][0]["lstrip"] = True  # of a special, which no text holds
+    assert Tokenizer.from_json(json.dumps(form)).hash in hashes
+
+
+def test_shards_of_a_tokenizer_are_not_read_with_one_that_merges_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    form = json.loads(small(280).to_str())
+    form["model"]["ignore_merges"] = True
+    made, other = Tokenizer(small(280)), Tokenizer.from_json(json.dumps(form))
+    prepare([tmp_path / "a.txt"], tmp_path / "data", made)
+    for tokenizer in (made, other):
+        with contextlib.nullcontext() if tokenizer is made else pytest.raises(InputError, match="another tokenizer"):
+            ShardedDataset(
+                tmp_path / "data", seq_len=8, seed=0, split="train", vocab_size=300, tokenizer_hash=tokenizer.hash
+            )
+
+
+def test_dropout_is_refused() -> None:
+    form = json.loads(small(280).to_str())
+    form["model"]["dropout"] = 0.5
+    with pytest.raises(InputError, match=r"dropout 0\.5.*set it to null"):
+        Tokenizer.from_json(json.dumps(form))
+
+
+SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
+START = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("single", "fine"), [([SEQUENCE], True), ([START, SEQUENCE], True), ([], False), ([SEQUENCE, SEQUENCE], False)]
+)
+def test_a_post_processor_decides_no_id(single: list[dict[str, object]], fine: bool) -> None:
+    template = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [SEQUENCE, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [5], "tokens": ["<s>"]}},
+    }
+    for processor in (template, {"type": "Sequence", "processors": [template]}):
+        form = json.loads(small(280).to_str()) | {"post_processor": processor}
+        if fine:
+            tokenizer = Tokenizer.from_json(json.dumps(form))
+            assert tokenizer.encode("abc") == Tokenizer(small(280)).encode("abc")
+            assert tokenizer.hash == Tokenizer(small(280)).hash
+        else:
+            with pytest.raises(InputError, match="drops or repeats"):
+                Tokenizer.from_json(json.dumps(form))
+
+
+def test_a_text_never_ends_itself_even_where_its_marker_is_no_special_token() -> None:
+    form = json.loads(small(280).to_str())
+    form["added_tokens"][0]["special"] = False
+    tokenizer = Tokenizer.from_json(json.dumps(form))
+    assert tokenizer.decode(tokenizer.encode(f"a{EOS}b")) == f"a{EOS}b"
+    assert tokenizer.hash == Tokenizer(small(280)).hash
+
+
+# What the library does not survive
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"model": {"type": "WordLevel", "vocab": {EOS: 0}, "unk_token": "?"}},
+        {"model": {"type": "Unigram", "vocab": [[EOS, -1.0], ["a", -2.0]], "unk_id": None, "byte_fallback": False}},
+        {"model": {"type": "BPE", "vocab": {EOS: 10**12}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {EOS: 0, "a": 4 * 10**9}, "merges": []}},
+        {"added_tokens": [{"id": -1}]},
+    ],
+)
+def test_panics_and_bare_exceptions_become_input_errors(change: dict[str, object]) -> None:
+    form = json.loads(small(260).to_str()) | change
+    with pytest.raises(InputError) as caught:
+        Tokenizer.from_json(json.dumps(form)).encode("some text")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError):
+        Tokenizer.from_json(json.dumps(form)).encode_batch(["some text"])
+
+
+def test_other_errors_than_the_librarys_pass() -> None:
+    for error in (KeyboardInterrupt(), InputError("mine"), MemoryError()):
+        with pytest.raises(type(error)), module._library("the library failed"):
+            raise error
+
+
 def test_json_gives_the_same_tokenizer_again(shipped: Tokenizer) -> None:
     again = Tokenizer.from_json(shipped.to_json())
     assert again.hash == shipped.hash
@@ -185,6 +321,20 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "missing.json")
     with pytest.raises(InputError, match="is a folder, not a tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "bomb.json.xz").write_bytes(lzma.compress(bytes(2 * module.MAX_BYTES)))
+    with pytest.raises(InputError, match=r"bomb\.json\.xz unpacks to more than"):
+        load_tokenizer(tmp_path / "bomb.json.xz")
+    with pytest.raises(InputError, match=r"empty\.json is empty"):
+        load_tokenizer(tmp_path / "empty.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of Unix")
+def test_a_pipe_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pile_tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "pile_tokenizer.json", None):
+        with pytest.raises(InputError, match="is a pipe, not a tokenizer"):
+            load_tokenizer(path)
 
 
 def test_exactly_the_models_vocabulary_fits() -> None:
@@ -223,6 +373,23 @@ def test_training_never_loses_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "t.json").read_text() == "mine"
     train_tokenizer([text], tmp_path / "t.json", force=True)
     assert load_tokenizer(tmp_path / "t.json").size > 259
+
+
+def test_training_writes_through_a_link_and_never_over_a_source(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b a b a b")
+    try:
+        (tmp_path / "t.json").symlink_to("real.json")
+    except OSError:
+        pytest.skip("this system has no links for ordinary users")
+    train_tokenizer([text], tmp_path / "t.json", 270)
+    assert (tmp_path / "t.json").is_symlink()
+    assert load_tokenizer(tmp_path / "real.json").size > 259
+    with pytest.raises(InputError, match=r"text\.txt is one of the sources"):
+        train_tokenizer([text], text, force=True)
+    with pytest.raises(InputError, match="cannot write the tokenizer"):
+        train_tokenizer([text], text / "t.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real.json", "t.json", "text.txt"]
 
 
 def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
