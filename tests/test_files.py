@@ -52,6 +52,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_link_that_leads_back_to_itself_is_not_replaced(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"), replacing(tmp_path / "loop"):
+        pass
+    assert (tmp_path / "loop").is_symlink()
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
         first.write_text("first")

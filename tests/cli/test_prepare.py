@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,9 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lepton.cli import prepare, tokenizer
+from lepton.cli import prepare, tokenizer, train
+from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.errors import InputError
+from tests.cli.tiny import small_bpe
 
 Call = Callable[..., int]
 
@@ -49,6 +53,80 @@ def test_prepare_says_what_it_made(call: Call, notes: Path, capsys: pytest.Captu
     assert "skipped: 1 binary (photo.jpg)" in out
     assert "train on it: python -m lepton train --data_dir data" in out
     assert np.load("data/shard_00000.npy").shape[1] == 2048
+
+
+def suggested(out: str) -> list[str]:
+    """The command that the output suggests, as a shell would read it."""
+    (line,) = [line for line in out.splitlines() if line.startswith("train on it: ")]
+    return shlex.split(line.removeprefix("train on it: "))
+
+
+def test_the_suggested_command_works_when_pasted(
+    call: Call, notes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes.rename("my notes")
+    Path("my tokenizer.json").write_text(small_bpe().to_str())
+    for gpu in (None, "/usr/bin/nvidia-smi"):
+        monkeypatch.setattr(shutil, "which", lambda name, gpu=gpu: gpu)
+        call(
+            prepare, "my notes", "--out", "it's mine", "--tokenizer", "my tokenizer.json", "--row_len", "64", "--force"
+        )
+        python, m, module, command, *words = suggested(capsys.readouterr().out)
+        assert (python, m, module, command) == ("python", "-m", "lepton", "train")
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        train.add_arguments(parser)
+        settings = train.settings_of({k: v for k, v in vars(parser.parse_args(words)).items() if k != "json"})
+        assert settings.data_dir == "it's mine"
+        assert settings.tokenizer == "my tokenizer.json"
+        assert settings.model_size == (None if gpu else "nano")
+        for split in ("train", "val"):
+            ShardedDataset(settings.data_dir, seq_len=settings.seq_len, seed=0, split=split, vocab_size=320)
+
+
+def test_no_command_is_suggested_that_training_refuses(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("tokenizer.json").write_text(small_bpe().to_str())
+    for text, share, row_len in (
+        ("a few words", "0.01", "2048"),
+        ("a few words " * 60, "0", "2048"),
+        ("é" * 32, "0", "64"),
+    ):
+        Path("a.txt").write_text(text)
+        call(
+            prepare, "a.txt", "--out", "data", "--tokenizer", "tokenizer.json", "--val_fraction", share, "--force",
+            "--row_len", row_len,
+        )  # fmt: skip
+        out = capsys.readouterr().out
+        assert "train on it" not in out
+        assert "too little to train on" in out
+        with pytest.raises(InputError):
+            ShardedDataset("data", seq_len=8, seed=0, split="val", vocab_size=320)
+
+
+def test_little_validation_is_said(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(prepare, "notes", "--out", "data", "--json")
+    tokens = json.loads(capsys.readouterr().out)["val_tokens"]
+    assert 20 < tokens < 200
+    call(prepare, "notes", "--out", "data", "--force")
+    assert f" documents, {tokens} tokens; this is little" in capsys.readouterr().out
+
+
+def test_separators_and_rows_have_flags(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("One.\n<|endoftext|>\nTwo with <|endoftext|> inside.\n--\nThree.")
+    Path("tokenizer.json").write_text(small_bpe().to_str())
+    for words, count, note in (
+        ([], 2, "kept as text: 1 <|endoftext|> inside lines"),
+        (["--separator", "<|endoftext|>"], 3, "separators between documents: 2"),
+        (["--separator", "\\n--\\n"], 2, "separators between documents: 1"),
+        (["--separator", ""], 1, ""),
+    ):
+        call(prepare, "a.txt", "--out", "data", "--tokenizer", "tokenizer.json", "--force", "--row_len", "32", *words)
+        out = capsys.readouterr().out
+        assert f"data: {count} documents" in out
+        assert note in out
+    assert np.load("data/shard_00000.npy").shape[1] == 32
+    for row_len in ("1", "-4", "9999999"):
+        with pytest.raises(InputError, match=f"row_len={row_len}"):
+            call(prepare, "a.txt", "--out", "data", "--force", "--row_len", row_len, "--tokenizer", "tokenizer.json")
 
 
 def test_prepare_json_is_json_alone(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,13 +259,70 @@ def test_a_file_that_is_no_array_is_named(shard_folder: Folder) -> None:
     refused(folder, "shard_00001.npy")
 
 
+HEADER = "{'descr': '<u2', 'fortran_order': False, 'shape': (4, 33), }"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER.replace("(4, 33)", "(-4, 33)"),
+        HEADER.replace("(4, 33)", "(-4, -33)"),
+        HEADER.replace("(4, 33)", "(True, 33)"),
+        HEADER.replace("(4, 33)", f"({2**70}, 33)"),
+        HEADER.replace("(4, 33)", f"(4, {2**62})"),
+        HEADER.replace("(4, 33)", "(4L, 33"),
+        HEADER.replace("(4, 33)", "4"),
+        HEADER.replace("}", ""),
+        HEADER.replace("'<u2'", "'<m8'"),
+        HEADER.replace("'<u2'", "'|O'"),
+        HEADER.replace("'<u2'", "('<u2', (2,))"),
+        HEADER.replace("'<u2'", "[('a', '<u2')]"),
+        HEADER.replace("'<u2'", "'<u7'"),
+        HEADER.replace("'<u2'", "5"),
+        HEADER.replace("'shape'", "'form'"),
+        "{" * 3000,
+        "(" * 9000,
+        "-" * 9000,
+        3 * "'" + "never closed",
+        "  \n\t  indented\n dedent",
+        "\0",
+        "",
+    ],
+)
+def test_a_damaged_header_is_named(shard_folder: Folder, header: str) -> None:
+    folder = shard_folder(numbered(4))
+    for version in (b"\1\0", b"\2\0", b"\3\0", b"\7\0"):
+        length = len(header).to_bytes(2 if version == b"\1\0" else 4, "little")
+        content = b"\x93NUMPY" + version + length + header.encode() + bytes(264)
+        (folder / "shard_00000.npy").write_bytes(content)
+        refused(folder, "shard_00000.npy")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of Unix")
+@pytest.mark.parametrize("name", ["shard_00000.npy", "val/shard_00000.npy", "metadata.json"])
+def test_pipes_and_folders_in_the_place_of_files_are_named(shard_folder: Folder, name: str) -> None:
+    for put, kind in ((os.mkfifo, "a pipe"), (os.mkdir, "a folder")):
+        folder = shard_folder(numbered(4), val=(numbered(1),), name=kind)
+        (folder / name).unlink(missing_ok=True)
+        put(folder / name)
+        refused(folder, name, kind)
+
+
+def test_a_shard_that_shrinks_meanwhile_is_named(shard_folder: Folder) -> None:
+    folder = shard_folder(numbered(4))
+    data = dataset(folder)
+    (folder / "shard_00000.npy").write_bytes((folder / "shard_00000.npy").read_bytes()[:200])
+    with pytest.raises(InputError, match="is truncated"):
+        data.batch(0, batch_size=1)
+
+
 def test_rows_of_several_lengths_are_refused(shard_folder: Folder) -> None:
     refused(shard_folder(numbered(4), numbered(4, row_len=20)), "shard_00001.npy", "20", "33")
 
 
 def test_seq_len_must_fit_a_row(shard_folder: Folder) -> None:
     folder = shard_folder(numbered(4))
-    refused(folder, "seq_len=34", "33", seq_len=34)
+    refused(folder, "seq_len=34", "33", "prepare --row_len 34", seq_len=34)
     refused(folder, "seq_len=0", seq_len=0)
 
 
@@ -298,7 +356,7 @@ def test_padding_that_leaves_nothing_is_named(shard_folder: Folder) -> None:
     assert dataset(folder).rows == 4
 
 
-@pytest.mark.parametrize("text", ["{torn", "[1]"])
+@pytest.mark.parametrize("text", ["{torn", "[1]", "[" * 200_000])
 def test_unreadable_metadata_is_named(shard_folder: Folder, text: str) -> None:
     folder = shard_folder(numbered(4))
     (folder / "metadata.json").write_text(text)
