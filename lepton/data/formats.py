@@ -279,6 +279,7 @@ def _table(file: IO[str], path: Path, field: str) -> Iterator[str]:
 
 
 def _no_field(field: str, found: str, place: str) -> InputError:
+    found = " ".join(found.split())
     shown = found if len(found) <= 200 else found[:200] + "..."
     return InputError(f"{place}: no text in the field '{field}' (found: {shown}); name the field with --text_field")
 

@@ -223,7 +223,8 @@ def read_header(path: Path) -> Shard:
 def _map(path: Path) -> np.ndarray:
     read_header(path)  # it may have been replaced meanwhile
     try:
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
+        with warnings.catch_warnings(action="ignore"):  # of an old form of the header
+            return np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot map {path} into memory: {' '.join(str(error).split())}") from None
 

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lepton.data.sources import Corpus
 from lepton.errors import InputError
-from lepton.files import read_bytes, replacing, unpack_xz
+from lepton.files import parse_json, read_bytes, replacing, unpack_xz
 
 EOS = "<|endoftext|>"
 SPECIALS = (EOS, "<|pad|>", "<|unk|>")
@@ -90,6 +90,7 @@ class Tokenizer:
 
         Raises InputError when it is no such text, is not byte-level, has no end of text, or has too many ids.
         """
+        _check_merges(parse_json(text, "no tokenizer of the `tokenizers` library"))
         with _library("no tokenizer of the `tokenizers` library"):
             backend = tokenizers.Tokenizer.from_str(text)
         if not isinstance(backend.decoder, decoders.ByteLevel):
@@ -161,6 +162,18 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode()
     return text
+
+
+def _check_merges(form: Any) -> None:
+    """Raise InputError for merges without the prefix that the library cuts off them all: it would end the process."""
+    model = form.get("model") if isinstance(form, dict) else None
+    if not isinstance(model, dict) or not (prefix := model.get("continuing_subword_prefix")):
+        return
+    merges = model["merges"] if isinstance(model.get("merges"), list) else []
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    fits = isinstance(prefix, str) and prefix.isascii()
+    if not fits or not all(isinstance(pair, list) and str([*pair, "", ""][1]).startswith(prefix) for pair in pairs):
+        raise InputError(f"its merges lack the continuing_subword_prefix {prefix!r}: correct it, or set it to null")
 
 
 def _settings(form: dict[str, Any]) -> dict[str, Any]:

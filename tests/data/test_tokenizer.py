@@ -223,6 +223,7 @@ def test_a_text_never_ends_itself_even_where_its_marker_is_no_special_token() ->
     form = json.loads(small(280).to_str())
     form["added_tokens"][0]["special"] = False
     tokenizer = Tokenizer.from_json(json.dumps(form))
+    assert tokenizer.eos_id not in tokenizer.encode(f"a{EOS}b")
     assert tokenizer.decode(tokenizer.encode(f"a{EOS}b")) == f"a{EOS}b"
     assert tokenizer.hash == Tokenizer(small(280)).hash
 
@@ -241,6 +242,22 @@ def test_a_text_never_ends_itself_even_where_its_marker_is_no_special_token() ->
         {"model": {"type": "BPE", "vocab": {EOS: 10**12}, "merges": []}},
         {"model": {"type": "BPE", "vocab": {EOS: 0, "a": 4 * 10**9}, "merges": []}},
         {"added_tokens": [{"id": -1}]},
+        {
+            "model": {
+                "type": "BPE",
+                "vocab": {EOS: 0, "a": 1, "é": 2, "aé": 3},
+                "merges": [["a", "é"]],
+                "continuing_subword_prefix": "x",
+            }
+        },
+        {
+            "model": {
+                "type": "BPE",
+                "vocab": {EOS: 0, "a": 1, "éb": 2, "ab": 3},
+                "merges": ["a éb"],
+                "continuing_subword_prefix": "é",
+            }
+        },
     ],
 )
 def test_panics_and_bare_exceptions_become_input_errors(change: dict[str, object]) -> None:
