@@ -101,7 +101,7 @@ def prepare(
                 "tokenizer_hash": tokenizer.hash,
             }
             text = json.dumps(metadata, indent=2, ensure_ascii=False)
-            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
             _publish(place)
             for line in _notes(corpus):
                 note(line)
