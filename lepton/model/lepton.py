@@ -18,7 +18,7 @@ from lepton.model.checks import whole
 from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.delta_rule import has_kernels
 from lepton.model.draft import Drafter
-from lepton.model.entry import MAX_ROWS, checked, checked_lengths, checked_tokens, fresh_state, with_memory
+from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.initialise import initialise
 from lepton.model.loss import Loss, soft_cap
 from lepton.model.memory import MemoryRun, WorkingMemory
@@ -217,8 +217,7 @@ class Lepton(nn.Module):
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
-        tokens = checked_tokens(self, tokens, 2)
-        lengths = None if lengths is None else checked_lengths(tokens, lengths)
+        tokens, lengths, groups = checked_for_loss(self, tokens, lengths, groups, auxiliary)
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
         hidden, traces = out.hidden, out.traces
         del out  # and with it the keys and values that a state would be made of
