@@ -25,7 +25,7 @@ ALLOWED = {
     "cli": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
-LAZY_EXCEPTIONS = {("model", "generate")}
+LAZY_EXCEPTIONS = {("model", "generate"), ("model", "data")}
 # Comes with PyTorch's builds for GPUs; the files of this folder need it, and are imported only where it is there.
 OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "model" / "kernels"
 FILES = sorted((ROOT / "lepton").rglob("*.py"))

@@ -33,22 +33,38 @@ class Parser(argparse.ArgumentParser):
         return parsed, []
 
     def _known(self, args: Sequence[str]) -> list[str]:
-        """Return `args` with ``--model-size`` written ``--model_size`` up to a bare ``--``; an unknown flag raises.
+        """Return `args` up to a bare ``--`` with ``--model-size`` as ``--model_size``, and texts joined to their flags.
 
-        The base class would first complain about flags that are missing, although one is only misspelled.
+        An unknown flag raises: the base class would first complain about flags that are missing, although one is only
+        misspelled. It would also take a text that begins with a dash for a flag, but not in ``--prompt=---``.
         """
-        words = list(args)
-        end = words.index("--") if "--" in words else len(words)
-        for i, word in enumerate(words[:end]):
+        words: list[str] = []
+        rest = list(args)
+        while rest:
+            word = rest.pop(0)
             name, equals, value = word.partition("=")
-            flag = "--" + name[2:].replace("-", "_")
-            if not name.startswith("--") or " " in name:
-                continue  # no flag: a name, or a text that is a flag's value
-            if flag in self._option_string_actions:
-                words[i] = flag + equals + value
+            action = self._option_string_actions.get(_underscored(name))
+            if word == "--":
+                return [*words, word, *rest]
+            elif not name.startswith("--") or " " in name:
+                pass  # no flag: a name, or a text
+            elif action is not None:
+                word = _underscored(name) + equals + value
+                if not equals and _takes_text(action) and rest and not self._is_flag(rest[0]):
+                    word = f"{word}={rest.pop(0)}"
             elif self._subparsers is None:  # else it may be a flag of the subcommand
                 self._raise_unknown(word)
+            words.append(word)
         return words
+
+    def _is_flag(self, word: str) -> bool:
+        return _underscored(word) in self._option_string_actions
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Return a flag's value; the base class of Python 3.11 and 3.12 drops one that is ``--``."""
+        if action.option_strings and arg_strings == ["--"] and _takes_text(action):
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def _raise_unknown(self, word: str) -> NoReturn:
         name = word.partition("=")[0]
@@ -59,6 +75,15 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(action, f"unknown value '{value}'{nearest(str(value), choices)}")
+
+
+def _underscored(word: str) -> str:
+    return "--" + word[2:].replace("-", "_") if word.startswith("--") else word
+
+
+def _takes_text(action: argparse.Action) -> bool:
+    """Whether the flag is followed by one text, which may begin with a dash."""
+    return action.nargs is None and action.type in (None, str)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,32 +1,36 @@
 """`python -m lepton generate`: continue a prompt, printed as it comes, shaded by uncertainty if asked."""
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.loading import add_loading, load
+from lepton.cli.shading import DOUBTFUL, MARK, Piece, has_colours, legend, marked, shaded, visible
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
-    from lepton.generate import Generation, Stats
-
-# 256-colour backgrounds from sure to unsure, each for an equal share of 0..1, with black text; sure text is left alone.
-SHADES = (None, 229, 222, 216, 210)
-# Without colours a word is marked if one of its tokens is at least this unsure.
-DOUBTFUL = 0.8
-MARK = "[?]"
+    from lepton.generate import Stats, Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add_loading(parser)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="text to continue; - reads it from stdin, and '' starts a new document",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
@@ -37,36 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, metavar="N", help="most probable tokens to keep (default: all)")
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end after this text; \n is a new line, \t a tab, \\ a backslash; may be given several times",
     )
     parser.add_argument("--depth", type=float, metavar="X", help="share of tokens allowed past the stem (default: 1)")
     parser.add_argument("--think", type=int, metavar="N", help="rounds of thinking (default: the model's own)")
     parser.add_argument("--no_speculative", action="store_true", help="decode one token at a time, without drafts")
     parser.add_argument(
+        "--memory",
+        metavar="FILE",
+        help="what the model remembers: read if the file is there, and written with what this text adds",
+    )
+    parser.add_argument(
         "--uncertainty",
         action="store_true",
-        help=f"shade the text by how unsure the model was ({MARK} without colours); figures go to stderr",
+        help=f"shade the text on a terminal by how unsure the model was ({MARK} without colours); figures go to stderr",
     )
     add_json(parser)
 
 
-class Piece(NamedTuple):
-    """Complete characters, and how unsure the model was of the least sure of their tokens."""
-
-    text: str
-    uncertainty: float
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation, or with `--json` one object about both."""
-    from lepton.generate import Generation, Options
+    from lepton.generate import Generation, Options, Stream
+    from lepton.generate.generation import NotFiniteError
 
-    prompt = _read_stdin() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise InputError("the prompt is empty: give at least one character")
-    if "" in args.stop:
+    stops = [unescaped(stop) for stop in args.stop]
+    if "" in stops:
         raise InputError("--stop '': give at least one character")
-    model, tokenizer, _ = load(args)
     options = Options(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -76,17 +80,28 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         depth=args.depth,
         think=args.think,
-        uncertainty=args.uncertainty or (args.json and model.uncertainty is not None),
+        uncertainty=args.uncertainty,
     )
-    prompt_ids = tokenizer.encode(prompt)
-    generation = Generation(model, [prompt_ids], options)
+    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+    remembered = _remembered(args.memory, prompt)
+    if sys.stderr.isatty():
+        print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
+    model, tokenizer, step = load(args)
+    if args.json and model.uncertainty is not None:
+        options = dataclasses.replace(options, uncertainty=True)
+    prompt_ids = tokenizer.encode(prompt) or [model.config.eos_id]
+    stream = Stream(Generation(model, prompt_ids, options, memory=remembered))
     taken: list[tuple[int, float]] = []
-    pieces = continuation(tokens(generation), tokenizer, args.stop, taken)
-    if not args.json:
-        return _print_live(prompt, pieces, generation.stats if args.uncertainty else None)
-    start = time.perf_counter()
-    new_text = "".join(piece.text for piece in pieces)
-    seconds = time.perf_counter() - start
+    pieces = continuation(tokens(stream), tokenizer, stops, taken)
+    try:
+        with _remembering(args.memory, stream, taken):
+            if not args.json:
+                return _print_live(prompt, pieces, stream.stats, uncertainty=args.uncertainty)
+            start = time.perf_counter()
+            new_text = "".join(piece.text for piece in pieces)
+            seconds = time.perf_counter() - start
+    except NotFiniteError as error:
+        raise InputError(f"{error}{_earlier(args.checkpoint, step)}") from None
     ids = [token for token, _ in taken]
     print_json(
         {
@@ -94,21 +109,27 @@ def run(args: argparse.Namespace) -> int:
             "text": new_text,
             "prompt_tokens": len(prompt_ids),
             "new_tokens": len(ids),
-            "ended_by": _ended_by(ids, new_text, args.stop, model.config.eos_id),
+            "ended_by": _ended_by(ids, new_text, stops, model.config.eos_id),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(len(ids) / seconds, 1),
             "tokens": ids,
             "uncertainties": [round(unsure, 4) for _, unsure in taken] if options.uncertainty else None,
-            "stats": generation.stats.to_dict(),
+            "stats": stream.stats.to_dict(),
         }
     )
     return 0
 
 
-def tokens(generation: "Generation") -> Iterator[tuple[int, float]]:
-    """Yield the new tokens of one prompt with their uncertainties, 0 where these are not computed."""
-    for (news,) in generation:
-        yield from itertools.zip_longest(news.tokens, news.uncertainties, fillvalue=0.0)
+def tokens(stream: "Stream") -> Iterator[tuple[int, float]]:
+    """Yield the tokens of `stream` with their uncertainties, 0 where these are not computed."""
+    for token in stream:
+        yield token, stream.uncertainty or 0.0
+
+
+def unescaped(text: str) -> str:
+    r"""Return a stop text with \n, \t, \r and \\ as the characters they stand for, which shells do not make of them."""
+    characters = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+    return re.sub(r"\\[ntr\\]", lambda found: characters[found[0]], text)
 
 
 def continuation(
@@ -122,7 +143,7 @@ def continuation(
     `taken` receives what was taken from the stream.
     """
     decoder = tokenizer.stream_decoder()
-    # A stop text may begin in what was yielded before: this many characters of it are kept in sight.
+    # A stop text may begin in what was yielded before: this many characters of it are kept.
     reach = max(map(len, stops), default=1) - 1
     tail, uncertainty = "", 0.0
     for token, unsure in stream:
@@ -141,72 +162,103 @@ def continuation(
         yield Piece(rest, uncertainty)
 
 
-def shaded(pieces: Iterable[Piece]) -> Iterator[str]:
-    """Yield the text for a colour terminal, on a background that says how unsure the model was."""
-    for text, uncertainty in pieces:
-        colour = SHADES[min(int(uncertainty * len(SHADES)), len(SHADES) - 1)]
-        if colour is None:
-            yield text
-            continue
-        # A background that is on when the line ends would fill the rest of the line.
-        for line in text.splitlines(keepends=True):
-            bare = line.rstrip("\r\n")
-            yield (f"\033[30;48;5;{colour}m{bare}\033[0m" if bare else "") + line[len(bare) :]
-
-
-def marked(pieces: Iterable[Piece]) -> Iterator[str]:
-    """Yield the text word by word, those of which the model was unsure with a mark behind them."""
-    word, uncertainty = "", 0.0
-    for text, unsure in pieces:
-        for space, run in itertools.groupby(text, str.isspace):
-            if not space:
-                word, uncertainty = word + "".join(run), max(uncertainty, unsure)
-                continue
-            yield word + (MARK if uncertainty >= DOUBTFUL else "") + "".join(run)
-            word, uncertainty = "", 0.0
-    yield word + (MARK if uncertainty >= DOUBTFUL else "")
-
-
-def has_colours(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that shows colours, and its user has not said no (https://no-color.org)."""
-    console = (
-        sys.platform != "win32" or "WT_SESSION" in os.environ
-    )  # the old Windows console prints escapes as they are
-    return stream.isatty() and console and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def describe(stats: "Stats") -> str:
-    """Return the figures of a generation as one line."""
-    parts = [f"{stats.new_tokens} new tokens", f"{stats.forward_calls} forward calls"]
+def describe(stats: "Stats", seconds: float, *, uncertainty: bool) -> str:
+    """Return the figures of a generation as one line, with those of the ideas if `uncertainty` was asked for."""
+    speed = f"{stats.new_tokens} new tokens in {seconds:.1f} s ({stats.new_tokens / seconds:.1f} tokens/s)"
+    if not uncertainty:
+        return speed
+    parts = [speed, f"{stats.forward_calls} passes through the model"]
     if stats.drafted:
         shares = ", ".join(f"{share:.0%}" for share in stats.acceptance)
-        parts += [f"{stats.tokens_a_cycle:.2f} tokens a cycle", f"drafts accepted by position: {shares}"]
+        parts += [f"{stats.tokens_a_cycle:.2f} tokens a pass", f"drafts accepted by position: {shares}"]
     return "; ".join([*parts, f"mean depth {stats.mean_depth:.2f} blocks"])
 
 
-def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats | None") -> int:
-    """Print the text as it comes; with `stats`, shaded by uncertainty and with the figures behind it."""
-    coloured = has_colours(sys.stdout)
-    if stats is None:
-        texts: Iterator[str] = (piece.text for piece in pieces)
-    else:
-        texts = shaded(pieces) if coloured else marked(pieces)
+def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncertainty: bool) -> int:
+    """Print the text as it comes, on a terminal shaded by `uncertainty`; figures go to stderr where someone reads it.
+
+    What a pipe or a file gets is the text alone.
+    """
+    terminal, coloured = sys.stdout.isatty(), has_colours(sys.stdout)
+    if terminal:
+        prompt = visible(prompt)
+        pieces = (Piece(visible(text), unsure) for text, unsure in pieces)
+    show = (shaded if coloured else marked) if terminal and uncertainty else _plain
+    texts, start = show(pieces), time.perf_counter()
     first = next(texts, "")  # what is wrong with the options shows before anything is printed
     try:
         for text in itertools.chain([prompt, first], texts):
             print(text, end="", flush=True)
     finally:
         print(flush=True)  # also after Ctrl-C: the shell's next line starts on its own
-    if stats is not None:
-        if not coloured:
-            print(f"{MARK} marks words with a token of uncertainty {DOUBTFUL} or more", file=sys.stderr)
-        print(describe(stats), file=sys.stderr)
+    seconds = time.perf_counter() - start
+    if uncertainty:
+        print(_meaning(terminal, coloured), file=sys.stderr)
+    if uncertainty or sys.stderr.isatty():
+        print(describe(stats, seconds, uncertainty=uncertainty), file=sys.stderr)
     return 0
+
+
+def _plain(pieces: Iterable[Piece]) -> Iterator[str]:
+    return (piece.text for piece in pieces)
+
+
+def _meaning(terminal: bool, coloured: bool) -> str:
+    """What the text shows of the uncertainty."""
+    if not terminal:
+        return "stdout is no terminal, so the text is not shaded; --json gives the uncertainty of each token"
+    if not coloured:
+        return f"{MARK} marks words with a token of uncertainty {DOUBTFUL} or more"
+    return legend()
+
+
+def _remembered(path: str | None, prompt: str) -> str | None:
+    """Return the memory file to read, None where there is none yet; what cannot work is said before the work."""
+    if path is None:
+        return None
+    if not prompt:
+        raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
+    if os.path.exists(path):
+        return path
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(f"--memory {path}: {folder} is no folder that can be written to")
+    return None
+
+
+@contextlib.contextmanager
+def _remembering(path: str | None, stream: "Stream", taken: list[tuple[int, float]]) -> Iterator[None]:
+    """Write to `path` what the model remembers once the block is done, or left by Ctrl-C or a reader that went away.
+
+    After any other error, and before the first token, the file stays what it was.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError):
+        if path is not None and taken:
+            stream.state.memory.save(path)
+        raise
+    if path is not None:
+        stream.state.memory.save(path)
+
+
+def _earlier(path: str, step: int) -> str:
+    """Name a checkpoint from before the one that gives no numbers, if there is one."""
+    from lepton import checkpoint
+
+    earlier = checkpoint.newest_whole(Path(path).parent, before=step)
+    return f"; an earlier checkpoint is {earlier}" if earlier else ""
 
 
 def _read_stdin() -> str:
     """Return stdin as UTF-8, whatever the console's own encoding, without the newline that ends a piped line."""
-    return sys.stdin.buffer.read().decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")
+    if sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        print(f"type the prompt, and {end} on a line of its own to end it", file=sys.stderr, flush=True)
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "replace").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError("--prompt -: nothing came from stdin; pipe a text into the command, or give --prompt TEXT")
+    return text
 
 
 def _ended_by(ids: list[int], text: str, stops: Sequence[str], eos_id: int) -> str:

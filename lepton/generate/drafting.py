@@ -19,7 +19,7 @@ class Drafts(NamedTuple):
 
     ids_RK: Tensor
     q_RKV: Tensor
-    """fp64; all zero where a row has no draft."""
+    """fp64."""
 
 
 def no_drafts(rows: int, vocab_size: int, device: torch.device) -> Drafts:
@@ -32,11 +32,10 @@ def draft(
     model: Lepton,
     hidden_RD: Tensor,
     token_R: Tensor,
-    limit_R: Tensor,
     draws_RK: Tensor,
     distribution: Callable[[Tensor], Tensor],
 ) -> Drafts:
-    """Draft K tokens after `token_R`, which the model drew from its state `hidden_RD`; row r gets the first `limit_R`.
+    """Draft K tokens after `token_R`, which the model drew from its state `hidden_RD`.
 
     `distribution` makes probabilities of the cell's logits, `draws_RK` are uniform numbers in [0, 1).
     """
@@ -52,5 +51,5 @@ def draft(
         token_R = drafter.ids[sample(q_RW, draws_RK[:, i])]
         q_RV = q_RW.new_zeros(rows, vocab_size).scatter_add(1, drafter.ids.expand(rows, -1), q_RW)
         ids.append(token_R[:, None])
-        q.append(q_RV.where((i < limit_R)[:, None], 0)[:, None])
+        q.append(q_RV[:, None])
     return Drafts(torch.cat(ids, 1), torch.cat(q, 1))

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,19 @@ from torch import Tensor
 from lepton.errors import InputError
 from lepton.generate.acceptance import Verdict, accept
 from lepton.generate.drafting import Drafts, draft, no_drafts
-from lepton.generate.prompts import read_stops
+from lepton.generate.prompts import Prompt, read_prompts, read_stops
 from lepton.generate.sampling import check_sampling, probabilities, random_stream
 from lepton.generate.stats import Stats
-from lepton.model import Lepton, State
+from lepton.model import Lepton, Memory, State
+from lepton.model.checks import SEEDS, shown, whole
+from lepton.model.entry import check_state, checked_knobs
 
 PREFILL_CHUNK = 1024
 """Prompt tokens computed at once: bounds the memory of a long prompt."""
+
+
+class NotFiniteError(InputError):
+    """The model gives no numbers: its training diverged, or its weights are damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +50,13 @@ class Options:
     """Whether to compute the uncertainty of each new token."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 0:
-            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be a whole number, at least 0")
+        whole("max_new_tokens", self.max_new_tokens, 0)
         check_sampling(self.temperature, self.top_p, self.top_k)
+        if self.seed is not None:
+            whole("seed", self.seed, *SEEDS)
+        for name in ("use_speculative", "uncertainty"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={shown(getattr(self, name))}: must be True or False")
 
 
 class News(NamedTuple):
@@ -69,70 +79,133 @@ class Chunk(NamedTuple):
     """The state after the first token and that many drafts."""
 
 
+class Cycle(NamedTuple):
+    """The newest cycle, as far as a state follows from it."""
+
+    rows: list[int]
+    given: list[int]
+    """Tokens that each row was given."""
+    commit: Callable[[Tensor], State]
+
+
 class Generation:
     """The continuation of some prompts. Iterating it computes, cycle by cycle; `stats` grows on the way.
 
-    The first cycle reads the prompts. A generation is iterated once; it may be left early.
+    The first cycle reads the prompts. A generation is iterated once; it may be left early. `state` is there at any
+    time. Bad values raise InputError here, not in the first cycle.
     """
 
-    def __init__(self, model: Lepton, prompts: Sequence[Sequence[int]], options: Options) -> None:
+    def __init__(
+        self,
+        model: Lepton,
+        prompts: Prompt,
+        options: Options,
+        *,
+        state: State | None = None,
+        memory: Memory | str | Path | None = None,
+    ) -> None:
         if options.uncertainty and model.uncertainty is None:
             raise InputError(
                 "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
             )
-        self.model, self.prompts, self.options = model, prompts, options
+        self.model, self.options = model, options
+        self.prompts, self.flat = read_prompts(prompts, model.config.vocab_size)
+        """The prompts as lists, and whether the caller gave a single flat one."""
         self.stats = Stats()
         self._device = model.embed.weight.device
-        # Drafts of a cycle.
-        self._most = model.drafter.count if options.use_speculative and model.drafter is not None else 0
+        rows = len(self.prompts)
+        checked_knobs(model, rows, options.depth, options.think)
+        if state is not None and memory is not None:
+            raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
+        if state is not None:
+            check_state(model, state, rows)
+        self._past = state if memory is None else model.new_state(rows, memory=memory)
+        # Drafts of a cycle: always as many, so that what a seed gives does not depend on how much is asked for.
+        self._drafts = model.drafter.count if options.use_speculative and model.drafter is not None else 0
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
-        self._streams = [random_stream(seed, row) for row in range(len(prompts))]
+        self._streams = [random_stream(seed, row) for row in range(rows)]
         self._distribution = partial(
             probabilities, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
         )
         self._pass = partial(model.trunk, depth=options.depth, think=options.think)
-        self._new: list[list[int]] = [[] for _ in prompts]
+        self._new: list[list[int]] = [[] for _ in self.prompts]
+        self._first: Chunk | None = None
+        """What the prompts gave, if a state was asked for before the first token."""
+        self._cycle: Cycle | None = None
+        self._left: dict[int, State] = {}
+        """States of the rows that ended before the newest cycle."""
+
+    @property
+    def state(self) -> State:
+        """What the model has read: what came before, the prompts, and all new tokens but the last.
+
+        The last one was drawn, but no pass has seen it. Put it before the next prompt, or give it alone to go on with
+        the same text.
+        """
+        return self.state_without(0)
+
+    @torch.no_grad()
+    def state_without(self, rest: int) -> State:
+        """Return `state` as if the last `rest` tokens of the newest cycle had not been drawn."""
+        if self._cycle is None:
+            self._first = self._prefill()
+        assert self._cycle is not None, "reading the prompts is the first cycle"
+        rows, given, commit = self._cycle
+        state = commit(torch.tensor([count - 1 - rest for count in given], device=self._device))
+        if not self._left:
+            return state
+        parts = self._left | {row: state.rows(torch.tensor([i], device=self._device)) for i, row in enumerate(rows)}
+        return State.join([parts[row] for row in range(len(self.prompts))])
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[list[News]]:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws_RX = self._draws(rows)
-        chunk, limits = self._prefill(), [0] * len(rows)
+        draws_RX, chunk = self._draws(rows), self._first or self._prefill()
+        self._first = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
             logits_RTV = self.model.head(chunk.hidden_RTD)
-            trials_RK = draws_RX[:, self._most : self._most + drafts.ids_RK.shape[1]]
+            trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
             verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
-            yield self._hand_out(rows, limits, chunk, logits_RTV, drafts, verdict)
+            cycle = self._hand_out(rows, chunk, logits_RTV, drafts, verdict)
+            given = [len(each.tokens) for each in cycle]
+            self._cycle = Cycle(rows, given, chunk.commit)
+            yield cycle
 
             index = [i for i, row in enumerate(rows) if not self._ended(row)]
             if not index:
                 return
+            state = chunk.commit(torch.tensor([count - 1 for count in given], device=self._device))
+            for i in set(range(len(rows))) - set(index):
+                self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
             index_R = torch.tensor(index, device=self._device)
-            state = chunk.commit(verdict.accepted_R).rows(index_R)
             token_R = verdict.next_R[index_R]
             hidden_RD = chunk.hidden_RTD[index_R, verdict.accepted_R[index_R]]
 
             draws_RX = self._draws(rows)
-            limits = [min(self._most, self.options.max_new_tokens - len(self._new[row]) - 1) for row in rows]
-            drafts = self._draft(hidden_RD, token_R, limits, draws_RX)
-            chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state)
+            if self._drafts:
+                drafts = draft(self.model, hidden_RD, token_R, draws_RX[:, : self._drafts], self._distribution)
+            else:
+                drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
+            chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state.rows(index_R))
 
     def _prefill(self) -> Chunk:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
 
-        It opens a segment: the thoughts of the answer start from the whole question. Shorter rows are padded on the
-        right; a row that has ended idles with length 0.
+        It opens a segment: the thoughts of the answer start from the whole question. A prompt of one token opens none:
+        behind a state it goes on with the text that ended there, and a fresh past opens one anyway. Shorter rows are
+        padded on the right; a row that has ended idles with length 0.
         """
         rows_B = torch.arange(len(self.prompts), device=self._device)
         filler = int(self.model.config.eos_id == 0)  # the end of a document would open segments in the padding
-        state: State | None = None
+        state = self._past
         last: list[Tensor] = []
         blocks_B = torch.zeros_like(rows_B)
+        question_B = torch.tensor([len(prompt) > 1 for prompt in self.prompts], device=self._device)
         longest = max(map(len, self.prompts))
         for start in range(0, longest, PREFILL_CHUNK):
             width = min(PREFILL_CHUNK, longest - start)
@@ -141,7 +214,7 @@ class Generation:
             lengths_B = torch.tensor([len(part) for part in parts], device=self._device)
             ends_B = torch.tensor([0 <= len(p) - start - 1 < width for p in self.prompts], device=self._device)
             index_T = torch.arange(width, device=self._device)
-            opens_BT = (index_T == lengths_B[:, None] - 1) & ends_B[:, None]
+            opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & question_B)[:, None]
             out = self._pass(tokens_BT, state, lengths=lengths_B, opens=opens_BT)
             state = out.state
             at_B = (lengths_B - 1).clamp(min=0)
@@ -153,14 +226,8 @@ class Generation:
         read = state
         # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
+        self._cycle = Cycle(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_R: read)
         return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
-
-    def _draft(self, hidden_RD: Tensor, token_R: Tensor, limits: Sequence[int], draws_RX: Tensor) -> Drafts:
-        """Draft after the newest tokens, no more than any row has room for."""
-        if max(limits) == 0:
-            return no_drafts(len(token_R), self.model.config.vocab_size, self._device)
-        limit_R = torch.tensor(limits, device=self._device)
-        return draft(self.model, hidden_RD, token_R, limit_R, draws_RX[:, : max(limits)], self._distribution)
 
     def _verify(self, tokens_RT: Tensor, state: State) -> Chunk:
         """Pass the newest tokens and their drafts through the model."""
@@ -171,7 +238,6 @@ class Generation:
     def _hand_out(
         self,
         rows: Sequence[int],
-        limits: Sequence[int],
         chunk: Chunk,
         logits_RTV: Tensor,
         drafts: Drafts,
@@ -190,11 +256,9 @@ class Generation:
             uncertainties = self.model.uncertainty(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
 
         news = []
-        for row, limit, (*ids, accepted, blocks, finite), unsure in zip(
-            rows, limits, outcomes, uncertainties, strict=True
-        ):
+        for row, (*ids, accepted, blocks, finite), unsure in zip(rows, outcomes, uncertainties, strict=True):
             if not finite:
-                raise InputError("the model's logits are not finite: its training diverged; use an earlier checkpoint")
+                raise NotFiniteError("the model's logits are not finite: its training diverged")
             self.stats.positions += len(ids)
             self.stats.blocks += blocks
             from_prompt, tokens = not self._new[row], []
@@ -205,7 +269,7 @@ class Generation:
                     break
             self.stats.new_tokens += len(tokens)
             if not from_prompt:
-                self.stats.add_cycle(len(tokens), drafted=limit, accepted=accepted)
+                self.stats.add_cycle(len(tokens), drafted=drafts.ids_RK.shape[1], accepted=accepted)
             news.append(News(row, tokens, unsure[: len(tokens)]))
         return news
 
@@ -218,6 +282,6 @@ class Generation:
 
         K is what the model drafts at most, so that what a row draws depends on nothing but itself.
         """
-        count = 2 * self._most + 1
+        count = 2 * self._drafts + 1
         draws = [[self._streams[row].random() for _ in range(count)] for row in rows]
         return torch.tensor(draws, dtype=torch.float64, device=self._device)

@@ -5,12 +5,12 @@ Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousan
 
 import math
 import random
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from lepton.errors import InputError
+from lepton.model.checks import real, shown, whole
 
 USUAL_NUCLEUS = 1024
 """Tokens ranked before all are: ranking the whole vocabulary takes as long as a small model's step."""
@@ -18,12 +18,12 @@ USUAL_NUCLEUS = 1024
 
 def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
     """Raise InputError for a value that names no distribution."""
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise InputError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p={top_p}: must lie in (0, 1]; 1 keeps every token")
-    if top_k is not None and not (isinstance(top_k, Integral) and top_k >= 1):
-        raise InputError(f"top_k={top_k}: must be a whole number, at least 1; leave it out (None) to keep every token")
+    if not 0 <= real(temperature) < math.inf:
+        raise InputError(f"temperature={shown(temperature)}: must be 0 (greedy) or a positive number")
+    if not 0 < real(top_p) <= 1:
+        raise InputError(f"top_p={shown(top_p)}: must lie in (0, 1]; 1 keeps every token")
+    if top_k is not None:
+        whole("top_k", top_k, 1, note="; leave it out (None) to keep every token")
 
 
 def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -13,10 +13,11 @@ from lepton.model.factory import (
 )
 from lepton.model.lepton import Lepton
 from lepton.model.output import Output
-from lepton.model.state import State
+from lepton.model.state import Memory, State
 
 __all__ = [
     "Lepton",
+    "Memory",
     "Output",
     "State",
     "create_lepton",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lepton.errors import InputError
+from lepton.model.checks import INTEGERS, check_device, check_range, integers, real, shown, whole
 from lepton.model.crystals import CONTEXT, Columns, Store
 from lepton.model.memory import CONV
 from lepton.model.state import Memory, State, flatten, read_tensors, rebuild
@@ -15,6 +16,11 @@ from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, Group, late
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
+
+MAX_ROUNDS = 256
+"""Rounds of thinking that a call may ask for; training goes to `MAX_TRAINING_ROUNDS`."""
+MAX_ROWS = 1 << 16
+"""Sequences of a state."""
 
 
 def fresh_state(model: "Lepton", batch_size: int, *, room: bool = True) -> State:
@@ -50,27 +56,121 @@ def fresh_state(model: "Lepton", batch_size: int, *, room: bool = True) -> State
     )
 
 
-def with_memory(model: "Lepton", state: State, path: str | Path) -> State:
-    """Return a fresh `state` with the memory that the file `path` holds."""
-    memory = read_tensors(path, model.new_state(1).memory, "state.memory")
-    tensors = flatten(memory)
+def with_memory(model: "Lepton", state: State, given: Memory | str | Path) -> State:
+    """Return a fresh `state` with a memory, or the one that a file holds."""
+    like = fresh_state(model, 1).memory
+    if isinstance(given, Memory):
+        memory, place = given, "memory"
+    elif isinstance(given, str | Path):
+        memory, place = read_tensors(given, like, "state.memory"), str(given)
+    else:
+        raise InputError(f"memory={shown(given)}: give state.memory, or the file that state.memory.save wrote")
+    _check_memory(place, model, memory)
+    tensors, wanted = flatten(memory), flatten(like)
     rows = next(iter(tensors.values())).shape[0] if tensors else state.batch_size
     if rows not in (1, state.batch_size):
-        raise InputError(f"{path}: holds the memory of {rows} rows; give new_state({rows}), not {state.batch_size}")
-    if rows != state.batch_size:
-        memory = rebuild(memory, lambda _name, value: value.expand(state.batch_size, *value.shape[1:]).clone())
+        raise InputError(f"{place}: holds the memory of {rows} rows; give new_state({rows}), not {state.batch_size}")
+
+    def take(name: str, value: Tensor) -> Tensor:
+        value = value.detach().to(wanted[name].device, wanted[name].dtype)
+        return value if rows == state.batch_size else value.expand(state.batch_size, *value.shape[1:]).clone()
+
+    memory = rebuild(memory, take)
     if memory.store is not None and model.crystals is not None:
         memory.store = memory.store.carried(model.crystals.window)
     memory.tail_BXC = state.memory.tail_BXC
     return dataclasses.replace(state, memory=memory)
 
 
-def check_range(values: Tensor, low: int, high: int, what: str) -> None:
-    """Raise InputError for a value outside low..high. Only on a CPU: elsewhere looking would wait for the device."""
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = int(values.min()), int(values.max())
-        if least < low or most > high:
-            raise InputError(f"{what} {least if least < low else most}: must lie in {low}..{high}")
+def check_state(model: "Lepton", state: State, rows: int) -> None:
+    """Raise InputError unless `state` is one of this model, for so many rows, in its dtype and on its device."""
+    if not isinstance(state, State):
+        raise InputError(f"state={shown(state)}: give what new_state, load_state, out.state or out.commit returned")
+    if state.batch_size != rows:
+        raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
+    config, keys, group = model.config, state.keys_BLRKH, state.group
+    _compare("state", "window", keys.shape[2] if config.window else 0, model._columns(0))
+    columns = (config.layers + (model.thoughts is not None), config.kv_heads, config.head_dim)
+    _compare("state", "keys", (keys.shape[1], *keys.shape[3:]), columns)
+    thoughts = (config.thoughts, config.width) if model.thoughts else None
+    _compare("state", "thoughts", group and tuple(group.states_BSD.shape[1:]), thoughts)
+    _check_memory("state", model, state.memory)
+    device = model.embed.weight.device
+    if (keys.dtype, keys.device) != (model.dtype, device):
+        made = f"{keys.dtype} on {keys.device}"
+        raise InputError(f"the state is in {made}, the model computes in {model.dtype} on {device}; they must agree")
+
+
+def _check_memory(place: str, model: "Lepton", memory: Memory) -> None:
+    config, matrix, store = model.config, memory.matrix_BHKV, memory.store
+    wanted = (config.memory_heads, config.key_dim, config.value_dim) if model.memory else None
+    _compare(place, "working memory", None if matrix is None else tuple(matrix.shape[1:]), wanted)
+    found = store and (store.kept.position_BC.shape[1], *store.pending.states_BCD.shape[1:])
+    _compare(place, "crystals", found, (config.slots, config.crystals, config.width) if model.crystals else None)
+
+
+def _compare(place: str, what: str, found: object, wanted: object) -> None:
+    if found != wanted:
+        raise InputError(f"{place}: of another model, its {what} have shape {found}, this model's {wanted}")
+
+
+def checked_tokens(model: "Lepton", tokens: Tensor, least: int) -> Tensor:
+    """Return token ids [rows, at least `least`] as int64, on the model's device and within its vocabulary."""
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens of type {type(tokens).__name__}: give a tensor [rows, tokens], torch.tensor([ids])")
+    if tokens.dim() != 2 or not tokens.shape[0] or tokens.shape[1] < least or tokens.dtype not in INTEGERS:
+        raise InputError(
+            f"tokens must be integers [rows, at least {least}], not {tokens.dtype} {list(tokens.shape)}"
+            + ("; give tokens[None] for one row" if tokens.dim() == 1 else "")
+        )
+    check_device(tokens, model.embed.weight.device, "tokens")
+    tokens = tokens.long()
+    check_range(tokens, 0, model.config.vocab_size - 1, "token id")
+    return tokens
+
+
+def checked_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Return the valid tokens of each row as int64 [rows], each at most the length of the row."""
+    rows, length = tokens.shape
+    lengths = integers(lengths, (rows,), tokens.device, "lengths", f"one value for each of {rows} rows")
+    check_range(lengths, 0, length, "length")
+    return lengths
+
+
+def checked_for_loss(
+    model: "Lepton", tokens: Tensor, lengths: Tensor | None, groups: int | None, auxiliary: bool
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Return the arguments of `loss` that are its own, validated."""
+    tokens = checked_tokens(model, tokens, 2)
+    if groups is not None:  # a static bound may be rounded up
+        groups = whole("groups", groups, 0, tokens.shape[1] + 64, " segments of a row")
+    if not isinstance(auxiliary, bool):
+        raise InputError(f"auxiliary={shown(auxiliary)}: must be True or False")
+    return tokens, None if lengths is None else checked_lengths(tokens, lengths), groups
+
+
+def checked_knobs(
+    model: "Lepton", rows: int, depth: float | None, think: int | Tensor | None
+) -> tuple[float, int | Tensor]:
+    """Return the share of deep tokens and the rounds of thinking, the model's own where they are None."""
+    share = 1.0 if depth is None else real(depth)
+    if not 0 <= share <= 1:
+        raise InputError(f"depth={shown(depth)}: must lie in 0..1, the share of tokens allowed past the stem")
+    if share < 1 and model.router is None:
+        raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
+    if think is None:
+        return share, model.config.rounds if model.thoughts is not None else 0
+    if isinstance(think, Tensor):
+        device = model.embed.weight.device
+        think = integers(think, (rows,), device, "think", f"one number of rounds for each of {rows} rows")
+        check_range(think, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")
+        late = late_rows(rows)
+        check_range((think > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
+        return share, think
+    think = whole("think", think, 0, MAX_ROUNDS, " rounds")
+    if think and model.thoughts is None:
+        raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
+    return share, think
 
 
 def checked(
@@ -81,40 +181,20 @@ def checked(
     depth: float | None,
     think: int | Tensor | None,
     opens: Tensor | None,
-) -> tuple[State, Tensor, float, int | Tensor]:
+) -> tuple[Tensor, State, Tensor, float, int | Tensor]:
     """Validate the arguments of `forward` and fill in what was left out."""
-    if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
-        raise InputError(f"tokens must be integers [rows, at least 1], not {tokens.dtype} {tuple(tokens.shape)}")
+    tokens = checked_tokens(model, tokens, 1)
     rows, length = tokens.shape
-    check_range(tokens, 0, model.config.vocab_size - 1, "token id")
-    depth = 1.0 if depth is None else depth
-    if not 0 <= depth <= 1:
-        raise InputError(f"depth={depth}: must lie in 0..1, the share of tokens allowed past the stem")
-    if depth < 1 and model.router is None:
-        raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
-    if think is None:
-        think = model.config.rounds if model.thoughts is not None else 0
-    if isinstance(think, Tensor):
-        if think.shape != (rows,):
-            raise InputError(f"think must hold one number for each of {rows} rows, not {tuple(think.shape)}")
-        check_range(think, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")
-        late = late_rows(rows)
-        check_range((think > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
-    else:
-        if not isinstance(think, int) or think < 0:
-            raise InputError(f"think={think}: must be a whole number of rounds, from 0")
-        if think and model.thoughts is None:
-            raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
+    share, rounds = checked_knobs(model, rows, depth, think)
     if state is None:
         state = fresh_state(model, rows, room=False)
-    elif state.batch_size != rows:
-        raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")
-    if lengths is None:
-        lengths = torch.full((rows,), length, device=tokens.device)
-    elif lengths.shape != (rows,):
-        raise InputError(f"lengths must hold one value for each of {rows} rows, not {tuple(lengths.shape)}")
     else:
-        check_range(lengths, 0, length, "length")
-    if opens is not None and opens.shape != tokens.shape:
-        raise InputError(f"opens must have the shape of the tokens {tuple(tokens.shape)}, not {tuple(opens.shape)}")
-    return state, lengths, depth, think
+        check_state(model, state, rows)
+    whole_rows = torch.full((rows,), length, device=tokens.device)
+    lengths = whole_rows if lengths is None else checked_lengths(tokens, lengths)
+    if opens is not None:
+        if not isinstance(opens, Tensor) or opens.dtype != torch.bool or opens.shape != tokens.shape:
+            kind = f"{opens.dtype} {list(opens.shape)}" if isinstance(opens, Tensor) else type(opens).__name__
+            raise InputError(f"opens must have the shape of the tokens, bool {list(tokens.shape)}, not {kind}")
+        check_device(opens, tokens.device, "opens")
+    return tokens, state, lengths, share, rounds

@@ -1,8 +1,9 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,14 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from lepton import checkpoint
 from lepton.config import LeptonConfig
-from lepton.errors import InputError
 from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
+from lepton.model.checks import whole
 from lepton.model.crystals import CrystalRun, Crystals
 from lepton.model.delta_rule import has_kernels
 from lepton.model.draft import Drafter
-from lepton.model.entry import checked, fresh_state, with_memory
+from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.initialise import initialise
 from lepton.model.loss import Loss, soft_cap
 from lepton.model.memory import MemoryRun, WorkingMemory
@@ -31,6 +32,10 @@ from lepton.model.state import Memory, State, advance, read_tensors
 from lepton.model.thoughts import ThoughtRun, Thoughts
 from lepton.model.timeline import Band, Timeline, bands
 from lepton.model.uncertainty import Uncertainty
+
+if TYPE_CHECKING:
+    from lepton.data.tokenizer import Tokenizer
+    from lepton.generate import Stream
 
 
 class Lepton(nn.Module):
@@ -46,6 +51,7 @@ class Lepton(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_activations = False
+        self._tokenizer_json: str | None = None
         rank = config.embed_rank or config.width
         reads = config.memory_heads * config.value_dim
         thoughts = config.width if config.thoughts else 0
@@ -73,7 +79,15 @@ class Lepton(nn.Module):
         content = checkpoint.load(path)
         model = Lepton(LeptonConfig.from_dict(content["config"]))
         model.load_state_dict(content["model"])
+        model._tokenizer_json = content.get("tokenizer")
         return model.eval()
+
+    @cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """The tokenizer that the checkpoint carries; None for a model that comes from none, or from one without."""
+        from lepton.data.tokenizer import Tokenizer
+
+        return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
 
     def forward(
         self,
@@ -88,12 +102,13 @@ class Lepton(nn.Module):
         """Predict the token after each token of a chunk.
 
         Args:
-            tokens: int [B, T], T >= 1. A document ends at `config.eos_id`; the next token starts anew.
+            tokens: integers [B, T], T >= 1, on the model's device. A document ends at `config.eos_id`; the next token
+                starts anew.
             state: the past, from `new_state`, `out.state` or `out.commit`; None starts fresh. It is not changed.
             lengths: int [B], valid tokens of each row in 0..T; the rest is right padding, which `out.state` leaves out
                 and whose own outputs mean nothing. None: all.
             depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
-            think: rounds of thinking, from 0; None is `config.rounds`.
+            think: rounds of thinking, 0 to 256; None is `config.rounds`.
             opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular
                 ones.
 
@@ -123,7 +138,7 @@ class Lepton(nn.Module):
         groups: int | None = None,
     ) -> Output:
         """`forward` without the head: the states that predictions are read from, and the state to go on with."""
-        past, lengths, depth, think = checked(self, tokens, state, lengths, depth, think, opens)
+        tokens, past, lengths, depth, think = checked(self, tokens, state, lengths, depth, think, opens)
         config = self.config
         timeline = Timeline.read(
             tokens,
@@ -202,20 +217,20 @@ class Lepton(nn.Module):
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
-        if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise InputError(f"loss needs tokens [rows, at least 2], not {tuple(tokens.shape)}")
+        tokens, lengths, groups = checked_for_loss(self, tokens, lengths, groups, auxiliary)
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
         hidden, traces = out.hidden, out.traces
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, traces, tokens, lengths, auxiliary=auxiliary)
 
-    def new_state(self, batch_size: int, *, memory: str | Path | None = None) -> State:
+    def new_state(self, batch_size: int, *, memory: Memory | str | Path | None = None) -> State:
         """Return the state of `batch_size` sequences that have read nothing.
 
-        `memory` is a file that `state.memory.save` wrote: the new sequences remember what those before did, its
-        positions shifted behind the window. Its rows must be `batch_size`, or one, which all then share.
+        `memory` is that of another state, or a file that `state.memory.save` wrote: the new sequences remember what
+        those before did, its positions shifted behind the window. Its rows must be `batch_size`, or one, which all then
+        share.
         """
-        state = fresh_state(self, batch_size)
+        state = fresh_state(self, whole("batch_size", batch_size, 1, MAX_ROWS, " sequences"))
         return state if memory is None else with_memory(self, state, memory)
 
     def load_state(self, path: str | Path) -> State:
@@ -238,19 +253,26 @@ class Lepton(nn.Module):
         stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
         depth: float | None = None,
         think: int | None = None,
+        state: State | None = None,
+        memory: Memory | str | Path | None = None,
     ) -> list[int] | list[list[int]]:
         """Continue a prompt; see `lepton.generate.generate`."""
         from lepton.generate import generate
 
-        return generate(
-            self, prompt_ids, max_new_tokens, temperature, top_p, top_k, use_speculative, seed, stop, depth, think
-        )
+        knobs = (top_p, top_k, use_speculative, seed, stop, depth, think, state, memory)
+        return generate(self, prompt_ids, max_new_tokens, temperature, *knobs)
 
-    def generate_stream(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> Iterator[int]:
-        """Yield the new ids of one prompt as they are known; see `lepton.generate.generate_stream`."""
+    def generate_stream(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> "Stream":
+        """Return an iterator over the new ids of one prompt; see `lepton.generate.generate_stream`."""
         from lepton.generate import generate_stream
 
         return generate_stream(self, prompt_ids, *args, **options)
+
+    def generate_with_state(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> tuple[Any, State]:
+        """Return (tokens, the state to go on from); see `lepton.generate.generate_with_state`."""
+        from lepton.generate import generate_with_state
+
+        return generate_with_state(self, prompt_ids, *args, **options)
 
     def generate_with_uncertainty(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> Any:
         """Return (tokens, an uncertainty for each new token); see `lepton.generate.generate_with_uncertainty`."""

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lepton.errors import InputError
-from lepton.model.state import State
+from lepton.model.checks import integers
+from lepton.model.state import State, rebuild
 from lepton.model.timeline import Timeline
 
 
@@ -50,25 +52,34 @@ class Output:
     """Tokens of each row that are not padding, [B]."""
     _commit: Callable[[Tensor], State]
 
-    def commit(self, count_B: Tensor) -> State:
+    def commit(self, count_B: Tensor, *, keep_graph: bool = False) -> State:
         """Return the state after the first `count_B` tokens of each row.
 
         The chunk's length is prefill, a row's own length skips its right padding, 1 + accepted is the
         verification of drafts, and 0 leaves a row as it was.
 
         Args:
-            count_B: int64 [B], each in 0..T.
+            count_B: integers [B], each in 0..T.
+            keep_graph: whether gradients flow through the state into this chunk, as backpropagation through time wants
+                it. A stream of such states keeps the activations of all its chunks in memory. Without it the state
+                is a plain value, whatever the mode of autograd.
 
         Raises:
             InputError: `count_B` has not one entry for each row, or (seen on a CPU) a count is out of range.
         """
-        if not isinstance(count_B, Tensor) or count_B.shape != self.lengths.shape:
-            raise InputError(f"commit takes an int64 tensor with a count for each of {len(self.lengths)} rows")
+        rows = f"a count for each of {len(self.lengths)} rows"
+        count_B = integers(count_B, tuple(self.lengths.shape), self.lengths.device, "commit", rows)
         if count_B.device.type == "cpu" and not 0 <= int(count_B.min()) <= int(count_B.max()) <= self.hidden.shape[1]:
             raise InputError(f"commit {count_B.tolist()}: counts must lie in 0..{self.hidden.shape[1]}")
-        return self._commit(count_B)
+        return self._after(count_B, keep_graph)
 
     @property
     def state(self) -> State:
-        """The state after every token that is not padding."""
-        return self._commit(self.lengths)
+        """The state after every token that is not padding, without a graph; see `commit`."""
+        return self._after(self.lengths, False)
+
+    def _after(self, count_B: Tensor, keep_graph: bool) -> State:
+        if keep_graph:
+            return self._commit(count_B)
+        with torch.no_grad():
+            return rebuild(self._commit(count_B), lambda _name, value: value.detach())

@@ -1,12 +1,13 @@
 """The past of a batch of sequences, as a value: `forward` reads it and returns a new one."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -104,6 +105,20 @@ class State:
     def rows(self, index: Tensor) -> "State":
         """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once."""
         return rebuild(self, lambda _name, value: value[index])
+
+    @staticmethod
+    def join(parts: "Sequence[State]") -> "State":
+        """Return the rows of several states of one model as one state, in their order."""
+        tensors = [flatten(part) for part in parts]
+
+        def stack(name: str, value: Tensor) -> Tensor:
+            values = [each[name] for each in tensors]
+            if name.endswith("_BLRKH"):  # without a window each keeps as many columns as it has read
+                most = max(each.shape[2] for each in values)
+                values = [F.pad(each, (0, 0, 0, 0, most - each.shape[2], 0)) for each in values]
+            return torch.cat(values)
+
+        return rebuild(parts[0], stack)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file; `Lepton.load_state` goes on from it in another process."""

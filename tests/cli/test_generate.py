@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import re
 import signal
 import subprocess
 import sys
@@ -16,17 +15,10 @@ from lepton.cli import generate as command
 from lepton.cli.loading import load
 from lepton.cli.main import INTERRUPTED
 from lepton.generate import generate, generate_with_stats, generate_with_uncertainty
-from lepton.generate.stats import Stats
 from lepton.model import Lepton
-from tests.cli.tiny import run, run_json, save_tiny, tiny_model
+from tests.cli.tiny import command_of, expected, run, run_json, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("generate") / "final.pt"
-    return path, *save_tiny(path)
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +28,6 @@ def baseline(tmp_path_factory):
     config = tiny_model().config.replace(drafts=0, uncertainty=False)
     save_tiny(path, model=Lepton(config).state_dict(), config=config.to_dict())
     return path
-
-
-def command_of(path):
-    """Run in fp32, as the comparisons do, also where the hardware has bf16."""
-    return "generate", "--checkpoint", path, "--dtype", "fp32"
-
-
-def expected(saved, prompt, **options):
-    _, model, tokenizer = saved
-    ids = tokenizer.encode(prompt)
-    return tokenizer.decode(generate(model, ids, **options)[len(ids) :])
 
 
 def test_text_is_the_prompt_and_its_continuation(saved):
@@ -177,7 +158,7 @@ def test_an_incomplete_character_is_shown_at_the_end(saved):
 
 
 def test_interruption_ends_the_line(saved, monkeypatch):
-    def interrupted(generation):
+    def interrupted(stream):
         yield from ((token, 0.0) for token in saved[2].encode("jumps"))
         raise KeyboardInterrupt
 
@@ -214,70 +195,65 @@ def test_ctrl_c_in_a_real_process(saved):
     assert out.endswith(b"\n")
 
 
-# Uncertainty
-
-PIECES = [
-    command.Piece(text, uncertainty)
-    for text, uncertainty in [("The", 0.1), (" qu", 0.85), ("ick\n", 0.3), ("\n", 0.9), ("fox", 0.5), ("es run", 1.0)]
-]
+# Texts that begin with a dash, escapes, the empty prompt, stdin
 
 
-def test_colours_shade_by_uncertainty_and_never_a_line_end():
-    pale, warm, hot = (f"\033[30;48;5;{colour}m" for colour in (229, 222, 210))
-    off = "\033[0m"
-    expected = f"The{hot} qu{off}{pale}ick{off}\n\n{warm}fox{off}{hot}es run{off}"
-    assert "".join(command.shaded(PIECES)) == expected
+@pytest.mark.parametrize("prompt", ["---", "-x", "-->", "--no such flag", "--", "-1", "a=b"])
+def test_a_prompt_may_look_like_a_flag(saved, prompt):
+    words = [*command_of(saved[0]), "--max_new_tokens", 3, "--seed", 0]
+    out = prompt + expected(saved, prompt, max_new_tokens=3, seed=0) + "\n"
+    assert run(*words, "--prompt", prompt) == (0, out, "")
+    assert run(*words, f"--prompt={prompt}") == (0, out, "")
 
 
-def test_marks_stand_behind_words():
-    assert "".join(command.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
-    assert "".join(command.marked([])) == ""
+def test_stop_texts_take_escapes_and_dashes(saved, monkeypatch):
+    assert command.unescaped(r"\n\t\r\\n\d") == "\n\t\r\\n\\d"
+    monkeypatch.setattr(command, "tokens", lambda stream: ((token, 0.0) for token in saved[2].encode("ab-->c\nd")))
+    words = [*command_of(saved[0]), "--prompt", "fox "]
+    assert run(*words, "--stop", "-->")[1] == "fox ab-->\n"
+    assert run(*words, "--stop", r"\n")[1] == "fox ab-->c\n\n"
+    assert run(*words, "--stop", r"\\n")[1] == "fox ab-->c\nd\n"
 
 
-class Screen(io.StringIO):
+def test_an_empty_prompt_starts_a_document(saved):
+    _, model, tokenizer = saved
+    figures = run_json(*command_of(saved[0]), "--prompt", "", "--seed", 2, "--max_new_tokens", 9)
+    tokens = generate(model, [model.config.eos_id], 9, seed=2)
+    assert (figures["prompt"], figures["prompt_tokens"], figures["tokens"]) == ("", 1, tokens[1:])
+    assert figures["text"] == tokenizer.decode(tokens)
+
+
+class Keyboard(io.BytesIO):
     def isatty(self):
         return True
 
 
-def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert command.has_colours(Screen())
-    assert not command.has_colours(io.StringIO())
-    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert not command.has_colours(Screen())
+def test_stdin_without_a_text(saved, monkeypatch, capsys):
+    code, out, err = run(*command_of(saved[0]), "--prompt", "-", stdin=b"\n")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --prompt -: nothing came from stdin")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Keyboard("süß\n".encode())))
+    assert command._read_stdin() == "süß"
+    assert capsys.readouterr().err.startswith("type the prompt, and Ctrl-")
 
 
-def test_uncertainty_on_the_command_line(saved, monkeypatch):
-    monkeypatch.setattr(command, "DOUBTFUL", 0.5)
-    words = [*command_of(saved[0]), "--prompt", "fox", "--seed", 5, "--temperature", 2]
-    plain = run(*words)[1]
-    code, out, err = run(*words, "--uncertainty")
-    assert code == 0
-    assert 0 < out.count(command.MARK) < 100
-    assert out.replace(command.MARK, "") == plain
-    legend, figures = err.splitlines()
-    assert legend == "[?] marks words with a token of uncertainty 0.5 or more"
-    assert re.fullmatch(
-        r"100 new tokens; \d+ forward calls; [1-5]\.\d\d tokens a cycle; "
-        r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks",
-        figures,
-    )
-
-
-def test_figures_without_drafts():
-    assert command.describe(Stats(new_tokens=3, forward_calls=3, positions=5, blocks=15)) == (
-        "3 new tokens; 3 forward calls; mean depth 3.00 blocks"
-    )
+def test_advice_names_an_earlier_checkpoint_only_where_there_is_one(tmp_path):
+    weights = tiny_model().state_dict()
+    weights["blocks.0.mlp.down.weight"].fill_(3e38)
+    save_tiny(tmp_path / "step_7.pt", model=weights)
+    words = [*command_of(tmp_path / "step_7.pt"), "--prompt", "fox"]
+    assert run(*words)[2] == "error: the model's logits are not finite: its training diverged\n"
+    save_tiny(tmp_path / "step_3.pt", step=3)
+    assert run(*words)[2].endswith(f"diverged; an earlier checkpoint is {tmp_path / 'step_3.pt'}\n")
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt"], "--prompt: expected one argument"),
+        (["--prompt", "--seed", 3], "--prompt: expected one argument"),
+        (["--seed", 1 << 64], "seed=18446744073709551616: must be a whole number"),
+        (["--think", 10**6], "think=1000000: must be a whole number, in 0..256 rounds"),
         (["--temperature", -1], "temperature=-1.0"),
         (["--top_p", 0], "top_p=0.0"),
         (["--top_k", 0], "top_k=0"),

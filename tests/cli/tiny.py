@@ -13,6 +13,7 @@ from lepton import checkpoint
 from lepton.cli.main import main
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
+from lepton.generate import generate
 from lepton.model import Lepton
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ein süßer Käse, and 東京 too.\n" * 3
@@ -81,9 +82,9 @@ def save_tiny(path, **changes):
     return model.eval(), tokenizer
 
 
-def run(*words, stdin=b""):
-    """Run the command line in this process; return its exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
+def run(*words, stdin=b"", screen=io.StringIO):
+    """Run the command line in this process; return its exit code, stdout and stderr, both made by `screen`."""
+    out, err = screen(), screen()
     before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(stdin))
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -97,3 +98,14 @@ def run_json(*words):
     code, out, err = run(*words, "--json")
     assert code == 0, err
     return json.loads(out)
+
+
+def command_of(path):
+    """Run in fp32, as the comparisons do, also where the hardware has bf16."""
+    return "generate", "--checkpoint", path, "--dtype", "fp32"
+
+
+def expected(saved, prompt, **options):
+    _, model, tokenizer = saved
+    ids = tokenizer.encode(prompt)
+    return tokenizer.decode(generate(model, ids, **options)[len(ids) :])

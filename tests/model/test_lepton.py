@@ -1,5 +1,6 @@
 """The public surface of the model: shapes, dtypes, counts, checks."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from lepton.model import Lepton, create_lepton_nano
 from lepton.model.attention import norm
 from lepton.model.factory import WITHOUT_IDEAS
 from lepton.model.initialise import ZERO
-from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, build, text
+from lepton.model.state import flatten
+from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views
 
 
 def test_the_logits_leave_out_the_padding_of_the_vocabulary():
@@ -108,10 +110,79 @@ def test_loading_is_strict():
         model.load_state_dict({name: value for name, value in weights.items() if name != "embed.weight"})
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_carries_a_graph_only_if_asked(variant):
+    """A stream in the README's way kept the activations of all its chunks."""
+    model, tokens = build(variant), text(1)
+    out = model(tokens[:, :40])
+    for state in (out.state, out.commit(out.lengths), out.commit(torch.tensor([3, 40]))):
+        assert not any(value.requires_grad for value in flatten(state).values())
+    kept = out.commit(out.lengths, keep_graph=True)
+    assert_states(out.state, kept, "with and without a graph")
+    second = model(tokens[:, 40:], kept)
+    (gradient,) = torch.autograd.grad(second.logits.square().sum(), out.traces.embedded_BTE)
+    assert gradient[:, -1].any(), "gradients reach the chunk before"
+    assert not any(value.requires_grad for value in flatten(second.state).values()), "the next one is plain again"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64]
+)
+def test_token_ids_of_every_integer_dtype(dtype):
+    model, tokens, lengths = build("complete"), text(1), torch.tensor([100, 57])
+    given = tokens.to(dtype)
+    with torch.no_grad():
+        found = model(given, lengths=lengths.to(dtype))
+        assert_outputs(views(model(tokens, lengths=lengths)), views(found), dtype)
+        assert_states(model(tokens, lengths=lengths).state, found.commit(lengths.to(dtype)), dtype)
+        assert model.loss(given, lengths=lengths.to(dtype)).loss == model.loss(tokens, lengths=lengths).loss
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model(torch.tensor([1, 2])), "tokens must be integers"),
+        (lambda model: model(torch.tensor([1, 2])), r"tokens must be integers .* give tokens\[None\] for one row"),
+        (lambda model: model([[1, 2]]), r"tokens of type list: give a tensor \[rows, tokens\]"),
+        (lambda model: model(np.array([[1, 2]])), "tokens of type ndarray"),
+        (lambda model: model(None), "tokens of type NoneType"),
+        (lambda model: model(torch.zeros(0, 3, dtype=torch.int64)), "tokens must be integers"),
+        (lambda model: model(torch.ones(1, 3, dtype=torch.bool)), "not torch.bool"),
+        (
+            lambda model: model(torch.ones(1, 3, dtype=torch.int64, device="meta")),
+            r"on meta, .* give tokens.to\('cpu'\)",
+        ),
+        (lambda model: model(text(1), state="x"), "state='x': give what new_state"),
+        (lambda model: model(text(1), model.new_state(1).memory), "give what new_state"),
+        (lambda model: model(text(1), lengths=[1, 2]), "lengths must hold one value .*, not list"),
+        (
+            lambda model: model(text(1), lengths=torch.tensor([1.0, 2.0])),
+            "lengths must hold one value .* torch.float32",
+        ),
+        (lambda model: model(text(1), lengths=torch.tensor([True, True])), "torch.bool"),
+        (lambda model: model(text(1), lengths=torch.ones(2, dtype=torch.int64, device="meta")), "lengths: on meta"),
+        (lambda model: model(text(1), opens=text(1)), "opens must have the shape .* torch.int64"),
+        (lambda model: model(text(1), opens=[True]), "opens must have the shape .* list"),
+        (lambda model: model(text(1), opens=torch.ones(2, 100, dtype=torch.bool, device="meta")), "opens: on meta"),
+        (lambda model: model(text(1), depth="half"), "depth='half'"),
+        (lambda model: model(text(1), depth=float("nan")), "depth=nan"),
+        (lambda model: model(text(1), think=10**6), "think=1000000"),
+        (lambda model: model(text(1), think=True), "think=True"),
+        (lambda model: model(text(1), think="two"), "think='two'"),
+        (lambda model: model(text(1), think=torch.tensor(2)), "think must hold one number"),
+        (lambda model: model(text(1)).commit([1, 2]), "a count for each of 2 rows"),
+        (lambda model: model(text(1)).commit(torch.tensor([1.0, 2.0])), "a count for each of 2 rows"),
+        (lambda model: model.loss([[1, 2]]), "tokens of type list"),
+        (lambda model: model.loss(text(1).double()), "at least 2"),
+        (lambda model: model.loss(torch.tensor([[1, 2, VOCAB]])), f"token id {VOCAB}"),
+        (lambda model: model.loss(text(1), lengths=torch.tensor([3])), "lengths must hold one value"),
+        (lambda model: model.loss(text(1), lengths=torch.tensor([3, 101])), "length 101"),
+        (lambda model: model.loss(text(1), groups=10**6), "groups=1000000: must be a whole number, in 0..164"),
+        (lambda model: model.loss(text(1), auxiliary=torch.ones(3)), "auxiliary=tensor"),
+        (lambda model: model.loss(text(1), groups="2"), "groups='2'"),
+        (lambda model: model.new_state(0), "batch_size=0"),
+        (lambda model: model.new_state(True), "batch_size=True"),
+        (lambda model: model.new_state("2"), "batch_size='2'"),
+        (lambda model: model.new_state(10**9), "batch_size=1000000000: must be a whole number, in 1..65536"),
         (lambda model: model(torch.zeros(1, 0, dtype=torch.int64)), "tokens must be integers"),
         (lambda model: model(torch.zeros(1, 3)), "not torch.float32"),
         (lambda model: model(text(1), model.new_state(3)), "the state holds 3 rows and the tokens 2"),

@@ -1,0 +1,46 @@
+"""One prompt's tokens as they come, with the state that they lead to."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import zip_longest
+
+from lepton.generate.generation import Generation
+from lepton.generate.stats import Stats
+from lepton.model import State
+
+
+class Stream(Iterator[int]):
+    """An iterator over the new tokens of one prompt. It may be left early, at any token."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation, self._cycles = generation, iter(generation)
+        self._waiting: deque[tuple[int, float | None]] = deque()
+        self._unused = 0
+        self.uncertainty: float | None = None
+        """How unsure the model was where it predicted the last token taken; None unless it was asked for."""
+
+    def __next__(self) -> int:
+        if not self._waiting:
+            (given,) = next(self._cycles)
+            self._waiting.extend(zip_longest(given.tokens, given.uncertainties))
+        token, self.uncertainty = self._waiting.popleft()
+        self._unused = len(self._waiting)
+        return token
+
+    def close(self) -> None:
+        """End the stream; `state` stays that of the tokens taken."""
+        self._waiting.clear()
+        self._cycles = iter(())
+
+    @property
+    def state(self) -> State:
+        """The state after the prompt and all tokens taken but the last, which no pass has seen; see `Generation`.
+
+        `model.generate([last_token, *more], state=stream.state)` goes on from there.
+        """
+        return self._generation.state_without(self._unused)
+
+    @property
+    def stats(self) -> Stats:
+        """Figures of the cycles computed so far."""
+        return self._generation.stats

@@ -1,0 +1,75 @@
+"""Checks of what callers pass: numbers and tensors of integers. What cannot be used raises InputError."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lepton.errors import InputError
+
+INTEGERS = {
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+}
+SEEDS = (-(1 << 63), (1 << 64) - 1)
+"""Every seed of 64 bits, with or without a sign."""
+
+
+def shown(value: Any) -> str:
+    """Return `value` as a message can show it: on one line, and not too long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python prints no int of thousands of digits
+        return f"a number of {value.bit_length():,} bits"
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # such as a list that holds itself: a message must never fail
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:
+    """Return `value`, a whole number (no bool) in `low`..`high`, as an int; `note` ends the message of the error."""
+    whole_number = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole_number or value < low or (high is not None and value > high):
+        range_ = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise InputError(f"{name}={shown(value)}: must be a whole number, {range_}{note}")
+    return int(value)
+
+
+def real(value: Any) -> float:
+    """Return `value` as a float; NaN, which lies in no range, where it is no real number or none that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def check_range(values: Tensor, low: int, high: int, what: str) -> None:
+    """Raise InputError for a value outside low..high. Only on a CPU: elsewhere looking would wait for the device."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = int(values.min()), int(values.max())
+        if least < low or most > high:
+            raise InputError(f"{what} {least if least < low else most}: must lie in {low}..{high}")
+
+
+def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str, meaning: str) -> Tensor:
+    """Return `value` as int64 if it is a tensor of integers of this shape on this device; `meaning` says of what."""
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS or value.shape != shape:
+        raise InputError(f"{name} must hold {meaning}, as a tensor of integers {list(shape)}, not {_kind(value)}")
+    check_device(value, device, name)
+    return value.long()
+
+
+def check_device(value: Tensor, device: torch.device, name: str) -> None:
+    """Raise InputError for a tensor on another device than the model's."""
+    if value.device != device:
+        raise InputError(f"{name}: on {value.device}, the model is on {device}; give {name}.to('{device}')")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,36 @@
+"""`import lepton`: what a user imports from it, and that it waits for nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lepton
+from lepton import Lepton, Tokenizer
+from tests.cli.tiny import save_tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_package_has_the_model_and_the_tokenizer():
+    assert (Lepton.__module__, Tokenizer.__module__) == ("lepton.model.lepton", "lepton.data.tokenizer")
+    assert {"Lepton", "Tokenizer", "__version__"} <= {*dir(lepton)}
+    with pytest.raises(AttributeError, match="module 'lepton' has no attribute 'Leptons'"):
+        _ = lepton.Leptons
+
+
+def test_importing_it_does_not_wait_for_torch():
+    code = "import sys, lepton; lepton.__version__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_model_from_a_checkpoint_has_its_tokenizer(tmp_path):
+    model, tokenizer = save_tiny(tmp_path / "with.pt")
+    loaded = Lepton.from_checkpoint(tmp_path / "with.pt")
+    assert isinstance(loaded.tokenizer, Tokenizer)
+    assert loaded.tokenizer.hash == tokenizer.hash
+    assert loaded.tokenizer is loaded.tokenizer
+    save_tiny(tmp_path / "without.pt", tokenizer=None)
+    assert Lepton.from_checkpoint(tmp_path / "without.pt").tokenizer is None
+    assert model.tokenizer is None, "made by hand"
