@@ -76,9 +76,7 @@ def make_room(start: Start, folder: RunFolder, say: Callable[[str], None]) -> Me
         say(f"{folder.path} held an earlier run, which is now in {aside}{hint}")
     bad = MetricsLog.rewind(folder.metrics, start.step)
     if bad:
-        say(
-            f"{folder.metrics} had {bad} line{'s' * (bad > 1)} that are no records: moved to {folder.metrics.name}{BAD}"
-        )
+        say(f"{folder.metrics}: {bad} line{'s' * (bad > 1)} without a step, moved to {folder.metrics.name}{BAD}")
     return MetricsLog(folder.metrics)
 
 

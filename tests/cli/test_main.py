@@ -158,8 +158,10 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
 def test_output_that_does_not_fit_on_the_disk_is_one_line():
     code = "import sys; from lepton.cli.main import guarded; sys.exit(guarded(lambda: print('x') or 0))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = [sys.executable, "-c", code]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(line, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (2, b"error: output: No space left on device\n")
 
 
