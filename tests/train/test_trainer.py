@@ -11,7 +11,7 @@ from lepton import checkpoint
 from lepton.errors import InputError
 from lepton.model import Lepton
 from lepton.train import trainer
-from lepton.train.signals import NAMES, Interrupted
+from lepton.train.signals import Interrupted
 from tests.train.small import metrics_of, small_run, small_settings, write_data
 
 
@@ -77,11 +77,9 @@ def test_a_run_is_repeatable_and_the_seed_counts(data, finished, tmp_path):
     assert losses_of(tmp_path / "other")[0] != losses_of(finished[0])[0]
 
 
-@pytest.mark.parametrize("seed", [20241126130100, 2**64 - 1])
-def test_every_seed_of_64_bits_trains_and_resumes(data, tmp_path, seed):
-    """With thoughts, validations and samples."""
-    small_run(data, tmp_path, seed=seed, max_steps=2, sample_every=1)
-    small_run(data, tmp_path, seed=seed, max_steps=3, resume="auto")
+def test_the_largest_seed_trains_validates_samples_and_resumes(data, tmp_path):
+    small_run(data, tmp_path, seed=2**64 - 1, max_steps=2, sample_every=1)
+    small_run(data, tmp_path, seed=2**64 - 1, max_steps=3, resume="auto")
     assert [step for step, _ in losses_of(tmp_path)] == [1, 2, 3]
 
 
@@ -207,14 +205,14 @@ def test_the_best_is_that_of_the_validations(data, tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "final.pt")["best"] == 3.0
 
 
-@pytest.mark.parametrize("signum", [getattr(signal, name) for name in NAMES if hasattr(signal, name)][:4])
-def test_a_signal_saves_the_step_and_resuming_is_exact(data, finished, tmp_path, monkeypatch, signum):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP" if hasattr(signal, "SIGHUP") else "SIGTERM"])
+def test_a_signal_saves_the_step_and_resuming_is_exact(data, finished, tmp_path, monkeypatch, name):
     step = trainer.Trainer._train_step
 
     def and_signal(self, loss_function):
         step(self, loss_function)
         if self.step == 3:
-            signal.raise_signal(signum)
+            signal.raise_signal(getattr(signal, name))
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", and_signal)
     with pytest.raises(Interrupted, match=r"stopped at step 3, saved .*step_3\.pt; go on with --resume .*step_3\.pt"):
