@@ -1,3 +1,7 @@
 """Thin entry point for scripts: `from model import create_lepton_tiny`."""
 
-from lepton.model import *  # noqa: F403
+from lepton.requirements import check as _check
+
+_check()
+
+from lepton.model import *  # noqa: E402, F403

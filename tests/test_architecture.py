@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import the rooms named here, and itself.
 ALLOWED = {
     "errors": set(),
+    "requirements": set(),
     "files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
@@ -22,7 +23,19 @@ ALLOWED = {
     "generate": {"errors", "config", "model"},
     "train": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate"},
     "evals": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
-    "cli": {"errors", "files", "config", "presets", "checkpoint", "data", "model", "generate", "train", "evals"},
+    "cli": {
+        "errors",
+        "requirements",
+        "files",
+        "config",
+        "presets",
+        "checkpoint",
+        "data",
+        "model",
+        "generate",
+        "train",
+        "evals",
+    },
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
 LAZY_EXCEPTIONS = {("model", "generate"), ("model", "data")}

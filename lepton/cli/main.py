@@ -1,11 +1,12 @@
 """`python -m lepton COMMAND`: find the command, run it, and turn a user's mistake into one line and an exit code."""
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lepton import __version__
+from lepton import __version__, requirements
 from lepton.cli.arguments import Parser
 from lepton.errors import InputError, nearest
 
@@ -63,34 +64,73 @@ def _parse_and_run(name: str, argv: Sequence[str], prog: str) -> int:
     command = importlib.import_module(f"lepton.cli.{name}")
     parser = Parser(prog=prog, description=COMMANDS[name])
     command.add_arguments(parser)
-    code: int = command.run(parser.parse_args(argv))
-    sys.stdout.flush()
+    args = parser.parse_args(argv)
+    requirements.check()
+    code: int = command.run(args)
     return code
 
 
 def guarded(action: Callable[[], int]) -> int:
     """Return `action`'s exit code; a user's mistake, Ctrl-C and a closed pipe become theirs, without a traceback."""
+    _hold_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the console lacks (cp1252) prints as "?"
     try:
-        return action()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        code = action()
+    except (InputError, requirements.MissingLibrary) as error:
+        code = _fail(str(error))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more: what is still buffered goes nowhere, so that the interpreter's last flush stays quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        code = PIPE_CLOSED
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
+        place = "" if error.filename is None else f"{error.filename}: "
+        code = _fail(f"{place}{error.strerror}")
     except SystemExit as leave:  # --help leaves this way
-        return leave.code if isinstance(leave.code, int) else 0
+        code = leave.code if isinstance(leave.code, int) else 0
+    return _flushed(code)
+
+
+def complain(text: str) -> None:
+    """Print a line on stderr, or nothing where nobody is left to read it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _fail(text: str) -> int:
+    complain(f"error: {text}")
+    return BAD_INPUT
+
+
+def _flushed(code: int) -> int:
+    """Return the exit code after all that was printed has left; what nobody takes does not count as printed."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            # It goes nowhere, so that the interpreter's own last flush stays quiet.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if code == 0:
+                code = PIPE_CLOSED if isinstance(error, BrokenPipeError) else _fail(f"output: {error.strerror}")
+    return code
+
+
+def _hold_standard_streams() -> None:
+    """Connect standard streams that are closed (`>&-`) to the null device.
+
+    Otherwise the next file that is opened, such as a checkpoint, has their number, and gets what is printed.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (until the process ends)
 
 
 def overview() -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.main import run_command
+from lepton.cli.main import complain, run_command
 from lepton.presets import SIZES
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; Ctrl-C and SIGTERM save what was reached and give 130 and 143."""
+    """Train; being asked to stop (see `lepton.train.signals`) saves what was reached and gives 128 + the signal."""
     # Read when torch is imported. By default CPU threads spin for long while they wait for each other, and training
     # gets several times slower as soon as another program wants one of the cores; where they sleep at once, waking
     # them takes a third of a step. So they spin for a moment (docs/log.md, 2026-11-22).
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         path = train(settings, given=set(flags), stream=sys.stderr if as_json else sys.stdout)
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
+        complain(str(interrupted))
         return interrupted.exit_code
     if as_json:
         from lepton import checkpoint
@@ -102,6 +102,7 @@ def _add_files_and_reports(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--checkpoint_dir", metavar="DIR", help="folder of checkpoints and metrics.jsonl (default: checkpoints)")
     add("--resume", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest in checkpoint_dir, if any")
+    add("--allow_other_data", action="store_true", help="resume although the data have changed since the checkpoint")
     add("--init_from", metavar="PATH", help="start a new run from a checkpoint's weights")
     add("--save_every", type=int, metavar="N", help="steps between checkpoints (default: 1000)")
     add("--keep", type=int, metavar="N", help="newest step_N.pt to keep (default: 3)")
@@ -115,7 +116,7 @@ def _add_files_and_reports(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: a GPU if there is one)")
+    add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an NVIDIA or AMD GPU if there is one)")
     add("--dtype", choices=("auto", "bf16", "fp32"), help="auto is bf16 where the hardware has it (default: auto)")
     add("--checkpoint_activations", action="store_true", help="compute blocks twice, which takes less memory")
     add(

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from lepton import checkpoint
-from lepton.errors import InputError
+from lepton.files import readable, remove_unfinished
+from lepton.train.metrics import BAD
 
 BEST, FINAL, METRICS = "best.pt", "final.pt", "metrics.jsonl"
 
 
 class RunFolder:
-    """`checkpoint_dir`: step_N.pt (the newest `keep`), best.pt, final.pt and metrics.jsonl."""
+    """`checkpoint_dir`: step_N.pt (the newest `keep`), best.pt, final.pt and metrics.jsonl.
+
+    Only for a run that holds the folder's lock (`lepton.train.lock`).
+    """
 
     def __init__(self, path: str | Path, *, keep: int) -> None:
         self.path = Path(path)
         self.keep = keep
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"checkpoint_dir={path} is no folder and cannot be made one: {error.strerror}") from error
+        remove_unfinished(self.path)
         checkpoint.remove_unfinished(self.path)
 
     @property
@@ -65,18 +66,22 @@ class RunFolder:
         and metrics.jsonl is copied, since its beginning belongs to both; so is a best.pt from before.
         """
         fresh = after < 0
+        metrics = [path for path in (self.metrics, self.metrics.with_name(METRICS + BAD)) if path.exists()]
+        for path in metrics:
+            readable(path, "metrics file")
         later = [path for step, path in checkpoint.steps_in(self.path) if step > after]
         named = [path for name in (BEST, FINAL) if (path := self.path / name).exists()]
         if not later and not (fresh and named):
             if fresh:
-                self.metrics.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+                for path in metrics:  # of a run that ended before its first checkpoint
+                    path.unlink()
             return None
         aside = next(path for n in range(1, 10**6) if not (path := self.path / f"previous-{n}").exists())
         aside.mkdir()
-        if self.metrics.exists():
-            shutil.copy2(self.metrics, aside / METRICS)
+        for path in metrics:
+            shutil.copy2(path, aside / path.name)
             if fresh:
-                self.metrics.unlink()
+                path.unlink()
         for path in [*named, *later]:
             if path.name == BEST and self._is_from(path, after):
                 checkpoint.duplicate(path, aside / BEST)

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,6 +21,12 @@ PEAK_TFLOPS = (
     ("MI300X", 1307), ("MI325X", 1307), ("MI250X", 191),
 )  # fmt: skip
 """Dense bf16 peaks with fp32 accumulation, from the makers' data sheets. The first that a card's name holds counts."""
+LAUNCHED = (
+    ("WORLD_SIZE", 2), ("RANK", 1), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2), ("SLURM_STEP_NUM_TASKS", 2),
+    ("OMPI_COMM_WORLD_SIZE", 2), ("PMI_SIZE", 2),
+)  # fmt: skip
+"""Variables that launchers set, and from which value on there are several processes. SLURM_NTASKS is not among them:
+a batch script that asks for several tasks and starts one process has it, too."""
 USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
 """Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
 HOST_SECONDS = 0.006
@@ -31,16 +37,40 @@ def pick_device(name: str | None) -> torch.device:
     """Return the device called `name`, or by default a GPU where there is one, else the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: no such device here, or one that LEPTON does not run on.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        if device.type in ("cpu", "cuda"):
+            torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch raises an AssertionError where it is built without CUDA
         raise InputError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]})") from error
+    if device.type == "mps":
+        raise InputError(
+            f"device '{name}' is not supported: Apple's GPUs have no 64-bit numbers, which LEPTON computes positions "
+            "and samples with; use --device cpu"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"device '{name}' is not supported: LEPTON runs on 'cpu' and 'cuda' (NVIDIA's and AMD's GPUs) alone"
+        )
     return device
+
+
+def refuse_several_processes(environment: Mapping[str, str]) -> None:
+    """Raise InputError if a launcher (torchrun, srun, mpirun) has started this process as one of several.
+
+    Each of them would run the same training, into the same folder.
+    """
+    for name, least in LAUNCHED:
+        value = environment.get(name, "")
+        if value.isdecimal() and int(value) >= least:
+            raise InputError(
+                f"{name}={value}: a launcher such as torchrun started several processes, and LEPTON trains in one "
+                "process on one GPU so far; start it once, with python train.py"
+            )
 
 
 def has_bf16(device: torch.device) -> bool:

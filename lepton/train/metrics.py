@@ -1,73 +1,129 @@
-"""What a run tells: metrics.jsonl for programs, one moving line or plain lines for people."""
+"""What a run reports: metrics.jsonl for programs, one moving line or plain lines for people."""
 
-import json
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Any, TextIO
 
+from lepton.errors import InputError
+from lepton.files import parse_json, readable, replacing
+
+BAD = ".bad"
+"""Suffix of the file that keeps the lines of a metrics.jsonl that are no records."""
+LONGEST_LINE = 1 << 20
+"""Bytes that are read at once: a line of a file that is no metrics.jsonl may be endless."""
+MOVES_AFTER = 1.0
+"""Seconds after which the line on a terminal moves, also while a step runs."""
+
 
 class MetricsLog:
-    """Appends objects to a metrics.jsonl, a line each, every one with its 'step'."""
+    """Appends objects to a metrics.jsonl, a line each, every one with its 'step'. Other programs see them at once.
+
+    Raises:
+        InputError: the file cannot be written, such as on a full disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Return the objects of the file, without a last line that a killed process has left torn."""
-        if not path.exists():
-            return []
-        objects = []
-        for line in path.read_bytes().splitlines():
-            try:
-                objects.append(json.loads(line))
-            except ValueError:
-                break
-        return objects
+        """Return the objects of the file, without lines that are no records with a step."""
+        return [entry for _, entry in _records(path) if entry is not None] if path.exists() else []
 
-    @classmethod
-    def rewind(cls, path: Path, step: int) -> None:
-        """Drop what stands after `step`, and a torn line, so that a run resumed there tells each step once."""
-        kept = [entry for entry in cls.read(path) if entry["step"] <= step]
-        if path.exists():
-            shorter = path.with_name(path.name + ".tmp")
-            shorter.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8", newline="\n")
-            os.replace(shorter, path)
+    @staticmethod
+    def rewind(path: Path, step: int) -> int:
+        """Drop what stands after `step`, and the end of a line that a killed process has left.
+
+        Lines that are no records move to a file beside, called as this one and BAD; returns how many they are.
+        """
+        if not path.exists():
+            return 0
+        aside, bad = path.with_name(path.name + BAD), 0
+        with (
+            _writing(path),
+            replacing(path) as shorter,
+            shorter.open("wb") as kept,
+            aside.open("ab") as others,
+        ):
+            for line, entry in _records(path):
+                if entry is None:
+                    bad += others.write(line) > 0
+                elif entry["step"] <= step:
+                    kept.write(line.rstrip(b"\r\n") + b"\n")
+            others.flush()
+            os.fsync(others.fileno())
+        if not aside.stat().st_size:
+            aside.unlink()
+        return bad
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one object."""
-        self._file.write(json.dumps(entry) + "\n")
+        line = memoryview((dumps(entry) + "\n").encode())
+        with _writing(self.path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Make what was written durable: before a checkpoint is, so that no step of a resumed run is missing."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def flush(self) -> None:
-        """Let other programs see what was written."""
-        self._file.flush()
+        with _writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-class Progress:
-    """Lines for people: on a terminal the progress is one line that moves, elsewhere each is a line of its own."""
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield each line of the file and its object, None where it is no record of a step; not a torn last line."""
+    with readable(path, "metrics file").open("rb") as file:
+        for line in iter(partial(file.readline, LONGEST_LINE), b""):
+            try:
+                entry = parse_json(line.decode("utf-8-sig"), "")
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                yield line, entry
+            elif line.strip() and (line.endswith(b"\n") or len(line) == LONGEST_LINE):
+                yield line, None
 
-    def __init__(self, stream: TextIO) -> None:
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; the checkpoints saved before are intact: once there is room, "
+            "go on with --resume auto"
+        ) from error
+
+
+class Progress:
+    """Lines for people: on a terminal the progress is one line that moves, elsewhere each is a line of its own.
+
+    A run does not die of what it cannot print: `closed` says that the reader of a pipe has left, and of a terminal
+    that is gone or a full disk nothing is said, since metrics.jsonl holds it all.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.closed = False
         self._stream = stream
-        self._moving = stream.isatty()
+        self._moving = stream is not None and stream.isatty()
         self._shown = 0
+        self._moved = time.perf_counter()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._clear()
-        print(text, file=self._stream, flush=True)
+        self.clear()
+        self._print(text + "\n")
 
     def update(self, text: str) -> None:
         """Show the present state of things."""
@@ -75,13 +131,35 @@ class Progress:
             self.say(text)
             return
         text = text[: shutil.get_terminal_size().columns - 1]
-        print("\r" + text.ljust(self._shown), end="", file=self._stream, flush=True)
+        self._print("\r" + text.ljust(self._shown))
         self._shown = len(text)
+        self._moved = time.perf_counter()
 
-    def _clear(self) -> None:
+    def hint(self, text: str) -> None:
+        """Show on a terminal what takes a moment."""
+        if self._moving:
+            self.update(text)
+
+    @property
+    def still(self) -> bool:
+        """Whether there is a terminal whose line has not moved for a while."""
+        return self._moving and time.perf_counter() - self._moved >= MOVES_AFTER
+
+    def clear(self) -> None:
+        """Wipe the moving line."""
         if self._shown:
-            print("\r" + " " * self._shown + "\r", end="", file=self._stream)
+            self._print("\r" + " " * self._shown + "\r")
             self._shown = 0
+
+    def _print(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            # What the console lacks (cp1252) prints as "?".
+            print(text.encode(encoding, "replace").decode(encoding), end="", file=self._stream, flush=True)
+        except BrokenPipeError:
+            self.closed = True
+        except OSError:
+            pass
 
 
 class Stopwatch:
@@ -95,6 +173,10 @@ class Stopwatch:
         now = time.perf_counter()
         seconds, self._lap = now - self._lap, now
         return max(seconds, 1e-9)
+
+    def peek(self) -> float:
+        """Return the seconds since the last `lap`."""
+        return time.perf_counter() - self._lap
 
 
 def duration(seconds: float) -> str:

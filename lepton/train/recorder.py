@@ -1,4 +1,4 @@
-"""What the loop has done and not yet told: figures stay on the device until someone reads them."""
+"""What the loop has done and not yet reported: figures stay on the device until someone reads them."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
 
 
 class Pending(NamedTuple):
-    """A step that is done but not told yet."""
+    """A step that is done but not reported yet."""
 
     step: int
     names: list[str]
@@ -72,21 +72,28 @@ class Recorder:
     def show(self) -> None:
         """Settle, and show the newest step, the rate and the remaining time."""
         self.settle()
-        step, rate = self._entry["step"], self._entry["tokens_per_s"]
-        words = [
-            f"step {step:,}/{self._last:,}",
-            f"loss {self._entry['loss']:.3f}",
-            f"lr {self._entry['lr']:.1e}",
-            f"{rate:,.0f} tokens/s",
-        ]
-        if self._peak:
-            words.append(f"MFU {100 * rate * self._flops_per_target / self._peak:.0f} %")
+        self._progress.update(self._line(self._entry["step"], 1.0))
+
+    def move(self, step: int, share: float) -> None:
+        """On a terminal, show that `share` of a step is done, with the last figures known; the device is not asked."""
+        if self._progress.still:
+            self._progress.update(self._line(step, share))
+
+    def _line(self, step: int, share: float) -> str:
+        words = [f"step {step:,}/{self._last:,}" + (f" ({share:.0%})" if share < 1 else "")]
+        if self._entry:
+            rate = self._entry["tokens_per_s"]
+            words += [f"loss {self._entry['loss']:.3f}", f"lr {self._entry['lr']:.1e}", f"{rate:,.0f} tokens/s"]
+            if self._peak:
+                words.append(f"{100 * rate * self._flops_per_target / self._peak:.0f} % of the GPU's peak")
         memory = hardware.peak_memory(self._device)
         if memory is not None:
             words.append(f"{memory / 1e9:.1f} GB")
-        if step < self._last:
-            words.append(f"{duration(self._seconds / (step - self._first) * (self._last - step))} left")
-        self._progress.update("  ".join(words))
+        done = step - 1 + share
+        if done < self._last:
+            seconds = self._seconds + self._watch.peek()
+            words.append(f"{duration(seconds / (done - self._first) * (self._last - done))} left")
+        return "  ".join(words)
 
     def note(self, figures: dict[str, Any]) -> None:
         """Write figures that are no step's, such as a validation's, which must be finite."""

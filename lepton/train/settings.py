@@ -1,8 +1,10 @@
 """Every choice of a training run that is not the model's shape: a flag of the command line each."""
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from lepton.errors import InputError, nearest
@@ -10,9 +12,15 @@ from lepton.errors import InputError, nearest
 OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("auto", "bf16", "fp32")
 NOT_INHERITED = (
-    "checkpoint_dir", "resume", "init_from", "device", "compile", "threads", "overrides", "model_size", "dense",
+    "checkpoint_dir", "resume", "init_from", "allow_other_data", "device", "compile", "threads", "overrides",
+    "model_size", "dense",
 )  # fmt: skip
-"""Settings that a resumed run does not take over: where it runs, and what the checkpoint's own config says."""
+"""Settings that a resumed run does not take over: where it runs, what is allowed once, and what the checkpoint's own
+config says."""
+MAX_SEED = 2**64 - 1
+MAX_STEP_TOKENS = 2**28
+"""Tokens of an optimizer step, which are read at once: 2 GiB of them."""
+MAX_THREADS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,7 @@ class TrainSettings:
     max_steps: int = 50_000
     """Optimizer steps in all, those before a resume included."""
     seed: int = 0
-    """Decides the initial weights and the order of the data."""
+    """Decides the initial weights and the order of the data; any number of 64 bits."""
     lr: float = 6e-4
     """Peak rate of AdamW."""
     muon_lr: float = 0.02
@@ -59,6 +67,8 @@ class TrainSettings:
     """Folder of checkpoints and metrics.jsonl."""
     resume: str | None = None
     """Checkpoint to go on from; 'auto' is the newest whole one in checkpoint_dir, or a fresh start without one."""
+    allow_other_data: bool = False
+    """Go on from a checkpoint although the data in its `data_dir` have changed since."""
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from."""
     save_every: int = 1000
@@ -78,7 +88,7 @@ class TrainSettings:
     sample_tokens: int = 64
     """New tokens of a sample."""
     device: str | None = None
-    """Device such as 'cuda:1'; None is a GPU where there is one, else the CPU."""
+    """Device such as 'cuda:1'; None is an NVIDIA or AMD GPU where there is one, else the CPU."""
     dtype: str = "auto"
     """Arithmetic of the model: 'bf16', 'fp32', or 'auto': bf16 where the hardware has it. Parameters stay fp32."""
     checkpoint_activations: bool = False
@@ -89,6 +99,10 @@ class TrainSettings:
     """CPU threads; None leaves torch's choice."""
 
     def __post_init__(self) -> None:
+        for name, annotation in _ANNOTATIONS.items():
+            object.__setattr__(self, name, _plain(name, getattr(self, name), annotation))
+        if not isinstance(self.overrides, Mapping):
+            raise InputError(f"overrides={self.overrides!r}: must be a dict of configuration fields")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -96,9 +110,19 @@ class TrainSettings:
         for name in ("lr", "muon_lr", "grad_clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: must be a positive number")
-        for name in ("weight_decay", "warmup_steps", "seed"):
+        for name in ("weight_decay", "warmup_steps"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: must not be negative")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"seed={self.seed}: must lie in 0..{MAX_SEED} (64 bits)")
+        tokens = self.batch_size * (self.grad_accum or 1) * self.seq_len
+        if tokens > MAX_STEP_TOKENS:
+            raise InputError(
+                f"batch_size={self.batch_size} x grad_accum={self.grad_accum or 1} x seq_len={self.seq_len} are "
+                f"{tokens:,} tokens a step: must be at most {MAX_STEP_TOKENS:,}"
+            )
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise InputError(f"threads={self.threads}: must be at most {MAX_THREADS}")
         for name in ("cooldown", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}={getattr(self, name)}: must lie in 0..1")
@@ -140,6 +164,39 @@ class TrainSettings:
         return self.replace(**inherited), changes
 
 
+_PLAIN: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number of 64 bits"),
+    float: (Real, "a number"),
+    str: (str | os.PathLike, "a text"),
+}
+"""Types of the settings: what else is taken for each, and its name."""
+
+
+def _plain(name: str, value: Any, annotation: Any) -> Any:
+    """Return `value` as the plain type that the field `name` has, which a checkpoint can hold.
+
+    Paths become str, numbers of numpy Python's. Raises InputError for a value of another type.
+    """
+    kind = next(kind for kind in _PLAIN if annotation in (kind, kind | None))
+    accepted, words = _PLAIN[kind]
+    optional = annotation != kind
+    if value is None and optional:
+        return None
+    shown = repr(value)[:100] if not isinstance(value, int) or abs(value) < 2**64 else "a number of more bits"
+    wrong = InputError(f"{name}={shown}: must be {words}{' or None' if optional else ''}")
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+        raise wrong
+    try:
+        plain = os.fspath(value) if kind is str else kind(value)
+    except OverflowError:  # a whole number that is no float
+        raise wrong from None
+    if (kind is str and "\0" in plain) or (kind is int and abs(plain) >= 2**64):
+        raise wrong
+    return plain
+
+
+_ANNOTATIONS = {each.name: each.type for each in dataclasses.fields(TrainSettings) if each.name != "overrides"}
 _AT_LEAST_ONE = (
     "seq_len", "batch_size", "grad_accum", "max_steps", "save_every", "keep", "eval_every", "eval_batches", "log_every",
     "sample_every", "sample_tokens", "threads",

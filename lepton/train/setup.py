@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lepton.data.shards import ShardedDataset
-from lepton.data.stdlib import default_corpus
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 from lepton.model import Lepton
 from lepton.train import hardware
+from lepton.train.corpus import Corpus, open_corpus
 from lepton.train.flops import training_flops_per_token
 from lepton.train.folder import RunFolder
 from lepton.train.memory import mend, predicted_bytes
-from lepton.train.metrics import MetricsLog, duration
+from lepton.train.metrics import BAD, MetricsLog, duration
 from lepton.train.optimizer import Optimizers
 from lepton.train.settings import TrainSettings
 from lepton.train.start import Start
@@ -34,8 +34,7 @@ class Parts:
     size: str | None
     device: torch.device
     tokenizer: Tokenizer
-    data: ShardedDataset
-    held_out: ShardedDataset
+    corpus: Corpus
     model: Lepton
     optimizers: Optimizers
     folder: RunFolder
@@ -51,23 +50,10 @@ def assemble(start: Start) -> Parts:
     if device.type == "cpu":
         hardware.keep_freed_memory()
     settings = _for_device(start.settings, device)
-    folder = settings.data_dir or default_corpus(start.tokenizer)
-
-    def split(name: Literal["train", "val"]) -> ShardedDataset:
-        return ShardedDataset(
-            folder,
-            seq_len=settings.seq_len,
-            seed=settings.seed,
-            split=name,
-            vocab_size=start.config.vocab_size,
-            eos_id=start.config.eos_id,
-            tokenizer_hash=start.tokenizer.hash,
-        )
-
-    data, held_out = split("train"), split("val")
+    corpus = open_corpus(start, settings)
     model = _build_model(start, settings, device)
     if start.weights is None and model.drafter is not None:
-        model.drafter.ids.copy_(frequent_ids(data, model.config.vocab_size, len(model.drafter.ids)))
+        model.drafter.ids.copy_(frequent_ids(corpus.train, model.config.vocab_size, len(model.drafter.ids)))
     optimizers = Optimizers(
         model,
         kind=settings.optimizer,
@@ -78,17 +64,19 @@ def assemble(start: Start) -> Parts:
     if start.resumed is not None:
         _restore(start.resumed, optimizers, device)
     run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep)
-    return Parts(settings, start.size, device, start.tokenizer, data, held_out, model, optimizers, run_folder)
+    return Parts(settings, start.size, device, start.tokenizer, corpus, model, optimizers, run_folder)
 
 
 def make_room(start: Start, folder: RunFolder, say: Callable[[str], None]) -> MetricsLog:
     """Move what the run would overwrite of an earlier one, and return its metrics.jsonl, cut at the first step."""
-    goes_on = start.path is not None and start.path.resolve().parent == folder.path.resolve()
+    goes_on = start.path is not None and start.path.parent.resolve() == folder.path.resolve()
     aside = folder.set_aside(after=start.step if goes_on else -1)
     if aside:
         hint = "" if goes_on else "; --resume auto would have gone on with it"
         say(f"{folder.path} held an earlier run, which is now in {aside}{hint}")
-    MetricsLog.rewind(folder.metrics, start.step)
+    bad = MetricsLog.rewind(folder.metrics, start.step)
+    if bad:
+        say(f"{folder.metrics}: {bad} line{'s' * (bad > 1)} without a step, moved to {folder.metrics.name}{BAD}")
     return MetricsLog(folder.metrics)
 
 
@@ -102,8 +90,9 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
     seconds = hardware.training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
+    data = parts.corpus.train.describe()
     say(
-        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens a step; {parts.data.describe()}; "
+        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens a step; {data}; "
         f"{left:,} steps in about {duration(seconds)} on {hardware.describe(parts.device)}, {dtype}"
     )
     if parts.device.type == "cpu":
@@ -119,7 +108,7 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
         if predicted > available:
             use = mend(settings, lambda other: predicted_memory(model, other), available)
             say(f"only {available / 1e9:.1f} GB of it are free, which will hardly do: use {use}")
-    for note in start.notes:
+    for note in [*start.notes, *parts.corpus.notes]:
         say(note)
 
 

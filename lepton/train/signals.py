@@ -1,10 +1,17 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, a second Ctrl-C leaves at once."""
+"""Being asked to stop: the first signal lets the loop save after its step, a Ctrl-C after that leaves at once."""
 
+import contextlib
 import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+"""Signals that end a process and leave it time: from a keyboard, a terminal that closes (SIGHUP), a scheduler that
+announces the end of a job's time (SIGUSR1, SIGUSR2, SIGXCPU), and Windows' console (SIGBREAK)."""
+SIGPIPE = 13
+"""What a reader that left stands for in exit codes, on every platform."""
 
 
 class Interrupted(Exception):
@@ -16,7 +23,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, notes SIGINT and SIGTERM in `signum` instead of dying of them."""
+    """While entered, notes the signals of NAMES in `signum` instead of dying of them.
+
+    One that is ignored stays ignored: `nohup` and shells that start a job in the background rely on it.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -24,8 +34,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._note)
+            for signum in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+                before = signal.getsignal(signum)
+                if before not in (signal.SIG_IGN, None):  # None: it belongs to code outside Python
+                    self._before[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -36,5 +48,8 @@ class StopRequest:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        # os.write, since print may have been interrupted halfway.
-        os.write(2, b"\nstopping after this step, then saving; Ctrl-C again leaves at once\n")
+        text = (
+            f"\n{signal.Signals(signum).name}: stopping after this step, then saving; a further Ctrl-C leaves at once\n"
+        )
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())  # print may have been interrupted halfway

@@ -1,7 +1,8 @@
 """How a run begins: afresh, from a checkpoint's weights, or where a checkpoint left off."""
 
 import dataclasses
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Start:
     """Content of the checkpoint that the run goes on from."""
     path: Path | None = None
     """Its file."""
+    other_data: bool = False
+    """Whether the user allows other data than the checkpoint's."""
     notes: list[str] = field(default_factory=list)
     """What the user should know of these decisions, a line each."""
 
@@ -39,6 +42,18 @@ class Start:
     def step(self) -> int:
         """Optimizer steps done already."""
         return self.resumed["step"] if self.resumed else 0
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the checkpoint says of its data; checkpoints of earlier versions say nothing."""
+        return _origin(self.resumed) if self.resumed else {}
+
+
+def run_folder(settings: TrainSettings, given: Collection[str]) -> Path:
+    """Return the folder that the run writes to: that of the checkpoint it goes on from, unless another is named."""
+    if settings.resume in (None, AUTO) or "checkpoint_dir" in given:
+        return Path(settings.checkpoint_dir)
+    return Path(settings.resume).parent
 
 
 def begin(settings: TrainSettings, given: Collection[str]) -> Start:
@@ -83,17 +98,51 @@ def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Star
     _check_size(settings, content["size"], config, path)
     _check_overrides(settings, config, path)
     tokenizer = _tokenizer_of(settings, content, path)
-    saved = content["training"]
+    saved, asked = content["training"], settings
     settings, changes = settings.resumed_from(saved, given)
-    settings = settings.replace(model_size=content["size"], dense=saved["dense"], overrides=saved["overrides"])
-    if "checkpoint_dir" not in given and path.parent != Path(settings.checkpoint_dir):
-        settings = settings.replace(checkpoint_dir=str(path.parent))
+    settings = settings.replace(
+        model_size=content["size"],
+        dense=saved["dense"],
+        overrides=saved["overrides"],
+        checkpoint_dir=str(run_folder(asked, given)),
+    )
+    other_data = settings.allow_other_data
+    if "data_dir" in given:
+        other_data |= _names_other_folder(settings.data_dir, saved.get("data_dir"), _origin(content))
+    else:
+        settings = settings.replace(data_dir=_data_dir(settings.data_dir, _origin(content), path))
     if content["step"] > settings.max_steps:
         raise InputError(f"{path} is at step {content['step']}: give --max_steps more than {settings.max_steps}")
     notes = [f"resuming {path} at step {content['step']:,}", *(f"changed {change}" for change in changes)]
     if content["optimizer"]["kind"] != settings.optimizer:
         notes.append(f"{settings.optimizer} starts without the momentum of {content['optimizer']['kind']}")
-    return _checked(Start(settings, config, content["size"], tokenizer, content["model"], content, path, notes))
+    weights = content["model"]
+    return _checked(Start(settings, config, content["size"], tokenizer, weights, content, path, other_data, notes))
+
+
+def _origin(content: Mapping[str, Any]) -> dict[str, Any]:
+    origin = content.get("data")
+    return origin if isinstance(origin, dict) else {}
+
+
+def _data_dir(saved: str | None, origin: Mapping[str, Any], path: Path) -> str | None:
+    """Return where the data of a resumed run lie: where they lay, whatever folder the user is in now.
+
+    If that is gone (the project has moved), what the settings say is tried, relative to the present folder.
+    """
+    before = str(origin.get("folder", ""))
+    if os.path.isdir(before):
+        return before
+    if saved is None or os.path.isdir(saved):
+        return saved
+    places = before or f"{saved} (relative to the folder in which it was started)"
+    raise InputError(f"the data of {path} are not where they were: {places}; name their folder with --data_dir")
+
+
+def _names_other_folder(named: str | None, saved: str | None, origin: Mapping[str, Any]) -> bool:
+    """Whether the user points a resumed run at another folder than before: its data are then other ones on purpose."""
+    before = str(origin.get("folder", saved or ""))
+    return named != saved and os.path.realpath(named or "") != os.path.realpath(before)
 
 
 def _initialise(settings: TrainSettings, path: Path) -> Start:

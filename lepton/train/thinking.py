@@ -40,7 +40,7 @@ def plan_thoughts(
         groups *= 2
     if not config.thoughts:
         return None, groups
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + micro)
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_009 + micro) % 2**64)
     rounds_B = torch.tensor(ROUNDS)[torch.randint(len(ROUNDS), (rows,), generator=generator)]
     rounds_B[(rounds_B > USUAL_ROUNDS).nonzero()[late_rows(rows) :]] = USUAL_ROUNDS
     return rounds_B, groups

@@ -3,10 +3,12 @@
 - A run is a function of its settings: batches depend on seed and step alone, and a checkpoint holds the rest.
 - The loss of a step is the mean over all of its targets, however they are split into micro-batches.
 - The loop waits for the device only to report: losses stay there until then.
-- What is told of a step is durable before its checkpoint is, so that a resumed run tells each step once.
+- What is reported of a step is durable before its checkpoint is, so that a resumed run reports each step once.
 """
 
 import math
+import os
+import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -15,16 +17,18 @@ from typing import Any, TextIO
 import torch
 
 from lepton.errors import InputError
+from lepton.train import hardware
 from lepton.train.calibration import calibrate, calibration_batches
 from lepton.train.flops import training_flops_per_token
+from lepton.train.lock import locked
 from lepton.train.metrics import Progress
 from lepton.train.micro_step import MicroStep
 from lepton.train.recorder import Recorder
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.setup import Parts, assemble, introduce, make_room, out_of_memory
-from lepton.train.signals import Interrupted, StopRequest
-from lepton.train.start import Start, begin
+from lepton.train.signals import SIGPIPE, Interrupted, StopRequest
+from lepton.train.start import Start, begin, run_folder
 from lepton.train.thinking import plan_thoughts
 from lepton.train.validation import evaluate, idea_figures, sample_text
 
@@ -43,16 +47,21 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
 
     Raises:
         InputError: a setting, a file or data that cannot be used, or a loss that is not finite.
-        Interrupted: SIGINT or SIGTERM came; what was reached is saved.
+        Interrupted: a signal came, or the reader of `stream` left; what was reached is saved.
     """
+    hardware.refuse_several_processes(os.environ)
     progress = Progress(stream or sys.stdout)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    start = begin(settings, settings.changed() if given is None else given)
-    try:
-        return Trainer(start, progress).run()
-    except torch.OutOfMemoryError as error:
-        raise InputError(out_of_memory(start)) from error
+    given = settings.changed() if given is None else given
+    with locked(run_folder(settings, given), progress.say):
+        start = begin(settings, given)
+        try:
+            return Trainer(start, progress).run()
+        except torch.OutOfMemoryError as error:
+            raise InputError(out_of_memory(start)) from error
+        finally:
+            progress.clear()  # what follows goes to stderr
 
 
 class Trainer:
@@ -93,11 +102,13 @@ class Trainer:
                     if self.step % settings.log_every == 0 or last:
                         self.recorder.show()
                     improved = (self.step % settings.eval_every == 0 or last) and self._validate()
-                    saving = self.step % settings.save_every == 0 or last or stop.signum is not None
+                    # Asked once: a signal that comes during the save waits for the next step.
+                    stopping = SIGPIPE if self.progress.closed else stop.signum
+                    saving = self.step % settings.save_every == 0 or last or stopping is not None
                     if improved or saving:
                         self._save(best=improved, step=saving)
-                    if stop.signum is not None:
-                        raise Interrupted(stop.signum, self._farewell())
+                    if stopping is not None:
+                        raise Interrupted(stopping, self._farewell())
                     if self.step % settings.sample_every == 0 and not last:
                         self._sample()
             finally:
@@ -109,13 +120,14 @@ class Trainer:
         settings, parts = self.settings, self.parts
         assert settings.grad_accum is not None
         batches = [
-            parts.data.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
+            parts.corpus.train.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
             for micro in range(settings.grad_accum)
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             think, groups = plan_thoughts(parts.model.config, batch.tokens, settings.seed, self.step, micro)
             micro_step(batch.tokens, batch.lengths, think, groups, count / sum(counts))
+            self.recorder.move(self.step + 1, (micro + 1) / settings.grad_accum)
         figures = micro_step.take_figures()
         scale = lr_scale(
             self.step,
@@ -131,16 +143,16 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is)."""
-        settings, parts = self.settings, self.parts
+        settings, parts, held_out = self.settings, self.parts, self.parts.corpus.held_out
+        rows = settings.batch_size
         self.recorder.settle()
-        calibrate(parts.model, calibration_batches(parts.held_out, settings.batch_size, CALIBRATION_TOKENS))
-        loss, bpb = evaluate(
-            parts.model, parts.held_out, parts.tokenizer, batch_size=settings.batch_size, limit=settings.eval_batches
-        )
-        ideas = idea_figures(parts.model, parts.held_out, batch_size=settings.batch_size)
+        self.progress.hint("validating ...")
+        calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
+        loss, bpb = evaluate(parts.model, held_out, parts.tokenizer, batch_size=rows, limit=settings.eval_batches)
+        ideas = idea_figures(parts.model, held_out, batch_size=rows)
         self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb, **ideas}
         self.recorder.note(self.validation)
-        self.progress.say(f"step {self.step:,}: {_readable(self.validation)}")
+        self._show_validation()
         self.recorder.resume_clock()
         improved = self.step > 0 and loss < self.best
         if improved:
@@ -167,6 +179,7 @@ class Trainer:
             "optimizer": parts.optimizers.state_dict(),
             "rng": rng,
             "training": self.settings.to_dict(),
+            "data": parts.corpus.origin,
             "validation": self.validation,
             "best": self.best,
         }
@@ -174,18 +187,20 @@ class Trainer:
     def _finish(self) -> Path:
         """Save final.pt, and show what the run has come to."""
         path = self.parts.folder.finish(self._payload())
+        if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
+            self._show_validation()
         self._sample()
-        if self.validation:
-            self.progress.say(_readable(self.validation))
         self.progress.say(f"checkpoint: {path}")
         return path
 
     def _sample(self) -> None:
         """Show a text that the model writes."""
         settings, parts = self.settings, self.parts
+        self.recorder.settle()
+        self.progress.hint("writing a sample ...")
         text = sample_text(
             parts.model,
-            parts.held_out,
+            parts.corpus.held_out,
             parts.tokenizer,
             prompt=settings.sample_prompt,
             max_new_tokens=settings.sample_tokens,
@@ -196,7 +211,11 @@ class Trainer:
 
     def _farewell(self) -> str:
         path = self.parts.folder.step_path(self.step)
-        return f"stopped at step {self.step:,}, saved {path}; go on with --resume {path}"
+        return f"stopped at step {self.step:,}, saved {path}; go on with --resume {shlex.quote(str(path))}"
+
+    def _show_validation(self) -> None:
+        assert self.validation is not None
+        self.progress.say(readable(self.validation, self.parts.model.config.layers))
 
     def _micro_step(self) -> MicroStep:
         settings = self.settings
@@ -205,8 +224,13 @@ class Trainer:
         return micro_step
 
 
-def _readable(validation: dict[str, Any]) -> str:
-    ideas = {"mean_depth": "mean depth", "tokens_a_cycle": "tokens a cycle", "calibration_error": "calibration error"}
-    figures = [f"{ideas[name]} {validation[name]:g}" for name in ideas if name in validation]
-    loss = f"validation loss {validation['val_loss']:.4f} nats a token, {validation['val_bpb']:.4f} bits a byte"
-    return "; ".join([loss, *figures])
+def readable(validation: dict[str, Any], layers: int) -> str:
+    """Return the figures of a validation in words; those of ideas that the model lacks are missing."""
+    ideas = {
+        "tokens_a_cycle": "{:.2f} tokens per model pass when drafting",
+        "mean_depth": f"{{:.1f}} of {layers} blocks per token",
+        "calibration_error": "chance of error misjudged by {:.1%} on average",
+    }
+    loss = f"validation loss {validation['val_loss']:.4f} nats per token, {validation['val_bpb']:.4f} bits per byte"
+    figures = [text.format(validation[name]) for name, text in ideas.items() if name in validation]
+    return f"step {validation['step']:,}: {'; '.join([loss, *figures])}"

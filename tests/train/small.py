@@ -35,6 +35,13 @@ def write_data(folder: Path, *, hashed: bool = True) -> Path:
     return folder
 
 
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
 def small_settings(data: Path, out: Path, **changes) -> TrainSettings:
     """Settings of 8 steps on the CPU in fp32, with a validation and a checkpoint every 4."""
     usual = {

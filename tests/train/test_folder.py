@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -76,12 +78,28 @@ def test_resuming_moves_only_what_lies_after(tmp_path):
     assert names(folder) == ["metrics.jsonl", *moved, "step_10.pt", "step_5.pt"]
 
 
-def test_unfinished_files_go_and_a_file_is_no_folder(tmp_path):
-    (tmp_path / "step_5.pt.tmp").write_bytes(b"half")
+@pytest.mark.parametrize("name", ["step_5.pt.tmp", ".metrics.jsonl.0123abcd.tmp"])
+def test_unfinished_files_go(tmp_path, name):
+    (tmp_path / name).write_bytes(b"half")
     assert names(RunFolder(tmp_path, keep=1)) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"checkpoint_dir=.*file is no folder"):
-        RunFolder(tmp_path / "file", keep=1)
+
+
+def test_lines_that_are_no_records_move_with_their_metrics(tmp_path):
+    folder = RunFolder(tmp_path, keep=1)
+    folder.save(payload(5), best=False, step=True)
+    folder.metrics.write_text("{}\n")
+    (tmp_path / "metrics.jsonl.bad").write_text("oops\n")
+    folder.set_aside()
+    assert names(folder) == [f"previous-1/{name}" for name in ("metrics.jsonl", "metrics.jsonl.bad", "step_5.pt")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_metrics_file_and_stays(tmp_path):
+    folder = RunFolder(tmp_path, keep=1)
+    os.mkfifo(folder.metrics)
+    with pytest.raises(InputError, match=r"metrics\.jsonl is a pipe, not a metrics file"):
+        folder.set_aside()
+    assert folder.metrics.is_fifo()
 
 
 @pytest.mark.parametrize(("best", "stays"), [(5, True), (15, False)])

@@ -16,6 +16,49 @@ def test_a_device_that_is_not_there(name):
         hardware.pick_device(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mps", "device 'mps' is not supported: Apple's GPUs have no 64-bit numbers, .*; use --device cpu"),
+        ("meta", "device 'meta' is not supported: LEPTON runs on 'cpu' and 'cuda'"),
+        ("xpu", "device 'xpu' is not supported"),
+    ],
+)
+def test_a_device_that_lepton_does_not_run_on(name, message):
+    with pytest.raises(InputError, match=message):
+        hardware.pick_device(name)
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "3"},
+        {"SLURM_STEP_NUM_TASKS": "4"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "8"},
+    ],
+)
+def test_one_of_several_processes_is_refused(several):
+    with pytest.raises(InputError, match=r"started several processes, and LEPTON trains in one process"):
+        hardware.refuse_several_processes(several)
+
+
+@pytest.mark.parametrize(
+    "single",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script that starts one process
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"WORLD_SIZE": "", "RANK": "first"},
+    ],
+)
+def test_a_single_process_is_not(single):
+    hardware.refuse_several_processes(single)
+
+
 def test_the_cpu_is_always_there(monkeypatch):
     assert hardware.pick_device("cpu") == CPU
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

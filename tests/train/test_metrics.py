@@ -1,14 +1,13 @@
+import errno
 import io
 import json
+import os
 
 import pytest
 
+from lepton.errors import InputError
 from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+from tests.train.small import Terminal
 
 
 def test_the_log_appends_a_line_for_each_object(tmp_path):
@@ -40,6 +39,53 @@ def test_a_torn_end_of_any_kind_is_survived(tmp_path, torn):
     path.write_bytes(b'{"step": 5, "loss": 1.5}\n' + torn)
     MetricsLog.rewind(path, 9)
     assert MetricsLog.read(path) == [{"step": 5, "loss": 1.5}]
+
+
+BAD_LINES = [
+    b'{"step": 2, "lo\n', b'{"loss": 1.0}\n', b'{"step": "3"}\n', b'{"step": 3.0}\n', b'{"step": true}\n', b"[1]\n",
+    b'{"step": 2, "loss": "\xff"}\n', b"\0\0\0\n", b"[" * 200_000 + b"\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_LINES, ids=lambda line: repr(line[:20]))
+def test_lines_that_are_no_records_are_kept_aside_and_nothing_else_is_lost(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1}\n', b'{"step": 3}\r\n', b'{"step": 4}\n', b'{"step": 5}\n']
+    path.write_bytes(good[0] + bad + b"\n" + b"".join(good[1:]))
+    assert MetricsLog.rewind(path, 4) == 1
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n{"step": 4}\n'
+    aside = tmp_path / "metrics.jsonl.bad"
+    assert aside.read_bytes() == bad
+    assert MetricsLog.rewind(path, 4) == 0, "said once"
+    assert aside.read_bytes() == bad
+
+
+def test_a_line_without_an_end_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("lepton.train.metrics.LONGEST_LINE", 16)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"x" * 40 + b'\n{"step": 1}\n')
+    assert MetricsLog.rewind(path, 4) == 3
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == b"x" * 40 + b"\n"
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1})
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: No space left on device; .* --resume auto"):
+        log.sync()
+    log.close()
+    log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        log.write({"step": 2})
+    log.close()
+    assert MetricsLog.read(log.path) == [{"step": 1}]
 
 
 def test_rewinding_nothing_makes_no_file(tmp_path):
@@ -74,6 +120,44 @@ def test_progress_never_wraps(monkeypatch):
     stream = Terminal()
     Progress(stream).update("x" * 50)
     assert stream.getvalue() == "\r" + "x" * 19
+
+
+class Failing(io.StringIO):
+    """A stream that takes no more."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_what_cannot_be_printed_stops_nothing_and_a_closed_pipe_is_noted():
+    for error, closed in ((BrokenPipeError(errno.EPIPE, ""), True), (OSError(errno.EIO, ""), False)):
+        progress = Progress(Failing(error))
+        progress.say("step 1")
+        progress.update("step 2")
+        assert progress.closed == closed
+    Progress(None).say("no stream at all")
+
+
+def test_a_console_without_a_character_shows_a_question_mark():
+    buffer = io.BytesIO()
+    console = io.TextIOWrapper(buffer, encoding="cp1252")
+    Progress(console).say("日本 é")
+    assert buffer.getvalue().decode("cp1252").rstrip() == "?? é"
+
+
+def test_a_terminal_is_shown_what_takes_a_moment():
+    stream = Terminal()
+    progress = Progress(stream)
+    progress.hint("validating ...")
+    progress.clear()
+    assert stream.getvalue() == "\rvalidating ...\r" + " " * 14 + "\r"
+    stream = io.StringIO()
+    Progress(stream).hint("validating ...")
+    assert stream.getvalue() == ""
 
 
 def test_the_stopwatch_counts_laps(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from lepton.errors import InputError
 from lepton.train.metrics import MetricsLog, Progress
 from lepton.train.recorder import Recorder
+from tests.train.small import Terminal
 
 
 @pytest.fixture
@@ -53,7 +54,33 @@ def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
     add(recorder, 1)
     recorder.show()
     recorder.sync()
-    assert f"MFU {written()[0]['tokens_per_s'] * 1e6 / 1e12 * 100:.0f} %  2.5 GB" in shown()
+    share = written()[0]["tokens_per_s"] * 1e6 / 1e12 * 100
+    assert f"  {share:.0f} % of the GPU's peak  2.5 GB" in shown()
+
+
+def test_on_a_terminal_the_line_moves_while_a_step_runs(tmp_path, monkeypatch):
+    stream, log = Terminal(), MetricsLog(tmp_path / "metrics.jsonl")
+    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=4)
+    recorder.move(1, 0.5)
+    assert stream.getvalue() == "", "not more often than someone reads it"
+    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
+    recorder.move(1, 0.5)
+    assert stream.getvalue().startswith("\rstep 1/4 (50%)  ")
+    assert stream.getvalue().endswith(" left")
+    add(recorder, 1)
+    recorder.show()
+    recorder.move(2, 0.25)
+    last = stream.getvalue().rpartition("\r")[2]
+    assert last.startswith("step 2/4 (25%)  loss 2.000  lr 1.0e-03  ")
+    assert last.rstrip().endswith(" left")
+    recorder.close()
+
+
+def test_elsewhere_nothing_moves(told, monkeypatch):
+    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
+    recorder, _, shown = told
+    recorder.move(1, 0.5)
+    assert shown() == ""
 
 
 @pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"norm": float("inf")}])

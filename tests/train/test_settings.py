@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from lepton.errors import InputError
@@ -17,6 +20,22 @@ from lepton.train import TrainSettings
         ({"cooldown": 1.5}, "cooldown=1.5: must lie in 0..1"),
         ({"optimizer": "mu0n"}, "unknown optimizer 'mu0n'; did you mean 'muon'?"),
         ({"dtype": "bf61"}, "unknown dtype 'bf61'; did you mean 'bf16'?"),
+        ({"seed": -1}, "seed=-1: must lie in 0..18446744073709551615"),
+        ({"seed": 2**64}, "seed=a number of more bits: must be a whole number of 64 bits"),
+        ({"seed": 10**5000}, "seed=a number of more bits"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
+        ({"seed": True}, "seed=True: must be a whole number"),
+        ({"max_steps": "8"}, "max_steps='8': must be a whole number"),
+        ({"max_steps": None}, "max_steps=None: must be a whole number"),
+        ({"lr": "fast"}, "lr='fast': must be a number"),
+        ({"lr": 10**400}, "lr=a number of more bits: must be a number"),
+        ({"dense": 1}, "dense=1: must be True or False"),
+        ({"compile": "no"}, "compile='no': must be True or False or None"),
+        ({"data_dir": 3}, "data_dir=3: must be a text or None"),
+        ({"data_dir": "a\0b"}, "data_dir='a\\x00b': must be a text"),
+        ({"overrides": [1]}, "overrides=[1]: must be a dict"),
+        ({"grad_accum": 10**9}, "tokens a step: must be at most 268,435,456"),
+        ({"threads": 10**9}, "threads=1000000000: must be at most"),
         ({"sample_prompt": ""}, "sample_prompt is empty"),
         ({"resume": "auto", "init_from": "x.pt"}, "give one of them"),
     ],
@@ -25,6 +44,18 @@ def test_values_that_cannot_be_used(change, message):
     with pytest.raises(InputError) as error:
         TrainSettings(**change)
     assert message in str(error.value)
+
+
+def test_values_become_plain_ones_that_a_checkpoint_can_hold():
+    settings = TrainSettings(data_dir=Path("d"), seed=np.int64(3), lr=np.float64(0.5), weight_decay=0)
+    saved = settings.to_dict()
+    found = [(saved[name], type(saved[name])) for name in ("data_dir", "seed", "lr", "weight_decay")]
+    assert found == [("d", str), (3, int), (0.5, float), (0.0, float)]
+
+
+def test_what_is_allowed_once_is_not_inherited():
+    saved = TrainSettings(allow_other_data=True).to_dict()
+    assert not TrainSettings().resumed_from(saved, set())[0].allow_other_data
 
 
 def test_the_changed_ones_are_those_that_differ():

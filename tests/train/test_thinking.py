@@ -20,6 +20,14 @@ def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
     assert seen == {0, 1, USUAL_ROUNDS, MAX_TRAINING_ROUNDS}
 
 
+@pytest.mark.parametrize("seed", [20241126130100, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_plans(seed):
+    model, tokens = build("complete"), text(1, rows=4)
+    rounds = [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert rounds == [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert len(set(map(tuple, rounds))) > 1
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_rows_think_as_long_as_they_want_to(place):
     """Together as each alone, the one that thinks for long in any place."""

@@ -1,0 +1,36 @@
+"""The libraries that LEPTON needs: one line where one is missing or too old, instead of a traceback from its depths."""
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+
+OLDEST = {"torch": (2, 11), "numpy": (1, 26), "tokenizers": (0, 21), "safetensors": (0, 5), "tqdm": (4, 66)}
+"""Oldest version of each library that is imported at the start, as in pyproject.toml."""
+
+
+class MissingLibrary(ImportError):
+    """A library is missing or too old; the message is one line that says how to get it."""
+
+
+def check() -> None:
+    """Raise MissingLibrary if a library is missing or too old. Nothing is imported for it."""
+    lacking = {name: text for name in OLDEST if (text := _lacking(name))}
+    if lacking:
+        wanted = " ".join(f'"{name}>={".".join(map(str, OLDEST[name]))}"' for name in lacking)
+        raise MissingLibrary(
+            f"{', '.join(lacking.values())}; get what LEPTON needs with: {sys.executable} -m pip install {wanted}"
+        )
+
+
+def _lacking(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # built from source: its users know what they have
+        return None
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST[name]:
+        return None
+    return f"{name} {version} is too old"
