@@ -1,6 +1,6 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lepton.model.state import Memory, State, advance
 from lepton.model.thoughts import ThoughtRun, Thoughts
 from lepton.model.timeline import Band, Timeline, bands
 from lepton.model.uncertainty import Uncertainty
-from lepton.model.weights import Origin, guard
+from lepton.model.weights import Origin, check_weights, note_config, without_memory
 
 
 class Lepton(nn.Module):
@@ -64,7 +64,7 @@ class Lepton(nn.Module):
         self.drafter = Drafter(config, rank) if config.drafts else None
         self.uncertainty = Uncertainty(config) if config.uncertainty else None
         initialise(self)
-        guard(self)
+        self.register_state_dict_post_hook(note_config)
 
     @staticmethod
     def from_checkpoint(path: str | Path) -> "Lepton":
@@ -82,10 +82,19 @@ class Lepton(nn.Module):
         No memory is taken before the weights are known to fit the configuration.
         """
         with naming(path):
-            with torch.device("meta"):
+            with without_memory():
                 model = Lepton(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
         return model.eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, once names, shapes, dtypes, finiteness and the configuration fit: nothing is taken over before.
+
+        Raises:
+            InputError: the weights are of another model; also a RuntimeError, as in torch.
+        """
+        check_weights(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward(
         self,

@@ -1,11 +1,14 @@
 """What a state_dict must be before a model takes any of it over, and which weights a state was made by."""
 
+import contextlib
 import hashlib
 import weakref
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lepton.checkpoint import CONFIG
 from lepton.errors import InputError
@@ -20,33 +23,45 @@ SAMPLES = 1024
 """Numbers of each parameter that a fingerprint reads."""
 
 
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves the functions of `torch.nn.init` out: on the meta device they do nothing, and load torch's compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built inside have shapes and no memory: for comparing them with weights, or taking those over."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
 class WeightsError(InputError, RuntimeError):
     """Weights that do not fit a model. Also a RuntimeError, which `load_state_dict` raises in torch."""
 
 
-def guard(model: "Lepton") -> None:
-    """Make `model`'s state_dicts carry its configuration, and its `load_state_dict` compare all of them first.
+def note_config(model: "Lepton", _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
+    """Put the configuration into a state_dict's `_metadata`, beside torch's own notes (a hook of `state_dict`).
 
-    The configuration travels in the state_dict's `_metadata`, beside torch's own notes: so everything that goes over
-    a state_dict still finds tensors alone. A state_dict without one, such as of an older file, loads as it did.
+    So everything that goes over a state_dict still finds tensors alone.
     """
-    model.register_state_dict_post_hook(_note_config)
-    model.register_load_state_dict_pre_hook(_check_weights)
-
-
-def _note_config(model: "Lepton", _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
     notes[CONFIG] = model.config.to_dict()
 
 
-def _check_weights(
-    model: "Lepton", weights: dict[str, Any], prefix: str, notes: dict[str, Any], strict: bool, *_lists: list[str]
-) -> None:
-    """Raise InputError unless weights and configuration fit; nothing is taken over before."""
+def check_weights(model: "Lepton", weights: Mapping[str, Any], strict: bool) -> None:
+    """Raise WeightsError unless weights, and the configuration where they know one, fit the model.
+
+    Without `strict` names that only one of both has do not matter. Weights without a configuration, such as those of an
+    older file, fit any.
+    """
+    notes = getattr(weights, "_metadata", {}).get("", {})
     _check_config(model.config.to_dict(), notes.get(CONFIG))
-    found = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    wanted = model.state_dict()
+    found, wanted = dict(weights), dict(model.state_dict())
     if not strict:
-        common = found.keys() & wanted.keys()
+        common = [name for name in wanted if name in found]
         found, wanted = ({name: part[name] for name in common} for part in (found, wanted))
     try:
         compare(found, wanted, casts=True)

@@ -11,6 +11,7 @@ from lepton.data.stdlib import default_corpus
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
 from lepton.model import Lepton
+from lepton.model.weights import without_memory
 from lepton.train import hardware
 from lepton.train.flops import training_flops_per_token
 from lepton.train.folder import RunFolder
@@ -161,7 +162,7 @@ def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
 
 def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Lepton:
     if start.weights is not None:
-        with torch.device("meta"), naming("the checkpoint's weights do not fit this shape"):
+        with without_memory(), naming("the checkpoint's weights do not fit this shape"):
             Lepton(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
     torch.manual_seed(settings.seed)
     model = Lepton(start.config)
