@@ -183,6 +183,8 @@ class LeptonConfig:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> "LeptonConfig":
         """Rebuild a configuration from `to_dict`; an unknown name raises InputError with the nearest match."""
+        if not isinstance(fields, Mapping):
+            raise InputError(f"a configuration is a dict of fields, not {shown(fields)}")
         check_names(fields)
         needed = [field.name for field in dataclasses.fields(LeptonConfig) if field.default is dataclasses.MISSING]
         if missing := [name for name in needed if name not in fields]:
@@ -213,4 +215,4 @@ def check_names(fields: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(LeptonConfig)]
     for name in fields:
         if name not in known:
-            raise InputError(f"unknown configuration field '{name}'{nearest(str(name), known)}")
+            raise InputError(f"unknown configuration field {shown(name)}{nearest(name, known)}")

@@ -61,8 +61,6 @@ ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
         (("rng", "cpu"), lambda value: value[:-1], "random generator cannot be set"),
         (("rng", "cpu"), lambda value: value.float(), "random generator cannot be set"),
         (("model", "embed.weight"), lambda value: value[:-1], r"do not fit this shape: 'embed\.weight' has shape"),
-        (("training", "seq_len"), lambda _: "long", "seq_len='long': must be a whole number"),
-        (("training", "lr"), lambda _: None, "lr=None: must be a number"),
         (("config", "window"), lambda _: 10**9, "window=1000000000: must be at most"),
         (("tokenizer",), lambda _: "{", "no tokenizer"),
     ],
