@@ -43,7 +43,11 @@ ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
-        ((*ADAMW, 0, "exp_avg"), lambda value: value[:1], r"state of adamw: parameter 0: 'exp_avg' has shape"),
+        (
+            (*ADAMW, 0, "exp_avg"),
+            lambda value: value[:1],
+            r"state of adamw: parameter 0: size mismatch: 'exp_avg' has shape",
+        ),
         ((*ADAMW, 0, "exp_avg"), lambda value: value.double(), r"'exp_avg' holds torch\.float64"),
         ((*ADAMW, 0, "exp_avg_sq"), lambda value: value - 1, "'exp_avg_sq' holds numbers below 0"),
         ((*ADAMW, 0, "step"), lambda value: -value, "'step' holds numbers below 0"),
@@ -60,7 +64,11 @@ ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
         ),
         (("rng", "cpu"), lambda value: value[:-1], "random generator cannot be set"),
         (("rng", "cpu"), lambda value: value.float(), "random generator cannot be set"),
-        (("model", "embed.weight"), lambda value: value[:-1], r"do not fit this shape: 'embed\.weight' has shape"),
+        (
+            ("model", "embed.weight"),
+            lambda value: value[:-1],
+            r"do not fit this shape: size mismatch: 'embed\.weight' has shape",
+        ),
         (("config", "window"), lambda _: 10**9, "window=1000000000: must be at most"),
         (("tokenizer",), lambda _: "{", "no tokenizer"),
     ],
