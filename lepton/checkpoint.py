@@ -6,52 +6,84 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | key          | value                                                                    |
 |--------------|--------------------------------------------------------------------------|
 | `format`     | 1                                                                        |
-| `model`      | the model's state_dict                                                   |
+| `model`      | the model's state_dict; its `_metadata` holds the configuration as well  |
 | `config`     | `LeptonConfig.to_dict()`                                                 |
 | `size`       | name of the size, or None for a shape of one's own                       |
 | `tokenizer`  | the tokenizer's JSON, or None                                            |
 | `step`       | optimizer steps done                                                     |
-| `optimizer`, `rng`, `training`, `validation` | what resuming needs; see `lepton.train` |
+| `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
+
+A file whose name ends in .safetensors holds the weights alone, in that format: all above but what resuming needs.
 """
 
-import contextlib
+import json
 import os
+import pickle
 import re
 import shutil
-import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
-from lepton.errors import InputError
+from lepton import archive, tensors
+from lepton.errors import InputError, naming, reason
+from lepton.files import as_path, parse_json, readable, replacing
+from lepton.files import remove_unfinished as remove_hidden
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d+)\.pt")
-UNFINISHED = ".tmp"
-"""Suffix of a file that is still being written; `remove_unfinished` clears what a killed process left."""
+WEIGHTS_SUFFIX = ".safetensors"
+CONFIG = "config"
+"""Key of the configuration in the `_metadata` of a state_dict, where `Lepton.load_state_dict` compares it."""
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "model": (dict,),
+    "config": (dict,),
+    "step": (int,),
+    "size": (str, NoneType),
+    "tokenizer": (str, NoneType),
+    "optimizer": (dict,),
+    "rng": (dict,),
+    "training": (dict,),
+    "validation": (dict, NoneType),
+    "best": (float, int),
+}
+"""What a checkpoint holds; the first three must be there."""
+RUN_KINDS: dict[str, dict[str, type]] = {
+    "optimizer": {"kind": str, "states": dict},
+    "rng": {"cpu": torch.Tensor},
+    "training": {"dense": bool, "overrides": dict},
+}
+"""What a run that goes on reads of these."""
 
 
 def save(path: str | Path, payload: dict[str, Any]) -> None:
     """Write `payload` to `path` atomically: whatever happens, `path` holds its old content or all of the new.
 
+    To a name that ends in .safetensors go the weights alone.
+
     Raises:
         InputError: the file cannot be written, such as on a full disk; nothing that was there before has changed.
     """
-    path = Path(path)
-    unfinished = path.with_name(path.name + UNFINISHED)
+    path = as_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
-            torch.save({"format": FORMAT, **_to_cpu(payload)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _install(unfinished, path)
+        if path.suffix == WEIGHTS_SUFFIX:
+            tensors.write(path, payload["model"], _metadata(payload))
+            return
+        content = {"format": FORMAT, **_to_cpu(payload)}
+        content["model"] = _with_config(content["model"], content["config"])
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
+            torch.save(content, file)
+    except InputError as error:
+        raise InputError(f"cannot save {error}") from error
     except BaseException as error:
-        _discard(unfinished)
         # Amid a file, torch's writer covers the disk's error by one of its own.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError | tensors.SafetensorError):
             raise InputError(_failure(path, cause)) from error
         raise
 
@@ -62,50 +94,71 @@ def duplicate(source: Path, target: Path) -> None:
     Raises:
         InputError: as `save`.
     """
-    unfinished = target.with_name(target.name + UNFINISHED)
-    _discard(unfinished)
     try:
-        try:
-            os.link(source, unfinished)
-        except OSError:
-            shutil.copyfile(source, unfinished)
-        _install(unfinished, target)
+        with replacing(target) as unfinished:
+            try:
+                os.link(source, unfinished)
+            except OSError:
+                shutil.copyfile(source, unfinished)
     except OSError as error:
-        _discard(unfinished)
         raise InputError(_failure(target, error)) from error
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read the checkpoint `path`, tensors on the CPU.
+    """Read the checkpoint `path`, tensors on the CPU, once everything in it is what it should be.
+
+    Whether weights and optimizer state fit the model is compared where they are taken over, before anything is.
 
     Raises:
         InputError: the file is missing, torn or no checkpoint; the message names the newest whole one before it.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = as_path(path)
+    if os.path.isdir(path):  # unlike Path's own, it answers for names that the system does not take
         raise InputError(f"{path} is a folder; give a checkpoint file{_instead(path)}")
-    if not path.is_file():
+    if not os.path.exists(path):
         raise InputError(f"checkpoint {path} does not exist{_alternative(path)}")
-    if not is_whole(path):
-        raise InputError(f"checkpoint {path} is torn (cut short or damaged){_alternative(path)}")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not what it seems
-        raise InputError(f"{path} is no LEPTON checkpoint ({str(error).splitlines()[0]})") from error
+    readable(path, "checkpoint")
+    payload = _load_weights(path) if path.suffix == WEIGHTS_SUFFIX else _load_archive(path)
     if not isinstance(payload, dict) or not {"model", "config", "step"} <= payload.keys():
         raise InputError(f"{path} is no LEPTON checkpoint: it lacks 'model', 'config' or 'step'")
     if payload.get("format") != FORMAT:
         raise InputError(f"{path} has checkpoint format {payload.get('format')}; this version reads format {FORMAT}")
+    with naming(path):
+        _check_content(payload)
+    try:
+        for name, value in _tensors(payload):
+            tensors.check_finite(name, value)
+    except RecursionError as error:
+        raise InputError(f"{path} is no LEPTON checkpoint: it is nested too deeply") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}: training has diverged before it{_alternative(path)}") from error
+    payload["model"] = dict(payload["model"])  # without `_metadata`: what counts is payload["config"]
     return payload
 
 
+def check_run(path: str | Path, content: dict[str, Any]) -> None:
+    """Raise unless the `content` of the checkpoint `path` holds what a run needs to go on.
+
+    Raises:
+        InputError: weights alone, or something is missing or of another type.
+    """
+    if "optimizer" not in content or "training" not in content:
+        raise InputError(f"{path} holds weights only: start from it with --init_from instead of --resume")
+    if missing := [name for name in KINDS if name not in content]:
+        raise InputError(f"{path} lacks '{missing[0]}': start from it with --init_from instead of --resume")
+    for name, kinds in RUN_KINDS.items():
+        for key, kind in kinds.items():
+            if not isinstance(content[name].get(key), kind):
+                raise InputError(f"{path}: '{name}' lacks a '{key}' of type {kind.__name__}")
+
+
 def is_whole(path: Path) -> bool:
-    """Return whether the file can be read to its end and every checksum in it agrees (torch.load checks none)."""
+    """Return whether the file can be read to its end, and all checksums and sizes in it agree (torch compares none)."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+        _check_archive(readable(path))
     except Exception:  # a damaged archive fails in many ways
         return False
+    return True
 
 
 def step_of(path: Path) -> int | None:
@@ -117,7 +170,7 @@ def step_of(path: Path) -> int | None:
 def steps_in(folder: str | Path) -> list[tuple[int, Path]]:
     """Return (N, path) of each step_N.pt in `folder`, oldest first."""
     folder = Path(folder)
-    found = [(step_of(path), path) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(step_of(path), path) for path in folder.iterdir()] if os.path.isdir(folder) else []
     return sorted((step, path) for step, path in found if step is not None)
 
 
@@ -130,9 +183,72 @@ def newest_whole(folder: str | Path, *, before: int | None = None) -> Path | Non
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what saves that never finished have left in `folder`."""
-    for path in Path(folder).glob(f"*.pt{UNFINISHED}"):
-        _discard(path)
+    """Delete what saves that never finished have left in `folder`; no other process may be writing there."""
+    remove_hidden(folder)
+    for path in Path(folder).glob("*.pt.tmp"):  # as versions up to 0.1 called them
+        path.unlink(missing_ok=True)
+
+
+def _check_archive(path: Path) -> None:
+    archive.check(path)
+    torch.load(path, map_location="meta", weights_only=True)  # torch's own reader finds all records, and reads none
+
+
+def _load_archive(path: Path) -> Any:
+    try:
+        _check_archive(path)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is no LEPTON checkpoint ({reason(error)})") from error
+    except Exception as error:  # a damaged archive fails in many ways
+        raise InputError(
+            f"checkpoint {path} is torn (cut short or damaged: {reason(error)}){_alternative(path)}"
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not what it seems
+        raise InputError(f"{path} is no LEPTON checkpoint ({reason(error)})") from error
+
+
+def _metadata(payload: dict[str, Any]) -> dict[str, str]:
+    """Return what a file of weights alone says beside them."""
+    about = {"format": FORMAT, **{name: payload.get(name) for name in ("config", "size", "step")}}
+    tokenizer = payload.get("tokenizer")
+    # "pt" is what other readers of the format look for.
+    return {"format": "pt", "lepton": json.dumps(about)} | ({"tokenizer": tokenizer} if tokenizer else {})
+
+
+def _load_weights(path: Path) -> dict[str, Any]:
+    weights, metadata = tensors.read(path, "checkpoint")
+    about = parse_json(metadata.get("lepton", "{}"), str(path))
+    return {**(about if isinstance(about, dict) else {}), "model": weights, "tokenizer": metadata.get("tokenizer")}
+
+
+def _check_content(payload: dict[str, Any]) -> None:
+    """Raise InputError for a value of another type than `KINDS` says, or one that no checkpoint has."""
+    for name, kinds in KINDS.items():
+        value = payload.get(name)
+        if name in payload and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InputError(f"'{name}' is of type {type(value).__name__}, which no checkpoint has")
+    if not 0 <= payload["step"] < 1 << 62:
+        raise InputError(f"'step' is {payload['step']}: must be a number of steps")
+    if payload.get("best", 0.0) != payload.get("best", 0.0):
+        raise InputError("'best' is NaN: must be a loss")
+    for name in ("model", "config"):
+        if unnamed := [key for key in payload[name] if not isinstance(key, str)]:
+            raise InputError(f"'{name}' has the key {unnamed[0]!r}, which is no name")
+    for name, value in payload["model"].items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"'model.{name}' is no tensor but {type(value).__name__}")
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of nested dicts and lists by their dotted names."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
 
 
 def _to_cpu(value: Any) -> Any:
@@ -146,24 +262,19 @@ def _to_cpu(value: Any) -> Any:
     return value
 
 
-def _install(unfinished: Path, path: Path) -> None:
-    os.replace(unfinished, path)
-    if os.name == "posix":  # make the new name itself durable; Windows cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _with_config(weights: dict[str, Any], config: dict[str, Any]) -> "OrderedDict[str, Any]":
+    """Return a state_dict that knows its model's configuration, also once it is taken out of its checkpoint."""
+    known = OrderedDict(weights)
+    known._metadata = {"": {"version": 1, CONFIG: config}}  # type: ignore[attr-defined]
+    return known
 
 
-def _discard(path: Path) -> None:
-    with contextlib.suppress(OSError):  # it is only clutter, and an error under way says more
-        path.unlink(missing_ok=True)
-
-
-def _failure(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"cannot save {path}: {reason}; checkpoints saved before are intact, make room and use --resume auto"
+def _failure(path: Path, error: Exception) -> str:
+    why = (isinstance(error, OSError) and error.strerror) or reason(error)
+    return (
+        f"cannot save {path}: {why}; checkpoints saved before are intact: make room and repeat the command "
+        "(training with --resume auto)"
+    )
 
 
 def _alternative(path: Path) -> str:

@@ -1,12 +1,43 @@
 """Configuration of the model: frozen, keyword-only, validated on construction."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lepton.errors import InputError, nearest
+from lepton.errors import InputError, nearest, shown
+
+MOST = {
+    "width": 1 << 15,
+    "layers": 256,
+    "heads": 1024,
+    "kv_heads": 1024,
+    "ffn": 1 << 18,
+    "head_dim": 1024,
+    "stem_layers": 256,
+    "window": 1 << 17,
+    "embed_rank": 1 << 15,
+    "vocab_size": 1 << 21,
+    "eos_id": 1 << 21,
+    "segment": 1 << 17,
+    "thoughts": 1024,
+    "thought_ffn": 1 << 18,
+    "rounds": 256,
+    "memory_heads": 1024,
+    "key_dim": 4096,
+    "value_dim": 4096,
+    "slots": 1 << 16,
+    "crystals": 1024,
+    "hint": 1 << 15,
+    "peek": 1024,
+    "exit_width": 1 << 18,
+    "capacity_window": 1 << 20,
+    "drafts": 64,
+    "draft_width": 1 << 15,
+    "draft_vocab": 1 << 21,
+}
+"""Largest values: far above XXL's, and small enough that a model without memory (on the meta device) is built in about
+a second, so that a file's configuration can be compared with its weights before any memory is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +110,20 @@ class LeptonConfig:
     """The baseline: the same blocks without any idea, full attention, MLP widened to equal parameters."""
 
     def __post_init__(self) -> None:
-        self._check_types()
+        for field in dataclasses.fields(self):
+            check_type(field.name, getattr(self, field.name), field.type)
+        for name, most in MOST.items():
+            if abs(getattr(self, name) or 0) > most:
+                raise InputError(f"{name}={shown(getattr(self, name))}: must be at most {most:,}")
         for name in ("width", "layers", "heads", "kv_heads", "ffn", "head_dim"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise InputError(f"{name}={shown(getattr(self, name))}: must be at least 1")
         if self.vocab_size < 2:
             raise InputError(f"vocab_size={self.vocab_size}: must be at least 2")
         if self.embed_rank is not None and self.embed_rank < 1:
             raise InputError(f"embed_rank={self.embed_rank}: must be at least 1, or None for the full width")
-        if not 0 < self.rope_base < math.inf:
-            raise InputError(f"rope_base={self.rope_base}: must be a positive number")
+        if not 1 <= self.rope_base <= 1e12:
+            raise InputError(f"rope_base={shown(self.rope_base)}: must lie in 1..1e12")
         if self.heads % self.kv_heads:
             raise InputError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 4:
@@ -98,20 +133,13 @@ class LeptonConfig:
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1, or None for full attention")
         if not 0 < self.logit_cap <= 50:
-            raise InputError(f"logit_cap={self.logit_cap}: must lie in 0..50, so that its exponential fits fp32")
+            raise InputError(f"logit_cap={shown(self.logit_cap)}: must lie in 0..50, so that its exponential fits fp32")
         if not 0 <= self.eos_id < self.vocab_size:
             raise InputError(f"eos_id={self.eos_id}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
         if self.dense:
             self._check_dense()
         else:
             self._check_ideas()
-
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind: Any = float | int if field.type is float else field.type
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise InputError(f"{field.name}={value!r}: must be {_KINDS[field.type]}")
 
     def _check_dense(self) -> None:
         if self.window is not None:
@@ -155,7 +183,12 @@ class LeptonConfig:
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> "LeptonConfig":
         """Rebuild a configuration from `to_dict`; an unknown name raises InputError with the nearest match."""
+        if not isinstance(fields, Mapping):
+            raise InputError(f"a configuration is a dict of fields, not {shown(fields)}")
         check_names(fields)
+        needed = [field.name for field in dataclasses.fields(LeptonConfig) if field.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in fields]:
+            raise InputError(f"the configuration lacks '{missing[0]}'")
         return LeptonConfig(**fields)
 
 
@@ -164,7 +197,17 @@ _KINDS: dict[Any, str] = {
     int | None: "a whole number (int), or None",
     float: "a number",
     bool: "True or False",
+    bool | None: "True, False or None",
+    str: "a text",
+    str | None: "a text, or None",
 }
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError unless `value` is of the type of a field, which is one of `_KINDS`."""
+    wanted: Any = float | int if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind not in (bool, bool | None)):
+        raise InputError(f"{name}={shown(value)}: must be {_KINDS[kind]}")
 
 
 def check_names(fields: Mapping[str, Any]) -> None:
@@ -172,4 +215,4 @@ def check_names(fields: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(LeptonConfig)]
     for name in fields:
         if name not in known:
-            raise InputError(f"unknown configuration field '{name}'{nearest(name, known)}")
+            raise InputError(f"unknown configuration field {shown(name)}{nearest(name, known)}")

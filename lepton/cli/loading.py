@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lepton.config import LeptonConfig
-from lepton.errors import InputError
+from lepton.errors import InputError, naming
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
@@ -33,8 +32,6 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     Raises:
         InputError: no such checkpoint, device or tokenizer, or a tokenizer that does not fit the model.
     """
-    import torch
-
     from lepton import checkpoint
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
     from lepton.model import Lepton
@@ -45,16 +42,15 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(Path(args.tokenizer))
     elif content.get("tokenizer"):
-        tokenizer = Tokenizer.from_json(content["tokenizer"])
+        with naming(args.checkpoint):
+            tokenizer = Tokenizer.from_json(content["tokenizer"])
     else:
         raise InputError(
             f"{args.checkpoint} carries no tokenizer: name the one that it was trained with, --tokenizer FILE"
         )
-    with torch.device("meta"):  # the checkpoint's own tensors become the parameters: no second copy, no initialisation
-        model = Lepton(LeptonConfig.from_dict(content["config"]))
-    model.load_state_dict(content["model"], assign=True)
+    model = Lepton.restored(content, args.checkpoint)
     if tokenizer.size > model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size}: they do not fit"
         )
-    return model.to(device, pick_dtype(args.dtype, device)).eval(), tokenizer, content["step"]
+    return model.to(device, pick_dtype(args.dtype, device)), tokenizer, content["step"]

@@ -11,8 +11,10 @@ from lepton.errors import InputError
 from lepton.model.checks import INTEGERS, check_device, check_range, integers, real, shown, whole
 from lepton.model.crystals import CONTEXT, Columns, Store
 from lepton.model.memory import CONV
-from lepton.model.state import Memory, State, flatten, read_tensors, rebuild
+from lepton.model.saved import read_part
+from lepton.model.state import Memory, State, flatten, rebuild
 from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, Group, late_rows
+from lepton.model.weights import Origin
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -52,17 +54,17 @@ def fresh_state(model: "Lepton", batch_size: int, *, room: bool = True) -> State
         torch.zeros(ring, dtype=dtype, device=device),
         counter,
         group,
-        Memory(matrix, tail, store),
+        Memory(matrix, tail, store, Origin(model) if room else None),
     )
 
 
-def with_memory(model: "Lepton", state: State, given: Memory | str | Path) -> State:
+def with_memory(model: "Lepton", state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:
     """Return a fresh `state` with a memory, or the one that a file holds."""
     like = fresh_state(model, 1).memory
     if isinstance(given, Memory):
         memory, place = given, "memory"
     elif isinstance(given, str | Path):
-        memory, place = read_tensors(given, like, "state.memory"), str(given)
+        memory, place = read_part(model, given, like, any_weights=any_weights), str(given)
     else:
         raise InputError(f"memory={shown(given)}: give state.memory, or the file that state.memory.save wrote")
     _check_memory(place, model, memory)

@@ -39,6 +39,8 @@ def initialise(model: nn.Module) -> None:
     | drafter.ids                             | the first ids              | byte-pair ids come by frequency           |
     | uncertainty.calibration                 | scale 1, shift 0           | not calibrated yet                        |
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # there is no memory for values
     for name, parameter in model.named_parameters():
         if name.endswith("embed.weight"):
             nn.init.normal_(parameter, std=0.02)

@@ -1,6 +1,6 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from lepton import checkpoint
 from lepton.config import LeptonConfig
+from lepton.errors import naming
 from lepton.model.accounting import flops_per_token
 from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
 from lepton.model.block import Block
@@ -28,10 +29,12 @@ from lepton.model.peek import Peek
 from lepton.model.ranges import has_kernel
 from lepton.model.route import Route
 from lepton.model.router import Router, taken_after
-from lepton.model.state import Memory, State, advance, read_tensors
+from lepton.model.saved import read_part
+from lepton.model.state import Memory, State, advance
 from lepton.model.thoughts import ThoughtRun, Thoughts
 from lepton.model.timeline import Band, Timeline, bands
 from lepton.model.uncertainty import Uncertainty
+from lepton.model.weights import Origin, check_weights, note_config, without_memory
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
@@ -68,19 +71,38 @@ class Lepton(nn.Module):
         self.drafter = Drafter(config, rank) if config.drafts else None
         self.uncertainty = Uncertainty(config) if config.uncertainty else None
         initialise(self)
+        self.register_state_dict_post_hook(note_config)
 
     @staticmethod
     def from_checkpoint(path: str | Path) -> "Lepton":
-        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode.
+        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
 
         Raises:
             InputError: the file is missing, torn, or no checkpoint.
         """
-        content = checkpoint.load(path)
-        model = Lepton(LeptonConfig.from_dict(content["config"]))
-        model.load_state_dict(content["model"])
+        return Lepton.restored(checkpoint.load(path), path)
+
+    @staticmethod
+    def restored(content: dict[str, Any], path: str | Path) -> "Lepton":
+        """Build the model of a checkpoint from its `content`, whose tensors become the parameters; `path` names it.
+
+        No memory is taken before the weights are known to fit the configuration.
+        """
+        with naming(path):
+            with without_memory():
+                model = Lepton(LeptonConfig.from_dict(content["config"]))
+            model.load_state_dict(content["model"], assign=True)
         model._tokenizer_json = content.get("tokenizer")
         return model.eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch, once names, shapes, dtypes, finiteness and the configuration fit: nothing is taken over before.
+
+        Raises:
+            InputError: the weights are of another model; also a RuntimeError, as in torch.
+        """
+        check_weights(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @cached_property
     def tokenizer(self) -> "Tokenizer | None":
@@ -183,7 +205,7 @@ class Lepton(nn.Module):
                 advance(past.values_BLRKH, values, count_B, position_B, keep),
                 taken_B,
                 thoughts.after(count_B) if thoughts else None,
-                Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None),
+                Memory(matrix_BHKV, tail_BXC, crystals.after(count_B) if crystals else None, Origin(self)),
             )
 
         blocks_BT = torch.where(deep_BT, config.layers, config.stem_layers)
@@ -223,23 +245,26 @@ class Lepton(nn.Module):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, traces, tokens, lengths, auxiliary=auxiliary)
 
-    def new_state(self, batch_size: int, *, memory: Memory | str | Path | None = None) -> State:
+    def new_state(
+        self, batch_size: int, *, memory: Memory | str | Path | None = None, any_weights: bool = False
+    ) -> State:
         """Return the state of `batch_size` sequences that have read nothing.
 
         `memory` is that of another state, or a file that `state.memory.save` wrote: the new sequences remember what
         those before did, its positions shifted behind the window. Its rows must be `batch_size`, or one, which all then
-        share.
+        share. `any_weights` takes one that other weights made, such as those of an earlier checkpoint.
         """
         state = fresh_state(self, whole("batch_size", batch_size, 1, MAX_ROWS, " sequences"))
-        return state if memory is None else with_memory(self, state, memory)
+        return state if memory is None else with_memory(self, state, memory, any_weights=any_weights)
 
-    def load_state(self, path: str | Path) -> State:
+    def load_state(self, path: str | Path, *, any_weights: bool = False) -> State:
         """Read what `state.save` wrote: a stream goes on in another process with identical output.
 
         Raises:
-            InputError: the file is missing or torn, or the state is of a model of another shape.
+            InputError: the file is missing, torn or damaged, or the state is of a model of another shape or, unless
+                `any_weights`, of other weights.
         """
-        return read_tensors(path, self.new_state(1), "state")
+        return read_part(self, path, self.new_state(1), any_weights=any_weights)
 
     def generate(
         self,

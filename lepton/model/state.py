@@ -8,15 +8,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lepton import tensors
 from lepton.errors import InputError
 from lepton.model.crystals import EMPTY, Store
 from lepton.model.thoughts import Group
+from lepton.model.weights import Origin
 
 Part = TypeVar("Part")
+WEIGHTS = "weights"
+"""Key of the fingerprint of the weights in a file's metadata."""
 
 
 class Crystal(NamedTuple):
@@ -45,6 +47,8 @@ class Memory:
     """The last inputs of its convolution."""
     store: Store | None
     """The crystals."""
+    origin: Origin | None = None
+    """The weights that made it, which `save` notes in the file."""
 
     def __iter__(self) -> Iterator[Crystal]:
         if self.store is None:
@@ -65,7 +69,7 @@ class Memory:
 
     def save(self, path: str | Path) -> None:
         """Write the memory alone to a safetensors file; `Lepton.new_state` takes it into a new conversation."""
-        _write(flatten(self), path, "memory")
+        _write(self, self.origin, path, "memory")
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,10 @@ class State:
     @staticmethod
     def join(parts: "Sequence[State]") -> "State":
         """Return the rows of several states of one model as one state, in their order."""
-        tensors = [flatten(part) for part in parts]
+        flat = [flatten(part) for part in parts]
 
         def stack(name: str, value: Tensor) -> Tensor:
-            values = [each[name] for each in tensors]
+            values = [each[name] for each in flat]
             if name.endswith("_BLRKH"):  # without a window each keeps as many columns as it has read
                 most = max(each.shape[2] for each in values)
                 values = [F.pad(each, (0, 0, 0, 0, most - each.shape[2], 0)) for each in values]
@@ -122,19 +126,19 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Write the state to a safetensors file; `Lepton.load_state` goes on from it in another process."""
-        _write(flatten(self), path, "state")
+        _write(self, self.memory.origin, path, "state")
 
 
 def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors of nested dataclasses by their dotted names."""
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for field in dataclasses.fields(part):
         value, name = getattr(part, field.name), prefix + field.name
         if isinstance(value, Tensor):
-            tensors[name] = value
-        elif value is not None:
-            tensors |= flatten(value, name + ".")
-    return tensors
+            found[name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= flatten(value, name + ".")
+    return found
 
 
 def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
@@ -145,41 +149,17 @@ def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "
         if isinstance(value, Tensor):
             values[field.name] = change(name, value)
         else:
-            values[field.name] = None if value is None else rebuild(value, change, name + ".")
+            values[field.name] = rebuild(value, change, name + ".") if dataclasses.is_dataclass(value) else value
     return type(part)(**values)
 
 
-def read_tensors(path: str | Path, like: Part, kind: str) -> Part:
-    """Read what `State.save` or `Memory.save` wrote into the shape of `like`, on its device.
-
-    Raises:
-        InputError: no such file, not a file of this kind, or one of a model of another shape.
-    """
+def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:
+    weights = origin.fingerprint() if origin is not None else None
+    # Clones, since the format takes no memory that two tensors share.
+    values = {name: value.detach().clone() for name, value in flatten(part).items()}
     try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give one that {kind}.save wrote") from None
-    except (SafetensorError, OSError) as problem:
-        raise InputError(f"{path}: not a whole safetensors file ({problem})") from None
-    wanted = flatten(like)
-    if missing := sorted(wanted.keys() ^ tensors.keys()):
-        raise InputError(f"{path}: not the {kind} of this model; '{missing[0]}' does not agree")
-
-    def pick(name: str, value: Tensor) -> Tensor:
-        found = tensors[name]
-        grows = name.endswith("_BLRKH") and value.shape[2] == 0  # full attention keeps as many columns as it has read
-        shapes = [tensor.shape[1:2] + tensor.shape[3:] if grows else tensor.shape[1:] for tensor in (found, value)]
-        if found.ndim != value.ndim or shapes[0] != shapes[1]:
-            raise InputError(f"{path}: '{name}' has shape {tuple(found.shape)}, this model needs {tuple(value.shape)}")
-        return found.to(value.device, value.dtype)
-
-    return rebuild(like, pick)
-
-
-def _write(tensors: dict[str, Tensor], path: str | Path, kind: str) -> None:
-    try:
-        save_file({name: value.detach().clone() for name, value in tensors.items()}, path)  # it takes no shared memory
-    except (OSError, SafetensorError) as problem:
+        tensors.write(path, values, {"kind": kind} | ({WEIGHTS: weights} if weights else {}))
+    except (OSError, tensors.SafetensorError) as problem:
         raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lepton.errors import InputError, naming
+from lepton.tensors import compare
 from lepton.train.recording import Recordings
 
 BETAS = (0.9, 0.95)
@@ -235,12 +237,42 @@ class Optimizers:
         return {"kind": self.kind, "states": states}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of an instance of the same kind, on the same model, returned."""
+        """Take over what `state_dict` of an instance of the same kind, on the same model, returned.
+
+        Raises:
+            InputError: names, shapes, dtypes or numbers that are not those of this model's; nothing is taken over then.
+        """
         assert saved["kind"] == self.kind
+        if saved["states"].keys() != self._members.keys():
+            raise InputError(f"the optimizer's state has {sorted(map(str, saved['states']))}, not {[*self._members]}")
+        for name, member in self._members.items():
+            with naming(f"state of {name}"):
+                _check_states(saved["states"][name], member)
         for name, member in self._members.items():
             own = member.state_dict()["param_groups"]
             member.load_state_dict({"state": saved["states"][name], "param_groups": own})
         self._state = object()
+
+
+def _check_states(states: Any, member: torch.optim.Optimizer) -> None:
+    """Raise InputError unless `states` are what `member` keeps of its parameters, by their numbers: of all or, before
+    its first step, of none.
+    """
+    parameters = [parameter for group in member.param_groups for parameter in group["params"]]
+    if not isinstance(states, Mapping) or (states and states.keys() != set(range(len(parameters)))):
+        raise InputError(f"it must be that of parameters 0..{len(parameters) - 1}")
+    for number, state in states.items():
+        parameter = parameters[number]
+        wanted = {"momentum_buffer": parameter}
+        if isinstance(member, torch.optim.AdamW):
+            wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        if not isinstance(state, Mapping):
+            raise InputError(f"parameter {number} has {type(state).__name__} instead of named tensors")
+        with naming(f"parameter {number}"):
+            compare(state, wanted)
+            for name in ("step", "exp_avg_sq"):  # both only ever add squares and ones
+                if name in wanted and state[name].numel() and state[name].min() < 0:
+                    raise InputError(f"'{name}' holds numbers below 0")
 
 
 def _groups(parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
-from lepton.errors import InputError
+from lepton.errors import InputError, naming, reason
 from lepton.model import Lepton
+from lepton.model.weights import without_memory
 from lepton.train import hardware
 from lepton.train.corpus import Corpus, open_corpus
 from lepton.train.flops import training_flops_per_token
@@ -149,14 +150,13 @@ def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
 
 
 def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Lepton:
+    if start.weights is not None:
+        with without_memory(), naming("the checkpoint's weights do not fit this shape"):
+            Lepton(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
     torch.manual_seed(settings.seed)
     model = Lepton(start.config)
     if start.weights is not None:
-        try:
-            model.load_state_dict(start.weights)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"the checkpoint's weights do not fit this shape: {reason}") from error
+        model.load_state_dict(start.weights)
     model.to(device).train()
     model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
     model.checkpoint_activations = settings.checkpoint_activations
@@ -174,9 +174,17 @@ def frequent_ids(data: ShardedDataset, vocab_size: int, count: int) -> torch.Ten
 
 
 def _restore(content: dict[str, Any], optimizers: Optimizers, device: torch.device) -> None:
-    """Take over the optimizers' state and the random generators of a checkpoint."""
+    """Take over the optimizers' state and the random generators of a checkpoint, once all of them fit."""
+    random = {"cpu": torch.Generator()} | ({"cuda": torch.Generator(device)} if device.type == "cuda" else {})
+    states = {name: content["rng"][name] for name in random if name in content["rng"]}
+    try:
+        for name, state in states.items():
+            random[name].set_state(state)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"the checkpoint's random generator cannot be set: {reason(error)}") from error
     if content["optimizer"]["kind"] == optimizers.kind:
-        optimizers.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if device.type == "cuda" and "cuda" in content["rng"]:
-        torch.cuda.set_rng_state(content["rng"]["cuda"], device)
+        with naming("the checkpoint's optimizer"):
+            optimizers.load_state_dict(content["optimizer"])
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

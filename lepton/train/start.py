@@ -11,7 +11,7 @@ import lepton
 from lepton import checkpoint
 from lepton.config import LeptonConfig, check_names
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
-from lepton.errors import InputError
+from lepton.errors import InputError, naming
 from lepton.model.factory import size_config
 from lepton.train.settings import TrainSettings
 
@@ -92,14 +92,14 @@ def _skipped(settings: TrainSettings, path: Path) -> list[str]:
 
 def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Start:
     content = checkpoint.load(path)
-    if "optimizer" not in content or "training" not in content:
-        raise InputError(f"{path} holds weights only: start from it with --init_from instead of --resume")
-    config = LeptonConfig.from_dict(content["config"])
+    checkpoint.check_run(path, content)
+    config = _config_of(content, path)
     _check_size(settings, content["size"], config, path)
     _check_overrides(settings, config, path)
     tokenizer = _tokenizer_of(settings, content, path)
     saved, asked = content["training"], settings
-    settings, changes = settings.resumed_from(saved, given)
+    with naming(path):
+        settings, changes = settings.resumed_from(saved, given)
     settings = settings.replace(
         model_size=content["size"],
         dense=saved["dense"],
@@ -147,13 +147,18 @@ def _names_other_folder(named: str | None, saved: str | None, origin: Mapping[st
 
 def _initialise(settings: TrainSettings, path: Path) -> Start:
     content = checkpoint.load(path)
-    config = LeptonConfig.from_dict(content["config"])
+    config = _config_of(content, path)
     _check_size(settings, content.get("size"), config, path)
     if settings.dense and not config.dense:
         raise InputError(f"{path} has dense=False not True: weights with the ideas cannot start the dense baseline")
     config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
     return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))
+
+
+def _config_of(content: dict[str, Any], path: Path) -> LeptonConfig:
+    with naming(path):
+        return LeptonConfig.from_dict(content["config"])
 
 
 def _check_overrides(settings: TrainSettings, config: LeptonConfig, path: Path) -> None:
@@ -185,7 +190,8 @@ def _tokenizer_of(settings: TrainSettings, content: dict[str, Any], path: Path) 
     stored = content.get("tokenizer")
     if stored is None:
         return _load_tokenizer(settings)
-    tokenizer = Tokenizer.from_json(stored)
+    with naming(path):
+        tokenizer = Tokenizer.from_json(stored)
     if settings.tokenizer and load_tokenizer(settings.tokenizer).hash != tokenizer.hash:
         raise InputError(f"{path} was trained with another tokenizer than {settings.tokenizer}; leave --tokenizer out")
     return tokenizer

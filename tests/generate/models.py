@@ -16,7 +16,7 @@ def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepto
     """A model whose blocks outweigh the embedding: one that is only shaken would repeat the last token forever."""
     shaken = build(variant)
     model = Lepton(shaken.config.replace(**changes)).double()
-    model.load_state_dict(shaken.state_dict())
+    model.load_state_dict(dict(shaken.state_dict()))  # under this model's configuration
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if name.endswith(("attention.out.weight", "mlp.down.weight")):

@@ -136,6 +136,6 @@ def test_killed_amid_a_save(data, undisturbed, tmp_path, place, n):
     code, errors = finish(start("-c", DIES, place, n, *flags(data, tmp_path)))
     assert (code, errors) == (KILLED, "")
     if place != "duplicate":
-        assert list(tmp_path.glob("*.pt.tmp"))
+        assert list(tmp_path.glob("*.tmp"))
     assert finish(start("train.py", *flags(data, tmp_path))) == (0, "")
     assert_same_run(tmp_path, undisturbed)

@@ -106,7 +106,7 @@ def test_loading_is_strict():
     model = build("complete")
     weights = model.state_dict()
     build("complete", seed=1).load_state_dict(weights)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r"Missing key 'embed\.weight'"):
         model.load_state_dict({name: value for name, value in weights.items() if name != "embed.weight"})
 
 
@@ -232,6 +232,19 @@ def test_bad_arguments_are_named(call, message):
         ({"rope_base": 0}, "rope_base=0"),
         ({"embed_rank": -3}, "embed_rank=-3"),
         ({"vocab_size": 1}, "vocab_size=1"),
+        ({"width": 10**6}, "width=1000000: must be at most 32,768"),
+        ({"layers": 10**9}, "layers=1000000000: must be at most 256"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000: must be at most"),
+        ({"window": 10**9}, "window=1000000000: must be at most"),
+        ({"rounds": 10**6}, "rounds=1000000: must be at most 256"),
+        ({"slots": 10**4000 * 10**4000}, "slots=a value of type int that cannot be shown: must be at most"),
+        ({"eos_id": -(10**5000)}, "eos_id=a value of type int"),
+        ({"width": 32.0}, r"width=32\.0: must be a whole number"),
+        ({"width": "32"}, "width='32': must be a whole number"),
+        ({"rope_base": float("nan")}, "rope_base=nan: must lie in"),
+        ({"rope_base": 1e-300}, "rope_base=1e-300: must lie in"),
+        ({"logit_cap": float("nan")}, "logit_cap=nan"),
+        ({"logit_cap": True}, "logit_cap=True: must be a number"),
     ],
 )
 def test_bad_shapes_are_named(overrides, message):

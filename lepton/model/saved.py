@@ -1,0 +1,90 @@
+"""Reading what `State.save` and `Memory.save` wrote: everything in it is checked before a model goes on from it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from lepton import tensors
+from lepton.config import LeptonConfig
+from lepton.errors import InputError, naming
+from lepton.model.crystals import EMPTY
+from lepton.model.state import WEIGHTS, Memory, State, flatten, rebuild
+from lepton.model.weights import fingerprint
+
+if TYPE_CHECKING:
+    from lepton.model.lepton import Lepton
+
+Part = TypeVar("Part", State, Memory)
+
+LONGEST = (1 << 31) - 1
+"""Largest position in a document: crystals are ranked by numbers that hold it in 31 bits."""
+
+
+def read_part(model: "Lepton", path: str | Path, like: Part, *, any_weights: bool = False) -> Part:
+    """Read a state or a memory in the shape of `like`, which is one of `model` with one row, onto its device.
+
+    Raises:
+        InputError: no such file, one that is damaged or of another kind, or one that a model of another shape or,
+            unless `any_weights`, other weights have made.
+    """
+    found, metadata = tensors.read(path, "file")
+    wanted, kind = flatten(like), "state" if isinstance(like, State) else "state.memory"
+    if other := sorted(wanted.keys() ^ found.keys()):
+        raise InputError(f"{path}: not the {kind} of this model; '{other[0]}' does not agree")
+    with naming(path):
+        tensors.compare(found, _sized(wanted, found), casts=True)
+        _check_values(found, model.config)
+    made_by = metadata.get(WEIGHTS)
+    if made_by is not None and not any_weights and made_by != (fingerprint(model) or made_by):
+        raise InputError(
+            f"{path}: made by other weights than this model's, which would read it as noise: load the checkpoint that "
+            "made it, or pass any_weights=True"
+        )
+    return rebuild(like, lambda name, value: found[name].to(value.device, value.dtype))
+
+
+def _sized(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return `wanted`, as shapes alone, with as many rows as the file has, and as many columns where their number
+    depends on what was read (full attention).
+    """
+    rows = next((value.shape[0] for value in found.values() if value.ndim), 0)
+    sized = {}
+    for name, value in wanted.items():
+        shape = [rows, *value.shape[1:]]
+        if name.endswith("_BLRKH") and value.shape[2] == 0:
+            keys = found["keys_BLRKH"]
+            shape[2] = keys.shape[2] if keys.ndim == value.ndim else 0
+        sized[name] = torch.empty(shape, dtype=value.dtype, device="meta")
+    return sized
+
+
+def _check_values(found: dict[str, Tensor], config: LeptonConfig) -> None:
+    """Raise InputError for a number that no stream of this configuration leads to."""
+    ids = (-1, config.vocab_size - 1)
+    limits: dict[str, tuple[float, float]] = {
+        "position_B": (0, LONGEST),
+        "phase_B": (0, config.segment - 1),
+        "taken_B": (0, config.capacity_window),
+        "active_B": (0, 1),
+        "change_B": (0, torch.inf),
+        "log_score_BC": (-torch.inf, 0),
+        "position_BC": (EMPTY, LONGEST),
+        "ids_BCX": ids,
+        "ids_BX": ids,
+    }
+    for name, value in found.items():
+        limit = limits.get(name.rpartition(".")[2])
+        if limit is None or not value.numel():
+            continue
+        # A byte that is neither 0 nor 1 is no bool, though it may pass for one.
+        low, high = (
+            each.item() for each in (value.view(torch.uint8) if value.dtype is torch.bool else value).aminmax()
+        )
+        if low < limit[0] or high > limit[1]:
+            raise InputError(f"'{name}' holds {low if low < limit[0] else high}: must lie in {limit[0]}..{limit[1]}")
+    if config.window is None and "position_B" in found:
+        longest = int(found["position_B"].max()) if found["position_B"].numel() else 0
+        if longest > found["keys_BLRKH"].shape[2]:
+            raise InputError(f"'keys_BLRKH' holds {found['keys_BLRKH'].shape[2]} columns for {longest} tokens")

@@ -1,0 +1,128 @@
+"""What a state_dict must be before a model takes any of it over, and which weights a state was made by."""
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lepton.checkpoint import CONFIG
+from lepton.errors import InputError
+from lepton.tensors import compare
+
+if TYPE_CHECKING:
+    from lepton.model.lepton import Lepton
+
+LISTED = 4
+"""Fields of a configuration that a message names."""
+SAMPLES = 1024
+"""Numbers of each parameter that a fingerprint reads."""
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves the functions of `torch.nn.init` out: on the meta device they do nothing, and load torch's compiler."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built inside have shapes and no memory: for comparing them with weights, or taking those over."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
+class WeightsError(InputError, RuntimeError):
+    """Weights that do not fit a model. Also a RuntimeError, which `load_state_dict` raises in torch."""
+
+
+def note_config(model: "Lepton", _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
+    """Put the configuration into a state_dict's `_metadata`, beside torch's own notes (a hook of `state_dict`).
+
+    So everything that goes over a state_dict still finds tensors alone.
+    """
+    notes[CONFIG] = model.config.to_dict()
+
+
+def check_weights(model: "Lepton", weights: Mapping[str, Any], strict: bool) -> None:
+    """Raise WeightsError unless weights, and the configuration where they know one, fit the model.
+
+    Without `strict` names that only one of both has do not matter. Weights without a configuration, such as those of an
+    older file, fit any.
+    """
+    notes = getattr(weights, "_metadata", {}).get("", {})
+    _check_config(model.config.to_dict(), notes.get(CONFIG))
+    found, wanted = dict(weights), dict(model.state_dict())
+    if not strict:
+        common = [name for name in wanted if name in found]
+        found, wanted = ({name: part[name] for name in common} for part in (found, wanted))
+    try:
+        compare(found, wanted, casts=True)
+    except InputError as error:
+        raise WeightsError(str(error)) from None
+    ids = found.get("drafter.ids")
+    if ids is not None and not ids.is_meta and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
+        raise WeightsError(f"'drafter.ids' holds ids outside 0..vocab_size-1={model.config.vocab_size - 1}")
+
+
+def _check_config(own: dict[str, Any], noted: Any) -> None:
+    if not isinstance(noted, dict):
+        return
+    other = [name for name in own if name in noted and noted[name] != own[name]]
+    if other:
+        theirs, ours = (", ".join(f"{name}={config[name]!r}" for name in other[:LISTED]) for config in (noted, own))
+        more = f" (and {len(other) - LISTED} more fields)" if len(other) > LISTED else ""
+        raise WeightsError(
+            f"these weights are of a model with {theirs}, this one has {ours}{more}: build it with those values, such "
+            f"as create_lepton_nano({other[0]}={noted[other[0]]!r}), or take Lepton.from_checkpoint(path); "
+            "load_state_dict(dict(weights)) keeps this model's own"
+        )
+
+
+class Origin:
+    """The weights that a state was made by. Their fingerprint is found when the state is saved: for every step it would
+    take too long.
+    """
+
+    def __init__(self, model: "Lepton | None") -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._mark = None if model is None else _mark(model)
+
+    def fingerprint(self) -> str | None:
+        """Return the fingerprint of the model's weights; None once they have changed or the model is gone."""
+        model = None if self._model is None else self._model()
+        return fingerprint(model) if model is not None and _mark(model) == self._mark else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, (None,)  # a copy of a state, in another process, knows of no model
+
+
+def _mark(model: "Lepton") -> tuple[int, int]:
+    """Return what changes whenever the weights do: an optimizer updates all of them, and loading replaces all."""
+    weight = model.embed.weight
+    return id(weight), 0 if weight.is_inference() else weight._version
+
+
+@torch.no_grad()
+def fingerprint(model: "Lepton") -> str | None:
+    """Return a SHA-256 of the parameters, by evenly spaced numbers of each in bf16; None on the meta device.
+
+    So the copies of one checkpoint in fp32 and in bf16 have the same one, and it takes some milliseconds.
+    """
+    total = hashlib.sha256()
+    samples: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return None
+        total.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        flat = parameter.reshape(-1)
+        samples.append(flat[:: -(-len(flat) // SAMPLES)].to(torch.float32).to(torch.bfloat16))
+    total.update(torch.cat(samples).cpu().view(torch.uint8).numpy().data)
+    return total.hexdigest()
