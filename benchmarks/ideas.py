@@ -180,7 +180,7 @@ class Run:
         counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1), 24))
         self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
         few = None if self.arguments.smoke else 4
-        table = ablate(self.model, lambda **options: self.held_out_loss(few, **options))
+        table = list(ablate(self.model, lambda **options: self.held_out_loss(few, **options)))
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
 
     def canary(self, micro_step: MicroStep) -> None:

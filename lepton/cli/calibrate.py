@@ -1,19 +1,26 @@
 """`python -m lepton calibrate`: fit what a checkpoint's uncertainty and depth mean, and write it into the file."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.heldout import add_data_set, check_positive, open_data_set
+from lepton.cli.figures import SCORES, legend
+from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.loading import add_loading, load
+from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
     from lepton.model import Lepton
     from lepton.train.calibration import Calibration, Outcomes
 
-LABELS = {"ece": "ECE", "brier": "Brier", "auroc": "AUROC", "deep_at_half": "tokens that go deep at depth 0.5"}
+MEASURED = ("ece", "brier", "auroc")
+LABELS = SCORES | {"deep_at_half": "tokens that go deep at depth 0.5"}
 """Figures of the table by their names in JSON."""
+TOLERANCE = {"ece": 1e-4, "brier": 1e-4, "auroc": 1e-4, "deep_at_half": 0.05}
+"""By how much a figure may be worse: by what the table hardly shows, and the share of deep tokens by what two halves of
+a text differ in."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,47 +35,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to fit on, and to measure on (default: %(default)s of each)",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write also what was fitted on few tokens, or what makes the measured half worse",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit on the first half of the validation split, print figures of the second, before and after, and save."""
-    from lepton.train.calibration import calibrate, calibration_batches, collect, evaluation_batches
+    """Fit on the first half of the validation split, print figures of the second, before and after, and save.
 
-    check_positive(args, "max_tokens", "batch_size")
+    Nothing is written where the second half got worse.
+    """
+    share_the_cores()
+    from lepton.train.calibration import MIN_TOKENS, calibrate, calibration_batches, collect, evaluation_batches
+
+    check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
     model, tokenizer, step = load(args)
     if model.uncertainty is None and model.router is None:
         raise InputError(f"{args.checkpoint} has neither uncertainty nor router: there is nothing to calibrate")
     what, _, windows = open_data_set(args, model, tokenizer)
-    seen = collect(model, evaluation_batches(windows, args.batch_size, args.max_tokens), args.max_tokens)
+    least = 1 if args.force else MIN_TOKENS
+    if args.max_tokens < least:
+        raise InputError(f"--max_tokens {args.max_tokens}: must be at least {least:,}, or with --force at least 1")
+    batches = [half(windows, args.batch_size, args.max_tokens) for half in (calibration_batches, evaluation_batches)]
+    seen = collect(model, batches[1], args.max_tokens)
     before = figures(model, seen)
-    fitted = calibrate(model, calibration_batches(windows, args.batch_size, args.max_tokens), args.max_tokens)
-    after = figures(model, seen)
-    out = args.out or args.checkpoint
-    write(args.checkpoint, out, fitted)
-    if args.json:
-        print_json(
-            {
-                "checkpoint": args.checkpoint,
-                "out": out,
-                "step": step,
-                "data": what,
-                "calibration_tokens": fitted.tokens,
-                "tokens": len(seen.wrong_N),
-                "scale": fitted.line and fitted.line[0],
-                "shift": fitted.line and fitted.line[1],
-                "before": before,
-                "after": after,
-            }
+    fitted = calibrate(model, batches[0], args.max_tokens, min_tokens=least)
+    counts = fitted.tokens, len(seen.wrong_N)
+    if min(counts) < least:
+        raise InputError(
+            f"{what}: {counts[0]:,} tokens to fit on and {counts[1]:,} others to measure, where calibration needs "
+            f"{MIN_TOKENS:,} of each; {args.checkpoint} is unchanged: name more held-out text with --data_dir"
         )
-        return 0
-    print(f"{args.checkpoint} (step {step}) on {what}")
-    print(f"fitted on {fitted.tokens:,} tokens of its first half, measured on {len(seen.wrong_N):,} of its second")
-    print(f"{'':<32}  {'before':>8}  {'after':>8}")
-    for name, value in before.items():
-        print(f"{LABELS[name]:<32}  {_cell(value)}  {_cell(after[name])}")
-    print(f"written to {out}")
+    after = figures(model, seen)
+    faults = worse(before, after)
+    out = args.out or args.checkpoint
+    written = args.force or not faults
+    if written:
+        write(args.checkpoint, out, fitted, step)
+    report = {
+        "checkpoint": args.checkpoint,
+        "out": out,
+        "written": written,
+        "step": step,
+        "data": what,
+        "calibration_tokens": counts[0],
+        "tokens": counts[1],
+        "scale": fitted.line and fitted.line[0],
+        "shift": fitted.line and fitted.line[1],
+        "before": before,
+        "after": after,
+    }
+    if args.json:
+        print_json(report)
+    else:
+        print(*lines(report), sep="\n", flush=True)
+    if not written:
+        raise InputError(
+            f"{', '.join(faults)}: worse on text that was not fitted, so nothing is written; name more or other text "
+            "with --data_dir, or write it all the same with --force"
+        )
     return 0
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """Return the report for people."""
+    before, after = report["before"], report["after"]
+    return [
+        f"{report['checkpoint']} (step {report['step']}) on {report['data']}",
+        f"fitted on {report['calibration_tokens']:,} tokens of its first half, measured on {report['tokens']:,} others "
+        "of its second",
+        f"{'':<32}  {'before':>8}  {'after':>8}",
+        *(f"{LABELS[name]:<32}  {_cell(value)}  {_cell(after[name])}" for name, value in before.items()),
+        *legend(*(name for name in MEASURED if name in before)),
+        *([f"written to {report['out']}"] if report["written"] else []),
+    ]
 
 
 def figures(model: "Lepton", seen: "Outcomes") -> dict[str, float | None]:
@@ -80,20 +123,40 @@ def figures(model: "Lepton", seen: "Outcomes") -> dict[str, float | None]:
     table: dict[str, float | None] = {}
     if model.uncertainty is not None:
         scores = reliability(model, seen).to_dict()["scores"]["uncertainty"]
-        table |= {name: scores[name] for name in ("ece", "brier", "auroc")}
+        table |= {name: scores[name] for name in MEASURED}
     if model.router is not None and seen.benefit_N is not None:
         deep_N = seen.benefit_N > model.router.threshold(0.5).item()
         table["deep_at_half"] = deep_N.to(torch.float64).mean().item()
     return table
 
 
-def write(source: str, out: str, fitted: "Calibration") -> None:
-    """Write the checkpoint `source` with what was fitted, at its own precision, to `out`; all else in it stays."""
+def worse(before: dict[str, float | None], after: dict[str, float | None]) -> list[str]:
+    """Return what is worse `after`, a few words each."""
+    cost: dict[str, Callable[[float], float]] = {
+        "auroc": lambda value: -value,
+        "deep_at_half": lambda value: abs(value - 0.5),
+    }
+    found = []
+    for name, old in before.items():
+        new, of = after[name], cost.get(name, float)
+        if old is not None and new is not None and of(new) > of(old) + TOLERANCE[name]:
+            found.append(f"{LABELS[name]} {old:.4f} -> {new:.4f}")
+    return found
+
+
+def write(source: str, out: str, fitted: "Calibration", step: int) -> None:
+    """Write the checkpoint `source` with what was fitted, at its own precision, to `out`; all else in it stays.
+
+    Raises:
+        InputError: `source` is no longer that of `step`, such as best.pt of a run that goes on, or cannot be written.
+    """
     import torch
 
     from lepton import checkpoint
 
     content: dict[str, Any] = checkpoint.load(source)
+    if content["step"] != step:
+        raise InputError(f"{source} was replaced while it was calibrated (step {step} -> {content['step']}): try again")
     values = {"uncertainty.calibration": fitted.line, "router.quantiles": fitted.quantiles}
     for name, value in values.items():
         if value is not None:

@@ -1,15 +1,19 @@
 """`python -m lepton eval`: how well a checkpoint predicts text that it was not trained on, and how far it knows it."""
 
 import argparse
-import math
+import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lepton.cli import figures
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.heldout import add_data_set, check_positive, open_data_set
+from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
 from lepton.cli.loading import add_loading, load
+from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +23,12 @@ if TYPE_CHECKING:
 
 SIDE_TOKENS = 1 << 16
 """Tokens on which uncertainty and ablations are measured unless `--max_tokens` is given."""
+PROBE_TOKENS = 256
+"""Tokens whose time says how long the rest will take."""
+BYTES_A_TOKEN = 4
+"""Of text, for that estimate."""
+MAX_PROMPTS = 1024
+"""Most prompts of `--speculation`: all run side by side."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,22 +45,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens",
         type=int,
         metavar="N",
-        help=f"stop after about so many tokens (default: all; {SIDE_TOKENS} for uncertainty and --ablate)",
+        help="measure about so many tokens, whole rows of a data set, spread evenly (default: all; for uncertainty and "
+        f"--ablate {SIDE_TOKENS})",
     )
     parser.add_argument("--depth", type=float, metavar="X", help="share of the tokens past the stem (default: all)")
     parser.add_argument("--think", type=int, metavar="N", help="rounds of thinking (default: the model's own)")
     parser.add_argument("--ablate", action="store_true", help="also measure with each idea switched off")
     parser.add_argument(
-        "--speculation", type=int, metavar="N", help="also measure tokens a cycle on the beginnings of N rows"
+        "--speculation",
+        type=int,
+        metavar="N",
+        help="also measure how many tokens a pass of the model gives, on the beginnings of N rows",
     )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print nats a token, bits a byte, mean depth, how reliable the uncertainty is, and what else was asked for."""
+    """Print nats a token, bits a byte, mean depth, how reliable the uncertainty is, and what else was asked for.
+
+    Each part is printed as soon as it is known; with `--json` that goes to stderr.
+    """
+    share_the_cores()
     from lepton.evals.heldout import evaluate
 
-    check_positive(args, "max_tokens", "batch_size", "speculation")
+    check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS, speculation=MAX_PROMPTS)
     if args.text and args.data_dir:
         raise InputError(f"--text {args.text[0]} and --data_dir {args.data_dir}: give one of them")
     # Files that are missing are said before the model is loaded.
@@ -58,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, step = load(args)
     source = open_files(tokenizer) if open_files else _data_set(args, model, tokenizer)
     knobs = {"depth": args.depth, "think": args.think}
+    say = partial(print, sep="\n", file=sys.stderr if args.json else sys.stdout, flush=True)
     start = time.perf_counter()
+    _estimate(args, model, source, knobs)
     result = evaluate(model, source.batches(args.max_tokens), tokenizer, carry=source.carry, **knobs)
     report = {
         "checkpoint": args.checkpoint,
@@ -70,17 +90,20 @@ def run(args: argparse.Namespace) -> int:
         "bits_per_byte": result.bits_per_byte if result.bytes else None,
         "mean_depth": result.mean_depth,
         "layers": model.config.layers,
-        "uncertainty": _uncertainty(args, model, source, knobs),
     }
+    say(*figures.prediction(report, time.perf_counter() - start))
+    report["uncertainty"] = _uncertainty(args, model, source, knobs)
+    say(*figures.uncertainty(report["uncertainty"]))
     if args.ablate:
-        report["ablation"] = _ablation(args, model, tokenizer, source, knobs)
+        # With a limit the loss above is of the very same tokens.
+        everything = result.nats_per_token if args.max_tokens else None
+        report["ablation"] = _ablation(args, model, tokenizer, source, knobs, everything, say)
     if args.speculation:
         report["speculation"] = _speculation(args, model, source, knobs)
+        say(*figures.speculation(report["speculation"]))
     report["seconds"] = round(time.perf_counter() - start, 3)
     if args.json:
         print_json(report)
-    else:
-        print("\n".join(_lines(report)))
     return 0
 
 
@@ -89,6 +112,8 @@ class Source:
     """Held-out text, as the measurements read it: each function takes a number of tokens."""
 
     what: str
+    tokens: "Callable[[int | None], int]"
+    """About how many tokens `batches` gives."""
     carry: bool
     """Whether batches go on where the ones before ended, as those of text files do."""
     batches: "Callable[[int | None], Iterable[Batch]]"
@@ -107,13 +132,18 @@ def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
     from lepton.evals.heldout import document_batches
 
     corpus = Corpus(args.text)
+    if not corpus.size:
+        raise InputError(f"--text {' '.join(args.text)}: there is no text in it; name a file that holds some")
     what = f"{len(corpus.files)} file{'s' if len(corpus.files) != 1 else ''}"
 
     def source(tokenizer: "Tokenizer") -> Source:
         def batches(tokens: int | None) -> "Iterable[Batch]":
             return document_batches(corpus.pieces(), tokenizer, tokens)
 
-        return Source(what, True, batches, batches, None, lambda rows: batches(None))
+        def tokens(limit: int | None) -> int:
+            return min(corpus.size // BYTES_A_TOKEN + 1, limit or MAX_TOKENS)
+
+        return Source(what, tokens, True, batches, batches, None, lambda rows: batches(None))
 
     return source
 
@@ -123,33 +153,69 @@ def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer")
 
     what, rows, halves = open_data_set(args, model, tokenizer, args.split)
 
-    def batches(tokens: int | None) -> "Iterable[Batch]":
-        limit = None if tokens is None else math.ceil(tokens / (args.batch_size * rows.seq_len))
-        return rows.batches(args.batch_size, limit)
-
     return Source(
         what,
+        lambda tokens: min(rows.tokens, max(tokens or rows.tokens, rows.seq_len)),
         False,
-        batches,
+        lambda tokens: spread(rows, args.batch_size, tokens),
         lambda tokens: evaluation_batches(halves, args.batch_size, tokens),
-        lambda tokens: calibration_batches(halves, args.batch_size, tokens),
+        # A single window is measured, and leaves nothing to fit on.
+        (lambda tokens: calibration_batches(halves, args.batch_size, tokens)) if halves.windows > 1 else None,
         lambda count: evaluation_batches(halves, 1, count * halves.seq_len),
     )
 
 
+def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> None:
+    """Say on stderr about how long it will take, from the rate on a few tokens."""
+    from lepton.data.shards import Batch
+    from lepton.evals.ablation import ideas
+    from lepton.evals.calibration import TEMPERATURE_TOKENS
+    from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
+    from lepton.train.calibration import walk
+    from lepton.train.metrics import duration
+
+    side = source.tokens(args.max_tokens or SIDE_TOKENS)
+    planned = source.tokens(args.max_tokens) + side
+    planned += min(TEMPERATURE_TOKENS, side) if source.fitted else 0
+    planned += side * len(ideas(model)) if args.ablate else 0
+    planned += len(TEMPERATURES) * (args.speculation or 0) * (PROMPT_TOKENS + NEW_TOKENS)
+    seconds = found = 0.0
+    for tokens, lengths in itertools.islice(source.batches(PROBE_TOKENS), 1):
+        probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
+        for _ in range(2):  # the first pass of a process is slower
+            start = time.perf_counter()
+            found = sum(len(part.target_M) for part in walk(model, [probe], **knobs))
+            seconds = time.perf_counter() - start
+    if found:
+        rate = found / max(seconds, 1e-9)
+        print(
+            f"about {duration(planned / rate)}: {planned:,} tokens in all, at {rate:,.0f} tokens/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _uncertainty(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
     from lepton.evals.calibration import TEMPERATURE_TOKENS, fit_temperature, measure_uncertainty
+    from lepton.train.calibration import MIN_TOKENS
 
     tokens = args.max_tokens or SIDE_TOKENS
     temperature = None
     if source.fitted is not None:
-        temperature = fit_temperature(model, source.fitted(TEMPERATURE_TOKENS), **knobs)
+        count = min(TEMPERATURE_TOKENS, max(tokens, MIN_TOKENS))
+        temperature = fit_temperature(model, source.fitted(count), count, **knobs)
     batches = source.measured(tokens)
     return measure_uncertainty(model, batches, tokens, temperature=temperature, carry=source.carry, **knobs).to_dict()
 
 
 def _ablation(
-    args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer", source: Source, knobs: dict[str, Any]
+    args: argparse.Namespace,
+    model: "Lepton",
+    tokenizer: "Tokenizer",
+    source: Source,
+    knobs: dict[str, Any],
+    everything: float | None,
+    say: Callable[..., None],
 ) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
@@ -160,7 +226,12 @@ def _ablation(
         batches = source.batches(args.max_tokens or SIDE_TOKENS)
         return evaluate(model, batches, tokenizer, carry=source.carry, **options).nats_per_token
 
-    return [asdict(row) for row in ablate(model, nats_per_token, **knobs)]
+    say("", figures.row("switched off", ["nats", "change"]))
+    rows = []
+    for found in ablate(model, nats_per_token, everything=everything, **knobs):
+        say(figures.ablated(found.off, found.nats_per_token, found.change))
+        rows.append(asdict(found))
+    return rows
 
 
 def _speculation(
@@ -172,40 +243,3 @@ def _speculation(
     found = measure_speculation(model, prompts, **knobs)
     shared = {"prompts": len(prompts), "prompt_tokens": PROMPT_TOKENS}
     return [{"temperature": temperature, **shared, **stats.to_dict()} for temperature, stats in found.items()]
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    """Return the report for people."""
-    bits = report["bits_per_byte"]
-    lines = [
-        f"{report['checkpoint']} (step {report['step']}) on {report['data']}",
-        f"nats per token  {report['nats_per_token']:.4f}",
-        f"bits per byte   {'-' if bits is None else f'{bits:.4f}'}",
-        f"mean depth      {report['mean_depth']:.2f} of {report['layers']} blocks",
-        f"tokens          {report['tokens']:,} ({report['bytes']:,} bytes, {report['seconds']:.1f} s)",
-    ]
-    doubt = report["uncertainty"]
-    names = {"ece": "ECE", "brier": "Brier", "auroc": "AUROC", "risk_coverage": "risk-coverage"}
-    lines += ["", f"chance that the greedy token is wrong ({doubt['wrong']:.1%} are), on {doubt['tokens']:,} tokens"]
-    lines += [_row("", list(names.values()))]
-    for source, scores in doubt["scores"].items():
-        cells = ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in names]
-        lines.append(_row(source, cells))
-    if doubt["temperature"] is not None:
-        lines.append(f"(scaled at temperature {doubt['temperature']:.3f}, fitted on the other half of the split)")
-    if "ablation" in report:
-        lines += ["", _row("switched off", ["nats", "change"])]
-        lines += [
-            _row(row["off"], [f"{row['nats_per_token']:.4f}", f"{row['change']:+.4f}"]) for row in report["ablation"]
-        ]
-    if "speculation" in report:
-        lines += ["", _row("speculation", ["tokens/cycle", "calls"]) + "  acceptance of each draft"]
-        for row in report["speculation"]:
-            shares = " ".join(f"{share:.2f}" for share in row["acceptance"])
-            cells = [f"{row['tokens_a_cycle']:.2f}", str(row["forward_calls"])]
-            lines.append(_row(f"temperature {row['temperature']:g}", cells) + f"  {shares}")
-    return lines
-
-
-def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells)

@@ -3,14 +3,20 @@
 import argparse
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
-    from lepton.data.shards import ShardedDataset
+    from lepton.data.shards import Batch, ShardedDataset
     from lepton.data.tokenizer import Tokenizer
     from lepton.model import Lepton
+
+MAX_ROWS = 4096
+"""Most rows at once: far more than any device needs to be busy, and less memory than a machine has."""
+MAX_TOKENS = 1 << 40
+"""Most tokens that can be asked for."""
 
 
 def add_data_set(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +27,21 @@ def add_data_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)")
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError for a flag of `names` that is given and below 1."""
-    for name in names:
+def check_counts(args: argparse.Namespace, **most: int) -> None:
+    """Raise InputError for a flag that is given and does not lie in 1..`most`."""
+    for name, limit in most.items():
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: must be at least 1")
+        if value is not None and not 1 <= value <= limit:
+            raise InputError(f"--{name} {value}: must lie in 1..{limit}")
+
+
+def spread(data: "ShardedDataset", batch_size: int, max_tokens: int | None) -> "Iterator[Batch]":
+    """Yield all windows of a split, or as many as come nearest to `max_tokens` targets, spread evenly over it."""
+    if max_tokens is None:
+        return data.batches(batch_size)
+    windows = min(max(1, (max_tokens + data.seq_len // 2) // data.seq_len), data.windows)
+    count = -(-windows // batch_size)
+    return data.batches(-(-windows // count), count)
 
 
 def open_data_set(

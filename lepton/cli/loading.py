@@ -35,9 +35,11 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     from lepton import checkpoint
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
     from lepton.model import Lepton
-    from lepton.train.hardware import pick_device, pick_dtype
+    from lepton.train.hardware import keep_freed_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # else the logits of every slice are fresh pages, which doubles their time
     content = checkpoint.load(args.checkpoint)
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(Path(args.tokenizer))

@@ -2,20 +2,17 @@
 
 import argparse
 import ast
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.main import complain, run_command
+from lepton.cli.threads import share_the_cores
 from lepton.presets import SIZES
 
 if TYPE_CHECKING:
     from lepton.train.settings import TrainSettings
-
-SPINS = "2000"
-"""How often a CPU thread of GNU's OpenMP looks for work before it sleeps."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; being asked to stop (see `lepton.train.signals`) saves what was reached and gives 128 + the signal."""
-    # Read when torch is imported. By default CPU threads spin for long while they wait for each other, and training
-    # gets several times slower as soon as another program wants one of the cores; where they sleep at once, waking
-    # them takes a third of a step. So they spin for a moment (docs/log.md, 2026-11-22).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    share_the_cores()
     from lepton.train import train
     from lepton.train.signals import Interrupted
 

@@ -80,18 +80,21 @@ def without(model: Lepton, idea: str) -> Iterator[dict[str, Any]]:
         yield {"depth": DEPTHS[idea]}
 
 
-def ablate(model: Lepton, nats_per_token: Callable[..., float], **options: Any) -> list[Ablated]:
-    """Measure `model` with everything on, and then with one idea off at a time.
+def ablate(
+    model: Lepton, nats_per_token: Callable[..., float], *, everything: float | None = None, **options: Any
+) -> Iterator[Ablated]:
+    """Measure `model` with everything on, and then with one idea off at a time; yields each row once it is known.
 
     `nats_per_token(**options)` measures it; `options` (`depth`, `think`) hold where a switch does not decide them.
+    `everything` is what it gives with everything on, where that is known already.
     """
-    everything = nats_per_token(**options)
-    table = [Ablated("nothing", everything, 0.0)]
+    if everything is None:
+        everything = nats_per_token(**options)
+    yield Ablated("nothing", everything, 0.0)
     for idea in ideas(model):
         with without(model, idea) as switch:
             nats = nats_per_token(**options | switch)
-        table.append(Ablated(idea, nats, nats - everything))
-    return table
+        yield Ablated(idea, nats, nats - everything)
 
 
 @contextmanager

@@ -31,6 +31,17 @@ def finished(data, tmp_path_factory):
     return out, text
 
 
+def test_enough_held_out_text_calibrates(finished, tmp_path):
+    data = write_data(tmp_path / "data")
+    (data / "val").mkdir()
+    (data / "shard_00001.npy").rename(data / "val" / "shard_00000.npy")
+    small_run(data, tmp_path / "out", max_steps=1)
+    state = torch.load(tmp_path / "out" / "final.pt")["model"]
+    assert state["uncertainty.calibration"].tolist() != [1, 0]
+    initial = torch.load(finished[0] / "final.pt")["model"]  # of too little text
+    assert not torch.equal(state["router.quantiles"], initial["router.quantiles"])
+
+
 def test_a_run_leaves_its_files(finished):
     out, _ = finished
     assert files_of(out) == ["best.pt", "final.pt", "metrics.jsonl", "step_4.pt", "step_8.pt"]
@@ -41,7 +52,8 @@ def test_a_run_leaves_its_files(finished):
     assert {tensor.dtype for name, tensor in final["model"].items() if name != "drafter.ids"} == {torch.float32}
     assert final["model"]["drafter.ids"].tolist() != list(range(64)), "the drafter proposes what the data holds"
     assert final["model"]["router.quantiles"].diff().min() >= 0
-    assert final["model"]["uncertainty.calibration"].tolist() != [1, 0]
+    # 64 held-out tokens are too few: fitted to them it would be worse than as it is.
+    assert final["model"]["uncertainty.calibration"].tolist() == [1, 0]
 
 
 def test_the_metrics_tell_each_step_and_validation_once(finished):
