@@ -81,6 +81,7 @@ def with_memory(model: "Lepton", state: State, given: Memory | str | Path, *, an
     if memory.store is not None and model.crystals is not None:
         memory.store = memory.store.carried(model.crystals.window)
     memory.tail_BXC = state.memory.tail_BXC
+    memory.origin = state.memory.origin
     return dataclasses.replace(state, memory=memory)
 
 
