@@ -1,10 +1,7 @@
 import errno
 import json
-<<<<<<< HEAD
-import shutil
-=======
 import os
->>>>>>> checkpoint
+import shutil
 import signal
 from pathlib import Path
 
