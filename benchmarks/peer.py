@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model.factory import WIDTH_STEP, count_params, size_config
-from lepton.model.timeline import band_edges
+from lepton.ops.query_blocks import computed_pairs
 from lepton.train import hardware
 
 VARIANTS = {
@@ -109,7 +109,7 @@ class PeerTraining:
     def flops_per_token(self, length: int) -> float:
         """Of forward and backward pass, counted as `training_flops_per_token` counts a dense model."""
         matrices = sum(parameter.numel() for parameter in self.parameters if parameter.ndim == 2)
-        pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, None))
+        pairs = computed_pairs(length, None)
         heads = self.shape["num_hidden_layers"] * self.shape["num_attention_heads"] * self.shape["head_dim"]
         return 3 * 2 * (matrices + 2 * heads * pairs / length)
 

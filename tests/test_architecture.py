@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "requirements": set(),
+    "ops": {"errors"},
     "files": {"errors"},
     "config": {"errors"},
     "presets": {"errors", "config"},
@@ -21,12 +22,13 @@ ALLOWED = {
     "tensors": {"errors", "files"},
     "checkpoint": {"errors", "files", "archive", "tensors"},
     "data": {"errors", "files", "config"},
-    "model": {"errors", "files", "tensors", "config", "presets", "checkpoint"},
+    "model": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint"},
     "generate": {"errors", "config", "model"},
-    "train": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate"},
+    "train": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate"},
     "evals": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
     "cli": {
         "errors",
+        "ops",
         "requirements",
         "files",
         "tensors",
@@ -43,7 +45,7 @@ ALLOWED = {
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
 LAZY_EXCEPTIONS = {("model", "generate"), ("model", "data")}
 # Comes with PyTorch's builds for GPUs; the files of this folder need it, and are imported only where it is there.
-OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "model" / "kernels"
+OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "ops" / "triton"
 FILES = sorted((ROOT / "lepton").rglob("*.py"))
 
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lepton.model.block import Block
-from lepton.model.memory import CHUNK
-from lepton.model.timeline import band_edges
+from lepton.ops.delta_rule import CHUNK
+from lepton.ops.query_blocks import computed_pairs
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -17,7 +17,7 @@ def flops_per_token(
 ) -> float:
     """Floating-point operations of `forward` per token, over a fresh sequence of `length` tokens of one document.
 
-    A multiply-add counts as two; only matrix products are counted. Attention counts every column that is computed,
+    A multiply-add counts as two; only matrix products are counted. Attention counts every kv entry that is computed,
     masked or not, as torch's FLOP counter does with the math backend (triangular solves count nothing there, and so
     nothing here). `depth` is the share of tokens that go past the stem, `groups` the number of segments that there is
     room for, by default those that open. `lepton.train.flops` counts a training step.
@@ -25,7 +25,7 @@ def flops_per_token(
     config = model.config
     depth = 1.0 if depth is None else depth
     think = (config.rounds if model.thoughts is not None else 0) if think is None else think
-    pairs = sum((last - first) * (right - left) for first, last, left, right in band_edges(length, 0, config.window))
+    pairs = computed_pairs(length, config.window)
     groups = -(-length // config.segment) if groups is None else groups
     crystals = (groups + 1) * config.crystals if model.crystals is not None else 0
     slots = crystals + (groups + 1) * (config.thoughts if model.thoughts is not None else 0)

@@ -1,47 +1,14 @@
-"""Attention: QK-normed, grouped-query, rotary on half of each head, over a sliding window and extra slot columns."""
+"""The attention layer: QK-normed, grouped-query, rotary on half of each head, over a sliding window and slots."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.ranges import Ranges, attend_in_ranges
-from lepton.model.route import Route
-from lepton.model.timeline import Band, Timeline
-
-NORM_EPS = 1e-6
-PRODUCT_COLUMNS = 1024
-"""Up to so many columns a CPU keeps the scores of all pairs, twice as fast in training as its fused attention;
-beyond, they would take more memory than all else."""
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm without gains, over the last dimension (Zhang and Sennrich, 2019)."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
-class Linear(nn.Linear):
-    """A matrix without bias that computes in its input's dtype; the parameter keeps its own."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def products(x: Tensor, *linears: Linear) -> Sequence[Tensor]:
-    """What some matrices make of the same states.
-
-    Where gradients are wanted it is one product: that for `x` need not be written for each of them and added up.
-    """
-    if not torch.is_grad_enabled():
-        return [linear(x) for linear in linears]
-    matrix = torch.cat([linear.weight for linear in linears]).to(x.dtype)
-    return F.linear(x, matrix).split([linear.out_features for linear in linears], -1)
+from lepton.model.layers import Linear, norm, products
+from lepton.ops.attention import attend
+from lepton.ops.attention_plan import AttentionPlan
 
 
 @dataclass(frozen=True)
@@ -72,18 +39,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Slots:
-    """Columns that are no tokens (crystals, thoughts): every query may see some of them beside its window."""
+    """Slots (crystals, thoughts): kv entries that are no tokens, of which a query may see some beside its window."""
 
     states_BCD: Tensor
-    """What keys and values are made of, normed."""
+    """The states that keys and values are projected from, normed."""
     mask_BTC: Tensor
-    """Which token sees which column."""
+    """Which token sees which slot."""
     bias_BC: Tensor
-    """Added to the attention scores of a column."""
+    """Added to the attention scores of a slot."""
 
     @staticmethod
     def join(*given: "Slots | None") -> "Slots | None":
-        """Return the columns of all that is given side by side."""
+        """Return all slots that are given, side by side."""
         parts = [part for part in given if part is not None]
         if not parts:
             return None
@@ -94,73 +61,10 @@ class Slots:
         )
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What the tokens of a chunk see: of the token columns those of their band, and then all slots."""
-
-    queries: list[slice]
-    """The tokens of each band."""
-    columns: list[slice]
-    """Its columns, of those of past and chunk."""
-    unseen: list[Tensor | Ranges]
-    """For each band [B, T of the band, its columns and then C]: what `attend` takes."""
-    slots: Slots | None
-
-    @staticmethod
-    def of(bands: list[Band], slots: Slots | None, dtype: torch.dtype) -> "Sight":
-        """Lay out what all blocks that see the same share."""
-        masks = [band.mask_BTJ for band in bands]
-        if slots is not None:
-            masks = [torch.cat([band.mask_BTJ, slots.mask_BTC[:, band.queries]], 2) for band in bands]
-        queries, columns = [band.queries for band in bands], [band.columns for band in bands]
-        return Sight(queries, columns, [unseen(mask, dtype) for mask in masks], slots)
-
-    @staticmethod
-    def whole(timeline: Timeline, window: int | None, slots: Slots | None) -> "Sight":
-        """Lay out the same for a chunk without a past, in one band, for a device that attends in ranges."""
-        ranges = Ranges.of(timeline, window, slots.mask_BTC if slots else None)
-        return Sight([slice(None)], [slice(None)], [ranges], slots)
-
-
-def unseen(mask_BTJ: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where `mask_BTJ` is true, elsewhere so little that no share is left."""
-    columns = mask_BTJ.shape[2]
-    # The kernels of GPUs want rows that begin at whole multiples of 16 bytes, and would copy each time what has none.
-    added_BTX = torch.zeros(*mask_BTJ.shape[:2], -(-columns // 8) * 8, dtype=dtype, device=mask_BTJ.device)
-    return added_BTX[..., :columns].masked_fill_(~mask_BTJ, torch.finfo(dtype).min)
-
-
-def attend(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor | Ranges) -> Tensor:
-    """Softmax attention [B, T, N, H], `unseen_BTJ` added to scores. Each key/value head serves N / K query heads."""
-    if isinstance(unseen_BTJ, Ranges):
-        return attend_in_ranges(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
-    if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_COLUMNS:
-        return attend_by_products(q_BTNH, k_BJKH, v_BJKH, unseen_BTJ)
-    group = q_BTNH.shape[2] // k_BJKH.shape[2]
-    k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
-    v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
-    answer_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=unseen_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
-    )
-    return answer_BNTH.transpose(1, 2)
-
-
-def attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, unseen_BTJ: Tensor) -> Tensor:
-    """`attend` with the scores of all pairs in memory, in q's dtype; a softmax computes in fp32 or better."""
-    rows, length, heads, width = q_BTNH.shape
-    kv_heads = k_BJKH.shape[2]
-    # The query heads that share a key/value head stand below each other: one product for all of them.
-    q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
-    scores_BKGTJ = torch.add(unseen_BTJ[:, None, None], scores_BKGTJ, alpha=width**-0.5)
-    answer_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
-    return answer_BKXH.view(rows, heads, length, width).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Projections of one attention layer. Its past is an argument.
 
-    But in the dense baseline the last coordinate of each head carries the bias of slot columns: a constant in queries,
+    But in the dense baseline the last coordinate of each head carries the bias of slots: a constant in queries,
     the bias in slots' keys, zero in tokens' keys. So it is part of the product of queries and keys, every attention
     kernel takes it, and its gradient needs no mask of its own.
     """
@@ -181,7 +85,7 @@ class Attention(nn.Module):
     def key_value(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values [..., K, H] of normed states [..., D].
 
-        Without a rotary the columns are slots: their keys are normed like a token's and then zero in the rotary half,
+        Without a rotary they are those of slots: keys are normed like a token's and then zero in the rotary half,
         so that they match the same at every position and nothing extrapolates. `bias` [...] is added to their scores.
         """
         k, v = products(x, self.k, self.v)
@@ -209,28 +113,17 @@ class Attention(nn.Module):
     def _as_value(self, v: Tensor) -> Tensor:
         return v.unflatten(-1, (self.kv_heads, self.head_dim))
 
-    def forward(self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sight: Sight, route: Route | None) -> Tensor:
-        """Answer the queries of all tokens [B, T, N, H], or of the routed ones [M, N, H]; returns [..., D].
+    def forward(
+        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, plan: AttentionPlan, slots: Slots | None = None
+    ) -> Tensor:
+        """Return what attention adds to the residual stream, [B, T, D] or of chosen tokens [M, D].
 
-        `k_BJKH` and `v_BJKH` are those of past and chunk.
+        `q` are the queries [..., N, H] that the plan computes, `k_BJKH` and `v_BJKH` are those of past and chunk.
         """
-        if route is not None and not any(pick.any for pick in route.picks):
-            return self.out(q.flatten(-2))
-        if sight.slots is not None:
-            slot_k, slot_v = self.key_value(sight.slots.states_BCD, None, sight.slots.bias_BC)
-        answers = []
-        for index, unseen_BTX in enumerate(sight.unseen):
-            k, v = k_BJKH[:, sight.columns[index]], v_BJKH[:, sight.columns[index]]
-            if sight.slots is not None:
-                k, v = torch.cat([k, slot_k], 1), torch.cat([v, slot_v], 1)
-            if route is None:
-                answers.append(attend(q[:, sight.queries[index]], k, v, unseen_BTX))
-            elif route.picks[index].any:
-                assert isinstance(unseen_BTX, Tensor)
-                pick = route.picks[index]
-                unseen_RQX = unseen_BTX[pick.rows_R[:, None], pick.query_RQ]
-                answers.append(pick.unpad(attend(pick.pad(q), k[pick.rows_R], v[pick.rows_R], unseen_RQX)))
-        return self.out(torch.cat(answers, 1 if route is None else 0).flatten(-2))
+        if slots is None or not len(q):  # where no token is chosen, slots need no keys
+            return self.out(attend(q, k_BJKH, v_BJKH, plan).flatten(-2))
+        keys_values = self.key_value(slots.states_BCD, None, slots.bias_BC)
+        return self.out(attend(q, k_BJKH, v_BJKH, plan, keys_values).flatten(-2))
 
 
 def _ending_in(x: Tensor, last: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Attention, Linear, Rotary, Sight, norm
-from lepton.model.route import Route
+from lepton.model.attention import Attention, Rotary, Slots
+from lepton.model.layers import Linear, norm
+from lepton.ops.attention_plan import AttentionPlan
 
 
 class SquaredReLU(torch.autograd.Function):
-    """``relu(x) ** 2``, which keeps its result alone for the backward pass: its slope is twice the root of that.
+    """``relu(x) ** 2``, which keeps its result alone for the backward pass: its gradient is twice the root of that.
 
     The product that follows keeps the same. With `x` as well an MLP would keep nearly twice as much. Nothing is done in
     place: where that is, PyTorch 2.11's compiler loses the gradient.
@@ -56,31 +57,20 @@ class Block(nn.Module):
         x_BTD: Tensor,
         past: tuple[Tensor, Tensor],
         rotary: Rotary,
-        sight: Sight,
-        route: Route | None = None,
+        plan: AttentionPlan,
+        slots: Slots | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the new residual stream, and the chunk's keys and values [B, T, K, H].
 
-        With a `route` only the tokens on it are computed; the others keep their state, and serve keys and values
-        made of it.
+        Only the tokens that the plan chooses are computed; the others keep their state, and serve keys and values made
+        of it.
         """
         normed_BTD = norm(x_BTD)
-        if route is None:
-            q_BTNH, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
-            x_BTD = self._rest(x_BTD, self.attention(q_BTNH, *_after(past, k_BTKH, v_BTKH), sight, None))
+        if plan.index_M is None:
+            q, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
         else:
             k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
-            here = Rotary(route.take(rotary.cos), route.take(rotary.sin))
-            q_MNH = self.attention.query(route.take(normed_BTD), here)
-            answer_MD = self.attention(q_MNH, *_after(past, k_BTKH, v_BTKH), sight, route)
-            x_BTD = route.put(x_BTD, self._rest(route.take(x_BTD), answer_MD))
-        return x_BTD, k_BTKH, v_BTKH
-
-    def _rest(self, x: Tensor, answer: Tensor) -> Tensor:
-        x = x + answer
-        return x + self.mlp(norm(x))
-
-
-def _after(past: tuple[Tensor, Tensor], k_BTKH: Tensor, v_BTKH: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of past and chunk."""
-    return torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
+            q = self.attention.query(plan.take(normed_BTD), Rotary(plan.take(rotary.cos), plan.take(rotary.sin)))
+        k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
+        x = plan.take(x_BTD) + self.attention(q, k_BJKH, v_BJKH, plan, slots)
+        return plan.put(x_BTD, x + self.mlp(norm(x))), k_BTKH, v_BTKH

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Slots, norm
+from lepton.model.attention import Slots
+from lepton.model.layers import norm
 from lepton.model.timeline import Timeline
 
 # Steps of a score: a discrete choice may only depend on differences well above rounding.

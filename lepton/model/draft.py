@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, norm
-from lepton.model.loss import IGNORE, linear_cross_entropy
+from lepton.model.layers import Linear, norm
+from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 # Weight of each drafted token's loss against the one before it.
 FADE = 0.8

@@ -13,28 +13,27 @@ from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.errors import naming
 from lepton.model.accounting import flops_per_token
-from lepton.model.attention import Linear, Rotary, Sight, Slots, norm
+from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import whole
 from lepton.model.crystals import CrystalRun, Crystals
-from lepton.model.delta_rule import has_kernels
 from lepton.model.draft import Drafter
 from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.initialise import initialise
-from lepton.model.loss import Loss, soft_cap
+from lepton.model.layers import Linear, norm
 from lepton.model.memory import MemoryRun, WorkingMemory
-from lepton.model.objective import objective
+from lepton.model.objective import Loss, objective
 from lepton.model.output import Output, Traces
 from lepton.model.peek import Peek
-from lepton.model.ranges import has_kernel
-from lepton.model.route import Route
 from lepton.model.router import Router, taken_after
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State, advance
 from lepton.model.thoughts import ThoughtRun, Thoughts
-from lepton.model.timeline import Band, Timeline, bands
+from lepton.model.timeline import Timeline
 from lepton.model.uncertainty import Uncertainty
 from lepton.model.weights import Origin, check_weights, note_config, without_memory
+from lepton.ops.attention_plan import AttentionPlan, CausalWindow
+from lepton.ops.cross_entropy import soft_cap
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
@@ -171,25 +170,30 @@ class Lepton(nn.Module):
             opens_BT=opens,
             groups=groups,
         )
-        fresh = past.keys_BLRKH.shape[2] == 0 and depth == 1
-        in_ranges = fresh and has_kernel(tokens.device, self.dtype, config.head_dim)
-        near = [] if in_ranges else bands(timeline, past.keys_BLRKH.shape[2], config.window)
+        near = CausalWindow.of(
+            timeline.position_BT,
+            past=past.keys_BLRKH.shape[2],
+            window=config.window,
+            dtype=self.dtype,
+            head_dim=config.head_dim,
+            routed=depth < 1,
+        )
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
         columns: list[tuple[Tensor, Tensor]] = []
 
         embedded_BTE = self.embed(tokens).to(self.dtype)
         h_BTD = norm(self.embed_up(embedded_BTE))
-        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, self._sight(near, None, timeline), columns)
+        h_BTD = self._blocks(self.stem, h_BTD, past, rotary, near.plan(), None, columns)
         u_BTD = norm(h_BTD)
-        thoughts = self._think(u_BTD, past, rotary, timeline, think, columns, in_ranges)
+        thoughts = self._think(u_BTD, past, rotary, timeline, near, think, columns)
         read_BTM, strength_BT, memory = self._remember(u_BTD, past, timeline)
         seen, crystals = self._crystallise(h_BTD, u_BTD, tokens, past, timeline)
         x_BTD, traces = self._peek(h_BTD, u_BTD, embedded_BTE, thoughts, read_BTM, strength_BT, timeline)
-        deep_BT, taken_BT, route = self._route(traces.benefit_BT, depth, past, near, timeline)
+        deep_BT, taken_BT = self._route(traces.benefit_BT, depth, past, timeline)
         slots = Slots.join(seen, thoughts.slots() if thoughts else None)
-        sight = self._sight(near, slots, timeline)
-        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, sight, columns, route)
-        hidden_BTD = norm(self._leave(x_BTD, deep_BT, route))
+        plan = near.plan(slots.mask_BTC if slots else None, deep_BT if depth < 1 else None)
+        x_BTD = self._blocks(self.blocks, x_BTD, past, rotary, plan, slots, columns)
+        hidden_BTD = norm(self._leave(x_BTD, deep_BT, depth))
 
         def commit(count_B: Tensor) -> State:
             position_B, taken_B = timeline.position_after(count_B), past.taken_B
@@ -330,24 +334,20 @@ class Lepton(nn.Module):
         """Past columns that a state holds: all but one of a window, or `position` without one."""
         return position if self.config.window is None else self.config.window - 1
 
-    def _sight(self, near: list[Band], slots: Slots | None, timeline: Timeline) -> Sight:
-        """What blocks see: the window and, behind the stem, the columns beside it (crystals, the current thoughts)."""
-        return Sight.of(near, slots, self.dtype) if near else Sight.whole(timeline, self.config.window, slots)
-
     def _blocks(
         self,
         blocks: nn.ModuleList,
         x_BTD: Tensor,
         past: State,
         rotary: Rotary,
-        sight: Sight,
+        plan: AttentionPlan,
+        slots: Slots | None,
         columns: list[tuple[Tensor, Tensor]],
-        route: Route | None = None,
     ) -> Tensor:
         """Run some blocks; their keys and values join `columns`, in the order in which the state keeps them."""
         for block in blocks:
             before = (past.keys_BLRKH[:, len(columns)], past.values_BLRKH[:, len(columns)])
-            arguments = (x_BTD, before, rotary, sight, route)
+            arguments = (x_BTD, before, rotary, plan, slots)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
                 x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -362,9 +362,9 @@ class Lepton(nn.Module):
         past: State,
         rotary: Rotary,
         timeline: Timeline,
+        near: CausalWindow,
         rounds: int | Tensor,
         columns: list[tuple[Tensor, Tensor]],
-        in_ranges: bool,
     ) -> ThoughtRun | None:
         if self.thoughts is None:
             return None
@@ -373,15 +373,14 @@ class Lepton(nn.Module):
         k_BJKH = torch.cat([past.keys_BLRKH[:, len(columns)], k_BTKH], 1)
         v_BJKH = torch.cat([past.values_BLRKH[:, len(columns)], v_BTKH], 1)
         columns.append((k_BTKH, v_BTKH))
-        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, rounds, in_ranges)
+        return self.thoughts(u_BTD, k_BJKH, v_BJKH, past.group, rotary, timeline, near, rounds)
 
     def _remember(
         self, u_BTD: Tensor, past: State, timeline: Timeline
     ) -> tuple[Tensor | None, Tensor | None, MemoryRun | None]:
         if self.memory is None:
             return None, None, None
-        in_kernels = has_kernels(past.memory.matrix_BHKV, u_BTD.shape[1])
-        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline, in_kernels)
+        return self.memory(u_BTD, past.memory.tail_BXC, past.memory.matrix_BHKV, timeline)
 
     def _crystallise(
         self, h_BTD: Tensor, u_BTD: Tensor, tokens: Tensor, past: State, timeline: Timeline
@@ -428,17 +427,16 @@ class Lepton(nn.Module):
         return x_BTD, traces
 
     def _route(
-        self, benefit_BT: Tensor | None, depth: float, past: State, near: list[Band], timeline: Timeline
-    ) -> tuple[Tensor, Tensor | None, Route | None]:
-        """Choose the tokens that go deep; without a `Route` all of them do."""
+        self, benefit_BT: Tensor | None, depth: float, past: State, timeline: Timeline
+    ) -> tuple[Tensor, Tensor | None]:
+        """Choose the tokens that go deep; return them and the running count of each."""
         if self.router is None or benefit_BT is None:
-            return torch.ones_like(timeline.ends_BT), None, None
-        deep_BT, taken_BT = self.router.choose(benefit_BT, depth, past.taken_B, timeline)
-        return deep_BT, taken_BT, None if depth >= 1 else Route.of(deep_BT, near)
+            return torch.ones_like(timeline.ends_BT), None
+        return self.router.choose(benefit_BT, depth, past.taken_B, timeline)
 
-    def _leave(self, x_BTD: Tensor, deep_BT: Tensor, route: Route | None) -> Tensor:
+    def _leave(self, x_BTD: Tensor, deep_BT: Tensor, depth: float) -> Tensor:
         """Send the tokens that stopped after the stem through the exit."""
-        if route is None or self.router is None:
+        if depth >= 1 or self.router is None:
             return x_BTD
         index_M = (~deep_BT).flatten().nonzero()[:, 0]
         easy_MD = self.router.exit(x_BTD.flatten(0, 1)[index_M])

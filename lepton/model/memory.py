@@ -2,9 +2,8 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. `lepton/model/delta_rule.py` computes the same for
-many tokens at once; `tests/model/test_memory.py` compares it with the recurrence. All of it runs in fp32 or better,
-because the state is a sum over the whole past.
+Read after write. A document's end is a mask, never a decay of 0. `lepton/ops/delta_rule.py` computes it. All of it runs
+in fp32 or better, because the state is a sum over the whole past.
 """
 
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear
-from lepton.model.delta_rule import CHUNK, Writes, delta_rule, delta_rule_in_kernels
+from lepton.model.layers import Linear
 from lepton.model.timeline import Timeline
+from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 
 CONV = 4
 READ_EPS = 1e-2
-"""Added to the mean square of a read before it is normed: about that of a weak one. With next to nothing there, what is
-small for want of an answer would be made as large as any, its rounding and its gradient with it."""
+"""Added to the mean square of a read before it is normed: about that of a weak one. Without it the norm would bring
+reads near zero, their rounding errors and their gradients to the size of all others."""
 
 
 class WorkingMemory(nn.Module):
@@ -38,13 +37,13 @@ class WorkingMemory(nn.Module):
         self.out = Linear(self.heads * self.value_dim, config.width)
 
     def forward(
-        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline, in_kernels: bool = False
+        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline
     ) -> tuple[Tensor, Tensor, "MemoryRun"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry; `in_kernels` is what
-        `has_kernels` says of it. Returns the reads [B, T, heads x value_dim] (normed), their strength [B, T], and the
-        record from which the state after any prefix follows.
+        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
+        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix
+        follows.
         """
         raw_BTC = self.qkv(u_BTD)
         joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
@@ -70,11 +69,7 @@ class WorkingMemory(nn.Module):
             _pad_chunks(timeline.document_BT, chunk),
         )
         entry_BP = F.pad(writes.document_BPC[:, :-1, -1], (1, 0))
-        if in_kernels:
-            reads, entry_BPHKV, end_BHKV = delta_rule_in_kernels(writes, state_BHKV, entry_BP)
-        else:
-            reads, states = delta_rule(writes, state_BHKV, entry_BP)
-            entry_BPHKV, end_BHKV = torch.stack([state_BHKV, *states[:-1]], 1), states[-1]
+        reads, entry_BPHKV, end_BHKV = delta_rule(writes, state_BHKV, entry_BP)
         read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
         run = MemoryRun(writes, entry_BPHKV, end_BHKV, joined_BXC)
         strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
@@ -122,8 +117,9 @@ class MemoryRun:
             document_BPC=torch.where(written_BC, part.document_BPC[:, 0], final_B1)[:, None],
         )
         entry_B = torch.where(last_B > 0, self.writes.document_BPC[rows, (last_B - 1).clamp(min=0), -1], 0)
-        _, states = delta_rule(replay, state_BHKV, entry_B[:, None])
-        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], states[0], state_BHKV)
+        # One chunk, and only its state: there is little that kernels could save.
+        _, _, replayed_BHKV = chunked_delta_rule(replay, state_BHKV, entry_B[:, None])
+        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], replayed_BHKV, state_BHKV)
         state_BHKV = state_BHKV.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
         index_BX = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
         tail_BXC = self.joined_BXC.gather(1, index_BX[..., None].expand(-1, -1, self.joined_BXC.shape[2]))

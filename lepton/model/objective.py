@@ -4,15 +4,16 @@ Every auxiliary loss stops at the inputs of its own parameters, so none of them 
 positions that they look at are picked by a pure function of the batch.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lepton.model.attention import norm
-from lepton.model.loss import IGNORE, Loss, linear_cross_entropy
+from lepton.model.layers import norm
 from lepton.model.output import Traces
+from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 if TYPE_CHECKING:
     from lepton.model.lepton import Lepton
@@ -23,6 +24,16 @@ WEIGHTS = {"exit": 0.1, "router": 0.1, "uncertainty": 0.1, "draft": 0.1, "peek":
 OUTCOME_STRIDE = 32
 # One position in so many teaches the drafter, and one row in so many the hint, whose summary needs neighbours.
 DRAFT_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A training loss and the terms it is made of."""
+
+    loss: Tensor
+    """Scalar to differentiate: cross-entropy plus the weighted auxiliary terms."""
+    parts: dict[str, Tensor]
+    """Each term before weighting, detached; 'ce' is the mean cross-entropy in nats a token."""
 
 
 def objective(

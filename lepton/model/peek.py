@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, norm
+from lepton.model.layers import Linear, norm
 
 # A token's share in the summary, against that of the token before it.
 FADE = 0.8

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, norm
+from lepton.model.layers import Linear, norm
 from lepton.model.timeline import Timeline
 
 # Part of a window by which the count may run ahead or fall behind, since hard tokens come in bursts.

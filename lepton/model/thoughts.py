@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear, Rotary, Slots, attend, norm, unseen
+from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
-from lepton.model.ranges import Ranges
-from lepton.model.timeline import Timeline, sees
+from lepton.model.layers import Linear, norm
+from lepton.model.timeline import Timeline
+from lepton.ops.attention import attend
+from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ThoughtRun:
         )
 
     def slots(self) -> Slots:
-        """The columns that the deep blocks see: each token sees the group of its own segment."""
+        """Return the slots that the deep blocks see: each token sees the group of its own segment."""
         rows, groups, slots, _ = self.states_BGSD.shape
         group_G = torch.arange(groups, device=self.active_BG.device)
         sees_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
@@ -77,7 +79,8 @@ class Room:
     v_BJKH: Tensor
     here: Rotary
     """Of the opening tokens."""
-    unseen_BQJ: Tensor | Ranges
+    plan: AttentionPlan
+    """Of the slots' queries."""
 
     def of_rows(self, rows_R: Tensor) -> "Room":
         """Return that of some rows."""
@@ -85,9 +88,7 @@ class Room:
             value.index_select(0, rows_R)
             for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
         )
-        seen = self.unseen_BQJ
-        seen = seen.of_rows(rows_R) if isinstance(seen, Ranges) else seen.index_select(0, rows_R)
-        return Room(start, each, k, v, Rotary(cos, sin), seen)
+        return Room(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_R))
 
 
 class Thoughts(nn.Module):
@@ -95,7 +96,6 @@ class Thoughts(nn.Module):
 
     def __init__(self, config: LeptonConfig) -> None:
         super().__init__()
-        self.window = config.window
         self.start = nn.Parameter(torch.empty(config.thoughts, config.width))
         self.opening = Linear(config.width, config.width)
         self.block = Block(config, config.thought_ffn)
@@ -108,15 +108,14 @@ class Thoughts(nn.Module):
         past: Group,
         rotary: Rotary,
         timeline: Timeline,
+        near: CausalWindow,
         rounds: int | Tensor,
-        in_ranges: bool = False,
     ) -> ThoughtRun:
         """Think at every opening of the chunk.
 
         `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
-        chunk. `rounds` is one number for all, or a tensor [B] as training has it: at most `USUAL_ROUNDS`, but for
-        `late_rows` rows at most `MAX_TRAINING_ROUNDS`. `in_ranges` says that the device can attend so, and that there
-        is no past.
+        chunk, and `near` says what the chunk's tokens see. `rounds` is one number for all, or a tensor [B] as training
+        has it: at most `USUAL_ROUNDS`, but for `late_rows` rows at most `MAX_TRAINING_ROUNDS`.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -126,10 +125,9 @@ class Thoughts(nn.Module):
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
-        mask_BQJ = self._mask(opening_BG, k_BJKH.shape[1], timeline)
-        unseen_BQJ = Ranges.of_slots(mask_BQJ) if in_ranges else unseen(mask_BQJ, u_BTD.dtype)
+        plan = near.plan_of_mask(self._mask(opening_BG, near))
         each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
-        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, unseen_BQJ)
+        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
         usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
         z_BGSD, change_BG = self._think(room, range(usual), z_BGSD, change_BG)
@@ -158,12 +156,10 @@ class Thoughts(nn.Module):
             z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
         return z_BGSD, change_BG
 
-    def _mask(self, opening_BG: Tensor, columns: int, timeline: Timeline) -> Tensor:
+    def _mask(self, opening_BG: Tensor, near: CausalWindow) -> Tensor:
         """Each slot sees what its opening token sees, if there is one, and its own group: [B, G * S, J + G * S]."""
         slots = len(self.start)
-        past = columns - timeline.position_BT.shape[1]
-        column_J = torch.arange(-past, columns - past, device=opening_BG.device)
-        window_BGJ = sees(timeline, opening_BG.clamp(min=0), column_J, self.window) & (opening_BG >= 0)[..., None]
+        window_BGJ = near.seen_by(opening_BG.clamp(min=0)) & (opening_BG >= 0)[..., None]
         group_Q = torch.arange(opening_BG.shape[1], device=opening_BG.device).repeat_interleave(slots)
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
@@ -176,9 +172,8 @@ class Thoughts(nn.Module):
         place = Rotary(room.here.cos.repeat_interleave(slots, 1), room.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
         q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
-        k, v = torch.cat([room.k_BJKH, own_k], 1), torch.cat([room.v_BJKH, own_v], 1)
-        answer_BQNH = attend(q_BQNH, k, v, room.unseen_BQJ)
-        z_BQD = z_BQD + attention.out(answer_BQNH.flatten(2))
+        out_BQNH = attend(q_BQNH, room.k_BJKH, room.v_BJKH, room.plan, (own_k, own_v))
+        z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
 

@@ -1,9 +1,9 @@
-"""Where the tokens of a chunk stand: positions, documents, segments, and which token may look at which.
+"""Where the tokens of a chunk stand: positions, documents, segments.
 
 Shape suffixes here and in the whole package:
-B rows, T tokens of the chunk, R remembered tokens before it (the past columns), J = R + T columns in all,
+B rows, T tokens of the chunk, R remembered tokens before it (the past), J = R + T kv entries in all,
 D width, N query heads, K key/value heads, H head width, L blocks, V vocabulary; G segments of the chunk, the one that
-is open on entry first; S thought slots of a group; C crystal columns; M positions picked from B x T.
+is open on entry first; S thought slots of a group; C slots beside the tokens; M positions picked from B x T.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Queries of a long chunk are answered in bands of this many tokens, each against the columns it can see at all: so
-# with a window it costs time and memory linear in its length, and without one half of a square.
-BAND = 128
 
 
 @dataclass(frozen=True)
@@ -93,51 +89,3 @@ def _since(restart_BT: Tensor, index_T: Tensor, before_B: Tensor) -> Tensor:
     """Tokens since the last restart of the row, or since `before_B` tokens before the chunk."""
     last_BT = torch.where(restart_BT, index_T, -1).cummax(1).values
     return torch.where(last_BT >= 0, index_T - last_BT, before_B[:, None] + index_T)
-
-
-@dataclass(frozen=True)
-class Band:
-    """A run of queries and the run of columns that any of them can see."""
-
-    queries: slice
-    columns: slice
-    mask_BTJ: Tensor
-
-
-def band_edges(chunk: int, past: int, window: int | None) -> list[tuple[int, int, int, int]]:
-    """Split `chunk` queries after `past` columns into bands: (first query, last, first column, last)."""
-    if chunk <= 2 * BAND:
-        return [(0, chunk, 0, past + chunk)]
-    edges = []
-    for first in range(0, chunk, BAND):
-        last = min(first + BAND, chunk)
-        left = 0 if window is None else max(0, past + first - window + 1)
-        edges.append((first, last, left, past + last))
-    return edges
-
-
-def sees(timeline: Timeline, query_BQ: Tensor, column_J: Tensor, window: int | None) -> Tensor:
-    """Return [B, Q, J]: whether the chunk's token `query_BQ` sees the token `column_J` (below 0: of the past).
-
-    A token sees itself and what stands before it in its own document, at most `window` tokens in all. Past columns hold
-    the tokens right before the chunk, oldest first, so the distance of two columns is the distance of their tokens, and
-    a column lies in the token's document exactly if it is no farther away than the token's position. That one
-    comparison covers documents, short pasts and fresh states alike.
-    """
-    reach_BQ = timeline.position_BT.gather(1, query_BQ)
-    if window is not None:
-        reach_BQ = reach_BQ.clamp(max=window - 1)
-    distance_BQJ = query_BQ[:, :, None] - column_J
-    return (distance_BQJ >= 0) & (distance_BQJ <= reach_BQ[:, :, None])
-
-
-def bands(timeline: Timeline, past: int, window: int | None) -> list[Band]:
-    """Return the attention masks of a chunk that follows `past` columns."""
-    rows, length = timeline.position_BT.shape
-    device = timeline.position_BT.device
-    result = []
-    for first, last, left, right in band_edges(length, past, window):
-        query_BT = torch.arange(first, last, device=device).expand(rows, -1)
-        column_J = torch.arange(left - past, right - past, device=device)
-        result.append(Band(slice(first, last), slice(left, right), sees(timeline, query_BT, column_J, window)))
-    return result

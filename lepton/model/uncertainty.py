@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.model.attention import Linear
-from lepton.model.loss import soft_cap
+from lepton.model.layers import Linear
+from lepton.ops.cross_entropy import soft_cap
 
 FEATURES = 6
 HIDDEN = 64

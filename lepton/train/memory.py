@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from lepton.model import Lepton
-from lepton.model.attention import Linear
-from lepton.model.loss import ENTRIES_GPU
-from lepton.model.memory import CHUNK
+from lepton.model.layers import Linear
 from lepton.model.objective import OUTCOME_STRIDE
 from lepton.model.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
-from lepton.model.timeline import band_edges
+from lepton.ops.cross_entropy import ENTRIES_GPU
+from lepton.ops.delta_rule import CHUNK
+from lepton.ops.query_blocks import query_blocks
 from lepton.train.optimizer import split_parameters
 from lepton.train.settings import TrainSettings
 from lepton.train.thinking import usual_groups
@@ -28,7 +28,7 @@ def predicted_bytes(
 
     Only shapes are read, so a model on the meta device will do. Memory is fullest when the head's loss is computed,
     or, where blocks are computed again, in the backward pass of one of them. In half precision the kernels of
-    `lepton.model.kernels` are taken to run. Without the compiler a block keeps about an eighth more.
+    `lepton.ops.triton` are taken to run. Without the compiler a block keeps about an eighth more.
 
     Args:
         model: with `compute_dtype` as in training.
@@ -130,8 +130,8 @@ def _columns(model: Lepton, seq_len: int, slots: int) -> int:
     config = model.config
     if model.dtype.itemsize < FP32:
         return 2 * (seq_len + slots) * config.kv_heads * config.head_dim
-    # Without the kernel: of each band, and for each query head.
-    columns = sum(right - left + slots for _, _, left, right in band_edges(seq_len, 0, config.window))
+    # Without the kernel: of each query block, and for each query head.
+    columns = sum(right - left + slots for _, _, left, right in query_blocks(seq_len, 0, config.window))
     return 2 * columns * config.heads * config.head_dim
 
 

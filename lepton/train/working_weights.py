@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lepton.model import Lepton
-from lepton.model.attention import Linear
+from lepton.model.layers import Linear
 
 
 class WorkingWeights:

@@ -6,6 +6,8 @@ In fp32, since the kernels have no fp64, and with heads that they can do.
 import pytest
 import torch
 
+from lepton.ops.attention_kernel import ATTENTION
+from lepton.ops.cross_entropy import CROSS_ENTROPY
 from tests.laws import lab
 
 # Resuming runs the command, which picks its own device; sizes have none.
@@ -26,8 +28,12 @@ def _device(request, monkeypatch):
         return
     real = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device=None: real(device or torch.get_default_device()))
-    monkeypatch.setattr("lepton.model.lepton.has_kernel", lambda device, _dtype, width: width >= 16)
-    monkeypatch.setattr("lepton.model.loss._wants_kernel", lambda x: x.is_cuda)
+
+    def works(device, _dtype, *sizes):
+        return device.type == "cuda" and all(size >= 16 for size in sizes)
+
+    for kernel in (ATTENTION, CROSS_ENTROPY):
+        monkeypatch.setattr(kernel, "works", works)
     monkeypatch.setitem(lab.SHAPE, "head_dim", 16)
     for variant in lab.VARIANTS.values():
         for name in variant.keys() & {"key_dim", "value_dim"}:

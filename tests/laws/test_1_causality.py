@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.model import timeline
+from lepton.ops import attention_plan
 from tests.laws.lab import (
     EOS,
     LENGTH,
@@ -80,15 +80,12 @@ def test_drafts_from_a_state_do_not_see_what_follows():
 
 
 def test_the_law_would_notice_a_leak(monkeypatch):
-    """A mask that opens one column of the future must fail the perturbation test."""
-    honest = timeline.bands
+    """A mask that shows one token of the future must fail the perturbation test."""
+    honest = attention_plan.visible
 
     def leaky(*arguments):
-        return [
-            timeline.Band(band.queries, band.columns, band.mask_BTJ | band.mask_BTJ.roll(1, -1))
-            for band in honest(*arguments)
-        ]
+        return honest(*arguments) | honest(*arguments).roll(1, -1)
 
-    monkeypatch.setattr("lepton.model.lepton.bands", leaky)
+    monkeypatch.setattr(attention_plan, "visible", leaky)
     with pytest.raises(AssertionError, match="differs"):
         check_perturbation("complete")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lepton.config import LeptonConfig
-from lepton.model import Lepton, timeline
+from lepton.model import Lepton
+from lepton.ops import attention_plan
 from tests.laws.lab import CANARIES, SHAPE, VARIANTS, VOCAB
 
 STEPS, ROWS, LENGTH = 300, 16, 64
@@ -70,15 +71,12 @@ def test_only_the_second_of_a_pair_is_predictable(variant):
 
 
 def test_the_canary_would_die_of_a_leak(monkeypatch):
-    honest = timeline.bands
+    honest = attention_plan.visible
 
     def leaky(*arguments):
-        return [
-            timeline.Band(band.queries, band.columns, band.mask_BTJ | band.mask_BTJ.roll(1, -1))
-            for band in honest(*arguments)
-        ]
+        return honest(*arguments) | honest(*arguments).roll(1, -1)
 
-    monkeypatch.setattr("lepton.model.lepton.bands", leaky)
+    monkeypatch.setattr(attention_plan, "visible", leaky)
     model, generator = train("complete", noise, steps=100)
     with pytest.raises(AssertionError, match="beats ln V"):
         assert_chance(token_losses(model, noise(FRESH, generator)))

@@ -1,12 +1,13 @@
-"""The whole model, slowly: one document, one token after the other, no batches, masks, bands, chunks or states."""
+"""The whole model, slowly: one document, one token after the other, no batches, masks, blocks, chunks or states."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-from lepton.model.attention import norm
+from lepton.model.layers import norm
 from lepton.model.memory import READ_EPS
+from lepton.ops.delta_rule import Writes, naive_delta_rule
 from tests.laws.lab import EOS
 
 Column = tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]
@@ -89,22 +90,22 @@ def think(thoughts, u, t, rounds, config) -> torch.Tensor:
 
 
 def remember(memory, u) -> list[torch.Tensor]:
-    """What the working memory answers at each token, normed a head."""
-    raw = [memory.qkv.weight @ state for state in u]
-    state = torch.zeros(memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype)
-    answers = []
+    """What the working memory reads at each token, normed per head."""
+    raw, tokens = [memory.qkv.weight @ state for state in u], []
     for t in range(len(u)):
         mixed = sum(raw[t - i] * memory.conv[:, i] for i in range(4) if i <= t)
         parts = F.silu(mixed).view(memory.heads, -1).split([memory.key_dim, memory.key_dim, memory.value_dim], -1)
         q, k, v = F.normalize(parts[0], dim=-1), F.normalize(parts[1], dim=-1), parts[2]
         decay, rate = (memory.gates.weight @ u[t]).chunk(2)
-        decay, rate = torch.sigmoid(decay + memory.decay_bias), torch.sigmoid(rate)
-        for h in range(memory.heads):
-            kept = decay[h] * state[h]
-            state[h] = kept + torch.outer(k[h], rate[h] * (v[h] - kept.T @ k[h]))
-        reads = [state[h].T @ q[h] for h in range(memory.heads)]
-        answers.append(torch.cat([read / (read.square().mean() + READ_EPS).sqrt() for read in reads]))
-    return answers
+        tokens.append((q, k, v, F.logsigmoid(decay + memory.decay_bias), torch.sigmoid(rate)))
+    parts = [torch.stack(part, 1)[None, None] for part in zip(*tokens, strict=True)]
+    state, document = (
+        torch.zeros(1, memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype),
+        torch.zeros(1, 1, len(u)),
+    )
+    reads, *_ = naive_delta_rule(Writes(*parts, document), state, document[:, :, 0])
+    normed = reads[0, 0] / (reads[0, 0].square().mean(-1, keepdim=True) + READ_EPS).sqrt()
+    return list(normed.transpose(0, 1).flatten(1))
 
 
 def visible_crystals(crystals, u, config) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model import Lepton, create_lepton_nano
-from lepton.model.attention import norm
 from lepton.model.factory import WITHOUT_IDEAS
 from lepton.model.initialise import ZERO
+from lepton.model.layers import norm
 from lepton.model.state import flatten
 from tests.laws.lab import IDEAS, SHAPE, VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views
 

@@ -1,74 +1,14 @@
-"""The working memory's chunk form against the recurrence, in outputs and gradients, also on the text that breaks it."""
+"""Working memory: on constant text, beyond every window, and with the kernels of the delta rule."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from lepton.model.delta_rule import Writes, delta_rule
-from tests.laws.lab import build, text
-
-ROWS, CHUNKS, HEADS, CHUNK, KEYS, VALUES = 2, 3, 2, 16, 8, 6
-
-
-def recurrence(writes: Writes, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token by token: S = a (I - b k k') S + b k v'; o = S' q; a new document starts from nothing."""
-    flat = [value.transpose(2, 3).flatten(1, 2) for value in writes[:5]]
-    q, k, v, log_decay, rate = flat
-    document = writes.document_BPC.flatten(1)
-    reads, previous = [], torch.zeros(ROWS, dtype=torch.int64)
-    for t in range(q.shape[1]):
-        state = torch.where((document[:, t] != previous)[:, None, None, None], 0, state)
-        previous = document[:, t]
-        decayed = log_decay[:, t].exp()[..., None, None] * state
-        answer = torch.einsum("bhkv,bhk->bhv", decayed, k[:, t])
-        state = decayed + torch.einsum("bhk,bhv->bhkv", k[:, t], rate[:, t][..., None] * (v[:, t] - answer))
-        reads.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    return torch.stack(reads, 1), state
-
-
-def writes(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Writes, torch.Tensor]:
-    def draw(*shape):
-        return torch.randn(ROWS, CHUNKS, HEADS, CHUNK, *shape, dtype=dtype)
-
-    q, k, v = draw(KEYS), draw(KEYS), draw(VALUES)
-    document = (torch.rand(ROWS, CHUNKS * CHUNK) < 0.08).long().cumsum(1)
-    if kind == "constant":
-        k, document = k[:, :1, :, :1].expand_as(k), torch.zeros_like(document)
-    log_decay, rate = F.logsigmoid(draw() + 2), draw().sigmoid()
-    if kind == "constant":
-        log_decay, rate = torch.full_like(log_decay, -1e-3), torch.full_like(rate, 0.999)
-    normed = [F.normalize(value, dim=-1) for value in (q, k)]
-    result = Writes(*normed, v, log_decay, rate, document.view(ROWS, CHUNKS, CHUNK))
-    return result, torch.randn(ROWS, HEADS, KEYS, VALUES, dtype=dtype)
-
-
-def chunk_form(made: Writes, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    entry = F.pad(made.document_BPC[:, :-1, -1], (1, 0))
-    reads, states = delta_rule(made, state, entry)
-    return reads.transpose(2, 3).flatten(1, 2), states[-1]
-
-
-@pytest.mark.parametrize("kind", ["random", "constant"])
-def test_the_chunk_form_equals_the_recurrence(kind):
-    made, state = writes(kind)
-    torch.testing.assert_close(chunk_form(made, state), recurrence(made, state), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["random", "constant"])
-def test_fp32_stays_near_on_repeated_tokens(kind):
-    made, state = writes(kind, torch.float32)
-    torch.testing.assert_close(chunk_form(made, state), recurrence(made, state), rtol=0, atol=1e-4)
-
-
-def test_the_gradients_agree():
-    made, state = writes("random")
-    inputs = [value.detach().requires_grad_() for value in (*made[:5], state)]
-    results = []
-    for form in (chunk_form, recurrence):
-        reads, end = form(Writes(*inputs[:5], made.document_BPC), inputs[5])
-        weight = torch.linspace(-1, 1, reads.numel()).view_as(reads)
-        results.append(torch.autograd.grad((reads * weight).sum() + end.square().sum(), inputs))
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
+from lepton.model.memory import MemoryRun
+from lepton.model.timeline import Timeline
+from lepton.ops.delta_rule import DELTA_RULE
+from tests.laws.lab import EOS, build, text
+from tests.ops.devices import DEVICES, GPU, force
+from tests.ops.test_delta_rule_kernel import assert_near, gradients
 
 
 @torch.no_grad()
@@ -99,3 +39,73 @@ def test_the_memory_reaches_beyond_every_window():
     assert min(reach(build("no crystals"), tokens)) == 0
     assert min(reach(build("no working memory", slots=60), tokens)) < 8
     assert min(reach(build("complete", memory_heads=0, slots=0), tokens)) > 100 - 5 * 8
+
+
+def remember(model, device, length):
+    """Working memory over rows with several documents, with a past; and all that can be asked of it."""
+    tokens = text(3, rows=3, length=length)
+    tokens[1, length // 2] = tokens[2, 63] = EOS
+    zero = torch.zeros(3, dtype=torch.long)
+    memory = model.memory
+    timeline = Timeline.read(tokens.to(device), zero.to(device), zero.to(device), eos_id=EOS, segment=4)
+    states = torch.randn(3, length, model.config.width).to(device).requires_grad_()
+    tail = torch.randn(3, 3, memory.channels).to(device).requires_grad_()
+    state = torch.randn(3, memory.heads, memory.key_dim, memory.value_dim).to(device).requires_grad_()
+    counts = torch.tensor([length, length - 1, length // 3], device=device)
+
+    def run(forward):
+        reads, strength, record = forward(states, tail, state, timeline)
+        assert isinstance(record, MemoryRun)
+        after = record.after(counts, timeline)
+        whole = record.after(torch.full_like(counts, 64), timeline)
+        outputs = [reads, *after, *whole]
+        leaves = [states, tail, state, *(each for name, each in memory.named_parameters() if "out" not in name)]
+        return [*outputs, strength], gradients(outputs, leaves)
+
+    return run
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [64, 128, 150])
+def test_working_memory_is_the_same_with_kernels(length, device, monkeypatch):
+    """Also the states that follow from its record, at a chunk's end, within a chunk, and at the end."""
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    run = remember(model, device, length)
+    expected, expected_gradients = run(model.memory.forward)
+    force(monkeypatch, DELTA_RULE)
+    found, found_gradients = run(model.memory.forward)
+    assert_near(found, expected)
+    assert_near(found_gradients, expected_gradients, 1e-4)  # both are fp32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_graph_of_working_memory_holds_the_operators(device, monkeypatch):
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    run = remember(model, device, 150)
+    compiled = torch.compile(model.memory.forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    force(monkeypatch, DELTA_RULE)
+    expected, found = run(model.memory.forward), run(compiled)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", GPU)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_it_is_the_same(device):
+    model = build("complete", dtype=torch.float32, key_dim=64, value_dim=128).to(device)
+    run = remember(model, device, 150)
+    compiled = torch.compile(model.memory.forward, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(run(compiled), run(model.memory.forward), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_with_the_kernels_equals_one_without(device, monkeypatch):
+    """Loss and all gradients."""
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    tokens, think = text(3, rows=2, length=151).to(device), torch.tensor([1, 2], device=device)
+    found = []
+    for answer in (False, True):
+        asked = force(monkeypatch, DELTA_RULE, answer)
+        loss = model.loss(tokens, think=think).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+        assert len(asked) == 1
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)

@@ -5,7 +5,7 @@ import torch
 
 from lepton.model import draft as drafting
 from lepton.model import objective
-from lepton.model.attention import norm
+from lepton.model.layers import norm
 from lepton.model.peek import FADE, summary
 from tests.laws.lab import EOS, build, text
 

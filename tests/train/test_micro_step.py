@@ -7,9 +7,12 @@ from torch._dynamo.backends.registry import lookup_backend
 from lepton.config import LeptonConfig
 from lepton.model import Lepton
 from lepton.model.factory import WITHOUT_IDEAS
+from lepton.ops.attention_kernel import ATTENTION
+from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.train.micro_step import MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from lepton.train.thinking import plan_thoughts
+from tests.ops.devices import force
 from tests.train.small import SHAPE
 
 TOKENS = torch.arange(1, 37).view(4, 9)
@@ -306,8 +309,8 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
     curves = []
     for fast in (False, True):
         if not fast:
-            monkeypatch.setattr("lepton.model.lepton.has_kernel", lambda *_: False)
-            monkeypatch.setattr("lepton.model.loss._wants_kernel", lambda _: False)
+            for kernel in (ATTENTION, CROSS_ENTROPY):
+                force(monkeypatch, kernel, answer=False)
         else:
             monkeypatch.undo()
         torch.manual_seed(0)

@@ -1,35 +1,22 @@
-"""The cross-entropy kernel against the slow reference of test_loss.py, in value and gradients.
+"""The cross-entropy kernel against the naive form, in value and gradients.
 
 The kernel runs on a GPU, or on a CPU in Triton's interpreter, ``TRITON_INTERPRET=1 pytest``; how it is called is tested
 everywhere.
 """
 
-import os
-import sys
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lepton.model import loss as module
-from lepton.model.kernels import HAS_TRITON
-from lepton.model.loss import IGNORE, linear_cross_entropy
-from tests.model.test_loss import reference
-
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-COMPILED = HAS_TRITON and not INTERPRETED and torch.cuda.is_available()
-GPU_MARKS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not COMPILED, reason="needs a CUDA device, Triton, and no TRITON_INTERPRET"),
-]
-CPU_MARK = pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")
-DEVICES = [pytest.param("cpu", marks=CPU_MARK), pytest.param("cuda", marks=GPU_MARKS)]
+from lepton.ops import cross_entropy as module
+from lepton.ops.cross_entropy import CROSS_ENTROPY, IGNORE, linear_cross_entropy, naive_linear_cross_entropy
+from tests.ops.devices import DEVICES, GPU, force
 
 
 @pytest.fixture
 def _forced(monkeypatch):
     """The kernel for all that is asked, on any device and in fp32 too, which shows errors that half precision hides."""
-    monkeypatch.setattr(module, "_wants_kernel", lambda x: True)
+    force(monkeypatch, CROSS_ENTROPY)
 
 
 def data(device, dtype, rows, columns, real, ignored=True):
@@ -46,7 +33,7 @@ def data(device, dtype, rows, columns, real, ignored=True):
 def check(x, weight, target, tolerance, **options):
     """Value, parts and both gradients, each within `tolerance` of its size."""
     slow = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
-    expected = reference(*slow, target, *options.values())
+    expected = naive_linear_cross_entropy(*slow, target, **options)
     expected_grads = torch.autograd.grad(3 * expected[0], slow)
     got = linear_cross_entropy(x, weight, target, **options)
     got_grads = torch.autograd.grad(3 * got[0], (x, weight))
@@ -65,7 +52,7 @@ def check(x, weight, target, tolerance, **options):
 @pytest.mark.parametrize(("columns", "real"), [(128, 97), (64, 64), (201, 150)])
 def test_equal_to_the_reference_in_fp32(device, columns, real, z_weight, monkeypatch):
     """In several passes, the last one shorter, and several blocks of a row, the last one cut off."""
-    from lepton.model.kernels import cross_entropy
+    from lepton.ops.triton import cross_entropy
 
     monkeypatch.setattr(cross_entropy, "BLOCK", 64)
     monkeypatch.setattr(module, "CHUNK_CPU", 16)
@@ -79,19 +66,19 @@ def test_equal_to_the_reference_in_fp32(device, columns, real, z_weight, monkeyp
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_near_the_reference_in_half_precision(device, dtype, z_weight):
-    """bf16 rounds to one part in 256, logits and slopes alike; the errors of many add up to less than one's."""
+    """bf16 rounds to one part in 256, logits and gradients alike; the errors of many add up to less than one's."""
     x, weight, target = data(device, dtype, 64, 5008, 4999)
     check(x, weight, target, 1e-2, vocab_size=4999, cap=15.0, z_weight=z_weight)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize("device", GPU)
 @pytest.mark.parametrize(("rows", "columns", "real"), [(700, 50_304, 50_257), (9000, 4096, 4096)])
 def test_near_the_reference_at_the_sizes_of_training(device, rows, columns, real):
     x, weight, target = data(device, torch.bfloat16, rows, columns, real)
     check(x, weight, target, 1e-2, vocab_size=real, cap=15.0, z_weight=1e-4)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize("device", GPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulates", [True, False])
 def test_passes_add_up_in_half_precision(device, dtype, accumulates, monkeypatch):
@@ -152,7 +139,7 @@ def test_targets_may_be_a_column_of_a_table(device):
 
 
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # it warms up on a stream of its own
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize("device", GPU)
 def test_a_cuda_graph_replays_it(device):
     """With other targets to ignore than those it was captured with: their number is never known on the host."""
     x, weight, target = data(device, torch.bfloat16, 300, 512, 500)
@@ -176,7 +163,7 @@ def test_a_cuda_graph_replays_it(device):
     torch.testing.assert_close(replayed, step())
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU_MARKS)])
+@pytest.mark.parametrize("device", GPU)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_it_is_the_same(device):
     x, weight, target = data(device, torch.bfloat16, 300, 512, 500)
@@ -193,7 +180,7 @@ def test_compiled_it_is_the_same(device):
 @pytest.mark.usefixtures("_forced")
 @pytest.mark.parametrize("grads", [True, False])
 def test_the_operator_keeps_its_word_to_the_compiler(grads, monkeypatch):
-    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    monkeypatch.setattr(module, "_kernel_chunk", lambda: module.plain_chunk)
     x, weight, target = data("cpu", torch.float32, 5, 128, 97)
     given = (x.detach(), weight.detach(), target, torch.tensor(3), 97, 15.0, 0.1, grads, grads)
     torch.library.opcheck(module._in_kernel_chunks, given)
@@ -201,7 +188,7 @@ def test_the_operator_keeps_its_word_to_the_compiler(grads, monkeypatch):
 
 @pytest.mark.usefixtures("_forced")
 def test_a_graph_of_the_whole_loss_holds_the_operator(monkeypatch):
-    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    monkeypatch.setattr(module, "_kernel_chunk", lambda: module.plain_chunk)
     x, weight, target = data("cpu", torch.float32, 300, 128, 97)
     both = []
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -219,7 +206,7 @@ def test_the_first_product_starts_the_sum(rows, monkeypatch):
     def accumulate(total, one, other, *, fresh):
         total.addmm_(one, other, beta=0 if fresh else 1)
 
-    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    monkeypatch.setattr(module, "_kernel_chunk", lambda: module.plain_chunk)
     monkeypatch.setattr(module, "_accumulates", lambda device, dtype: True)
     monkeypatch.setattr(module, "_accumulate", accumulate)
     monkeypatch.setattr(module, "CHUNK_CPU", 16)
@@ -239,20 +226,11 @@ def test_where_a_product_cannot_add_itself_it_is_added():
 @pytest.mark.usefixtures("_forced")
 @pytest.mark.parametrize(("frozen", "products"), [(False, 3), (True, 2)])
 def test_its_products_are_counted(frozen, products, monkeypatch):
-    monkeypatch.setattr(module, "_kernel_chunk", lambda device, dtype: module.plain_chunk)
+    monkeypatch.setattr(module, "_kernel_chunk", lambda: module.plain_chunk)
     x, weight, target = data("cpu", torch.float32, 12, 128, 97)
     with FlopCounterMode(display=False) as counter:
         linear_cross_entropy(x, weight.detach() if frozen else weight, target, vocab_size=97, cap=15.0)[0].backward()
     assert counter.get_total_flops() == products * 2 * x.numel() * 128
-
-
-@pytest.mark.usefixtures("_forced")
-def test_a_kernel_that_cannot_be_built_is_done_without(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lepton.model.kernels.cross_entropy", None)
-    monkeypatch.setattr(module, "_kernel_chunk", module._kernel_chunk.__wrapped__)
-    x, weight, target = data("cpu", torch.float32, 12, 128, 97)
-    with pytest.warns(UserWarning, match="the loss runs slower: Triton cannot build its kernels here"):
-        check(x, weight, target, 1e-5, vocab_size=97, cap=15.0, z_weight=0.1)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 128, 5_000, 16_384, 100_000])
@@ -263,8 +241,3 @@ def test_passes_on_a_gpu_are_even_and_bounded(rows, columns):
     assert size * columns <= module.ENTRIES_GPU or size == module.MULTIPLE_GPU
     passes = -(-rows // size)
     assert passes * size - rows < module.MULTIPLE_GPU * max(1, passes) or rows == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cpu_has_no_use_for_it(dtype):
-    assert not module._wants_kernel(torch.empty(1, 1, dtype=dtype))

@@ -3,25 +3,24 @@
 The head's product, the softmax and their gradients are computed for a chunk of positions at a time, in one
 pass: the gradient of a chunk's logits is known as soon as the logits are, so nothing of size positions x vocabulary
 is ever kept (the idea of Liger Kernel's fused linear cross-entropy). What happens between a chunk's products is
-`plain_chunk`, or in half precision on a GPU a Triton kernel. `tests/model/test_loss.py` holds the slow reference that
-both are compared with, in value and gradients.
+`plain_chunk`, or in half precision on a GPU a Triton kernel. `naive_linear_cross_entropy` says what both compute.
 
 Shapes: M positions, C positions of a chunk, V rows of the vocabulary with padding, D width.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lepton.model import kernels
-from lepton.model.kernels import HAS_TRITON
+from lepton.ops.kernels import HALF, Kernel
 
 IGNORE = -100
+"""The target of a position that predicts nothing."""
 CHUNK_CPU = 512
 """Positions a pass on a CPU: each pass adds to the gradient of the whole vocabulary."""
 ENTRIES_CPU = 1 << 20
@@ -39,19 +38,54 @@ Chunk: TypeAlias = Callable[
 """What happens between the two products of a chunk; `plain_chunk` says what goes in and comes out."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A training loss and the terms it is made of."""
+class _Options(NamedTuple):
+    """Numbers of a loss, and the gradients that are wanted: of the head's inputs, and of its weights."""
 
-    loss: Tensor
-    """Scalar to differentiate: cross-entropy plus the weighted auxiliary terms."""
-    parts: dict[str, Tensor]
-    """Each term before weighting, detached; 'ce' is the mean cross-entropy in nats a token."""
+    vocab_size: int
+    cap: float
+    z_weight: float
+    grads: bool
+    weight_grads: bool
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
     """Squeeze logits smoothly into (-cap, cap) (Gemma 2)."""
     return cap * torch.tanh(logits / cap)
+
+
+def linear_cross_entropy(
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, vocab_size: int, cap: float, z_weight: float = Z_WEIGHT
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean cross-entropy of ``soft_cap(x @ weight.T)`` with z-loss, without keeping the logits.
+
+    Args:
+        x_MD: head inputs, any float dtype; the products run in it, softmax and sums in fp32 or better.
+        weight_VD: embedding rows; those beyond `vocab_size` are padding and get no probability.
+        target_M: int64 ids, `IGNORE` where there is nothing to predict.
+        vocab_size: rows of `weight_VD` that are real tokens.
+        cap: soft cap of the logits.
+        z_weight: weight of the mean squared log-normaliser (PaLM).
+
+    Returns:
+        The differentiable loss; detached, the mean cross-entropy, the z term, and the nats of each position [M], 0
+        where there is nothing to predict.
+    """
+    weight_grads = torch.is_grad_enabled() and weight_VD.requires_grad
+    grads = (torch.is_grad_enabled() and x_MD.requires_grad) or weight_grads
+    options = _Options(vocab_size, cap, z_weight, grads, weight_grads)
+    in_kernel = CROSS_ENTROPY.works(x_MD.device, x_MD.dtype)
+    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, in_kernel, *options)
+
+
+def naive_linear_cross_entropy(
+    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, vocab_size: int, cap: float, z_weight: float = Z_WEIGHT
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `linear_cross_entropy`, with the logits of all positions in memory; a slow reference."""
+    logits_MV = soft_cap(x_MD @ weight_VD[:vocab_size].T, cap)
+    nats_M = F.cross_entropy(logits_MV, target_M, ignore_index=IGNORE, reduction="none")
+    ce = nats_M.sum() / (target_M != IGNORE).sum()
+    z = logits_MV.logsumexp(-1)[target_M != IGNORE].square().mean()
+    return ce + z_weight * z, ce, z, nats_M
 
 
 def plain_chunk(
@@ -66,7 +100,7 @@ def plain_chunk(
     precise = torch.promote_types(raw_CV.dtype, torch.float32)
     valid_C = (target_C != IGNORE).to(precise)
     label_C1 = target_C.clamp(min=0)[:, None]
-    share_C1 = (4 * valid_C / count)[:, None]  # the slope of tanh is 4 w (1 - w)
+    share_C1 = (4 * valid_C / count)[:, None]  # the derivative of tanh is 4 w (1 - w)
     at_once = max(1, ENTRIES_CPU // raw_CV.shape[1]) if raw_CV.device.type == "cpu" else len(raw_CV)
     lse, lead = [], []
     parts = (each.split(at_once) for each in (raw_CV, label_C1, share_C1))
@@ -81,9 +115,9 @@ def plain_chunk(
         lse.append(lse_R1)
         lead.append(capped_RV.gather(1, label_R1))
         if grads:
-            slope_RV = p_RV.mul_((1 + 2 * z_weight * (lse_R1 + cap)) * share_R1)
-            slope_RV.scatter_add_(1, label_R1, -share_R1)
-            some_RV.copy_(slope_RV.mul_(w_RV.addcmul_(w_RV, w_RV, value=-1)))
+            grad_RV = p_RV.mul_((1 + 2 * z_weight * (lse_R1 + cap)) * share_R1)
+            grad_RV.scatter_add_(1, label_R1, -share_R1)
+            some_RV.copy_(grad_RV.mul_(w_RV.addcmul_(w_RV, w_RV, value=-1)))
     lse_C, lead_C = torch.cat(lse)[:, 0], torch.cat(lead)[:, 0]
     return (lse_C - lead_C) * valid_C, (lse_C + cap).square() * valid_C
 
@@ -104,17 +138,14 @@ def _in_chunks(
     weight_VD: Tensor,
     target_M: Tensor,
     count: Tensor,
-    vocab_size: int,
-    cap: float,
-    z_weight: float,
-    grads: bool,
-    weight_grads: bool,
+    options: _Options,
     accumulates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nats and squared log-normaliser of each position; then the gradients, empty where they are not wanted.
 
     With `accumulates`, products of half precision add themselves to the head's gradient, as `_accumulate` says.
     """
+    grads, weight_grads = options.grads, options.weight_grads
     precise = torch.promote_types(x_MD.dtype, torch.float32)
     matrix_VD = weight_VD.to(x_MD.dtype)
     nats_M = torch.empty(len(x_MD), dtype=precise, device=x_MD.device)
@@ -128,8 +159,8 @@ def _in_chunks(
         rows = slice(first, first + size)
         x_CD = x_MD[rows]
         raw_CV = x_CD @ matrix_VD.T
-        nats_M[rows], squares_M[rows] = chunk(raw_CV, target_M[rows], count, vocab_size, cap, z_weight, grads)
-        if grads:  # the logits are slopes now
+        nats_M[rows], squares_M[rows] = chunk(raw_CV, target_M[rows], count, *options[:4])
+        if grads:  # the logits have become their gradients
             dx_MD[rows] = raw_CV @ matrix_VD
         if weight_grads and accumulates:
             _accumulate(dweight_VD, raw_CV.T, x_CD, fresh=first == 0)
@@ -165,26 +196,19 @@ def _accumulates(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 32).all())
 
 
-def _wants_kernel(x_MD: Tensor) -> bool:
-    return x_MD.is_cuda and x_MD.dtype in (torch.bfloat16, torch.float16) and HAS_TRITON
+def _kernel_chunk() -> Chunk:
+    from lepton.ops.triton.cross_entropy import fused_chunk
+
+    return functools.partial(fused_chunk, ignore=IGNORE)
 
 
-@functools.cache
-def _kernel_chunk(device: torch.device, dtype: torch.dtype) -> Chunk:
-    """The kernel, after a trial; or `plain_chunk` and a warning where Triton cannot build it (no C compiler, say)."""
+def _trial(device: torch.device, dtype: torch.dtype) -> None:
+    raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
+    zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
+    _kernel_chunk()(raw_CV, zero, one, 16, 15.0, 0.0, True)
 
-    def trial() -> None:
-        from lepton.model.kernels.cross_entropy import fused_chunk
 
-        raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
-        zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
-        fused_chunk(raw_CV, zero, one, 16, 15.0, 0.0, True)
-
-    if not kernels.works("the loss", trial):
-        return plain_chunk
-    from lepton.model.kernels.cross_entropy import fused_chunk
-
-    return fused_chunk
+CROSS_ENTROPY = Kernel("the loss", HALF, _trial)
 
 
 @torch.library.custom_op("lepton::in_kernel_chunks", mutates_args=())
@@ -201,9 +225,9 @@ def _in_kernel_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_in_chunks` with the kernel. One operator, so that a compiled model calls it as it is: the kernel works in
     place, and a compiler that cannot see that nobody else reads the logits would copy them."""
-    here = (x_MD.device, x_MD.dtype)
-    options = (vocab_size, cap, z_weight, grads, weight_grads, weight_grads and _accumulates(*here))
-    return _in_chunks(_kernel_chunk(*here), x_MD, weight_VD, target_M, count, *options)
+    options = _Options(vocab_size, cap, z_weight, grads, weight_grads)
+    accumulates = weight_grads and _accumulates(x_MD.device, x_MD.dtype)
+    return _in_chunks(_kernel_chunk(), x_MD, weight_VD, target_M, count, options, accumulates)
 
 
 @_in_kernel_chunks.register_fake
@@ -225,44 +249,21 @@ def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, z_weight: float, *options: Any
+        ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, in_kernel: bool, *options: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count = (target_M != IGNORE).sum().clamp(min=1)
-        vocab_size, cap, grads, weight_grads = options
-        given = (x_MD, weight_VD, target_M, count, vocab_size, cap, z_weight, grads, weight_grads)
-        if _wants_kernel(x_MD):
-            nats_M, squares_M, dx_MD, dweight_VD = _in_kernel_chunks(*given)
+        given = (x_MD, weight_VD, target_M, count)
+        if in_kernel:
+            nats_M, squares_M, dx_MD, dweight_VD = _in_kernel_chunks(*given, *options)
         else:
-            nats_M, squares_M, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given)
+            nats_M, squares_M, dx_MD, dweight_VD = _in_chunks(plain_chunk, *given, _Options(*options))
         ce, z = nats_M.sum() / count, squares_M.sum() / count
         ctx.save_for_backward(dx_MD, dweight_VD)
         ctx.mark_non_differentiable(ce, z, nats_M)
-        return ce + z_weight * z, ce, z, nats_M
+        return ce + _Options(*options).z_weight * z, ce, z, nats_M
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
         dx_MD, dweight_VD = ctx.saved_tensors
         dweight_VD = dweight_VD * grad if ctx.needs_input_grad[1] else None
-        return dx_MD * grad.to(dx_MD.dtype), dweight_VD, None, None, None, None, None, None
-
-
-def linear_cross_entropy(
-    x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, *, vocab_size: int, cap: float, z_weight: float = Z_WEIGHT
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean cross-entropy of ``soft_cap(x @ weight.T)`` with z-loss, without keeping the logits.
-
-    Args:
-        x_MD: head inputs, any float dtype; the products run in it, softmax and sums in fp32 or better.
-        weight_VD: embedding rows; those beyond `vocab_size` are padding and get no probability.
-        target_M: int64 ids, `IGNORE` where there is nothing to predict.
-        vocab_size: rows of `weight_VD` that are real tokens.
-        cap: soft cap of the logits.
-        z_weight: weight of the mean squared log-normaliser (PaLM).
-
-    Returns:
-        The differentiable loss; detached, the mean cross-entropy, the z term, and the nats of each position [M], 0
-        where there is nothing to predict.
-    """
-    weight_grads = torch.is_grad_enabled() and weight_VD.requires_grad
-    grads = (torch.is_grad_enabled() and x_MD.requires_grad) or weight_grads
-    return _LinearCrossEntropy.apply(x_MD, weight_VD, target_M, z_weight, vocab_size, cap, grads, weight_grads)
+        return dx_MD * grad.to(dx_MD.dtype), dweight_VD, None, *[None] * (1 + len(_Options._fields))

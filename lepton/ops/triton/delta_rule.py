@@ -1,4 +1,4 @@
-"""What takes turns in the gated delta rule, in kernels: substitution in a chunk, and the state from chunk to chunk.
+"""The sequential parts of the gated delta rule: substitution within a chunk, and the state from chunk to chunk.
 
 Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. The state's
 products are as precise as `torch.backends.cuda.matmul.fp32_precision` says. Shapes:
@@ -142,7 +142,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    written_slope_ptr, entry_slope_ptr, end_slope_ptr, solved_ptr, into_ptr, decay_ptr, entry_ptr,
+    written_grad_ptr, entry_grad_ptr, end_grad_ptr, solved_ptr, into_ptr, decay_ptr, entry_ptr,
     solved_grad_ptr, decay_grad_ptr, after_grad_ptr, state_grad_ptr, chunks, places,
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -156,7 +156,7 @@ def _backward(
     at_KV = key[:, None] * VALUES + v[None, :]
     at_SV = s[:, None] * VALUES + v[None, :]
     state_place = row.to(tl.int64) * (KEYS * VALUES)
-    slope_KV = tl.load(end_slope_ptr + state_place + at_KV)
+    grad_KV = tl.load(end_grad_ptr + state_place + at_KV)
     for turn in range(chunks):
         place = (batch.to(tl.int64) * chunks + (chunks - 1 - turn)) * HEADS + head
         at_state = place * (KEYS * VALUES)
@@ -164,24 +164,24 @@ def _backward(
         into_place = into_ptr + place * (SIZE * KEYS) + c[:, None] * KEYS
         w_place = solved_ptr + at_solved + VALUES + s[:, None] * WIDTH + key[None, :]
         u_grad_place = solved_grad_ptr + at_solved + v[None, :]
-        tl.store(after_grad_ptr + at_state + at_KV, slope_KV)
+        tl.store(after_grad_ptr + at_state + at_KV, grad_KV)
         entry_KV = tl.load(entry_ptr + at_state + at_KV)
-        tl.store(decay_grad_ptr + part.to(tl.int64) * places + place, tl.sum(tl.sum(entry_KV * slope_KV, 1), 0))
-        u_grad_CV = tl.load(written_slope_ptr + place * (SIZE * VALUES) + c[:, None] * VALUES + v[None, :])
+        tl.store(decay_grad_ptr + part.to(tl.int64) * places + place, tl.sum(tl.sum(entry_KV * grad_KV, 1), 0))
+        u_grad_CV = tl.load(written_grad_ptr + place * (SIZE * VALUES) + c[:, None] * VALUES + v[None, :])
         tl.debug_barrier()  # every thread has stored what others load
         for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             into_CS = tl.load(into_place + first + s[None, :])
-            slope_SV = tl.load(after_grad_ptr + at_state + first * VALUES + at_SV)
-            u_grad_CV = tl.dot(into_CS, slope_SV, u_grad_CV, input_precision=PRECISION)
+            grad_SV = tl.load(after_grad_ptr + at_state + first * VALUES + at_SV)
+            u_grad_CV = tl.dot(into_CS, grad_SV, u_grad_CV, input_precision=PRECISION)
         tl.store(u_grad_place + c[:, None] * WIDTH, u_grad_CV)
-        less_KV = -(slope_KV * tl.load(decay_ptr + place) + tl.load(entry_slope_ptr + at_state + at_KV))
+        less_KV = -(grad_KV * tl.load(decay_ptr + place) + tl.load(entry_grad_ptr + at_state + at_KV))
         tl.debug_barrier()
         for first in tl.range(0, SIZE, SLICE, num_stages=STAGES):
             w_SK = tl.load(w_place + first * WIDTH)
             u_grad_SV = tl.load(u_grad_place + (first + s[:, None]) * WIDTH)
             less_KV = tl.dot(tl.trans(w_SK), u_grad_SV, less_KV, input_precision=PRECISION)
-        slope_KV = -less_KV
-    tl.store(state_grad_ptr + state_place + at_KV, slope_KV)
+        grad_KV = -less_KV
+    tl.store(state_grad_ptr + state_place + at_KV, grad_KV)
 
 
 def invert(mix_BPHCC: Tensor) -> Tensor:
@@ -237,9 +237,9 @@ def forward(
 
 
 def backward(
-    written_slope_BPHCV: Tensor,
-    entry_slope_BPHKV: Tensor,
-    end_slope_BHKV: Tensor,
+    written_grad_BPHCV: Tensor,
+    entry_grad_BPHKV: Tensor,
+    end_grad_BHKV: Tensor,
     solved_BPHCX: Tensor,
     into_BPHCK: Tensor,
     decay_BPH: Tensor,
@@ -253,15 +253,15 @@ def backward(
     """
     rows, chunks, heads, _, values = written_BPHCV.shape
     columns = columns or _cut(rows * heads, values)
-    solved_grad_BPHCX, state_grad_BHKV = torch.empty_like(solved_BPHCX), torch.empty_like(end_slope_BHKV)
+    solved_grad_BPHCX, state_grad_BHKV = torch.empty_like(solved_BPHCX), torch.empty_like(end_grad_BHKV)
     after_grad_BPHKV = torch.empty_like(entry_BPHKV)
     parts = values // columns.size
     decay_grad_SBPH = decay_BPH.new_empty(parts, *decay_BPH.shape)
     with torch.cuda.device_of(solved_BPHCX):
         _backward[(rows * heads * parts,)](
-            written_slope_BPHCV, entry_slope_BPHKV, end_slope_BHKV, solved_BPHCX, into_BPHCK, decay_BPH, entry_BPHKV,
+            written_grad_BPHCV, entry_grad_BPHKV, end_grad_BHKV, solved_BPHCX, into_BPHCK, decay_BPH, entry_BPHKV,
             solved_grad_BPHCX, decay_grad_SBPH, after_grad_BPHKV, state_grad_BHKV, chunks, decay_BPH.numel(),
-            **_options(end_slope_BHKV, columns),
+            **_options(end_grad_BHKV, columns),
         )  # fmt: skip
     u_grad, w_grad = solved_grad_BPHCX.flatten(0, 2).split([values, solved_BPHCX.shape[-1] - values], -1)
     torch.baddbmm(w_grad, u_grad, entry_BPHKV.flatten(0, 2).mT, beta=0, alpha=-1, out=w_grad)

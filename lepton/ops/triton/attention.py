@@ -1,12 +1,12 @@
 """Attention whose masks are runs of queries, forward and backward, without a matrix of scores in memory.
 
-Flash attention (Dao, 2023) in three kernels. A column is seen from query `first` up to, not including, query `last`.
-The first columns may be the queries' own tokens: then a query sees those from `start` up to itself, which says the same
+Flash attention (Dao, 2023) in three kernels. A kv entry is seen from query `first` up to, not including, query `last`.
+The first entries may be the queries' own tokens: then a query sees those from `start` up to itself, which says the same
 the other way round. So a program knows from a few integers which blocks it can skip, of other documents and of what
 lies behind the window, and a pair's mask is one comparison.
 
 Scores must be bounded, as they are with queries and keys that are normed: then no maximum is needed before they are
-exponentiated. Arithmetic between the products is in fp32. Shapes: M rows (queries) and X columns of a block.
+exponentiated. Arithmetic between the products is in fp32. Shapes: M rows (queries) and X kv entries of a block.
 """
 
 import math
@@ -19,17 +19,17 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: queries and columns of a block, warps, and loads in flight."""
+    """How a kernel cuts its work: queries and kv entries of a block, warps, and loads in flight."""
 
     rows: int
-    columns: int
+    entries: int
     warps: int
     stages: int
 
 
 FORWARD = Blocks(64, 32, 4, 3)
 TO_QUERIES = Blocks(64, 32, 4, 3)
-TO_COLUMNS = Blocks(64, 64, 4, 3)
+TO_ENTRIES = Blocks(64, 64, 4, 3)
 
 
 @triton.jit
@@ -40,20 +40,20 @@ def _within(index, begin, count):
 
 @triton.jit
 def _any_seen(first_X, last_X, begin, count: tl.constexpr):
-    """Whether any of these columns is seen by any of `count` queries from `begin` on."""
+    """Whether any of these entries is seen by any of `count` queries from `begin` on."""
     return tl.max(((first_X < begin + count) & (last_X > begin) & (last_X > first_X)).to(tl.int32)) > 0
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, start_ptr, first_ptr, last_ptr, out_ptr, norm_ptr, length, tokens, columns, scale,
+    q_ptr, k_ptr, v_ptr, start_ptr, first_ptr, last_ptr, out_ptr, norm_ptr, length, tokens, entries, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     q_ptr += (batch.to(tl.int64) * length * HEADS + head) * WIDTH
     out_ptr += (batch.to(tl.int64) * length * HEADS + head) * WIDTH
-    kv_place = (batch.to(tl.int64) * columns * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
+    kv_place = (batch.to(tl.int64) * entries * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
     begin = tl.program_id(0) * ROWS
     row_M = begin + tl.arange(0, ROWS)
     h = tl.arange(0, WIDTH)
@@ -63,31 +63,31 @@ def _forward(
     seen_M = row_M + 1 - start_M
     sum_M = tl.zeros([ROWS], tl.float32)
     out_MH = tl.zeros([ROWS, WIDTH], tl.float32)
-    lowest = tl.load(start_ptr + batch * length + begin) // COLUMNS * COLUMNS
-    for left in range(lowest, tl.minimum(begin + ROWS, tokens), COLUMNS):
-        column_X = left + tl.arange(0, COLUMNS)
-        place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
-        k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < tokens, other=0.0)
+    lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
+    for left in range(lowest, tl.minimum(begin + ROWS, tokens), ENTRIES):
+        entry_X = left + tl.arange(0, ENTRIES)
+        place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
+        k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
         score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-        visible_MX = _within(column_X[None, :], start_M[:, None], seen_M[:, None])
+        visible_MX = _within(entry_X[None, :], start_M[:, None], seen_M[:, None])
         p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
         sum_M += tl.sum(p_MX, 1)
-        v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < tokens, other=0.0)
+        v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
         out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
     if SLOTS:
-        for left in range(tokens, columns, COLUMNS):
-            column_X = left + tl.arange(0, COLUMNS)
-            place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
-            first_X = tl.load(first_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
-            last_X = tl.load(last_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
+        for left in range(tokens, entries, ENTRIES):
+            entry_X = left + tl.arange(0, ENTRIES)
+            place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
+            first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
+            last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
             # Most slots are seen by few blocks of queries: thoughts by their segment's, crystals by late ones.
             if _any_seen(first_X, last_X, begin, ROWS):
-                k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
                 score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
                 visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
                 p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
                 sum_M += tl.sum(p_MX, 1)
-                v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
                 out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
     sum_M = tl.where(row_M < length, sum_M, 1.0)
     out_MH = out_MH / sum_M[:, None]
@@ -97,52 +97,52 @@ def _forward(
 
 @triton.jit
 def _to_queries(
-    q_ptr, k_ptr, v_ptr, start_ptr, first_ptr, last_ptr, out_ptr, norm_ptr, slope_ptr, mean_ptr, dq_ptr,
-    length, tokens, columns, scale,
+    q_ptr, k_ptr, v_ptr, start_ptr, first_ptr, last_ptr, out_ptr, norm_ptr, grad_ptr, mean_ptr, dq_ptr,
+    length, tokens, entries, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries; leaves in `mean` what `_to_columns` needs too: the mean slope of a query's columns."""
+    """Gradients of queries; leaves in `mean` what `_to_entries` needs too: a query's mean gradient of its shares."""
     batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     q_place = (batch.to(tl.int64) * length * HEADS + head) * WIDTH
-    kv_place = (batch.to(tl.int64) * columns * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
+    kv_place = (batch.to(tl.int64) * entries * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
     begin = tl.program_id(0) * ROWS
     row_M = begin + tl.arange(0, ROWS)
     h = tl.arange(0, WIDTH)
     place_MH = q_place + row_M[:, None] * (HEADS * WIDTH) + h
     q_MH = tl.load(q_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    slope_MH = tl.load(slope_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
+    grad_MH = tl.load(grad_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
     out_MH = tl.load(out_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    mean_M = tl.sum(out_MH.to(tl.float32) * slope_MH.to(tl.float32), 1)
+    mean_M = tl.sum(out_MH.to(tl.float32) * grad_MH.to(tl.float32), 1)
     row_place = tl.program_id(1).to(tl.int64) * length + row_M
     tl.store(mean_ptr + row_place, mean_M, mask=row_M < length)
     norm_M = tl.load(norm_ptr + row_place, mask=row_M < length, other=0.0)
     start_M = tl.load(start_ptr + batch * length + row_M, mask=row_M < length, other=length)
     seen_M = row_M + 1 - start_M
     dq_MH = tl.zeros([ROWS, WIDTH], tl.float32)
-    lowest = tl.load(start_ptr + batch * length + begin) // COLUMNS * COLUMNS
-    for left in range(lowest, tl.minimum(begin + ROWS, tokens), COLUMNS):
-        column_X = left + tl.arange(0, COLUMNS)
-        place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
-        k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < tokens, other=0.0)
-        v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < tokens, other=0.0)
+    lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
+    for left in range(lowest, tl.minimum(begin + ROWS, tokens), ENTRIES):
+        entry_X = left + tl.arange(0, ENTRIES)
+        place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
+        k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
+        v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
         score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-        dp_MX = tl.dot(slope_MH, tl.trans(v_XH), input_precision=EXACT)
-        visible_MX = _within(column_X[None, :], start_M[:, None], seen_M[:, None])
+        dp_MX = tl.dot(grad_MH, tl.trans(v_XH), input_precision=EXACT)
+        visible_MX = _within(entry_X[None, :], start_M[:, None], seen_M[:, None])
         p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
         ds_MX = p_MX * (dp_MX - mean_M[:, None])
         dq_MH = tl.dot(ds_MX.to(k_XH.dtype), k_XH, dq_MH, input_precision=EXACT)
     if SLOTS:
-        for left in range(tokens, columns, COLUMNS):
-            column_X = left + tl.arange(0, COLUMNS)
-            place_XH = kv_place + column_X[:, None] * (KV_HEADS * WIDTH) + h
-            first_X = tl.load(first_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
-            last_X = tl.load(last_ptr + batch * columns + column_X, mask=column_X < columns, other=0)
+        for left in range(tokens, entries, ENTRIES):
+            entry_X = left + tl.arange(0, ENTRIES)
+            place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
+            first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
+            last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
             if _any_seen(first_X, last_X, begin, ROWS):
-                k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
-                v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < columns, other=0.0)
+                k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
+                v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
                 score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-                dp_MX = tl.dot(slope_MH, tl.trans(v_XH), input_precision=EXACT)
+                dp_MX = tl.dot(grad_MH, tl.trans(v_XH), input_precision=EXACT)
                 visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
                 p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
                 ds_MX = p_MX * (dp_MX - mean_M[:, None])
@@ -152,52 +152,52 @@ def _to_queries(
 
 
 @triton.jit
-def _to_columns(
-    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, norm_ptr, slope_ptr, mean_ptr, dk_ptr, dv_ptr,
-    length, tokens, columns, scale,
+def _to_entries(
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, norm_ptr, grad_ptr, mean_ptr, dk_ptr, dv_ptr,
+    length, tokens, entries, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, of all query heads that they serve. Tokens' columns and slots' share no block."""
+    """Gradients of keys and values, of all query heads that they serve. Tokens' entries and slots' share no block."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     group: tl.constexpr = HEADS // KV_HEADS
-    token_blocks = tl.cdiv(tokens, COLUMNS)
+    token_blocks = tl.cdiv(tokens, ENTRIES)
     block = tl.program_id(0)
     is_token = block < token_blocks
-    left = tl.where(is_token, block * COLUMNS, tokens + (block - token_blocks) * COLUMNS)
-    limit = tl.where(is_token, tokens, columns)
-    column_X = left + tl.arange(0, COLUMNS)
+    left = tl.where(is_token, block * ENTRIES, tokens + (block - token_blocks) * ENTRIES)
+    limit = tl.where(is_token, tokens, entries)
+    entry_X = left + tl.arange(0, ENTRIES)
     h = tl.arange(0, WIDTH)
-    place_XH = (batch.to(tl.int64) * columns * KV_HEADS + kv_head) * WIDTH
-    place_XH += column_X[:, None] * (KV_HEADS * WIDTH) + h
-    k_XH = tl.load(k_ptr + place_XH, mask=column_X[:, None] < limit, other=0.0)
-    v_XH = tl.load(v_ptr + place_XH, mask=column_X[:, None] < limit, other=0.0)
-    first_X = tl.load(first_ptr + batch * columns + column_X, mask=column_X < limit, other=length)
-    last_X = tl.load(last_ptr + batch * columns + column_X, mask=column_X < limit, other=0)
+    place_XH = (batch.to(tl.int64) * entries * KV_HEADS + kv_head) * WIDTH
+    place_XH += entry_X[:, None] * (KV_HEADS * WIDTH) + h
+    k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < limit, other=0.0)
+    v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < limit, other=0.0)
+    first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < limit, other=length)
+    last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < limit, other=0)
     seen_X = tl.maximum(last_X - first_X, 0)
     lowest = tl.min(first_X) // ROWS * ROWS
     blocks = tl.maximum(tl.cdiv(tl.max(last_X) - lowest, ROWS), 0)
-    dk_XH = tl.zeros([COLUMNS, WIDTH], tl.float32)
-    dv_XH = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    dk_XH = tl.zeros([ENTRIES, WIDTH], tl.float32)
+    dv_XH = tl.zeros([ENTRIES, WIDTH], tl.float32)
     for turn in range(group * blocks):
         head = kv_head * group + turn // blocks
         row_M = lowest + turn % blocks * ROWS + tl.arange(0, ROWS)
         place_MH = (batch.to(tl.int64) * length * HEADS + head) * WIDTH + row_M[:, None] * (HEADS * WIDTH) + h
         row_place = (batch.to(tl.int64) * HEADS + head) * length + row_M
         q_MH = tl.load(q_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-        slope_MH = tl.load(slope_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
+        grad_MH = tl.load(grad_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
         norm_M = tl.load(norm_ptr + row_place, mask=row_M < length, other=0.0)
         mean_M = tl.load(mean_ptr + row_place, mask=row_M < length, other=0.0)
         score_XM = tl.dot(k_XH, tl.trans(q_MH), input_precision=EXACT)
         visible_XM = _within(row_M[None, :], first_X[:, None], seen_X[:, None])
         p_XM = tl.where(visible_XM, tl.exp2(score_XM * scale - norm_M[None, :]), 0.0)
-        dv_XH = tl.dot(p_XM.to(slope_MH.dtype), slope_MH, dv_XH, input_precision=EXACT)
-        dp_XM = tl.dot(v_XH, tl.trans(slope_MH), input_precision=EXACT)
+        dv_XH = tl.dot(p_XM.to(grad_MH.dtype), grad_MH, dv_XH, input_precision=EXACT)
+        dp_XM = tl.dot(v_XH, tl.trans(grad_MH), input_precision=EXACT)
         ds_XM = p_XM * (dp_XM - mean_M[None, :])
         dk_XH = tl.dot(ds_XM.to(q_MH.dtype), q_MH, dk_XH, input_precision=EXACT)
     dk_XH *= scale * 0.6931471805599453
-    tl.store(dk_ptr + place_XH, dk_XH.to(dk_ptr.dtype.element_ty), mask=column_X[:, None] < limit)
-    tl.store(dv_ptr + place_XH, dv_XH.to(dv_ptr.dtype.element_ty), mask=column_X[:, None] < limit)
+    tl.store(dk_ptr + place_XH, dk_XH.to(dk_ptr.dtype.element_ty), mask=entry_X[:, None] < limit)
+    tl.store(dv_ptr + place_XH, dv_XH.to(dv_ptr.dtype.element_ty), mask=entry_X[:, None] < limit)
 
 
 def _options(q_BTNH: Tensor, k_BJKH: Tensor, blocks: Blocks) -> dict[str, object]:
@@ -206,7 +206,7 @@ def _options(q_BTNH: Tensor, k_BJKH: Tensor, blocks: Blocks) -> dict[str, object
         "KV_HEADS": k_BJKH.shape[2],
         "WIDTH": q_BTNH.shape[3],
         "ROWS": blocks.rows,
-        "COLUMNS": blocks.columns,
+        "ENTRIES": blocks.entries,
         "EXACT": "ieee" if q_BTNH.dtype == torch.float32 else "tf32",  # which halves ignore
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
@@ -228,24 +228,24 @@ def forward(
     tokens: int,
     blocks: Blocks = FORWARD,
 ) -> tuple[Tensor, Tensor]:
-    """Answers [B, T, N, H] and the logarithms to base 2 of the softmax's sums [B, N, T].
+    """Return the outputs [B, T, N, H] and the logarithms to base 2 of the softmax's sums [B, N, T].
 
-    All tensors are contiguous. Of the columns the first `tokens`, either T or 0, are those of the queries' own tokens.
+    All tensors are contiguous. The first `tokens` kv entries, either T or 0, are the queries' own tokens.
     """
     rows, length, heads, _ = q_BTNH.shape
-    columns = k_BJKH.shape[1]
+    entries = k_BJKH.shape[1]
     out_BTNH = torch.empty_like(q_BTNH)
     norm_BNT = torch.empty(rows, heads, length, dtype=torch.float32, device=q_BTNH.device)
     with torch.cuda.device_of(q_BTNH):  # Triton launches on the current device
         _forward[(triton.cdiv(length, blocks.rows), rows * heads)](
-            q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, length, tokens, columns,
-            _scale(q_BTNH), SLOTS=columns > tokens, **_options(q_BTNH, k_BJKH, blocks),
+            q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, length, tokens, entries,
+            _scale(q_BTNH), SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, blocks),
         )  # fmt: skip
     return out_BTNH, norm_BNT
 
 
 def backward(
-    slope_BTNH: Tensor,
+    grad_BTNH: Tensor,
     q_BTNH: Tensor,
     k_BJKH: Tensor,
     v_BJKH: Tensor,
@@ -256,22 +256,22 @@ def backward(
     norm_BNT: Tensor,
     tokens: int,
     to_queries: Blocks = TO_QUERIES,
-    to_columns: Blocks = TO_COLUMNS,
+    to_entries: Blocks = TO_ENTRIES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the answers."""
+    """Gradients of q, k and v from that of the outputs."""
     rows, length, heads, _ = q_BTNH.shape
-    columns, kv_heads = k_BJKH.shape[1], k_BJKH.shape[2]
+    entries, kv_heads = k_BJKH.shape[1], k_BJKH.shape[2]
     dq_BTNH, dk_BJKH, dv_BJKH = torch.empty_like(q_BTNH), torch.empty_like(k_BJKH), torch.empty_like(v_BJKH)
     mean_BNT = torch.empty_like(norm_BNT)
     scale = _scale(q_BTNH)
     with torch.cuda.device_of(q_BTNH):
         _to_queries[(triton.cdiv(length, to_queries.rows), rows * heads)](
-            q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, slope_BTNH, mean_BNT, dq_BTNH,
-            length, tokens, columns, scale, SLOTS=columns > tokens, **_options(q_BTNH, k_BJKH, to_queries),
+            q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, grad_BTNH, mean_BNT, dq_BTNH,
+            length, tokens, entries, scale, SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, to_queries),
         )  # fmt: skip
-        size = to_columns.columns
-        _to_columns[(triton.cdiv(tokens, size) + triton.cdiv(columns - tokens, size), rows * kv_heads)](
-            q_BTNH, k_BJKH, v_BJKH, first_BJ, last_BJ, norm_BNT, slope_BTNH, mean_BNT, dk_BJKH, dv_BJKH,
-            length, tokens, columns, scale, **_options(q_BTNH, k_BJKH, to_columns),
+        size = to_entries.entries
+        _to_entries[(triton.cdiv(tokens, size) + triton.cdiv(entries - tokens, size), rows * kv_heads)](
+            q_BTNH, k_BJKH, v_BJKH, first_BJ, last_BJ, norm_BNT, grad_BTNH, mean_BNT, dk_BJKH, dv_BJKH,
+            length, tokens, entries, scale, **_options(q_BTNH, k_BJKH, to_entries),
         )  # fmt: skip
     return dq_BTNH, dk_BJKH, dv_BJKH

@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits in one kernel: the losses of its rows, and the slopes in the logits' place.
+"""Cross-entropy of a chunk of logits in one kernel: the losses of its rows, and the gradients in the logits' place.
 
 A program owns a row and reads it twice. The soft cap bounds the exponent, so the first reading needs no maximum: it
 sums ``exp(capped)``. The second one, which finds the row still in the L2 cache, overwrites it with the gradient. So the
@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from lepton.model.loss import IGNORE
 
 # Eight columns a thread are one load of 16 bytes. A row of 50 thousand columns gets 16 warps, of which two fit on a
 # multiprocessor of an H100 or H200 at once: 264 rows of 100 KB, which the second reading still finds in 50 MB of cache.
@@ -43,7 +41,7 @@ def _cross_entropy(
     columns: tl.constexpr,
     cap: tl.constexpr,
     IGNORE: tl.constexpr,
-    SLOPES: tl.constexpr,
+    GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     WHOLE: tl.constexpr = vocab_size // BLOCK * BLOCK  # columns in blocks that need no mask
@@ -53,7 +51,7 @@ def _cross_entropy(
     if label == IGNORE:
         tl.store(nats_ptr + row, 0.0)
         tl.store(squares_ptr + row, 0.0)
-        if SLOPES:
+        if GRADS:
             for first in range(0, columns, BLOCK):
                 column = first + tl.arange(0, BLOCK)
                 tl.store(raw_ptr + column, tl.zeros([BLOCK], raw_ptr.dtype.element_ty), mask=column < columns)
@@ -71,7 +69,7 @@ def _cross_entropy(
         w_label, exp_label = _shares(tl.load(raw_ptr + label), cap)
         tl.store(nats_ptr + row, lse - (cap - 2.0 * cap * w_label))
         tl.store(squares_ptr + row, lse * lse)
-        if SLOPES:
+        if GRADS:
             # Every thread has read the label's logit before any overwrites it.
             tl.debug_barrier()
             share = 4.0 / tl.load(count_ptr).to(tl.float32)
@@ -83,20 +81,28 @@ def _cross_entropy(
             for first in range(WHOLE, columns, BLOCK):
                 column = first + tl.arange(0, BLOCK)
                 w, exp = _shares(tl.load(raw_ptr + column, mask=column < columns, other=0.0), cap)
-                slope = tl.where(column < vocab_size, exp * scale * (w * (1.0 - w)), 0.0)
-                tl.store(raw_ptr + column, slope.to(raw_ptr.dtype.element_ty), mask=column < columns)
-            # The label's own slope is written last.
+                grad = tl.where(column < vocab_size, exp * scale * (w * (1.0 - w)), 0.0)
+                tl.store(raw_ptr + column, grad.to(raw_ptr.dtype.element_ty), mask=column < columns)
+            # The label's own gradient is written last.
             tl.debug_barrier()
-            slope_label = (exp_label * scale - share) * (w_label * (1.0 - w_label))
-            tl.store(raw_ptr + label, slope_label.to(raw_ptr.dtype.element_ty))
+            grad_label = (exp_label * scale - share) * (w_label * (1.0 - w_label))
+            tl.store(raw_ptr + label, grad_label.to(raw_ptr.dtype.element_ty))
 
 
 def fused_chunk(
-    raw_CV: Tensor, target_C: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
+    raw_CV: Tensor,
+    target_C: Tensor,
+    count: Tensor,
+    vocab_size: int,
+    cap: float,
+    z_weight: float,
+    grads: bool,
+    *,
+    ignore: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain_chunk` in `lepton/model/loss.py`, in one launch.
+    """As `plain_chunk` in `lepton/ops/cross_entropy.py`, in one launch.
 
-    The arguments are not looked at on the host, so a launch can be captured in a CUDA graph. A target is `IGNORE` or
+    The arguments are not looked at on the host, so a launch can be captured in a CUDA graph. A target is `ignore` or
     below `vocab_size`; any other is read out of bounds.
     """
     rows, columns = raw_CV.shape
@@ -115,8 +121,8 @@ def fused_chunk(
             vocab_size=vocab_size,
             columns=columns,
             cap=cap,
-            IGNORE=IGNORE,
-            SLOPES=grads,
+            IGNORE=ignore,
+            GRADS=grads,
             BLOCK=block,
             num_warps=max(1, block // COLUMNS_A_WARP),
         )

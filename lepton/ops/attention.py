@@ -1,0 +1,91 @@
+"""Softmax attention as an `AttentionPlan` lays it out. `naive_attention` says what it computes.
+
+Shapes: B rows, T queries, J kv entries, N query heads, K kv heads, H head dim, M chosen queries.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lepton.ops.attention_kernel import attend_in_ranges
+from lepton.ops.attention_plan import AttentionPlan
+
+PRODUCT_ENTRIES = 1024
+"""Up to so many kv entries a CPU keeps the scores of all pairs, twice as fast in training as its fused attention;
+beyond, they would take more memory than all else."""
+
+
+def attend(
+    q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, plan: AttentionPlan, slots: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Softmax attention of a chunk's queries.
+
+    Args:
+        q: queries [B, T, N, H], or [M, N, H] where the plan chooses some. N is a multiple of K: each kv head serves
+            N / K query heads. Queries and keys must be normed: the kernel relies on bounded scores.
+        k_BJKH: keys of past and chunk.
+        v_BJKH: their values.
+        plan: which of them, and of the slots, each query sees. Each sees at least one.
+        slots: keys and values of the slots [B, C, K, H], if the plan has any.
+
+    Returns:
+        Outputs of the shape of `q`.
+    """
+    if plan.ranges is not None:
+        return attend_in_ranges(q, _joined(k_BJKH, slots, 0), _joined(v_BJKH, slots, 1), plan.ranges)
+    outputs = []
+    for block in plan.blocks:
+        k, v = _joined(k_BJKH[:, block.entries], slots, 0), _joined(v_BJKH[:, block.entries], slots, 1)
+        if (chosen := block.chosen) is None:
+            outputs.append(attend_with_bias(q[:, block.queries], k, v, block.bias_BQX))
+        else:
+            out = attend_with_bias(chosen.pad(q), k[chosen.rows_R], v[chosen.rows_R], block.bias_BQX)
+            outputs.append(chosen.unpad(out))
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs, 1 if plan.index_M is None else 0) if outputs else q  # no query is chosen
+
+
+def _joined(tokens_BJKH: Tensor, slots: tuple[Tensor, Tensor] | None, which: int) -> Tensor:
+    """Keys (0) or values (1) of tokens and, behind them, of slots."""
+    return tokens_BJKH if slots is None else torch.cat([tokens_BJKH, slots[which]], 1)
+
+
+def attend_with_bias(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ: Tensor) -> Tensor:
+    """Softmax attention [B, T, N, H] with `bias_BTJ` added to the scores of all heads."""
+    if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_ENTRIES:
+        return _attend_by_products(q_BTNH, k_BJKH, v_BJKH, bias_BTJ)
+    group = q_BTNH.shape[2] // k_BJKH.shape[2]
+    k_BNJH = k_BJKH.transpose(1, 2).repeat_interleave(group, 1)
+    v_BNJH = v_BJKH.transpose(1, 2).repeat_interleave(group, 1)
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2), k_BNJH, v_BNJH, attn_mask=bias_BTJ[:, None], scale=q_BTNH.shape[-1] ** -0.5
+    )
+    return out_BNTH.transpose(1, 2)
+
+
+def _attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ: Tensor) -> Tensor:
+    """The same with the scores of all pairs in memory, in q's dtype; a softmax computes in fp32 or better."""
+    rows, length, heads, head_dim = q_BTNH.shape
+    kv_heads = k_BJKH.shape[2]
+    # The query heads that share a kv head stand below each other: one product for all of them.
+    q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
+    scores_BKGTJ = torch.add(bias_BTJ[:, None, None], scores_BKGTJ, alpha=head_dim**-0.5)
+    out_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
+    return out_BKXH.view(rows, heads, length, head_dim).transpose(1, 2)
+
+
+def naive_attention(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sees_BTJ: Tensor) -> Tensor:
+    """Softmax attention [B, T, N, H], one query and one head after the other; a slow reference."""
+    rows, length, heads, head_dim = q_BTNH.shape
+    group = heads // k_BJKH.shape[2]
+    outputs = []
+    for b in range(rows):
+        for t in range(length):
+            seen = sees_BTJ[b, t].nonzero()[:, 0]
+            for n in range(heads):
+                keys, values = k_BJKH[b, seen, n // group], v_BJKH[b, seen, n // group]
+                shares = (keys @ q_BTNH[b, t, n] / head_dim**0.5).softmax(0)
+                outputs.append(shares @ values)
+    return torch.stack(outputs).view(rows, length, heads, head_dim)

@@ -1,0 +1,166 @@
+"""Attention in one Triton kernel, for masks in which each kv entry is seen by one run of consecutive queries.
+
+That holds for a chunk without a past. The tokens of a window and a document lie next to each other. A crystal is seen
+from when its token has left the window until better ones push it out, a thought while its segment is open.
+
+Shapes: B rows, T queries, J kv entries, C slots, N query heads, K kv heads, H head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lepton.ops.kernels import HALF, Kernel
+from lepton.ops.query_blocks import computed_pairs
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Which queries see which kv entries, int32."""
+
+    start_BT: Tensor
+    """The first of the queries' own tokens that each query sees; it sees all from there up to itself."""
+    first_BJ: Tensor
+    """The first query that sees a kv entry, of a token or, behind the tokens, of a slot."""
+    last_BJ: Tensor
+    """One more than the last query that sees it; equal to the first where none does."""
+    tokens: int
+    """How many of the kv entries belong to the queries' own tokens: all but the slots, or none."""
+    window: int | None
+
+    @staticmethod
+    def causal(position_BT: Tensor, window: int | None) -> "Ranges":
+        """Return the ranges of a chunk without a past; a token sees what `attention_plan.visible` says."""
+        reach_BT = position_BT if window is None else position_BT.clamp(max=window - 1)
+        index_T = torch.arange(reach_BT.shape[1], device=reach_BT.device)
+        start_BT = index_T - reach_BT
+        first_BJ = index_T.expand_as(start_BT).contiguous()
+        # Starts never decrease, so a token is seen by all from itself until the first that starts behind it.
+        last_BJ = torch.searchsorted(start_BT, first_BJ, right=True)
+        return Ranges(start_BT.int(), first_BJ.int(), last_BJ.int(), len(index_T), window)
+
+    @staticmethod
+    def of_mask(sees_BTC: Tensor) -> "Ranges":
+        """Return the ranges of kv entries none of which belongs to the queries' own tokens."""
+        first_BC, last_BC = runs(sees_BTC)
+        start_BT = torch.zeros(sees_BTC.shape[:2], dtype=torch.int32, device=sees_BTC.device)
+        return Ranges(start_BT, first_BC, last_BC, 0, None)
+
+    def with_slots(self, sees_BTC: Tensor) -> "Ranges":
+        """Return these ranges and, behind them, those of slots."""
+        first_BC, last_BC = runs(sees_BTC)
+        first_BJ, last_BJ = torch.cat([self.first_BJ, first_BC], 1), torch.cat([self.last_BJ, last_BC], 1)
+        return Ranges(self.start_BT, first_BJ, last_BJ, self.tokens, self.window)
+
+    def of_rows(self, rows_R: Tensor) -> "Ranges":
+        """Return those of some rows."""
+        start, first, last = (each.index_select(0, rows_R) for each in (self.start_BT, self.first_BJ, self.last_BJ))
+        return Ranges(start, first, last, self.tokens, self.window)
+
+
+def runs(sees_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first query that sees each slot and one more than the last, int32; T twice where none does."""
+    count_BC = sees_BTC.sum(1)
+    first_BC = torch.where(count_BC > 0, sees_BTC.int().argmax(1), sees_BTC.shape[1])
+    return first_BC.int(), (first_BC + count_BC).int()
+
+
+def attend_in_ranges(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, ranges: Ranges) -> Tensor:
+    """Softmax attention [B, T, N, H]. Each kv head serves N / K query heads.
+
+    Queries and keys are normed, so that scores are bounded, and every query sees a kv entry.
+    """
+    given = (q_BTNH.contiguous(), k_BJKH.contiguous(), v_BJKH.contiguous())
+    out_BTNH, _ = _attend(*given, ranges.start_BT, ranges.first_BJ, ranges.last_BJ, ranges.tokens, ranges.window)
+    return out_BTNH
+
+
+def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    q = torch.zeros(1, 16, 1, head_dim, dtype=dtype, device=device, requires_grad=True)
+    index = torch.arange(16, dtype=torch.int32, device=device)[None]
+    attend_in_ranges(q, q, q, Ranges(index, index, index + 1, 16, 1)).sum().backward()
+
+
+ATTENTION = Kernel("attention", HALF, _trial)
+"""Asked with the head dim."""
+
+
+@torch.library.custom_op("lepton::attend_in_ranges", mutates_args=())
+def _attend(
+    q_BTNH: Tensor,
+    k_BJKH: Tensor,
+    v_BJKH: Tensor,
+    start_BT: Tensor,
+    first_BJ: Tensor,
+    last_BJ: Tensor,
+    tokens: int,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    from lepton.ops.triton import attention
+
+    return attention.forward(q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, tokens)
+
+
+@_attend.register_fake
+def _(q_BTNH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, length, heads, _width = q_BTNH.shape
+    return torch.empty_like(q_BTNH), q_BTNH.new_empty(rows, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("lepton::attend_in_ranges_backward", mutates_args=())
+def _attend_backward(
+    grad_BTNH: Tensor,
+    q_BTNH: Tensor,
+    k_BJKH: Tensor,
+    v_BJKH: Tensor,
+    start_BT: Tensor,
+    first_BJ: Tensor,
+    last_BJ: Tensor,
+    out_BTNH: Tensor,
+    norm_BNT: Tensor,
+    tokens: int,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from lepton.ops.triton import attention
+
+    given = (q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, tokens)
+    return attention.backward(grad_BTNH.contiguous(), *given)
+
+
+@_attend_backward.register_fake
+def _(grad_BTNH: Tensor, q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_BTNH), torch.empty_like(k_BJKH), torch.empty_like(v_BJKH)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, tokens, window = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.tokens, ctx.window = tokens, window
+
+
+def _differentiate(ctx: Any, grad_BTNH: Tensor, _norm: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = _attend_backward(grad_BTNH, *ctx.saved_tensors, ctx.tokens, ctx.window)
+    return *gradients, None, None, None, None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _pairs(q: Any, k: Any, tokens: int, window: int | None) -> int:
+    """Pairs of a query and a kv entry that are computed where a document fills its row."""
+    return int(q[0] * q[2] * (q[1] * (k[1] - tokens) + computed_pairs(tokens, window)))
+
+
+@register_flop_formula(torch.ops.lepton.attend_in_ranges)
+def _flops(q: Any, k: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """Scores and outputs."""
+    return 2 * 2 * q[3] * _pairs(q, k, *args[-2:])
+
+
+@register_flop_formula(torch.ops.lepton.attend_in_ranges_backward)
+def _flops_backward(grad: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """Two gradients of each of the two products; what is computed again does not count."""
+    return 4 * 2 * q[3] * _pairs(q, k, *args[-2:])

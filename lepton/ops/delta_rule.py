@@ -1,0 +1,290 @@
+"""The gated delta rule of working memory (Yang et al., 2024), for chunks of tokens at once.
+
+    S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t
+
+`naive_delta_rule` says what it computes, `chunked_delta_rule` computes it in PyTorch. Two parts are sequential: the
+substitution within a chunk, row after row, and the state, chunk after chunk. In fp32 on a GPU each of them is an
+operator with a Triton kernel and a gradient; the rest is products of all chunks at once, the same in both forms.
+
+Shapes: B rows, P chunks of C tokens, H heads, K key dim, V value dim, X = V + K.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lepton.ops.kernels import Kernel
+
+CHUNK = 64
+"""Tokens of a chunk, for the kernels; what is shorter is one chunk."""
+
+
+class Writes(NamedTuple):
+    """What tokens do to the memory, chunk by chunk."""
+
+    q: Tensor
+    """[B, P, H, C, K]"""
+    k: Tensor
+    """[B, P, H, C, K]"""
+    v: Tensor
+    """[B, P, H, C, V]"""
+    log_decay: Tensor
+    """log a, [B, P, H, C]"""
+    rate: Tensor
+    """b, [B, P, H, C]"""
+    document_BPC: Tensor
+    """Ordinal of the token's document: a new one starts with an empty memory."""
+
+
+def delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the memory over P chunks.
+
+    Args:
+        writes: what the tokens do.
+        state_BHKV: the memory on entry, fp32 or better.
+        entry_document_BP: the document that the state on entry to each chunk belongs to.
+
+    Returns:
+        The reads o [B, P, H, C, V], the state on entry to each chunk [B, P, H, K, V], and the one after the last.
+    """
+    if writes.k.shape[-2] == CHUNK and DELTA_RULE.works(state_BHKV.device, state_BHKV.dtype, *state_BHKV.shape[2:]):
+        return delta_rule_in_kernels(writes, state_BHKV, entry_document_BP)
+    return chunked_delta_rule(writes, state_BHKV, entry_document_BP)
+
+
+def naive_delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `delta_rule`, token by token; a slow reference."""
+    chunks, size = writes.k.shape[1], writes.k.shape[3]
+    reads, entries, document_B = [], [], entry_document_BP[:, 0]
+    for p in range(chunks):
+        entries.append(state_BHKV)
+        for c in range(size):
+            q, k, v, log_decay, rate = (part[:, p, :, c] for part in writes[:5])
+            fresh_B = writes.document_BPC[:, p, c] != document_B
+            document_B = writes.document_BPC[:, p, c]
+            state_BHKV = torch.where(fresh_B[:, None, None, None], 0, state_BHKV)
+            state_BHKV = log_decay.exp()[..., None, None] * state_BHKV
+            known = torch.einsum("bhkv,bhk->bhv", state_BHKV, k)
+            state_BHKV = state_BHKV + torch.einsum("bhk,bhv->bhkv", k, rate[..., None] * (v - known))
+            reads.append(torch.einsum("bhkv,bhk->bhv", state_BHKV, q))
+    reads_BPHCV = torch.stack(reads, 2).unflatten(2, (chunks, size)).transpose(1, 2)
+    return reads_BPHCV, torch.stack(entries, 1), state_BHKV
+
+
+def chunked_delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `delta_rule`, in PyTorch.
+
+    The part of a chunk that does not depend on the state is solved for all chunks at once, by substitution: inverting
+    by repeated squaring explodes in fp32 on repeated tokens.
+    """
+    mix, given, inside, g, into = _prepare(writes, entry_document_BP)
+    one = torch.eye(mix.shape[-1], dtype=mix.dtype, device=mix.device)
+    solved = torch.linalg.solve_triangular(mix + one, given, upper=False, unitriangular=True)
+    u, w = solved.split([writes.v.shape[-1], writes.k.shape[-1]], -1)
+    reads, states = [], [state_BHKV]
+    for p in range(mix.shape[1]):
+        state = states[-1]
+        written = u[:, p] - w[:, p] @ state
+        reads.append(g[:, p, :, :, None] * (writes.q[:, p] @ state) + inside[:, p] @ written)
+        states.append(g[:, p, :, -1, None, None] * state + into[:, p].mT @ written)
+    return torch.stack(reads, 1), torch.stack(states[:-1], 1), states[-1]
+
+
+def delta_rule_in_kernels(
+    writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `delta_rule`, with the kernels: fp32, chunks of `CHUNK`."""
+    q, k, v = (part.contiguous() for part in writes[:3])  # heads apart, as products of batches need them
+    mix, given, inside, g, into = _prepare(writes._replace(q=q, k=k, v=v), entry_document_BP)
+    solved, _ = _solve(mix, given)
+    written, entry, end = _carry(solved, into, g[..., -1], state_BHKV)
+    before = (g[..., None] * q) @ entry
+    reads = torch.baddbmm(*(part.flatten(0, 2) for part in (before, inside, written)))
+    return reads.view_as(v), entry, end
+
+
+def _trial(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> None:
+    # As many rows as take the kernels' largest blocks.
+    k = torch.zeros(256, 1, 1, CHUNK, keys, dtype=dtype, device=device, requires_grad=True)
+    v = k.new_zeros(256, 1, 1, CHUNK, values)
+    gate, document = k.new_zeros(256, 1, 1, CHUNK), torch.zeros(256, 1, CHUNK, dtype=torch.long, device=device)
+    state = k.new_zeros(256, 1, keys, values)
+    reads, *_ = delta_rule_in_kernels(Writes(k, k, v, gate, gate, document), state, document[:, :, 0])
+    torch.autograd.grad(reads.sum(), k)
+
+
+DELTA_RULE = Kernel("the memory", (torch.float32,), _trial)
+"""Asked with key dim and value dim."""
+
+
+class _Chunks(NamedTuple):
+    """The part of the computation that does not depend on the state."""
+
+    mix_BPHCC: Tensor
+    """How much a token's write takes from what those before it in its chunk write; 0 on and above the diagonal."""
+    given_BPHCX: Tensor
+    """Right-hand sides, values and behind them keys, of the system whose matrix is identity plus mix."""
+    inside_BPHCC: Tensor
+    """How much a token reads of what each of its chunk writes."""
+    g_BPHC: Tensor
+    """What is left of the state on entry when a token reads; 0 in another document."""
+    into_BPHCK: Tensor
+    """Keys under which writes are in the state at the chunk's end."""
+
+
+def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
+    q, k, v, log_decay, rate, document_BPC = writes
+    low = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
+    same_BPCC = (document_BPC[:, :, :, None] == document_BPC[:, :, None, :]) & low
+    log_g = log_decay.cumsum(-1)
+    ratio = (log_g[..., :, None] - log_g[..., None, :]).masked_fill(~same_BPCC[:, :, None], float("-inf")).exp()
+    enters_BPC = document_BPC == entry_document_BP[:, :, None]
+    g = log_g.exp() * enters_BPC[:, :, None]
+    mix = (rate[..., None] * (k @ k.mT) * ratio).tril(-1)
+    given = torch.cat([rate[..., None] * v, (rate * g)[..., None] * k], -1)
+    inside = (q @ k.mT) * ratio
+    stays_BPC = document_BPC == document_BPC[:, :, -1:]
+    to_end = (log_g[..., -1:] - log_g).exp() * stays_BPC[:, :, None]
+    return _Chunks(mix, given, inside, g, k * to_end[..., None])
+
+
+@torch.library.custom_op("lepton::solve_unit_lower", mutates_args=())
+def _solve(mix_BPHCC: Tensor, given_BPHCX: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the system whose matrix is identity plus mix; return the inverse too. As a solve, it counts no FLOPs."""
+    from lepton.ops.triton import delta_rule
+
+    inverse_BPHCC = delta_rule.invert(mix_BPHCC.contiguous())
+    return inverse_BPHCC @ given_BPHCX, inverse_BPHCC
+
+
+@_solve.register_fake
+def _(mix_BPHCC: Tensor, given_BPHCX: Tensor) -> tuple[Tensor, Tensor]:
+    return given_BPHCX.new_empty(given_BPHCX.shape), mix_BPHCC.new_empty(mix_BPHCC.shape)
+
+
+@torch.library.custom_op("lepton::solve_unit_lower_transposed", mutates_args=())
+def _solve_transposed(inverse_BPHCC: Tensor, grad_BPHCX: Tensor) -> Tensor:
+    return inverse_BPHCC.mT @ grad_BPHCX
+
+
+@_solve_transposed.register_fake
+def _(inverse_BPHCC: Tensor, grad_BPHCX: Tensor) -> Tensor:
+    return grad_BPHCX.new_empty(grad_BPHCX.shape)
+
+
+def _keep_solved(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_solved(ctx: Any, grad_BPHCX: Tensor, _inverse: None) -> tuple[Tensor, Tensor]:
+    solved_BPHCX, inverse_BPHCC = ctx.saved_tensors
+    given_grad_BPHCX = _solve_transposed(inverse_BPHCC, grad_BPHCX)
+    return -(given_grad_BPHCX @ solved_BPHCX.mT).tril(-1), given_grad_BPHCX
+
+
+_solve.register_autograd(_differentiate_solved, setup_context=_keep_solved)
+
+
+@torch.library.custom_op("lepton::carry_state", mutates_args=())
+def _carry(
+    solved_BPHCX: Tensor, into_BPHCK: Tensor, decay_BPH: Tensor, state_BHKV: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry the state from chunk to chunk: written = u - w state, next = decay state + into' written.
+
+    Returns what chunks write, the state on entry to each, and the one after the last.
+    """
+    from lepton.ops.triton import delta_rule
+
+    return delta_rule.forward(
+        solved_BPHCX.contiguous(), into_BPHCK.contiguous(), decay_BPH.contiguous(), state_BHKV.contiguous()
+    )
+
+
+@_carry.register_fake
+def _(solved_BPHCX: Tensor, into: Tensor, decay: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = state_BHKV.shape[2:]
+    written_BPHCV = solved_BPHCX.new_empty(*solved_BPHCX.shape[:4], values)
+    entry_BPHKV = solved_BPHCX.new_empty(*solved_BPHCX.shape[:3], keys, values)
+    return written_BPHCV, entry_BPHKV, state_BHKV.new_empty(state_BHKV.shape)
+
+
+@torch.library.custom_op("lepton::carry_state_backward", mutates_args=())
+def _carry_backward(
+    written_grad_BPHCV: Tensor,
+    entry_grad_BPHKV: Tensor,
+    end_grad_BHKV: Tensor,
+    solved_BPHCX: Tensor,
+    into_BPHCK: Tensor,
+    decay_BPH: Tensor,
+    written_BPHCV: Tensor,
+    entry_BPHKV: Tensor,
+    ends: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what `_carry` reads; `ends` says how many of the first and the last state take part."""
+    from lepton.ops.triton import delta_rule
+
+    return delta_rule.backward(
+        written_grad_BPHCV.contiguous(),
+        entry_grad_BPHKV.contiguous(),
+        end_grad_BHKV.contiguous(),
+        solved_BPHCX.contiguous(),
+        into_BPHCK.contiguous(),
+        decay_BPH.contiguous(),
+        written_BPHCV,
+        entry_BPHKV,
+    )
+
+
+@_carry_backward.register_fake
+def _(
+    written_grad: Tensor,
+    entry_grad: Tensor,
+    end_grad_BHKV: Tensor,
+    solved_BPHCX: Tensor,
+    into_BPHCK: Tensor,
+    decay_BPH: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    given = (solved_BPHCX, into_BPHCK, decay_BPH, end_grad_BHKV)
+    return tuple(part.new_empty(part.shape) for part in given)
+
+
+def _keep_carried(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    written_BPHCV, entry_BPHKV, _ = output
+    ctx.save_for_backward(*inputs[:3], written_BPHCV, entry_BPHKV)
+    ctx.to_state, ctx.state_shape = ctx.needs_input_grad[3], inputs[3].shape
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_carried(
+    ctx: Any, written_grad: Tensor | None, entry_grad: Tensor | None, end_grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    written_BPHCV, entry_BPHKV = ctx.saved_tensors[-2:]
+    *gradients, state_grad_BHKV = _carry_backward(
+        torch.zeros_like(written_BPHCV) if written_grad is None else written_grad,
+        torch.zeros_like(entry_BPHKV) if entry_grad is None else entry_grad,
+        entry_BPHKV.new_zeros(ctx.state_shape) if end_grad is None else end_grad,
+        *ctx.saved_tensors,
+        ctx.to_state + (end_grad is not None),
+    )
+    return *gradients, state_grad_BHKV if ctx.to_state else None
+
+
+_carry.register_autograd(_differentiate_carried, setup_context=_keep_carried)
+
+
+@register_flop_formula(torch.ops.lepton.carry_state)
+def _flops(solved: Any, into: Any, decay: Any, state: Any, *_args: Any, out_shape: Any = None, **_: Any) -> int:
+    """Two products a chunk."""
+    return int(2 * 2 * solved[0] * solved[1] * solved[2] * solved[3] * state[2] * state[3])
+
+
+@register_flop_formula(torch.ops.lepton.carry_state_backward)
+def _flops_backward(written: Any, entry: Any, end: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    """Four products a chunk, less two at each end that takes no part, as `chunked_delta_rule` computes."""
+    products = 4 * written[1] - 2 * (2 - args[-1])
+    return int(2 * products * written[0] * written[2] * written[3] * end[2] * end[3])
