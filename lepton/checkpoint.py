@@ -31,7 +31,7 @@ import torch
 
 from lepton import archive, tensors
 from lepton.errors import InputError, naming, reason
-from lepton.files import parse_json, readable, replacing
+from lepton.files import as_path, parse_json, readable, replacing
 from lepton.files import remove_unfinished as remove_hidden
 
 FORMAT = 1
@@ -69,7 +69,7 @@ def save(path: str | Path, payload: dict[str, Any]) -> None:
     Raises:
         InputError: the file cannot be written, such as on a full disk; nothing that was there before has changed.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         if path.suffix == WEIGHTS_SUFFIX:
             tensors.write(path, payload["model"], _metadata(payload))
@@ -112,10 +112,10 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, torn or no checkpoint; the message names the newest whole one before it.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = as_path(path)
+    if os.path.isdir(path):  # unlike Path's own, it answers for names that the system does not take
         raise InputError(f"{path} is a folder; give a checkpoint file{_instead(path)}")
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"checkpoint {path} does not exist{_alternative(path)}")
     readable(path, "checkpoint")
     payload = _load_weights(path) if path.suffix == WEIGHTS_SUFFIX else _load_archive(path)
@@ -170,7 +170,7 @@ def step_of(path: Path) -> int | None:
 def steps_in(folder: str | Path) -> list[tuple[int, Path]]:
     """Return (N, path) of each step_N.pt in `folder`, oldest first."""
     folder = Path(folder)
-    found = [(step_of(path), path) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [(step_of(path), path) for path in folder.iterdir()] if os.path.isdir(folder) else []
     return sorted((step, path) for step, path in found if step is not None)
 
 

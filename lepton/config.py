@@ -181,6 +181,8 @@ class LeptonConfig:
         Raises:
             InputError: an unknown name, with the nearest match, or a value that does not fit.
         """
+        if not isinstance(fields, Mapping):
+            raise InputError(f"a configuration is a dict of fields, not {shown(fields)}")
         needed = [field.name for field in dataclasses.fields(LeptonConfig) if field.default is dataclasses.MISSING]
         if missing := [name for name in needed if name not in fields]:
             raise InputError(f"the configuration lacks '{missing[0]}'")
@@ -238,10 +240,10 @@ def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[st
             fields = {field: value}
         else:
             known = [*_names(LeptonConfig), *IDEAS, *flat]
-            raise InputError(f"unknown configuration field '{name}'{nearest(str(name), known)}")
+            raise InputError(f"unknown configuration field {shown(name)}{nearest(name, known)}")
         for field in fields:
             if field not in (own := _names(IDEAS[idea])):
-                raise InputError(f"unknown configuration field '{idea}.{field}'{nearest(str(field), own)}")
+                raise InputError(f"unknown configuration field {idea}.{shown(field)}{nearest(field, own)}")
         before, others = found.get(idea, (None, {}))
         found[idea] = (before if switch is None else switch, {**others, **fields})
     return found

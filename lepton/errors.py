@@ -12,11 +12,14 @@ class InputError(ValueError):
     ``error: ...`` and leaves with exit code 2; in Python it is an ordinary ``ValueError``.
     """
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(str(message).splitlines()))  # a name or a library's text may have line breaks
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+
+def nearest(name: object, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest of `choices`, or a list of all of them."""
     choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; choose from {', '.join(choices)}"
 
 
@@ -38,6 +41,6 @@ def shown(value: object) -> str:
     """Return a value as a message can show it: on one line, and not at any length."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # a number of more digits than Python writes
-        return "a number of thousands of digits"
+    except Exception:  # a number of more digits than Python writes, or lists in lists without end
+        return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."

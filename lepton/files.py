@@ -14,11 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lepton.errors import InputError
+from lepton.errors import InputError, shown
 
 UNFINISHED = ".tmp"
 """Suffix of a file that is still being written. Its name is hidden and has a random part, so that no two processes
 write the same one."""
+
+
+def as_path(path: object) -> Path:
+    """Return `path` as a `Path`; raises InputError if it is neither a text nor a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{shown(path)} is no path: give a text or a Path")
+    return Path(path)
 
 
 def readable(path: str | Path, what: str = "file") -> Path:
@@ -29,7 +36,7 @@ def readable(path: str | Path, what: str = "file") -> Path:
     Raises:
         InputError: there is nothing, a folder, a pipe, a device or a socket; `what` names the file in the message.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -106,7 +113,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         InputError: `path` is a folder, a pipe or a device.
         OSError: the file cannot be written, such as on a full disk; callers say what that means.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_symlink():
         path = Path(os.path.realpath(path))  # of links in a circle `Path.resolve` raises RuntimeError
     with contextlib.suppress(FileNotFoundError):

@@ -43,7 +43,9 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, casts: bo
         if not isinstance(value, Tensor):
             raise InputError(f"'{name}' is no tensor but {type(value).__name__}")
         if value.shape != like.shape:
-            raise InputError(f"'{name}' has shape {tuple(value.shape)}, this model needs {tuple(like.shape)}")
+            raise InputError(
+                f"size mismatch: '{name}' has shape {tuple(value.shape)}, this model needs {tuple(like.shape)}"
+            )
         if value.dtype != like.dtype and not (casts and {value.dtype, like.dtype} <= {*FLOATS}):
             raise InputError(f"'{name}' holds {value.dtype}, this model needs {like.dtype}")
         check_finite(name, value)

@@ -197,3 +197,119 @@ def test_what_killed_processes_left_is_removed(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     checkpoint.remove_unfinished(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["notes.tmp", "step_1.pt"]
+
+
+RUN = {
+    "size": None, "tokenizer": None, "validation": None, "best": float("inf"), "rng": {"cpu": torch.get_rng_state()},
+    "optimizer": {"kind": "muon", "states": {}}, "training": {"dense": False, "overrides": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": [1]}, "'model' is of type list"),
+        ({"model": {"w": 3}}, "'model.w' is no tensor but int"),
+        ({"model": {3: torch.ones(1)}}, "'model' has the key 3"),
+        ({"model": {"w": torch.tensor([1, float("nan")])}}, r"'model\.w' holds NaN or infinity: training has diverged"),
+        ({"config": None}, "'config' is of type NoneType"),
+        ({"config": {1: 2}}, "'config' has the key 1"),
+        ({"step": "3"}, "'step' is of type str"),
+        ({"step": True}, "'step' is of type bool"),
+        ({"step": -1}, "'step' is -1"),
+        ({"step": 1 << 70}, "'step' is 118059"),
+        ({"size": 5}, "'size' is of type int"),
+        ({"tokenizer": {}}, "'tokenizer' is of type dict"),
+        ({"validation": 1.0}, "'validation' is of type float"),
+        ({"best": float("nan")}, "'best' is NaN"),
+        (
+            {"optimizer": {"states": {"adamw": {0: {"exp_avg": torch.tensor(torch.inf)}}}}},
+            r"'optimizer.*0\.exp_avg' holds",
+        ),
+    ],
+)
+def test_values_that_no_checkpoint_has_are_named(tmp_path, changes, message):
+    path = tmp_path / "final.pt"
+    torch.save({"format": checkpoint.FORMAT} | payload() | RUN, path)
+    checkpoint.check_run(path, checkpoint.load(path))
+    torch.save({"format": checkpoint.FORMAT} | payload() | RUN | changes, path)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rng": {}}, "'rng' lacks a 'cpu' of type Tensor"),
+        ({"optimizer": {"kind": "muon"}}, "'optimizer' lacks a 'states' of type dict"),
+        ({"training": {"dense": 1, "overrides": {}}}, "'training' lacks a 'dense' of type bool"),
+    ],
+)
+def test_what_a_run_goes_on_from_is_whole(changes, message):
+    content = payload() | RUN
+    checkpoint.check_run("x.pt", content)
+    with pytest.raises(InputError, match=message):
+        checkpoint.check_run("x.pt", content | changes)
+    with pytest.raises(InputError, match=r"x\.pt lacks 'best'"):
+        checkpoint.check_run("x.pt", {name: value for name, value in content.items() if name != "best"})
+
+
+def test_nesting_without_end_is_refused(tmp_path):
+    deep = []
+    deep.append(deep)
+    torch.save({"format": checkpoint.FORMAT} | payload(validation={"deep": deep}), tmp_path / "x.pt")
+    with pytest.raises(InputError, match="nested too deeply"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are of Unix")
+def test_a_pipe_is_neither_read_nor_replaced(tmp_path):
+    for name in ("step_5.pt", "x.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(InputError, match="is a pipe, not a checkpoint"):
+            checkpoint.load(tmp_path / name)
+        with pytest.raises(InputError, match=r"cannot save .* is a pipe"):
+            checkpoint.save(tmp_path / name, payload())
+    assert not checkpoint.is_whole(tmp_path / "step_5.pt")
+    assert checkpoint.newest_whole(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "best.pt").symlink_to(tmp_path / "disk" / "real.pt")
+    checkpoint.save(tmp_path / "best.pt", payload(3))
+    assert (tmp_path / "best.pt").is_symlink()
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == checkpoint.load(tmp_path / "disk" / "real.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"PK\3\4" + bytes(100), bytes(8) + b"{}", b"\xff" * 8 + b"{}"])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_files_of_another_kind_are_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}.*(torn|not a whole|lacks)") as caught:
+        checkpoint.load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_alone_are_a_safetensors_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    content = payload(step=4, size="nano", tokenizer='{"a": 1}', optimizer={"kind": "muon"}) | {"config": {"width": 3}}
+    checkpoint.save(path, content)
+    found = checkpoint.load(path)
+    assert torch.equal(found["model"]["w"], content["model"]["w"])
+    names = ("config", "size", "tokenizer", "step")
+    assert [found[name] for name in names] == [content[name] for name in names]
+    with pytest.raises(InputError, match="holds weights only: start from it with --init_from"):
+        checkpoint.check_run(path, found)
+    flip_a_byte(path)
+    with pytest.raises(InputError, match=r"x\.safetensors is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a", [], "x" * 300, "a\0b", "a\nb"])
+def test_what_is_no_name_of_a_file_is_one_line(path):
+    with pytest.raises(InputError, match=r"no path|does not exist") as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)

@@ -1,16 +1,23 @@
 """The documents: their Python runs as printed, their links lead somewhere, and the log names every results file."""
 
+import argparse
+import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from lepton.cli.arguments import Parser
+from lepton.cli.main import COMMANDS
 from tests.cli.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^python (?:(train)\.py|-m lepton (\w+))(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = ["docs/tutorial.md"]
 """Documents whose Python blocks are one script that needs nothing but `checkpoints/final.pt`."""
@@ -34,6 +41,23 @@ def test_the_python_of_a_document_runs_as_printed(name, tmp_path, monkeypatch):
     Path("checkpoints").mkdir()
     save_tiny(Path("checkpoints/final.pt"))
     run_python_blocks(ROOT / name)
+
+
+def commands(path):
+    """Return (command, its arguments) of each line of a Markdown file's shell blocks that runs LEPTON."""
+    shell = "".join(SHELL.findall(path.read_text(encoding="utf-8")))
+    return [(train or name, shlex.split(words, comments=True)) for train, name, words in COMMAND.findall(shell)]
+
+
+@pytest.mark.parametrize("name", ["docs/tutorial.md", "docs/index.md"])
+def test_the_parser_takes_the_commands_of_a_document(name):
+    found = commands(ROOT / name)
+    assert found
+    for command, words in found:
+        assert command in COMMANDS
+        parser = Parser(prog=command)
+        importlib.import_module(f"lepton.cli.{command}").add_arguments(parser)
+        assert isinstance(parser.parse_args(words), argparse.Namespace)
 
 
 def anchors(path):

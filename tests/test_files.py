@@ -97,3 +97,10 @@ def test_bad_json_is_named(text):
     with pytest.raises(InputError, match=r"notes\.jsonl, line 3"):
         parse_json(text, "notes.jsonl, line 3")
     assert parse_json(json.dumps({"a": [1]}), "") == {"a": [1]}
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a", ["a"], [[]] * 3])
+def test_what_is_no_path_is_named(path):
+    for use in (readable, lambda given: replacing(given).__enter__()):
+        with pytest.raises(InputError, match="is no path: give a text or a Path"):
+            use(path)

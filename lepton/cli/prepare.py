@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SOURCE",
         help="a text file (one document), a .jsonl file (one document a line), a .json array or a .csv or .tsv table "
-        "(one an entry), each also as .gz, .xz or .bz2, or a folder of such files; in folders, hidden, linked and "
-        "binary ones are skipped, and .json files without text fields are source code",
+        "(one an entry), each also as .gz, .xz or .bz2, or a folder of such files; in folders, hidden and binary files "
+        "and linked folders are skipped, and .json files without text fields are source code",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards; a new or empty one")
     parser.add_argument("--force", action="store_true", help="replace the data set in DIR, once the new one is whole")
@@ -99,7 +99,7 @@ def _validation(metadata: dict[str, Any]) -> str:
     documents, ends, tokens = metadata["val_documents"], metadata["val_ends"], metadata["val_tokens"]
     if not tokens:
         return f"for validation: the last rows, {metadata['held_out_tokens']:,} tokens"
-    whose = [f"{documents:,} documents"] * bool(documents) + [f"the ends of {ends:,}"] * bool(ends)
+    whose = [f"{documents:,} documents"] * bool(documents) + [f"the ends of {ends:,} that train"] * bool(ends)
     little = "; this is little, and what is measured on it is noisy: prepare more text" if tokens < FLOOR else ""
     return f"for validation: {' and '.join(whose)}, {tokens:,} tokens{little}"
 

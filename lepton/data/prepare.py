@@ -68,40 +68,25 @@ def prepare(
                     raise InputError(f"{source} lies in the output folder {out}: name another with --out")
             own = (place.folder, place.partial.parent)
             corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=own)
-            folders = (place.partial, place.partial / "val")
-            shard_rows = shard_rows or SHARD_TOKENS // row_len
-            train, val = writers = [_ShardWriter(folder, row_len, shard_rows, tokenizer.eos_id) for folder in folders]
-            splitter = Splitter(train, val, val_fraction=val_fraction, eos_id=tokenizer.eos_id)
             quiet = None if show_progress else True  # None: shown on a terminal alone
             with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-                counts = _fill(splitter, corpus.pieces(bar.update), tokenizer)
-            splitter.close(row_len, shard_rows)
-            for writer in writers:
-                writer.close()
-            if not counts["documents"]:
+                shard_rows = shard_rows or SHARD_TOKENS // row_len
+                folder, pieces = place.partial, corpus.pieces(bar.update)
+                metadata = {"name": name or out.name} | _encode(
+                    pieces, tokenizer, folder, val_fraction, row_len, shard_rows
+                )
+            if not metadata["documents"]:
                 skipped = corpus.skipped_summary()
                 why = f" (skipped: {skipped})" if skipped else ""
                 raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
-            metadata = {
-                "name": name or out.name,
-                "total_tokens": train.tokens + val.tokens,
-                "val_tokens": val.tokens,
-                "documents": counts["documents"],
-                "val_documents": splitter.val_documents,
-                "val_ends": splitter.val_ends,
-                "held_out_tokens": 0 if val.tokens else held_out_tokens(train.tokens, row_len, shard_rows),
-                "text_bytes": counts["text_bytes"],
+            metadata |= {
                 "separators": corpus.separators,
                 "markers_kept": corpus.markers_kept,
                 "skipped_files": len(corpus.skipped),
                 "skipped": corpus.skipped_counts(),
-                "row_len": row_len,
-                "padding": {**train.padding, **{f"val/{name}": count for name, count in val.padding.items()}},
-                "vocab_size": tokenizer.size,
-                "tokenizer_hash": tokenizer.hash,
             }
             text = json.dumps(metadata, indent=2, ensure_ascii=False)
-            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
             _publish(place)
             for line in _notes(corpus):
                 note(line)
@@ -109,6 +94,32 @@ def prepare(
         # numpy says of a full disk only how much of an array was written
         raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
     return metadata
+
+
+def _encode(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, val_fraction: float, row_len: int, shard_rows: int
+) -> dict[str, Any]:
+    """Write the tokens of all pieces as shards into `folder` and ``folder/val``; return the metadata on them."""
+    train, val = (_ShardWriter(place, row_len, shard_rows, tokenizer.eos_id) for place in (folder, folder / "val"))
+    splitter = Splitter(train, val, val_fraction=val_fraction, eos_id=tokenizer.eos_id)
+    counts = _fill(splitter, pieces, tokenizer)
+    splitter.close(row_len, shard_rows)
+    for writer in (train, val):
+        writer.close()
+    held_out = not val.tokens and train.tokens
+    return {
+        "total_tokens": train.tokens + val.tokens,
+        "val_tokens": val.tokens,
+        "documents": counts["documents"],
+        "val_documents": splitter.val_documents,
+        "val_ends": splitter.val_ends,
+        "held_out_tokens": held_out_tokens(train.tokens, row_len, shard_rows) if held_out else 0,
+        "text_bytes": counts["text_bytes"],
+        "row_len": row_len,
+        "padding": {**train.padding, **{f"val/{name}": count for name, count in val.padding.items()}},
+        "vocab_size": tokenizer.size,
+        "tokenizer_hash": tokenizer.hash,
+    }
 
 
 def _notes(corpus: Corpus) -> Iterator[str]:

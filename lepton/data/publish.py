@@ -63,6 +63,7 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
         raise InputError(f"{out} is a link that leads back to itself: name another folder with --out")
     inside = folder.is_dir() and (_is_mount(folder) or not os.access(folder.parent, os.W_OK))
     _check_out(out, force, inside)
+    force = force or (out / UNFINISHED).exists()  # nobody can read what is left there
     workshop = folder / WORKSHOP if inside else folder.with_name(f".{folder.name}.partial")
     place = Place(workshop / f"new-{uuid.uuid4().hex[:8]}", folder, force, inside)
     with _workshop(workshop, out, wait) as locked:
@@ -85,9 +86,8 @@ def _check_out(out: Path, force: bool, inside: bool) -> None:
         ours = path.match("shard_*.npy") or path.relative_to(out) in map(Path, (METADATA, "val", UNFINISHED))
         if not ours:
             raise InputError(f"{out} holds other files ({path.relative_to(out)}): name a new folder with --out")
-    if (out / UNFINISHED).exists():
-        return  # nobody can read what is left there
-    if found and not (force and any(out.glob("shard_*.npy"))):
+    replaceable = (out / UNFINISHED).exists() or (force and any(out.glob("shard_*.npy")))
+    if found and not replaceable:
         raise InputError(f"{out} is not empty: name another folder with --out, or replace a data set with --force")
 
 

@@ -90,6 +90,8 @@ class Tokenizer:
 
         Raises InputError when it is no such text, is not byte-level, has no end of text, or has too many ids.
         """
+        if not isinstance(text, str):
+            raise InputError(f"no tokenizer of the `tokenizers` library: {type(text).__name__}, not its JSON text")
         _check_merges(parse_json(text, "no tokenizer of the `tokenizers` library"))
         with _library("no tokenizer of the `tokenizers` library"):
             backend = tokenizers.Tokenizer.from_str(text)

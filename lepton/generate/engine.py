@@ -206,7 +206,7 @@ def _complete(generation: Generation) -> tuple[Any, Any]:
     tokens = [list(prompt) for prompt in generation.prompts]
     uncertainties: list[list[float]] = [[] for _ in tokens]
     for cycle in generation:
-        for news in cycle:
-            tokens[news.row] += news.tokens
-            uncertainties[news.row] += news.uncertainties
+        for given in cycle:
+            tokens[given.row] += given.tokens
+            uncertainties[given.row] += given.uncertainties
     return (tokens[0], uncertainties[0]) if generation.flat else (tokens, uncertainties)

@@ -172,7 +172,7 @@ class Generation:
             trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
             verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
             cycle = self._hand_out(rows, chunk, logits_RTV, drafts, verdict)
-            given = [len(news.tokens) for news in cycle]
+            given = [len(each.tokens) for each in cycle]
             self._cycle = Cycle(rows, given, chunk.commit)
             yield cycle
 

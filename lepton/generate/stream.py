@@ -21,8 +21,8 @@ class Stream(Iterator[int]):
 
     def __next__(self) -> int:
         if not self._waiting:
-            (news,) = next(self._cycles)
-            self._waiting.extend(zip_longest(news.tokens, news.uncertainties))
+            (given,) = next(self._cycles)
+            self._waiting.extend(zip_longest(given.tokens, given.uncertainties))
         token, self.uncertainty = self._waiting.popleft()
         self._unused = len(self._waiting)
         return token

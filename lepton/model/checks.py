@@ -19,10 +19,12 @@ SEEDS = (-(1 << 63), (1 << 64) - 1)
 
 def shown(value: Any) -> str:
     """Return `value` as a message can show it: on one line, and not too long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python prints no int of thousands of digits
+        return f"a number of {value.bit_length():,} bits"
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python does not print an int of thousands of digits
-        return f"a number of {value.bit_length():,} bits"
+    except Exception:  # such as a list that holds itself: a message must never fail
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

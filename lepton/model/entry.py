@@ -113,6 +113,18 @@ def checked_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
     return lengths
 
 
+def checked_for_loss(
+    model: "Lepton", tokens: Tensor, lengths: Tensor | None, groups: int | None, auxiliary: bool
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Return the arguments of `loss` that are its own, validated."""
+    tokens = checked_tokens(model, tokens, 2)
+    if groups is not None:  # a static bound may be rounded up
+        groups = whole("groups", groups, 0, tokens.shape[1] + 64, " segments of a row")
+    if not isinstance(auxiliary, bool):
+        raise InputError(f"auxiliary={shown(auxiliary)}: must be True or False")
+    return tokens, None if lengths is None else checked_lengths(tokens, lengths), groups
+
+
 def checked_call(model: "Lepton", rows: int, depth: float | None, think: int | Tensor | None) -> Call:
     """Return what a caller asks of a pass, checked against what the model has."""
     share = 1.0 if depth is None else real(depth)

@@ -17,7 +17,7 @@ from lepton.errors import naming
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import whole
-from lepton.model.entry import MAX_ROWS, checked, checked_lengths, checked_tokens, fresh_state, with_memory
+from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.flops import flops_per_token
 from lepton.model.ideas.idea import Call, Flow, Idea, Place
 from lepton.model.kv_cache import KeysValues, KVCache, entries_after
@@ -227,8 +227,7 @@ class Lepton(nn.Module):
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
-        tokens = checked_tokens(self, tokens, 2)
-        lengths = None if lengths is None else checked_lengths(tokens, lengths)
+        tokens, lengths, groups = checked_for_loss(self, tokens, lengths, groups, auxiliary)
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from lepton.config import check_type
 from lepton.errors import InputError, nearest
 
 OPTIMIZERS = ("muon", "adamw")
@@ -155,11 +154,8 @@ class TrainSettings:
 
         The settings named in `given` win; the others keep their saved values.
         """
-        kinds = {field.name: field.type for field in dataclasses.fields(self) if field.name not in NOT_INHERITED}
-        names = [*kinds]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in NOT_INHERITED]
         inherited = {name: saved[name] for name in names if name in saved and name not in given}
-        for name, value in inherited.items():
-            check_type(name, value, kinds[name])
         changes = [
             f"{name}: {saved[name]} -> {getattr(self, name)}"
             for name in names

@@ -10,6 +10,7 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
 from lepton.model import Lepton
+from lepton.model.weights import without_memory
 from lepton.train import hardware
 from lepton.train.corpus import Corpus, open_corpus
 from lepton.train.flops import training_flops_per_token
@@ -77,9 +78,7 @@ def make_room(start: Start, folder: RunFolder, say: Callable[[str], None]) -> Me
         say(f"{folder.path} held an earlier run, which is now in {aside}{hint}")
     bad = MetricsLog.rewind(folder.metrics, start.step)
     if bad:
-        say(
-            f"{folder.metrics} had {bad} line{'s' * (bad > 1)} that are no records: moved to {folder.metrics.name}{BAD}"
-        )
+        say(f"{folder.metrics}: {bad} line{'s' * (bad > 1)} without a step, moved to {folder.metrics.name}{BAD}")
     return MetricsLog(folder.metrics)
 
 
@@ -153,7 +152,7 @@ def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
 
 def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Lepton:
     if start.weights is not None:
-        with torch.device("meta"), naming("the checkpoint's weights do not fit this shape"):
+        with without_memory(), naming("the checkpoint's weights do not fit this shape"):
             Lepton(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
     torch.manual_seed(settings.seed)
     model = Lepton(start.config)

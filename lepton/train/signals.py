@@ -48,6 +48,8 @@ class StopRequest:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-        text = f"\n{signal.Signals(signum).name}: stopping after this step, then saving; Ctrl-C leaves at once\n"
+        text = (
+            f"\n{signal.Signals(signum).name}: stopping after this step, then saving; a further Ctrl-C leaves at once\n"
+        )
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())  # print may have been interrupted halfway

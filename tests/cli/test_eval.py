@@ -1,7 +1,9 @@
 """`python -m lepton eval`: figures of data sets and of text files, and what a user can get wrong."""
 
+import itertools
 import json
 import lzma
+import os
 
 import numpy as np
 import pytest
@@ -51,7 +53,47 @@ def test_a_data_set(saved, data_dir):
 
 def test_a_limit_on_tokens(saved, data_dir):
     words = [*command_of(saved[0]), "--data_dir", data_dir, "--split", "train", "--batch_size", 2]
-    assert run_json(*words, "--max_tokens", 63)["tokens"] == 4 * 31
+    # Whole rows, in batches of one size: two of two for three rows.
+    for asked, rows in ((1, 1), (63, 2), (93, 4), (10**9, 11)):
+        assert run_json(*words, "--max_tokens", asked)["tokens"] == rows * 31
+
+
+def test_parts_are_printed_as_they_are_known(saved, data_dir, monkeypatch):
+    """29 minutes without a line: an estimate comes first, then each part and each row of the ablation."""
+    printed, measured = [], []
+    real = evaluate
+
+    def watched(*arguments, **options):
+        measured.append(len(printed))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("lepton.evals.heldout.evaluate", watched)
+    monkeypatch.setattr("builtins.print", lambda *lines, **options: printed.append((lines, options)))
+    code, _, _ = run(*command_of(saved[0]), "--data_dir", data_dir, "--ablate", "--max_tokens", 31)
+    assert code == 0
+    assert all(options.get("flush") for _, options in printed[1:])
+    (estimate,), _ = printed[1]
+    assert estimate.startswith("about ")
+    assert "tokens/s" in estimate
+    assert measured[0] == 2
+    # What --max_tokens has measured already is not measured again: eight switches, a row printed after each.
+    assert len(measured) == 1 + 8
+    assert [after - before for before, after in itertools.pairwise(measured[1:])] == [1] * 7
+
+
+def test_a_single_window_has_no_other_half(saved, tmp_path):
+    (tmp_path / "val").mkdir()
+    for name in ("shard_00000.npy", "val/shard_00000.npy"):
+        np.save(tmp_path / name, np.full((1, 2), 40, dtype=np.int32))
+    code, out, _ = run(*command_of(saved[0]), "--data_dir", tmp_path)
+    assert code == 0
+    assert "other half" not in out
+
+
+def test_threads_share_the_cores(saved, data_dir, monkeypatch):
+    monkeypatch.setattr("os.environ", {k: v for k, v in os.environ.items() if not k.startswith(("GOMP", "OMP"))})
+    run(*command_of(saved[0]), "--data_dir", data_dir)
+    assert os.environ["GOMP_SPINCOUNT"] == "2000"
 
 
 def test_the_default_data_set(saved, data_dir, monkeypatch):
@@ -163,9 +205,15 @@ def test_every_part_has_lines_for_people(saved, data_dir):
         (["--max_tokens", 0], "--max_tokens 0"),
         (["--batch_size", 0], "--batch_size 0"),
         (["--speculation", 0], "--speculation 0"),
+        (["--speculation", 10**30], "must lie in 1..1024"),
+        (["--batch_size", 10**12], "must lie in 1..4096"),
+        (["--max_tokens", 10**400], "--max_tokens 1000"),
+        (["--max_tokens", -5], "--max_tokens -5"),
+        (["--text", "EMPTY"], "there is no text in it"),
     ],
 )
-def test_mistakes_are_one_line(saved, flags, named):
+def test_mistakes_are_one_line(saved, flags, named, tmp_path):
+    flags = [tmp_path if flag == "EMPTY" else flag for flag in flags]
     code, out, err = run(*command_of(saved[0]), *flags)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -173,7 +221,7 @@ def test_mistakes_are_one_line(saved, flags, named):
     assert named in err
 
 
-@pytest.mark.parametrize("flags", [["--depth", 1.5], ["--think", -1]])
+@pytest.mark.parametrize("flags", [["--depth", 1.5], ["--depth", "nan"], ["--think", -1]])
 def test_knobs_out_of_range(saved, data_dir, flags):
     code, out, err = run(*command_of(saved[0]), "--data_dir", data_dir, *flags)
     assert (code, out) == (2, "")

@@ -2,8 +2,6 @@
 
 import argparse
 import io
-import itertools
-import re
 import signal
 import subprocess
 import sys
@@ -14,22 +12,13 @@ import torch
 
 from lepton import checkpoint
 from lepton.cli import generate as command
-from lepton.cli import shading
 from lepton.cli.loading import load
 from lepton.cli.main import INTERRUPTED
-from lepton.errors import InputError
-from lepton.generate import generate, generate_with_state, generate_with_stats, generate_with_uncertainty
-from lepton.generate.stats import Stats
+from lepton.generate import generate, generate_with_stats, generate_with_uncertainty
 from lepton.model import Lepton
-from tests.cli.tiny import run, run_json, save_tiny, tiny_model
+from tests.cli.tiny import command_of, expected, run, run_json, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("generate") / "final.pt"
-    return path, *save_tiny(path)
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +28,6 @@ def baseline(tmp_path_factory):
     config = tiny_model().config.replace(drafts=0, uncertainty=False)
     save_tiny(path, model=Lepton(config).state_dict(), config=config.to_dict())
     return path
-
-
-def command_of(path):
-    """Run in fp32, as the comparisons do, also where the hardware has bf16."""
-    return "generate", "--checkpoint", path, "--dtype", "fp32"
-
-
-def expected(saved, prompt, **options):
-    _, model, tokenizer = saved
-    ids = tokenizer.encode(prompt)
-    return tokenizer.decode(generate(model, ids, **options)[len(ids) :])
 
 
 def test_text_is_the_prompt_and_its_continuation(saved):
@@ -217,120 +195,6 @@ def test_ctrl_c_in_a_real_process(saved):
     assert out.endswith(b"\n")
 
 
-# Uncertainty
-
-
-class Screen(io.StringIO):
-    def isatty(self):
-        return True
-
-
-PIECES = [
-    shading.Piece(text, uncertainty)
-    for text, uncertainty in [("The", 0.1), (" qu", 0.85), ("ick\n", 0.3), ("\n", 0.9), ("fox", 0.5), ("es run", 1.0)]
-]
-PALE, WARM, HOT, OFF = *(f"\033[30;48;5;{colour}m" for colour in (229, 222, 210)), "\033[0m"
-
-
-def test_colours_shade_words_by_uncertainty_and_no_white_space():
-    expected = f"The {HOT}qu{OFF}{PALE}ick{OFF}\n\n{WARM}fox{OFF}{HOT}es{OFF} {HOT}run{OFF}"
-    assert "".join(shading.shaded(PIECES)) == expected
-
-
-def test_the_legend_shows_every_shade():
-    legend = shading.legend()
-    assert legend.startswith("chance that the model's best guess is wrong:  0-20 % \033[30;48;5;229m 20-40 % \033[0m")
-    assert all(f";{colour}m" in legend for colour in shading.SHADES[1:])
-
-
-def test_marks_stand_behind_words():
-    assert "".join(shading.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
-    assert "".join(shading.marked([])) == ""
-
-
-def test_a_terminal_obeys_nothing_in_the_text():
-    assert shading.visible("a\x1b[2Jb\r\n\tc\x07\x7f\x9bü東") == "a␛[2Jb␍\n\tc␇␡�ü東"
-
-
-def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch):
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert shading.has_colours(Screen())
-    assert not shading.has_colours(io.StringIO())
-    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert not shading.has_colours(Screen())
-
-
-SPEED = r"25 new tokens in \d+\.\d s \(\d+\.\d tokens/s\)"
-FIGURES = (
-    SPEED + r"; \d+ passes through the model; [1-5]\.\d\d tokens a pass; "
-    r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks"
-)
-
-
-def uncertain(saved, *flags, **options):
-    return run(
-        *command_of(saved[0]),
-        "--prompt",
-        "fox",
-        "--seed",
-        5,
-        "--temperature",
-        2,
-        "--max_new_tokens",
-        25,
-        *flags,
-        **options,
-    )
-
-
-def test_a_pipe_gets_the_text_alone(saved):
-    plain = uncertain(saved)
-    assert plain[2] == ""
-    code, out, err = uncertain(saved, "--uncertainty")
-    assert (code, out) == (0, plain[1])
-    meaning, figures = err.splitlines()
-    assert meaning.startswith("stdout is no terminal, so the text is not shaded; --json")
-    assert re.fullmatch(FIGURES, figures)
-
-
-def test_a_terminal_is_kept_informed(saved):
-    code, out, err = uncertain(saved, screen=Screen)
-    assert (code, out) == (0, shading.visible(uncertain(saved)[1]))
-    loading, speed = err.splitlines()
-    assert loading == f"loading {saved[0]}"
-    assert re.fullmatch(SPEED, speed)
-
-
-def test_uncertainty_on_a_terminal(saved, monkeypatch):
-    plain = shading.visible(uncertain(saved)[1])
-    monkeypatch.setattr(shading, "DOUBTFUL", 0.5)
-    monkeypatch.setenv("TERM", "dumb")
-    out, err = uncertain(saved, "--uncertainty", screen=Screen)[1:]
-    assert 0 < out.count(shading.MARK) < 25
-    assert out.replace(shading.MARK, "") == plain
-    assert err.splitlines()[1].startswith("[?] marks words with a token of uncertainty")
-    assert re.fullmatch(FIGURES, err.splitlines()[2])
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    out, err = uncertain(saved, "--uncertainty", screen=Screen)[1:]
-    assert "\033[30;48;5;" in out
-    assert re.sub(r"\033\[[\d;]*m", "", out) == plain
-    assert err.splitlines()[1] == shading.legend()
-
-
-def test_figures_without_drafts():
-    stats = Stats(new_tokens=3, forward_calls=3, positions=5, blocks=15)
-    assert command.describe(stats, 0.5, uncertainty=False) == "3 new tokens in 0.5 s (6.0 tokens/s)"
-    assert command.describe(stats, 0.5, uncertainty=True) == (
-        "3 new tokens in 0.5 s (6.0 tokens/s); 3 passes through the model; mean depth 3.00 blocks"
-    )
-
-
 # Texts that begin with a dash, escapes, the empty prompt, stdin
 
 
@@ -371,78 +235,6 @@ def test_stdin_without_a_text(saved, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Keyboard("süß\n".encode())))
     assert command._read_stdin() == "süß"
     assert capsys.readouterr().err.startswith("type the prompt, and Ctrl-")
-
-
-# The memory file
-
-
-def test_the_memory_file_is_made_used_and_updated(saved, tmp_path):
-    _, model, tokenizer = saved
-    path = tmp_path / "memory.safetensors"
-    words = [*command_of(saved[0]), "--seed", 3, "--max_new_tokens", 20, "--memory", path]
-    first = run_json(*words, "--prompt", "The fox jumps over the lazy dog.")
-    assert first["text"] == expected(saved, first["prompt"], seed=3, max_new_tokens=20)
-    kept = model.new_state(1, memory=path).memory
-    assert kept.matrix_BHKV.any()
-    second = run_json(*words, "--prompt", "Ein Käse")
-    tokens, state = generate_with_state(model, tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
-    assert second["tokens"] == tokens[-20:]
-    assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=20), "the memory matters"
-    again = model.new_state(1, memory=path).part("memory").matrix_BHKV
-    torch.testing.assert_close(again, state.part("memory").matrix_BHKV)
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
-
-
-def test_a_text_can_be_remembered_without_generating(saved, tmp_path):
-    _, model, tokenizer = saved
-    path = tmp_path / "memory.safetensors"
-    words = [*command_of(saved[0]), "--prompt", "The fox", "--memory", path, "--max_new_tokens", 0]
-    assert run(*words) == (0, "The fox\n", "")
-    with torch.no_grad():
-        ids = tokenizer.encode("The fox")
-        opens = torch.arange(len(ids))[None] == len(ids) - 1
-        read = model(torch.tensor([ids]), opens=opens).state
-    torch.testing.assert_close(model.new_state(1, memory=path).part("memory").matrix_BHKV, read.part("memory").matrix_BHKV)
-
-
-def test_ctrl_c_keeps_what_was_read_and_a_fault_what_was_there(saved, tmp_path, monkeypatch):
-    _, model, tokenizer = saved
-    path = tmp_path / "memory.safetensors"
-    words = [*command_of(saved[0]), "--prompt", "fox ", "--seed", 1, "--memory", path]
-
-    def leaving(error, after):
-        def tokens(stream):
-            yield from ((token, 0.0) for token in itertools.islice(stream, after))
-            raise error
-
-        monkeypatch.setattr(command, "tokens", tokens)
-        return run(*words)[0]
-
-    assert leaving(KeyboardInterrupt(), 0) == INTERRUPTED
-    assert not path.exists(), "nothing was read"
-    assert leaving(KeyboardInterrupt(), 7) == INTERRUPTED
-    state = generate_with_state(model, tokenizer.encode("fox "), 7, seed=1)[1]
-    torch.testing.assert_close(model.new_state(1, memory=path).part("memory").matrix_BHKV, state.part("memory").matrix_BHKV)
-    before = path.read_bytes()
-    assert leaving(InputError("fault"), 7) == 2
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("prompt", "name", "named"),
-    [
-        ("", "new", "--memory needs a --prompt"),
-        ("fox", "file/new", "file is no folder that can be written to"),
-        ("fox", "file", "file"),
-        ("fox", ".", ""),
-    ],
-)
-def test_memory_files_that_cannot_be(saved, tmp_path, prompt, name, named):
-    (tmp_path / "file").write_bytes(b"no memory")
-    code, out, err = run(*command_of(saved[0]), "--prompt", prompt, "--memory", tmp_path / name)
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    assert named in err
 
 
 def test_advice_names_an_earlier_checkpoint_only_where_there_is_one(tmp_path):

@@ -129,6 +129,57 @@ def test_how_a_command_ends_decides_the_exit_code(monkeypatch, capsys, ending, c
     assert capsys.readouterr().err == message
 
 
+def test_an_error_of_the_system_without_a_file_is_one_line(monkeypatch, capsys):
+    ending = OSError(28, "No space left on device")
+    monkeypatch.setattr(importlib, "import_module", lambda name: FakeCommand(ending))
+    assert cli.run_command("sizes", []) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes streams")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path, closed):
+    """Else what is printed would stand in a checkpoint."""
+    code = (
+        "import os, sys; from lepton.cli.main import guarded\n"
+        "def command():\n"
+        "    number = os.open('file', os.O_CREAT | os.O_WRONLY)\n"
+        "    print('out'); print('err', file=sys.stderr)\n"
+        "    return 0 if number > 2 else 1\n"
+        "sys.exit(guarded(command))"
+    )
+    line = f'"$0" -c "$1" {closed}'
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(["sh", "-c", line, sys.executable, code], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_output_that_does_not_fit_on_the_disk_is_one_line():
+    code = "import sys; from lepton.cli.main import guarded; sys.exit(guarded(lambda: print('x') or 0))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = [sys.executable, "-c", code]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (2, b"error: output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train.py", "--max_steps", "1"], ["-m", "lepton", "sizes"], ["-c", "from model import create_lepton_tiny"]],
+    ids=lambda words: words[1],
+)
+def test_without_its_libraries_it_says_what_to_install(words):
+    """Without site-packages, as in a fresh Python."""
+    done = subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "torch is not installed, numpy is not installed" in last
+    assert '-m pip install "torch>=2.11" "numpy>=1.26"' in last
+    if words[0] != "-c":
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", lambda name: FakeCommand(KeyError("bug")))
     with pytest.raises(KeyError):

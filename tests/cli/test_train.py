@@ -84,6 +84,9 @@ def test_flags_become_settings(flags, name, value):
         (["--override", "widow=3"], "unknown configuration field 'widow'; did you mean 'window'?"),
         (["--max_steps", "0"], "max_steps=0: must be at least 1"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--device", "mps"], "device 'mps' is not supported"),
+        (["--dtype", "fp64"], "unknown value 'fp64'; did you mean 'fp32'?"),
+        (["--seed", str(2**64)], "seed=a number of more bits: must be a whole number of 64 bits"),
         (["--resume", "nowhere/step_5.pt"], "step_5.pt does not exist; no whole checkpoint is there"),
         (["--tokenizer", "nowhere.json"], "no such tokenizer: nowhere.json"),
         (["--data_dir", "nowhere"], "no such folder: nowhere"),
@@ -184,6 +187,24 @@ def test_sigterm_saves_and_gives_143(data, tmp_path):
     assert errors.endswith(f"stopped at step {step}, saved {path}; go on with --resume {path}\n")
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(step + 1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe in its own way")
+def test_a_reader_that_leaves_gets_a_save_and_the_code_of_the_pipe(data, tmp_path):
+    """`train.py ... | head -2`: one line that says how to go on, and nothing of the interpreter's last flush."""
+    flags = words(data, tmp_path, "--max_steps", 10**6, "--eval_every", 10**6, "--log_every", 1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, env=environment, text=True, **pipes)
+    assert process.stdout.readline().startswith("nano: ")
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141
+    assert errors.startswith("stopped at step ")
+    assert errors.count("\n") == 1
+    (path,) = tmp_path.glob("step_*.pt")
+    assert errors.endswith(f"go on with --resume {path}\n")
 
 
 def test_torch_is_not_needed_to_be_helped():

@@ -13,6 +13,7 @@ from lepton import checkpoint
 from lepton.cli.main import main
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
+from lepton.generate import generate
 from lepton.model import Lepton
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ein süßer Käse, and 東京 too.\n" * 3
@@ -99,3 +100,14 @@ def run_json(*words):
     code, out, err = run(*words, "--json")
     assert code == 0, err
     return json.loads(out)
+
+
+def command_of(path):
+    """Run in fp32, as the comparisons do, also where the hardware has bf16."""
+    return "generate", "--checkpoint", path, "--dtype", "fp32"
+
+
+def expected(saved, prompt, **options):
+    _, model, tokenizer = saved
+    ids = tokenizer.encode(prompt)
+    return tokenizer.decode(generate(model, ids, **options)[len(ids) :])

@@ -122,6 +122,17 @@ def test_what_is_half_moved_is_refused_by_readers_and_replaced(
     assert UNFINISHED not in names(disk)
 
 
+def test_what_is_half_moved_is_replaced_where_it_is_no_mount_point_any_more(
+    tmp_path: Path, source: Path, letters: Tokenizer
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in (UNFINISHED, "shard_00000.npy"):
+        (tmp_path / "data" / name).touch()
+    prepare([source], tmp_path / "data", letters)
+    assert UNFINISHED not in names(tmp_path / "data")
+    assert rows(tmp_path / "data") > 0
+
+
 @locks
 def test_two_at_once_into_one_folder(tmp_path: Path, source: Path, letters: Tokenizer) -> None:
     out = tmp_path / "data"

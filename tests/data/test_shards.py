@@ -361,3 +361,32 @@ def test_unreadable_metadata_is_named(shard_folder: Folder, text: str) -> None:
     folder = shard_folder(numbered(4))
     (folder / "metadata.json").write_text(text)
     refused(folder, "metadata.json", "JSON")
+
+
+def test_a_fingerprint_is_that_of_the_rows_wherever_and_however_they_lie(shard_folder: Folder) -> None:
+    rows = numbered(12)
+    one = dataset(shard_folder(rows, name="one")).fingerprint()
+    two = dataset(shard_folder(rows[:5].astype(np.int64), rows[5:], name="two"), seq_len=4, seed=3).fingerprint()
+    assert one == two
+    assert (one["rows"], one["row_len"], one["tokens"]) == (11, 33, 11 * 32)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (5, 20), (10, 32)])
+def test_a_fingerprint_shows_one_changed_token_of_a_small_split(shard_folder: Folder, place: tuple[int, int]) -> None:
+    rows = numbered(12)
+    before = dataset(shard_folder(rows, name="before")).fingerprint()
+    rows[place] += 1
+    assert dataset(shard_folder(rows, name="after")).fingerprint() != before
+
+
+def test_a_fingerprint_reads_little_of_a_large_split(shard_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "FINGERPRINT_PIECES", 4)
+    monkeypatch.setattr(shards, "FINGERPRINT_PIECE", 10)
+    rows = numbered(60)
+    before = dataset(shard_folder(rows, name="before")).fingerprint()
+    unread = rows.copy()
+    unread[0, 32] += 1
+    assert dataset(shard_folder(unread, name="unread")).fingerprint() == before
+    flat = rows.reshape(-1)
+    moved = np.concatenate([flat[:500], flat[:1], flat[500:-1]]).reshape(rows.shape)
+    assert dataset(shard_folder(moved, name="moved")).fingerprint() != before

@@ -269,6 +269,12 @@ def test_panics_and_bare_exceptions_become_input_errors(change: dict[str, object
         Tokenizer.from_json(json.dumps(form)).encode_batch(["some text"])
 
 
+@pytest.mark.parametrize("text", [None, 5, b"{}", ["{}"], "", "5", "null", "[]", "\ud800", "[" * 200_000])
+def test_what_is_no_tokenizer_at_all_is_refused(text: object) -> None:
+    with pytest.raises(InputError, match="no tokenizer"):
+        Tokenizer.from_json(text)  # type: ignore[arg-type]
+
+
 def test_other_errors_than_the_librarys_pass() -> None:
     for error in (KeyboardInterrupt(), InputError("mine"), MemoryError()):
         with pytest.raises(type(error)), module._library("the library failed"):

@@ -95,9 +95,19 @@ def test_the_table():
         logits = model(tokens[:, :-1], **options).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
-    table = ablate(model, nats, think=1)
+    rows = ablate(model, nats, think=1)
+    first = next(rows)  # known before the others are measured
+    table = [first, *rows]
     assert [row.off for row in table] == ["nothing", *ALL]
     assert table[0].nats_per_token == nats(think=1)
     assert table[1].nats_per_token == nats(think=0)
     assert table[-1].nats_per_token == nats(think=1, depth=0)
     assert all(row.change == row.nats_per_token - table[0].nats_per_token for row in table)
+
+
+def test_what_is_known_is_not_measured_again():
+    seen = []
+    table = list(ablate(build("no router"), lambda **options: seen.append(options) or 2.0, everything=1.5))
+    assert [row.off for row in table] == ["nothing", "thoughts", "working memory", "crystals", "peek"]
+    assert [row.change for row in table] == [0, 0.5, 0.5, 0.5, 0.5]
+    assert len(seen) == 4

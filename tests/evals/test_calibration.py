@@ -176,9 +176,33 @@ def test_a_limit_is_exact_and_empty_text_is_a_mistake():
     assert len(collect(model, batches(), 50).wrong_N) == 50
     assert sum(len(part.target_M) for part in walk(model, batches(), max_tokens=3)) == 3
     with pytest.raises(InputError, match="no token to predict"):
-        calibrate(model, [])
+        collect(model, [])
     with pytest.raises(InputError, match="no token to predict"):
         fit_temperature(model, [])
+
+
+def test_rows_beyond_the_limit_are_not_computed():
+    model, rows = build("complete"), []
+    trunk = model.trunk
+    model.trunk = lambda tokens, *rest, **options: rows.append(len(tokens)) or trunk(tokens, *rest, **options)
+    tokens = text(5, rows=4, length=40)
+    batch = Batch(tokens, torch.tensor([40, 31, 40, 40]))
+    limited = collect(model, [batch, batch], 50)
+    assert rows == [2]
+    whole = collect(model, [batch])
+    assert rows == [2, 4]
+    assert limited.doubt_N == pytest.approx(whole.doubt_N[:50], abs=1e-12)
+
+
+def test_few_tokens_leave_the_model_as_it_is():
+    """Four tokens would make the calibration worse than none at all."""
+    model = build("complete")
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    for data, tokens in (([], 0), ([Batch(text(5, rows=1, length=5), torch.tensor([5]))], 4), (batches(), 138)):
+        fitted = calibrate(model, data)
+        assert (fitted.tokens, fitted.line, fitted.quantiles) == (tokens, None, None)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model.uncertainty.calibration.tolist() == [1, 0]
 
 
 def test_calibration_lowers_the_error_and_sets_the_quantiles():
@@ -187,7 +211,7 @@ def test_calibration_lowers_the_error_and_sets_the_quantiles():
     assert model.router is not None
     before = measure_uncertainty(model, batches())
     parameters = {name: value.clone() for name, value in model.named_parameters()}
-    fitted = calibrate(model, batches())
+    fitted = calibrate(model, batches(), min_tokens=138)
     after = measure_uncertainty(model, batches())
     assert after.scores["uncertainty"].brier < before.scores["uncertainty"].brier
     assert after.scores["uncertainty"].ece < before.scores["uncertainty"].ece
@@ -198,7 +222,7 @@ def test_calibration_lowers_the_error_and_sets_the_quantiles():
     benefit = collect(model, batches()).benefit_N
     for depth in (0.25, 0.5, 0.75):
         assert (benefit > model.router.threshold(depth)).double().mean() == pytest.approx(depth, abs=0.01)
-    assert calibrate(model, batches()).line == pytest.approx(fitted.line)  # it reads the raw logit
+    assert calibrate(model, batches(), min_tokens=1).line == pytest.approx(fitted.line)  # it reads the raw logit
 
 
 def test_calibrating_a_model_without_the_ideas_leaves_it_alone():
@@ -206,7 +230,7 @@ def test_calibrating_a_model_without_the_ideas_leaves_it_alone():
     assert calibrate(model, []) == calibrate(model, batches())
     report = measure_uncertainty(model, batches())
     assert set(report.scores) == {"max-probability"}
-    without_router = calibrate(build("no router"), batches())
+    without_router = calibrate(build("no router"), batches(), min_tokens=1)
     assert without_router.quantiles is None
     assert without_router.line is not None
 
@@ -258,10 +282,11 @@ def test_halves_do_not_meet(tmp_path, row_count, batch_size, max_tokens):
         assert len(first) == len(second) == row_count
 
 
-def test_a_single_window_serves_both(tmp_path):
+def test_a_single_window_is_measured_and_not_fitted(tmp_path):
     rows = np.arange(1, 22, dtype=np.uint16).reshape(1, 21)
     (tmp_path / "val").mkdir()
     np.save(tmp_path / "shard_00000.npy", rows)
     np.save(tmp_path / "val" / "shard_00000.npy", rows)
     data = ShardedDataset(tmp_path, seq_len=20, seed=0, split="val", vocab_size=200)
-    assert len(list(calibration_batches(data, 4))) == len(list(evaluation_batches(data, 4))) == 1
+    assert list(calibration_batches(data, 4)) == []
+    assert [len(batch.lengths) for batch in evaluation_batches(data, 4)] == [1]

@@ -52,7 +52,8 @@ def main() -> int:
         for case, answer in run_all(cases, fuzzer.run, jobs=args.jobs, limits=limits):
             finding = answer
             if isinstance(answer, Died):
-                title = (work / case / "title.txt").read_text(encoding="utf-8", errors="replace")
+                note = work / case / "title.txt"
+                title = note.read_text(encoding="utf-8", errors="replace") if note.exists() else fuzzer.title(case)
                 reason = f"signal {answer.signal}" if answer.signal > 0 else f"exit code {-answer.signal}"
                 finding = Finding(case, title, Problem(f"the process died ({reason}): {fuzzer.title(case)}", title))
             counts[finding.outcome] += 1

@@ -124,7 +124,7 @@ def zip_field(random: Random, content: bytes) -> bytes:
 
 
 def zip_bomb(random: Random, content: bytes) -> bytes:
-    """A checkpoint with a record that unpacks to 1.5 GB."""
+    """A checkpoint with a record that unpacks to 1.1 GB."""
     file = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(content)) as archive,
@@ -135,7 +135,7 @@ def zip_bomb(random: Random, content: bytes) -> bytes:
         for name in names:
             if name == victim:
                 with out.open(name, "w", force_zip64=True) as record:
-                    for _ in range(96):
+                    for _ in range(70):
                         record.write(bytes(1 << 24))
             else:
                 out.writestr(name, archive.read(name))

@@ -18,7 +18,7 @@ class Limits(NamedTuple):
 
     cpu: float = 5.0
     """Seconds of CPU time: a busy machine makes no hang of a slow case."""
-    wall: float = 30.0
+    wall: float = 15.0
     """Seconds in all: who waits for a pipe takes no CPU time."""
     memory: int = 1 << 30
     """Bytes on top of what the process has."""

@@ -4,8 +4,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from lepton.model.ideas.working_memory import READ_EPS
 
+from lepton.model.ideas.working_memory import READ_EPS
 from lepton.model.layers import norm
 from lepton.ops.delta_rule import Writes, naive_delta_rule
 from tests.laws.lab import EOS

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lepton.model.ideas.crystals import best_of_groups
 
 from lepton.errors import InputError
+from lepton.model.ideas.crystals import best_of_groups
 from tests.laws.lab import EOS, IDEAS, assert_close, assert_states, build, text
 
 ROOT = Path(__file__).parents[2]

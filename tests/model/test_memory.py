@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lepton.model.ideas.working_memory import MemoryRecord
 
+from lepton.model.ideas.working_memory import MemoryRecord
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
 from tests.laws.lab import EOS, build, text

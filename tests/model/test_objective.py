@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lepton.model.ideas.peek import FADE, summary
 
 from lepton.model import draft as drafting
 from lepton.model import objective
+from lepton.model.ideas.peek import FADE, summary
 from lepton.model.layers import norm
 from tests.laws.lab import EOS, build, text
 

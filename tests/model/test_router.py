@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from lepton.model.ideas.router import running_clamp
 
+from lepton.model.ideas.router import running_clamp
 from lepton.model.timeline import Timeline
 from tests.laws.lab import EOS, build, text
 

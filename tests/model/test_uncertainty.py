@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lepton.model.ideas.uncertainty import LOG_ODDS, prediction_features
 
+from lepton.model.ideas.uncertainty import LOG_ODDS, prediction_features
 from lepton.model.objective import OUTCOME_STRIDE, _picks
 from tests.laws.lab import build, text
 

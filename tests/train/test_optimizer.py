@@ -13,7 +13,7 @@ from tests.train.small import SHAPE
 
 def small_model(**changes):
     torch.manual_seed(0)
-    return Lepton(LeptonConfig.from_dict((SHAPE | changes)))
+    return Lepton(LeptonConfig.from_dict(SHAPE | changes))
 
 
 def optimizers_of(model, kind="muon", **changes):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from lepton.model.ideas.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 
 from lepton.errors import InputError
+from lepton.model.ideas.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
 from lepton.train.thinking import plan_thoughts
 from tests.laws.lab import build, text
 
@@ -18,6 +18,14 @@ def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
         assert groups == again
         seen |= set(rounds_B.tolist())
     assert seen == {0, 1, USUAL_ROUNDS, MAX_TRAINING_ROUNDS}
+
+
+@pytest.mark.parametrize("seed", [20241126130100, 2**63, 2**64 - 1])
+def test_every_seed_of_64_bits_plans(seed):
+    model, tokens = build("complete"), text(1, rows=4)
+    rounds = [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert rounds == [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert len(set(map(tuple, rounds))) > 1
 
 
 @pytest.mark.parametrize("place", range(4))
