@@ -169,6 +169,12 @@ class LeptonConfig:
         ideas = _changed(own.pop("ideas", self.ideas), changes, self.width)
         return dataclasses.replace(self, **own, ideas=ideas)
 
+    def flat_dict(self) -> dict[str, Any]:
+        """Return the fields by names such as ``thoughts.rounds``; an idea that is left out is None."""
+        own = {name: getattr(self, name) for name in _names(LeptonConfig) if name != "ideas"}
+        present = {f"{idea.name}.{name}": getattr(idea, name) for idea in self.ideas for name in _names(type(idea))}
+        return {**own, **{name: None for name in IDEAS if self.idea(name) is None}, **present}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, the form that a checkpoint stores."""
         own = {name: getattr(self, name) for name in _names(LeptonConfig)}
@@ -192,7 +198,7 @@ class LeptonConfig:
             ideas = rest.pop("ideas")
             if not isinstance(ideas, Mapping) or not all(isinstance(part, Mapping) for part in ideas.values()):
                 raise InputError(f"ideas={ideas!r}: must hold the fields of each idea by its name")
-            parts = _changed([], {**rest, **ideas}, own.get("width", 0))
+            parts = _changed([IDEAS[name]() for name in ideas if name in IDEAS], {**rest, **ideas}, 0)
             return LeptonConfig(**own, ideas=parts)
         dense = rest.pop("dense", False)
         ideas = _changed([] if dense else [idea() for idea in IDEAS.values()], rest, own.get("width", 0))

@@ -50,6 +50,8 @@ def _renamed(model: "Lepton", found: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed: dict[str, Tensor] = {}
     old = {old: new for idea in model.ideas.values() for old, new in idea.old_names.items()}
+    if "keys_BLRKH" not in found:  # no old state; in a memory of today names may begin like those of an old state
+        old = {name: new for name, new in old.items() if not name.startswith("memory.")}
     for name, value in found.items():
         if name in ("keys_BLRKH", "values_BLRKH") and value.ndim == 5:
             stem, layers = model.config.stem_layers, model.config.layers

@@ -59,7 +59,7 @@ def check_weights(model: "Lepton", weights: Mapping[str, Any], strict: bool) -> 
     older file, fit any.
     """
     notes = getattr(weights, "_metadata", {}).get("", {})
-    _check_config(model.config.to_dict(), notes.get(CONFIG))
+    _check_config(model.config, notes.get(CONFIG))
     found, wanted = dict(weights), dict(model.state_dict())
     if not strict:
         common = [name for name in wanted if name in found]
@@ -75,18 +75,19 @@ def check_weights(model: "Lepton", weights: Mapping[str, Any], strict: bool) -> 
             raise WeightsError(str(error)) from None
 
 
-def _check_config(own: dict[str, Any], noted: Any) -> None:
+def _check_config(config: LeptonConfig, noted: Any) -> None:
     if not isinstance(noted, dict):
         return
-    noted = LeptonConfig.from_dict(noted).to_dict()  # an older one has another form
-    own, noted = ({**config, **config["ideas"]} for config in (own, noted))
-    other = [name for name in {**own, **noted} if name != "ideas" and noted.get(name) != own.get(name)]
+    own, theirs = config.flat_dict(), LeptonConfig.from_dict(noted).flat_dict()
+    other = [name for name in {**own, **theirs} if theirs.get(name) != own.get(name)]
     if other:
-        theirs, ours = (", ".join(f"{name}={config.get(name)!r}" for name in other[:LISTED]) for config in (noted, own))
+        shown = [", ".join(f"{name}={each.get(name)!r}" for name in other[:LISTED]) for each in (theirs, own)]
         more = f" (and {len(other) - LISTED} more fields)" if len(other) > LISTED else ""
+        idea, dot, field = other[0].partition(".")
+        argument = f"{idea}={{{field!r}: {theirs[other[0]]!r}}}" if dot else f"{idea}={theirs.get(idea)!r}"
         raise WeightsError(
-            f"these weights are of a model with {theirs}, this one has {ours}{more}: build it with those values, such "
-            f"as create_lepton_nano({other[0]}={noted.get(other[0])!r}), or take Lepton.from_checkpoint(path); "
+            f"these weights are of a model with {shown[0]}, this one has {shown[1]}{more}: build it with those values, "
+            f"such as create_lepton_nano({argument}), or take Lepton.from_checkpoint(path); "
             "load_state_dict(dict(weights)) keeps this model's own"
         )
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lepton.evals.ablation import ablate, ideas, without
+from lepton.evals.ablation import ablate, switches, without
 from tests.laws.lab import build, text
 
-ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0.5 by lot", "depth 0"]
+ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0.5 at random", "depth 0"]
 
 
 def snapshot(model):
@@ -27,9 +27,9 @@ def assert_same(before, after):
 
 
 def test_a_complete_model_has_all_switches():
-    assert ideas(build("complete")) == ALL
-    assert ideas(build("no peek")) == [name for name in ALL if name != "peek"]
-    assert ideas(build("dense")) == []
+    assert [*switches(build("complete"))] == ALL
+    assert [*switches(build("no peek"))] == [name for name in ALL if name != "peek"]
+    assert not switches(build("dense"))
 
 
 @pytest.mark.parametrize("idea", ALL)
@@ -59,25 +59,24 @@ def test_an_error_inside_leaves_no_trace_either(idea):
 def test_what_the_switches_switch_off():
     model, tokens = build("complete"), text(2, documents=False)
     with without(model, "working memory"):
-        assert not model(tokens).traces.read_BTM.any()
+        assert not model(tokens).flow.given["memory"].feature_BTX.any()
     with without(model, "crystals"):
         out = model(tokens)
         assert not list(out.state.memory)
     with without(model, "thoughts") as options:
-        assert not model(tokens, **options).traces.thought_BTD.any()
+        assert not model(tokens, **options).flow.given["thoughts"].feature_BTX.any()
     with without(model, "depth 0") as options:
         assert (model(tokens, **options).depth == model.config.stem_layers).all()
     depths = []
-    for idea in ("depth 0.5", "depth 0.5 by lot"):
+    for idea in ("depth 0.5", "depth 0.5 at random"):
         with without(model, idea) as options:
             depths.append(model(tokens, **options).depth > model.config.stem_layers)
     assert depths[0].sum() == pytest.approx(depths[1].sum(), abs=8)
     assert 0.3 < (depths[0] != depths[1]).float().mean() < 0.7
     with without(model, "peek"):
-        traces = model(tokens).traces
-        plain = build("complete")(tokens).traces
-        assert torch.equal(traces.hint_BTP, plain.hint_BTP)
-        assert not torch.equal(traces.early_BTD, plain.early_BTD)
+        flow, plain = model(tokens).flow, build("complete")(tokens).flow
+        assert torch.equal(flow.given["peek"].feature_BTX, plain.given["peek"].feature_BTX)
+        assert not torch.equal(flow.stream_BTD, plain.stream_BTD)
 
 
 def test_without_crystals_is_a_model_built_without_them():

@@ -149,7 +149,7 @@ def test_every_cycle_drafts_alike(model):
         assert shapes == [(1, len(PROMPT))], "the prompt alone gives the first token"
         generate(model, PROMPT, 2)
         generate(model, PROMPT, 40)
-    assert {shape for shape in shapes if shape[1] != len(PROMPT)} == {(1, 1 + model.config.drafts)}
+    assert {shape for shape in shapes if shape[1] != len(PROMPT)} == {(1, 1 + model.drafter.count)}
 
 
 @pytest.mark.parametrize("variant", ["complete", "dense"])

@@ -80,6 +80,6 @@ def test_rows_that_stop_early_cost_nothing_beside_rows_that_do_not(nano, tokens)
     assert 0.2 < share < 0.8
     # Keys and values of crystals and thoughts are made for the whole batch as soon as one row goes deep.
     config, block = nano.config, nano.blocks[0].attention
-    columns = 2 * (config.crystals + config.thoughts)
+    columns = 2 * (config.idea("crystals").per_segment + config.idea("thoughts").count)
     slots = len(rows) * len(nano.blocks) * columns * 2 * (block.k.weight.numel() + block.v.weight.numel())
     assert half == pytest.approx(none_deep + slots + share * (all_deep - none_deep - slots), rel=0.01)

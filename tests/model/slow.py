@@ -111,10 +111,11 @@ def remember(memory, u) -> list[torch.Tensor]:
 def visible_crystals(crystals, u, config) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Which earlier tokens each token sees as crystals, and the log-score of every token."""
     log_score = [F.logsigmoid(crystals.score.weight[0] @ state + crystals.score.bias[0]) for state in u]
-    kept, open_, seen = [], [], []
+    kept, open_, seen, shape = [], [], [], config.idea("crystals")
     for t, score in enumerate(log_score):
         if t % config.segment == 0:
-            kept = sorted(kept + sorted(open_, reverse=True)[: config.crystals], reverse=True)[: config.slots]
+            best = sorted(open_, reverse=True)[: shape.per_segment]
+            kept = sorted(kept + best, reverse=True)[: shape.slots]
             open_ = []
         open_.append((round(1024 * score.item()), t))
         seen.append([position for _, position in kept if t - position >= config.window])
@@ -133,7 +134,10 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     u = [norm(state) for state in h]
     groups: list[torch.Tensor | None] = [None] * len(u)
     if model.thoughts is not None:
-        opened = {t: think(model.thoughts, u, t, config.rounds, config) for t in range(0, len(u), config.segment)}
+        opened = {
+            t: think(model.thoughts, u, t, config.idea("thoughts").rounds, config)
+            for t in range(0, len(u), config.segment)
+        }
         groups = [opened[t - t % config.segment] for t in range(len(u))]
     reads = remember(model.memory, u) if model.memory is not None else None
     x = list(h)

@@ -25,8 +25,8 @@ def slow_store(model, tokens: torch.Tensor) -> list[list[int]]:
         if position == 0:
             kept, open_ = [], []
         if position % config.segment == 0:
-            best = sorted(open_, reverse=True)[: config.crystals]
-            kept = sorted(kept + best, reverse=True)[: config.slots]
+            best = sorted(open_, reverse=True)[: config.idea("crystals").per_segment]
+            kept = sorted(kept + best, reverse=True)[: config.idea("crystals").slots]
             open_ = []
         open_.append((keys[t], position))
         history.append(sorted(position for _, position in kept))

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lepton.model import draft as drafting
-from lepton.model import objective
+from lepton.model.ideas import drafter as drafting
+from lepton.model.ideas import idea as ideas
+from lepton.model.ideas.drafter import STRIDE
+from lepton.model.ideas.idea import picks
 from lepton.model.ideas.peek import FADE, summary
 from lepton.model.layers import norm
 from tests.laws.lab import EOS, build, text
@@ -22,7 +24,8 @@ def test_the_trunk_never_pays_for_an_auxiliary_loss(monkeypatch):
     """Law 6: without them its gradients are the same, and so is the forward pass, which they are no part of."""
     model, tokens = build("complete"), text(1, rows=3)
     together = gradients(model, tokens)
-    monkeypatch.setattr(objective, "WEIGHTS", dict.fromkeys(objective.WEIGHTS, 0.0))
+    for idea in model.ideas.values():
+        monkeypatch.setattr(idea, "loss_weights", dict.fromkeys(idea.loss_weights, 0.0))
     alone = gradients(model, tokens)
     for name, gradient in together.items():
         if not name.startswith(OWN):
@@ -41,7 +44,7 @@ def slow_parts(model, tokens, lengths):
     """The small losses in single positions, as the modules describe them."""
     inputs = tokens[:, :-1]
     out = model.trunk(inputs)
-    traces = out.traces
+    flow = out.flow
     documents = (inputs == EOS).cumsum(1) - (inputs == EOS).long()
     following = tokens[:, 1:].masked_fill(torch.arange(1, tokens.shape[1]) >= lengths[:, None], -100)
     flat = [divmod(pick, inputs.shape[1]) for pick in range(inputs.numel())]
@@ -50,11 +53,11 @@ def slow_parts(model, tokens, lengths):
         return torch.nn.functional.cross_entropy(model.head(hidden.detach()), target)
 
     exits, routes = [], []
-    for pick in objective._picks(following, objective.OUTCOME_STRIDE).tolist():
+    for pick in picks(following, ideas.OUTCOME_STRIDE).tolist():
         row, t = flat[pick]
         target = following[row, t]
         if target >= 0:
-            left = model.router.exit(traces.early_BTD[row, t])
+            left = model.router.exit(flow.stream_BTD[row, t])
             logits = norm(left)
             if hasattr(model.head_down, "weight"):
                 logits = logits @ model.head_down.weight.detach().T
@@ -62,11 +65,11 @@ def slow_parts(model, tokens, lengths):
             logits = model.config.logit_cap * torch.tanh(logits / model.config.logit_cap)
             exits.append(torch.nn.functional.cross_entropy(logits, target))
             saved = (exits[-1] - nats(out.hidden[row, t], target)).detach().clamp(-5, 5)
-            routes.append((traces.benefit_BT[row, t] - saved) ** 2)
+            routes.append((flow.given["router"].signal_BT[row, t] - saved) ** 2)
 
     drafter = model.drafter
     proposals, drafts = drafter.ids.tolist(), [[] for _ in range(drafter.count)]
-    for pick in objective._picks(following, objective.DRAFT_STRIDE).tolist():
+    for pick in picks(following, STRIDE).tolist():
         row, t = flat[pick]
         state = drafter.begin(out.hidden[row, t])
         for i in range(drafter.count):
@@ -82,15 +85,15 @@ def slow_parts(model, tokens, lengths):
     draft = sum(w * torch.stack(losses).mean() for w, losses in zip(weights, drafts, strict=True)) / sum(weights)
 
     hints = []
-    for row in objective._picks(following[:, 0], objective.DRAFT_STRIDE).tolist():
+    for row in picks(following[:, 0], STRIDE).tolist():
         for t in range(int(lengths[row])):
             ahead = [
-                FADE ** (i - 2) * norm(traces.embedded_BTE[row, t + i].detach())
-                for i in range(2, model.config.peek + 1)
+                FADE ** (i - 2) * norm(flow.embedded_BTE[row, t + i].detach())
+                for i in range(2, model.peek.horizon + 1)
                 if t + i < min(inputs.shape[1], int(lengths[row])) and documents[row, t + i] == documents[row, t]
             ]
             if ahead and t < inputs.shape[1]:
-                said = model.peek.summary(model.peek.hint(traces.hint_inputs_BTX[row, t].detach()))
+                said = model.peek.summary(model.peek.hint(flow.given["peek"].inputs_BTX[row, t].detach()))
                 hints.append(1 - torch.nn.functional.cosine_similarity(said, sum(ahead), dim=-1))
     return {
         "exit": torch.stack(exits).mean(),
@@ -107,7 +110,7 @@ LEARNS = {"exit": "router.exit_", "router": "router.benefit", "draft": "drafter.
 @pytest.mark.parametrize("padding", [EOS, 7])
 def test_the_small_losses_equal_single_positions(padding, seed, monkeypatch):
     """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with."""
-    monkeypatch.setattr(objective, "OUTCOME_STRIDE", 3)
+    monkeypatch.setattr(ideas, "OUTCOME_STRIDE", 3)
     model, tokens = build("complete"), text(seed, rows=9)
     lengths = torch.tensor([tokens.shape[1], 30, 2, 99, 64, 71, 17, 50, 88])
     tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], padding)
@@ -120,7 +123,7 @@ def test_the_small_losses_equal_single_positions(padding, seed, monkeypatch):
         )
         own = [parameter for name, parameter in model.named_parameters() if name.startswith(begins)]
         got = torch.autograd.grad(loss.loss, own, retain_graph=True)
-        wanted = torch.autograd.grad(objective.WEIGHTS[part] * expected[part], own, retain_graph=True)
+        wanted = torch.autograd.grad(0.1 * expected[part], own, retain_graph=True)
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
 
 

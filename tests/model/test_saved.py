@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from lepton.model.crystals import EMPTY
 from safetensors.torch import load_file, save_file
 
 from lepton.errors import InputError
+from lepton.model.ideas.crystals import EMPTY
 from tests.laws.lab import assert_close, assert_states, build, text
 
 
@@ -52,19 +52,19 @@ def set_to(value):
         ("phase_B", set_to(4), "'phase_B' holds 4"),
         ("position_B", set_to(-(2**63)), "'position_B' holds -9223372036854775808"),
         ("position_B", set_to(2**31), "'position_B' holds 2147483648"),
-        ("taken_B", set_to(9), r"'taken_B' holds 9: must lie in 0\.\.8"),
-        ("memory.store.ids_BX", set_to(97), r"ids_BX' holds 97: must lie in -1\.\.96"),
-        ("memory.store.kept.ids_BCX", set_to(-2), "ids_BCX' holds -2"),
-        ("memory.store.kept.position_BC", set_to(EMPTY - 1), "position_BC' holds"),
-        ("memory.store.pending.log_score_BC", set_to(0.5), "log_score_BC' holds 0.5"),
-        ("group.change_B", set_to(-1.0), "change_B' holds -1"),
-        ("group.active_B", lambda value: (value.view(torch.uint8) + 1).view(torch.bool), "active_B' holds 2"),
-        ("keys_BLRKH", set_to(float("nan")), "'keys_BLRKH' holds NaN or infinity"),
-        ("memory.matrix_BHKV", set_to(float("inf")), "matrix_BHKV' holds NaN or infinity"),
+        ("router.taken_B", set_to(9), r"taken_B' holds 9: must lie in 0\.\.8"),
+        ("memory.crystals.ids_BX", set_to(97), r"ids_BX' holds 97: must lie in -1\.\.96"),
+        ("memory.crystals.kept.ids_BCX", set_to(-2), "ids_BCX' holds -2"),
+        ("memory.crystals.kept.position_BC", set_to(EMPTY - 1), "position_BC' holds"),
+        ("memory.crystals.pending.log_score_BC", set_to(0.5), "log_score_BC' holds 0.5"),
+        ("thoughts.group.change_B", set_to(-1.0), "change_B' holds -1"),
+        ("thoughts.group.active_B", lambda value: (value.view(torch.uint8) + 1).view(torch.bool), "active_B' holds 2"),
+        ("deep.keys_BLRKH", set_to(float("nan")), "keys_BLRKH' holds NaN or infinity"),
+        ("memory.memory.matrix_BHKV", set_to(float("inf")), "matrix_BHKV' holds NaN or infinity"),
         ("position_B", lambda value: value[:1], "has shape"),
-        ("group.states_BSD", lambda value: value[:1], r"states_BSD' has shape \(1, "),
+        ("thoughts.group.states_BSD", lambda value: value[:1], r"states_BSD' has shape \(1, "),
         ("position_B", lambda value: value.int(), r"'position_B' holds torch\.int32"),
-        ("keys_BLRKH", lambda value: value.long(), r"'keys_BLRKH' holds torch\.int64"),
+        ("deep.keys_BLRKH", lambda value: value.long(), r"keys_BLRKH' holds torch\.int64"),
     ],
 )
 def test_what_no_stream_leads_to_is_named(model, path, name, change, message):
@@ -94,7 +94,8 @@ def test_other_weights_are_refused_unless_asked_for(model, tmp_path, kind):
     with pytest.raises(InputError, match=r"x\.safetensors: made by other weights .* any_weights=True"):
         load(other)
     forced = load(other, any_weights=True)
-    assert_close(load(model).memory.matrix_BHKV, forced.memory.matrix_BHKV, "taken as it is")
+    taken, kept = (each.part("memory").matrix_BHKV for each in (load(model), forced))
+    assert_close(taken, kept, "taken as it is")
     forced.save(path)
     if kind == "state":
         assert load(other).batch_size == 2, "from here on it is the other model's"
@@ -114,7 +115,7 @@ def test_weights_that_changed_since_are_not_claimed(tmp_path):
 def test_a_dense_state_holds_a_column_for_every_token(tmp_path):
     model, path = build("dense"), tmp_path / "s.safetensors"
     model(text(1, documents=False)).state.save(path)
-    with pytest.raises(InputError, match="'keys_BLRKH' holds 100 columns for 101 tokens"):
+    with pytest.raises(InputError, match=r"'deep\.keys_BLRKH' holds 100 entries for 101 tokens"):
         model.load_state(changed(path, "position_B", set_to(101)))
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lepton.model.ideas.idea import OUTCOME_STRIDE
+from lepton.model.ideas.idea import picks as picked
 from lepton.model.ideas.uncertainty import LOG_ODDS, prediction_features
-from lepton.model.objective import OUTCOME_STRIDE, _picks
 from tests.laws.lab import build, text
 
 
@@ -103,7 +104,7 @@ def test_training_looks_at_what_the_model_predicts(variant):
     """The loss has no logits, and makes the same of the products before them."""
     model, tokens = build(variant), text(1, rows=3)
     out, following = model.trunk(tokens[:, :-1]), tokens[:, 1:]
-    picks = _picks(following, OUTCOME_STRIDE)
+    picks = picked(following, OUTCOME_STRIDE)
     hidden = out.hidden.flatten(0, 1)[picks]
     signals = out.signals.flatten(0, 1)[picks]
     expected = slow_loss(model.uncertainty, hidden, model.head(hidden), signals, following.flatten()[picks])

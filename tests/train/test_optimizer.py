@@ -6,9 +6,12 @@ import torch
 from lepton.config import LeptonConfig
 from lepton.model import Lepton, create_lepton
 from lepton.train import optimizer
-from lepton.train.optimizer import EMBEDDING, EMBEDDING_RATE, FEEDS, FEEDS_RATE, Optimizers, split_parameters
+from lepton.train.optimizer import Optimizers, split_parameters
 from lepton.train.recording import Recordings
 from tests.train.small import SHAPE
+
+EMBEDDING = ("embed.", "embed_up.", "head_down.")
+FEEDS = ("memory.out.", "peek.back.")
 
 
 def small_model(**changes):
@@ -31,7 +34,7 @@ def test_which_parameter_goes_where_in_nano():
     with torch.device("meta"):
         model = create_lepton("nano")
     muon, rest = split_parameters(model)
-    assert [name for name, _ in rest] == [
+    assert [name for name, *_ in rest] == [
         "embed.weight",
         "embed_up.weight",
         "thoughts.start",
@@ -46,21 +49,26 @@ def test_which_parameter_goes_where_in_nano():
         "uncertainty.features.bias",
     ]
     blocks = [f"stem.{i}" for i in range(2)] + [f"blocks.{i}" for i in range(5)]
-    assert {name for name, _ in muon} == {name for name, _ in model.named_parameters()} - {name for name, _ in rest}
+    assert {name for name, *_ in muon} == {name for name, _ in model.named_parameters()} - {name for name, *_ in rest}
     for block in blocks:
-        assert any(name.startswith(f"{block}.attention.") for name, _ in muon)
-        assert any(name.startswith(f"{block}.mlp.") for name, _ in muon)
-    assert all(parameter.ndim == 2 for _, parameter in muon)
+        assert any(name.startswith(f"{block}.attention.") for name, *_ in muon)
+        assert any(name.startswith(f"{block}.mlp.") for name, *_ in muon)
+    assert all(parameter.ndim == 2 for _, parameter, _ in muon)
 
 
-def test_what_is_no_matrix_or_frozen_is_not_muons():
+def test_a_parameter_that_nobody_declares_is_refused():
     model = small_model()
     model.blocks[0].scale = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"blocks\.0\.scale.*declared 0 times"):
+        split_parameters(model)
+
+
+def test_what_is_frozen_is_not_trained():
+    model = small_model()
     next(model.stem[0].parameters()).requires_grad_(False)
     muon, rest = split_parameters(model)
-    assert "blocks.0.scale" in [name for name, _ in rest]
     frozen = next(name for name, _ in model.named_parameters() if name.startswith("stem.0."))
-    assert frozen not in [name for name, _ in muon + rest]
+    assert frozen not in [name for name, *_ in muon + rest]
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -73,7 +81,7 @@ def test_every_parameter_is_updated_at_its_own_rate(kind):
     still = [name for name, _ in model.named_parameters() if torch.equal(before[name], after[name])]
     assert still == []
     muon, _ = split_parameters(model)
-    largest = max(float((after[name] - before[name]).abs().max()) for name, _ in muon)
+    largest = max(float((after[name] - before[name]).abs().max()) for name, *_ in muon)
     assert (largest > 2.5e-3) == (kind == "muon"), "AdamW's two steps move no weight by more than 2 lr (1 + decay)"
 
 
@@ -85,7 +93,7 @@ def test_matrices_decay_alike_under_either_optimizer_and_the_embedding_does_not(
         parameter.grad = torch.zeros_like(parameter)
     optimizers_of(model, kind, lr=1e-2, weight_decay=0.5).step(1.0, 1.0)
     for name, parameter in model.named_parameters():
-        rate = EMBEDDING_RATE if name.startswith(EMBEDDING) else FEEDS_RATE if name.startswith(FEEDS) else 1
+        rate = 10 if name.startswith(EMBEDDING) else 0.1 if name.startswith(FEEDS) else 1
         shrunk = 1.0 if name == "embed.weight" or parameter.ndim < 2 else 1 - rate * 1e-2 * 0.5
         torch.testing.assert_close(parameter.data, before[name] * shrunk)
 
@@ -102,10 +110,12 @@ def test_parameters_learn_at_their_rates(kind, monkeypatch):
         return {name: (parameter - before[name]).norm().item() for name, parameter in model.named_parameters()}
 
     found = moves()
-    for which in ("EMBEDDING_RATE", "FEEDS_RATE"):
-        monkeypatch.setattr(optimizer, which, 1)
+    entries = optimizer.declared
+    monkeypatch.setattr(
+        optimizer, "declared", lambda model: {name: entry.but(rate=1) for name, entry in entries(model).items()}
+    )
     for name, alike in moves().items():
-        rate = 10 if name.startswith(EMBEDDING) else 0.1 if name in ("memory.out.weight", "peek.back.weight") else 1
+        rate = 10 if name.startswith(EMBEDDING) else 0.1 if name.startswith(FEEDS) else 1
         assert found[name] == pytest.approx(rate * alike, rel=1e-3), name
 
 
