@@ -201,7 +201,8 @@ class LeptonConfig:
             parts = _changed([IDEAS[name]() for name in ideas if name in IDEAS], {**rest, **ideas}, 0)
             return LeptonConfig(**own, ideas=parts)
         dense = rest.pop("dense", False)
-        ideas = _changed([] if dense else [idea() for idea in IDEAS.values()], rest, own.get("width", 0))
+        check_names(rest)
+        ideas = () if dense else _changed([idea() for idea in IDEAS.values()], rest, 0)
         return LeptonConfig(**own, slot_bias=not dense, ideas=ideas)
 
 

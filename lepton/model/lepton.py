@@ -354,9 +354,14 @@ class Lepton(nn.Module):
         """Floating-point operations of `forward` per token; see `lepton.model.flops`."""
         return flops_per_token(self, length, depth=depth, think=think)
 
-    @cached_property
+    @property
     def fresh_shapes(self) -> dict[str, Tensor]:
         """The tensors of a fresh state of one sequence by their names, as shapes alone (on the meta device)."""
+        left_out = (f"{self._left_out}.", f"memory.{self._left_out}.")
+        return {name: value for name, value in self._shapes.items() if not name.startswith(left_out)}
+
+    @cached_property
+    def _shapes(self) -> dict[str, Tensor]:
         with torch.device("meta"):
             return flatten(fresh_state(Lepton(self.config), 1))
 
@@ -366,6 +371,7 @@ class Lepton(nn.Module):
             state = fresh_state(Lepton(self.config).to(self.dtype), 1)
         caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
         entries = entries_after(self.config.window, length)
-        # B x L x K x H of each cache, for each entry that is not there yet.
-        grown = sum((entries - each.shape[2]) * each[:, :, :1].nbytes for each in caches if each.shape[2])
+        grown = sum(
+            (entries - each.shape[2]) * each.shape[1] * each.shape[3:].numel() * each.itemsize for each in caches
+        )
         return state.nbytes + grown

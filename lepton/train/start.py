@@ -164,20 +164,24 @@ def _config_of(content: dict[str, Any], path: Path) -> LeptonConfig:
 def _check_overrides(settings: TrainSettings, config: LeptonConfig, path: Path) -> None:
     """Raise InputError if the user asks for a field's value that is not the checkpoint's."""
     check_names(settings.overrides)
-    wanted = {**settings.overrides, **({"dense": True} if settings.dense else {})}
-    have = config.to_dict()
-    differing = [f"{name}={have[name]} not {value}" for name, value in wanted.items() if have[name] != value]
+    differing = ["dense=False not True"] if settings.dense and not config.dense else []
+    differing += _differing(config, config.replace(**settings.overrides), "=")
     if differing:
         raise InputError(f"{path} has {', '.join(differing)}: a resumed model keeps its shape")
+
+
+def _differing(config: LeptonConfig, wanted: LeptonConfig, sign: str) -> list[str]:
+    """Return the fields of `config` that are not as wanted, such as ``window=256 not 128``."""
+    have, want = config.flat_dict(), wanted.flat_dict()
+    names = [name for name in {**have, **want} if have.get(name) != want.get(name)]
+    return [f"{name}{sign}{have.get(name)} not {want.get(name)}" for name in names]
 
 
 def _check_size(settings: TrainSettings, size: str | None, config: LeptonConfig, path: Path) -> None:
     """Raise InputError if the user names a size that is not the checkpoint's."""
     if settings.model_size is None or settings.model_size == size:
         return
-    wanted = size_config(settings.model_size).to_dict()
-    have = config.to_dict()
-    differing = ", ".join(f"{name} {have[name]} not {wanted[name]}" for name in have if have[name] != wanted[name])
+    differing = ", ".join(_differing(config, size_config(settings.model_size), " "))
     if size is not None or differing:
         raise InputError(
             f"{path} holds a model of size '{size}', --model_size asks for '{settings.model_size}' ({differing}); "

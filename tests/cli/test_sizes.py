@@ -23,7 +23,7 @@ def test_json_is_a_list_with_every_size(sizes):
     for size in sizes:
         preset = SIZES[size["name"]]
         assert size["target"] == preset.target_params
-        assert (size["width"], size["layers"]) == (preset.config.width, preset.config.layers)
+        assert (size["width"], size["layers"]) == (preset.width, preset.layers)
         assert size["purpose"] == preset.purpose
 
 

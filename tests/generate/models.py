@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lepton.generate import generate
 from lepton.model import Lepton
+from lepton.model.ideas.idea import Idea
 from tests.laws.lab import build
 
 # Its last token stands where no segment opens by itself.
@@ -25,10 +26,10 @@ def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepto
     return model.to(dtype).eval()
 
 
-class Oracle(nn.Module):
+class Oracle(Idea):
     """A drafter that recognises where in known texts it is, and drafts what comes, or a wrong token where told to.
 
-    It has the surface of `lepton.model.draft.Drafter`; its cell's state is the place of the next token.
+    It has the surface of `lepton.model.ideas.drafter.Drafter`; its cell's state is the place of the next token.
     """
 
     def __init__(self, count: int, vocab_size: int, hidden_PD: Tensor, following_P: Tensor, wrong_P: Tensor) -> None:

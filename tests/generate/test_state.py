@@ -120,10 +120,10 @@ def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
 
 def test_a_memory_is_not_changed_by_being_used(model):
     kept = generate_with_state(model, PROMPT, 4, **SAMPLED)[1].memory
-    matrix, crystals = kept.matrix_BHKV.clone(), list(kept)
+    matrix, crystals = kept.parts["memory"].matrix_BHKV.clone(), list(kept)
     state = model.new_state(2, memory=kept)
     state.memory.clear()
-    assert torch.equal(kept.matrix_BHKV, matrix)
+    assert torch.equal(kept.parts["memory"].matrix_BHKV, matrix)
     assert list(kept) == crystals
 
 
@@ -143,14 +143,20 @@ OTHER = {"window": 12}
         (lambda model: {"state": model.new_state(2)}, "the state holds 2 rows and the tokens 1"),
         (lambda model: {"state": "stream.safetensors"}, "state='stream.safetensors': give what new_state"),
         (lambda model: {"state": model.new_state(1).memory}, "give what new_state"),
-        (lambda model: {"state": build("complete", **OTHER).new_state(1)}, "of another model, its window"),
-        (lambda model: {"state": build("complete", layers=5).new_state(1)}, "of another model, its keys"),
-        (lambda model: {"state": build("no crystals").new_state(1)}, "of another model, its crystals"),
+        (lambda model: {"state": build("complete", **OTHER).new_state(1)}, "of another model, its .stem.keys"),
+        (lambda model: {"state": build("complete", layers=5).new_state(1)}, "of another model, its .deep.keys"),
+        (
+            lambda model: {"state": build("no crystals").new_state(1)},
+            r"differs in .memory\.crystals",
+        ),
         (lambda model: {"state": build("no thoughts").new_state(1)}, "of another model"),
-        (lambda model: {"state": build("complete", memory_heads=1).new_state(1)}, "its working memory"),
+        (lambda model: {"state": build("complete", memory_heads=1).new_state(1)}, "its .memory.memory.matrix_BHKV"),
         (lambda model: {"state": build("complete", dtype=torch.float32).new_state(1)}, "torch.float32 on cpu"),
         (lambda model: {"memory": model.new_state(3).memory}, r"3 rows; give new_state\(3\), not 1"),
-        (lambda model: {"memory": build("no crystals").new_state(1).memory}, "memory: of another model, its crystals"),
+        (
+            lambda model: {"memory": build("no crystals").new_state(1).memory},
+            r"memory: .* differs in .crystals",
+        ),
         (lambda model: {"memory": 5}, "memory=5: give state.memory"),
         (lambda model: {"memory": model.new_state(1)}, "give state.memory"),
         (lambda model: {"memory": "nowhere.safetensors"}, "nowhere.safetensors"),

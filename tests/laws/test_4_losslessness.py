@@ -1,5 +1,6 @@
 """Law 4: speculation changes what is computed at once, never what comes out, nor what the model then remembers."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -10,6 +11,7 @@ from lepton.config import LeptonConfig
 from lepton.generate import Generation, Options, generate, generate_with_stats
 from lepton.generate.sampling import probabilities
 from lepton.model import Lepton
+from lepton.model.ideas.drafter import DrafterConfig
 from tests.generate.models import lively, oracle
 from tests.laws.lab import CANARIES, IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text
 
@@ -34,11 +36,13 @@ def prompts_of(count, seed=0):
 
 def with_drafter(model, drafter, action):
     """Run `action` while the model drafts with `drafter`."""
-    own, model.drafter = model.drafter, drafter
+    own, config, model.drafter = model.drafter, model.config, drafter
+    if own is None:
+        model.config = dataclasses.replace(config, ideas=(*config.ideas, DrafterConfig(vocab=1)))
     try:
         return action()
     finally:
-        model.drafter = own
+        model.drafter, model.config = own, config
 
 
 def assert_same_tokens(model, plain, drafted, prompts, **options):

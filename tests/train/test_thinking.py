@@ -23,8 +23,8 @@ def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
 @pytest.mark.parametrize("seed", [20241126130100, 2**63, 2**64 - 1])
 def test_every_seed_of_64_bits_plans(seed):
     model, tokens = build("complete"), text(1, rows=4)
-    rounds = [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
-    assert rounds == [plan_thoughts(model.config, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    rounds = [plan_thoughts(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert rounds == [plan_thoughts(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
     assert len(set(map(tuple, rounds))) > 1
 
 
