@@ -203,7 +203,7 @@ class LeptonConfig:
         dense = rest.pop("dense", False)
         check_names(rest)
         ideas = () if dense else _changed([idea() for idea in IDEAS.values()], rest, 0)
-        return LeptonConfig(**own, slot_bias=not dense, ideas=ideas)
+        return LeptonConfig(**{"slot_bias": not dense, **own}, ideas=ideas)
 
 
 def check_names(fields: Mapping[str, Any]) -> None:
