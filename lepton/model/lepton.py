@@ -192,7 +192,7 @@ class Lepton(nn.Module):
             given = idea.contribute(flow, past.part(name))
             flow = flow.joined_by(name, given)
             records |= {} if given.record is None else {name: given.record}
-        x_BTD, deep = self._run(self.blocks, flow.stream_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
+        x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for _, idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
         chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))

@@ -76,7 +76,7 @@ def test_what_the_switches_switch_off():
     with without(model, "peek"):
         flow, plain = model(tokens).flow, build("complete")(tokens).flow
         assert torch.equal(flow.given["peek"].feature_BTX, plain.given["peek"].feature_BTX)
-        assert not torch.equal(flow.stream_BTD, plain.stream_BTD)
+        assert not torch.equal(flow.x_BTD, plain.x_BTD)
 
 
 def test_without_crystals_is_a_model_built_without_them():

@@ -57,7 +57,7 @@ def slow_parts(model, tokens, lengths):
         row, t = flat[pick]
         target = following[row, t]
         if target >= 0:
-            left = model.router.exit(flow.stream_BTD[row, t])
+            left = model.router.exit(flow.x_BTD[row, t])
             logits = norm(left)
             if hasattr(model.head_down, "weight"):
                 logits = logits @ model.head_down.weight.detach().T

@@ -97,17 +97,20 @@ class Flow(Place):
     """The stream behind the stem."""
     u_BTD: Tensor
     """The same, normed."""
+    x_BTD: Tensor
+    """The stream with what the ideas have added to it so far; at the end it enters the deep blocks."""
     given: Mapping[str, Given] = field(default_factory=dict)
-    """By the names of the ideas, in order."""
+    """By the names of the ideas, in order; without what is in the stream, and without records."""
 
     @staticmethod
     def behind_stem(place: Place, h_BTD: Tensor) -> "Flow":
         """Return the flow as the first idea finds it."""
-        return Flow(**vars(place), h_BTD=h_BTD, u_BTD=norm(h_BTD))
+        return Flow(**vars(place), h_BTD=h_BTD, u_BTD=norm(h_BTD), x_BTD=h_BTD)
 
     def joined_by(self, name: str, given: Given) -> "Flow":
-        """Return the flow with what one more idea gives; its record, which is about the state, is left out."""
-        return replace(self, given={**self.given, name: replace(given, record=None)})
+        """Return the flow with what one more idea gives."""
+        x_BTD = self.x_BTD if given.added_BTD is None else self.x_BTD + given.added_BTD
+        return replace(self, x_BTD=x_BTD, given={**self.given, name: replace(given, added_BTD=None, record=None)})
 
     def features(self, *names: str) -> list[Tensor]:
         """Return what these ideas let others read, of those that do."""
@@ -119,15 +122,6 @@ class Flow(Place):
         nothing_BT = torch.zeros_like(self.u_BTD[..., 0], dtype=torch.promote_types(self.u_BTD.dtype, torch.float32))
         found = [self.given[name].signal_BT if name in self.given else None for name in names]
         return torch.stack([nothing_BT if each is None else each.to(nothing_BT) for each in found], -1).detach()
-
-    @cached_property
-    def stream_BTD(self) -> Tensor:
-        """What enters the deep blocks."""
-        x_BTD = self.h_BTD
-        for given in self.given.values():
-            if given.added_BTD is not None:
-                x_BTD = x_BTD + given.added_BTD
-        return x_BTD
 
     @cached_property
     def slots(self) -> Slots | None:

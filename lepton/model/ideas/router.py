@@ -141,7 +141,7 @@ class Router(Idea):
         """The exit's own prediction, and the score against the nats that depth saved, at sampled positions."""
         index_M, flow = outcome.sampled_M, outcome.flow
         target_M = outcome.following_BT.flatten()[index_M]
-        early_MD = self.exit(flow.stream_BTD.flatten(0, 1)[index_M])
+        early_MD = self.exit(flow.x_BTD.flatten(0, 1)[index_M])
         exit_loss, early_nats_M = outcome.frozen_loss(early_MD, target_M)
         benefit_BT = flow.given[self.name].signal_BT
         assert benefit_BT is not None
