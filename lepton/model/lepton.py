@@ -197,7 +197,7 @@ class Lepton(nn.Module):
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
         chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
-        return Output(norm(x_BTD), None, None, blocks_BT, flow, lengths, chunk)
+        return Output(norm(x_BTD), None, None, blocks_BT, flow.passed(), lengths, chunk)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""

@@ -112,6 +112,10 @@ class Flow(Place):
         x_BTD = self.x_BTD if given.added_BTD is None else self.x_BTD + given.added_BTD
         return replace(self, x_BTD=x_BTD, given={**self.given, name: replace(given, added_BTD=None, record=None)})
 
+    def passed(self) -> "Flow":
+        """Return the flow without what only the deep blocks look at."""
+        return replace(self, given={name: replace(given, slots=None) for name, given in self.given.items()})
+
     def features(self, *names: str) -> list[Tensor]:
         """Return what these ideas let others read, of those that do."""
         found = [self.given[name].feature_BTX for name in names if name in self.given]
