@@ -46,7 +46,7 @@ def test_rows_think_as_long_as_they_want_to(place):
         ([3, 3, 0, 0], "rows that think for more than 2 rounds: 2: must lie in 0..1"),
         ([0, 5, 0, 0], "rounds of thinking 5: must lie in 0..4"),
         ([0, -1, 0, 0], "rounds of thinking -1: must lie in 0..4"),
-        ([1, 2], "one number for each of 4 rows"),
+        ([1, 2], "one number of rounds for each of 4 rows"),
     ],
 )
 def test_rounds_that_there_is_no_room_for_are_refused(rounds, message):
