@@ -210,6 +210,14 @@ def check_type(name: str, value: Any, kind: Any) -> None:
         raise InputError(f"{name}={shown(value)}: must be {_KINDS[kind]}")
 
 
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise InputError for a name that is no field of LeptonConfig, or a value of another type than the field's."""
+    check_names(fields)
+    kinds = {field.name: field.type for field in dataclasses.fields(LeptonConfig)}
+    for name, value in fields.items():
+        check_type(name, value, kinds[name])
+
+
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise InputError, with the nearest match, for a name that is no field of LeptonConfig."""
     known = [field.name for field in dataclasses.fields(LeptonConfig)]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lepton.config import LeptonConfig
+from lepton.config import LeptonConfig, check_fields
 from lepton.model.lepton import Lepton
 from lepton.presets import preset
 
@@ -35,6 +35,7 @@ def size_config(size: str, **overrides: Any) -> LeptonConfig:
         InputError: an unknown size or field (the nearest match is named), or values that do not fit together.
     """
     complete = preset(size).config
+    check_fields(overrides)
     if not overrides.get("dense"):
         window = overrides.get("window", complete.window)
         if window is not None and window < complete.segment:

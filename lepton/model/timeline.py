@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lepton.model.checks import check_range
+
 # Queries of a long chunk are answered in bands of this many tokens, each against the columns it can see at all: so
 # with a window it costs time and memory linear in its length, and without one half of a square.
 BAND = 128
@@ -63,6 +65,8 @@ class Timeline:
         group_BT = open_BT.cumsum(1)
         if groups is None:
             groups = int(group_BT[:, -1].max())
+        else:
+            check_range(group_BT[:, -1], 0, groups, "more segments than `groups` allows:")
         # Tokens beyond the bound would be left without a group: the extra column catches what does not open.
         target_BT = torch.where(open_BT, group_BT - 1, groups).clamp(max=groups)
         opening_BG = torch.full((len(start_B), groups + 1), -1, device=index_T.device)
