@@ -4,6 +4,9 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+LONGEST = 800
+"""Most characters of a message. Of a longer one the middle is left out: the value stands first, the fix last."""
+
 
 class InputError(ValueError):
     """A value from outside (a flag, a file, an argument) that cannot be used.
@@ -13,7 +16,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(" ".join(str(message).splitlines()))  # a name or a library's text may have line breaks
+        text = " ".join(str(message).splitlines())  # a name or a library's text may have line breaks, or any length
+        half = LONGEST // 2
+        super().__init__(text if len(text) <= LONGEST else f"{text[: half - 5]} ... {text[-half:]}")
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:
@@ -38,9 +43,11 @@ def naming(place: object) -> Iterator[None]:
 
 
 def shown(value: object) -> str:
-    """Return a value as a message can show it: on one line, and not at any length."""
+    """Return a value as a message can show it: on one line, and not too long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python prints no int of thousands of digits
+        return f"a number of {value.bit_length():,} bits"
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a number of more digits than Python writes, or lists in lists without end
-        return f"a value of type {type(value).__name__} that cannot be shown"
+    except Exception:  # such as lists in lists without end: a message must never fail
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -22,10 +22,12 @@ write the same one."""
 
 
 def as_path(path: object) -> Path:
-    """Return `path` as a `Path`; raises InputError if it is neither a text nor a path."""
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"{shown(path)} is no path: give a text or a Path")
-    return Path(path)
+    """Return `path` as a `Path`; raises InputError if it is neither a text nor a path, or none that a system takes."""
+    if isinstance(path, str | os.PathLike):
+        with contextlib.suppress(TypeError, ValueError):  # a path of bytes; half of a surrogate pair
+            if b"\0" not in os.fsencode(path):
+                return Path(path)
+    raise InputError(f"{shown(path)} is no path: give a text or a Path, without zero bytes")
 
 
 def readable(path: str | Path, what: str = "file") -> Path:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.errors import InputError, nearest
+from lepton.errors import InputError, nearest, shown
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,6 @@ SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}
 
 def preset(name: str) -> Preset:
     """Return the size called `name`; an unknown one raises InputError with the nearest match."""
-    if name not in SIZES:
-        raise InputError(f"unknown model size '{name}'{nearest(name, SIZES)}")
+    if not isinstance(name, str) or name not in SIZES:
+        raise InputError(f"unknown model size {shown(name)}{nearest(name, SIZES)}")
     return SIZES[name]

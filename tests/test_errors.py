@@ -1,6 +1,6 @@
 import pytest
 
-from lepton.errors import InputError, naming, nearest, reason, shown
+from lepton.errors import LONGEST, InputError, naming, nearest, reason, shown
 
 
 def test_a_message_is_one_line_whatever_it_quotes():
@@ -14,6 +14,14 @@ def test_a_message_is_one_line_whatever_it_quotes():
     assert shown(3.5) == "3.5"
     assert reason(IndexError()) == "IndexError"
     assert reason(OSError("one\ntwo")) == "one"
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end():
+    message = str(InputError("no such file: " + "x" * 5000 + "; give another --out"))
+    assert len(message) <= LONGEST
+    assert message.startswith("no such file: xxx")
+    assert message.endswith("xxx; give another --out")
+    assert str(InputError("y" * LONGEST)) == "y" * LONGEST
 
 
 def test_names_that_are_no_text_have_no_nearest_one():

@@ -1,7 +1,8 @@
 """Every command and snippet of the seed's README works as written.
 
 Shortened, so that a CPU gets through them: --max_steps, --seq_len, validations, samples, max_new_tokens, and
---grad_accum where the README does not name it. Data and `pile_tokenizer.json` are small files in the public form.
+--grad_accum where the README does not name it. One command trains the whole size, for the snippet that loads it; the
+others narrow it. Data and `pile_tokenizer.json` are small files in the public form.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from lepton.cli import train as train_command
 from lepton.cli.arguments import Parser
 from lepton.data.tokenizer import Tokenizer
+from lepton.model.factory import size_config
 from lepton.presets import SIZES
 from lepton.train.settings import TrainSettings
 from tests.cli.tiny import TEXT, small_bpe
@@ -86,7 +88,8 @@ tokens, uncertainties = model.generate_with_uncertainty(prompt_ids, max_new_toke
 """
 BASIC, CUSTOM_PATHS, RESUME = re.findall(r"^python .*", README, re.MULTILINE)
 SNIPPET = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-SHORTER = "--seq_len 16 --eval_batches 1 --sample_tokens 2 --data_dir data"
+SHORTER = "--max_steps 1 --seq_len 16 --eval_batches 1 --sample_tokens 2"
+NARROWER = "--override width=64 --override layers=3 --override heads=1 --override kv_heads=1 --override ffn=64"
 NEW_TOKENS = 5
 
 
@@ -121,44 +124,36 @@ def python_train(folder, command, additions):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def trained(folder):
-    """The folder after the README's first command."""
-    out = python_train(folder, BASIC, f"--max_steps 1 --save_every 1 {SHORTER}")
-    assert "1,024 tokens a step" in out, "2 windows of 16 tokens, 32 times"
-    return folder
-
-
 def checkpoint_of(path):
     return torch.load(path)
 
 
-def test_basic_training_leaves_checkpoints_with_the_tokenizer_beside_it(trained):
-    final = checkpoint_of(trained / "checkpoints" / "final.pt")
+def test_basic_training_leaves_checkpoints_that_resume_with_the_tokenizer_beside_them(folder):
+    out = python_train(folder, BASIC, f"--save_every 1 --data_dir data {SHORTER} {NARROWER}")
+    assert "1,024 tokens a step" in out, "2 windows of 16 tokens, 32 times"
+    final = checkpoint_of(folder / "checkpoints" / "final.pt")
     assert final["step"] == 1
     assert final["size"] == "tiny"
-    expected = Tokenizer.from_json((trained / "pile_tokenizer.json").read_text(encoding="utf-8")).hash
+    expected = Tokenizer.from_json((folder / "pile_tokenizer.json").read_text(encoding="utf-8")).hash
     assert Tokenizer.from_json(final["tokenizer"]).hash == expected
 
-
-def test_resume_from_a_checkpoint(trained):
-    (trained / "checkpoints" / "step_1.pt").rename(trained / "checkpoints" / "step_5000.pt")
-    out = python_train(trained, RESUME, "--max_steps 2 --grad_accum 1")
+    (folder / "checkpoints" / "step_1.pt").rename(folder / "checkpoints" / "step_5000.pt")
+    out = python_train(folder, RESUME, "--max_steps 2 --grad_accum 1")
     assert "at step 1" in out
-    final = checkpoint_of(trained / "checkpoints" / "final.pt")
+    final = checkpoint_of(folder / "checkpoints" / "final.pt")
     assert final["step"] == 2
     assert final["training"]["seq_len"] == 16, "what is not given again stays"
 
 
-def test_custom_paths(folder):
+def test_custom_paths_and_the_generation_snippet(folder, monkeypatch):
     command = CUSTOM_PATHS.replace("/path/to/data", "data").replace("/path/to/checkpoints", "elsewhere/checkpoints")
-    python_train(folder, command, f"--max_steps 1 --grad_accum 1 {SHORTER.partition(' --data_dir')[0]}")
-    assert checkpoint_of(folder / "elsewhere" / "checkpoints" / "final.pt")["step"] == 1
+    python_train(folder, command, f"--grad_accum 1 {SHORTER}")
+    final = folder / "elsewhere" / "checkpoints" / "final.pt"
+    content = checkpoint_of(final)
+    assert (content["step"], content["config"]) == (1, size_config("tiny").to_dict())
 
-
-def test_the_generation_snippet(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    (trained / "checkpoints" / "final.pt").rename("checkpoint.pt")
+    monkeypatch.chdir(folder)
+    final.rename("checkpoint.pt")
     names = {"prompt_ids": [5, 6, 7]}
     exec(SNIPPET.replace("max_new_tokens=100", f"max_new_tokens={NEW_TOKENS}"), names)
     assert names["tokens"][:3] == [5, 6, 7]

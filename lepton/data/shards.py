@@ -26,7 +26,7 @@ import torch
 from lepton.data.permutation import permute
 from lepton.data.publish import METADATA, UNFINISHED
 from lepton.data.split import held_out_rows
-from lepton.errors import InputError
+from lepton.errors import InputError, shown
 from lepton.files import parse_json, read_bytes, readable
 
 OPEN_SHARDS = 64
@@ -80,7 +80,8 @@ class ShardedDataset:
         eos_id: int = 0,
         tokenizer_hash: str | None = None,
     ) -> None:
-        assert split in ("train", "val"), split
+        if split not in ("train", "val"):
+            raise InputError(f"split={shown(split)}: must be 'train' or 'val'")
         self.folder, self.seq_len, self.seed, self.vocab_size = Path(folder), seq_len, seed, vocab_size
         self.metadata = read_metadata(self.folder)
         self._check_tokenizer(tokenizer_hash)
@@ -149,6 +150,8 @@ class ShardedDataset:
 
         With a `limit`, at most so many batches, of windows spread evenly over the split.
         """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: must be at least 1")
         count = self.windows if limit is None else min(self.windows, limit * batch_size)
         for start in range(0, count, batch_size):
             places = np.arange(start, min(start + batch_size, count), dtype=np.int64)
@@ -188,7 +191,7 @@ class ShardedDataset:
         if tokenizer_hash is not None and stored is not None and stored != tokenizer_hash:
             raise InputError(
                 f"{self.folder} was prepared with another tokenizer (hash {str(stored)[:12]}, this one is "
-                f"{tokenizer_hash[:12]}): name that one with --tokenizer, or prepare the data again"
+                f"{str(tokenizer_hash)[:12]}): name that one with --tokenizer, or prepare the data again"
             )
 
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError
+from lepton.errors import InputError, shown
 from lepton.generate.acceptance import Verdict, accept
 from lepton.generate.drafting import Drafts, draft, no_drafts
 from lepton.generate.prompts import Prompt, read_prompts, read_stops
 from lepton.generate.sampling import check_sampling, probabilities, random_stream
 from lepton.generate.stats import Stats
 from lepton.model import Lepton, Memory, State
-from lepton.model.checks import SEEDS, shown, whole
+from lepton.model.checks import SEEDS, whole
 from lepton.model.entry import check_state, checked_call
 
 PREFILL_CHUNK = 1024

@@ -6,8 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lepton.errors import InputError
-from lepton.model.checks import shown
+from lepton.errors import InputError, shown
 from lepton.model.entry import MAX_ROWS
 
 Prompt: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]

@@ -9,8 +9,8 @@ import random
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError
-from lepton.model.checks import real, shown, whole
+from lepton.errors import InputError, shown
+from lepton.model.checks import real, whole
 
 USUAL_NUCLEUS = 1024
 """Tokens ranked before all are: ranking the whole vocabulary takes as long as a small model's step."""
@@ -36,7 +36,7 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     # The maximum goes first: dividing by a tiny temperature then overflows only towards probability 0.
-    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / float(temperature), -1)
     if top_k is None and top_p == 1:
         return p
     ranked = _ranked(p, top_p, top_k)

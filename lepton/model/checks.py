@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError
+from lepton.errors import InputError, shown
 
 INTEGERS = {
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -15,17 +15,6 @@ INTEGERS = {
 }
 SEEDS = (-(1 << 63), (1 << 64) - 1)
 """Every seed of 64 bits, with or without a sign."""
-
-
-def shown(value: Any) -> str:
-    """Return `value` as a message can show it: on one line, and not too long."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python prints no int of thousands of digits
-        return f"a number of {value.bit_length():,} bits"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # such as a list that holds itself: a message must never fail
-        return f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:

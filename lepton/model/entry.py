@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError
-from lepton.model.checks import INTEGERS, check_device, check_range, integers, real, shown, whole
+from lepton.errors import InputError, shown
+from lepton.model.checks import INTEGERS, check_device, check_range, integers, real, whole
 from lepton.model.ideas.idea import Call
 from lepton.model.kv_cache import KVCache
 from lepton.model.saved import read_part

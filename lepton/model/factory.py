@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lepton.config import IDEAS, LeptonConfig
+from lepton.errors import InputError, shown
 from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
 from lepton.model.lepton import Lepton
 from lepton.presets import preset
@@ -25,6 +26,8 @@ def size_config(size: str, *, dense: bool = False, **overrides: Any) -> LeptonCo
     Raises:
         InputError: an unknown size or field (the nearest match is named), or values that do not fit together.
     """
+    if not isinstance(dense, bool):
+        raise InputError(f"dense={shown(dense)}: must be True or False")
     complete = preset(size).config(IDEAS)
     if not dense:
         window = overrides.get("window", complete.window)

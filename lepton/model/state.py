@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton import tensors
-from lepton.errors import InputError
+from lepton.errors import InputError, reason
 from lepton.model.kv_cache import KVCache
 from lepton.model.weights import Origin
 
@@ -83,8 +83,14 @@ class State:
         return self.memory.parts.get(name, self.ideas.get(name))
 
     def rows(self, index: Tensor) -> "State":
-        """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once."""
-        return rebuild(self, lambda _name, value: value[index])
+        """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once.
+
+        Raises InputError on a CPU for a row that there is not.
+        """
+        try:
+            return rebuild(self, lambda _name, value: value[index])
+        except IndexError as error:
+            raise InputError(f"rows of a state of {self.batch_size}: {reason(error)}") from None
 
     @staticmethod
     def join(parts: "Sequence[State]") -> "State":

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lepton.model.checks import check_range
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -59,6 +61,8 @@ class Timeline:
         group_BT = open_BT.cumsum(1)
         if groups is None:
             groups = int(group_BT[:, -1].max())
+        else:
+            check_range(group_BT[:, -1], 0, groups, "more segments than `groups` allows:")
         # Tokens beyond the bound would be left without a group: the extra column catches what does not open.
         target_BT = torch.where(open_BT, group_BT - 1, groups).clamp(max=groups)
         opening_BG = torch.full((len(start_B), groups + 1), -1, device=index_T.device)

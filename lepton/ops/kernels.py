@@ -25,23 +25,23 @@ class Kernel:
         self.what, self.dtypes, self._trial = what, dtypes, trial
         self._results: dict[Any, bool] = {}
 
-    def works(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
-        """Return whether it works here; a warning says so where it should and does not.
+        def works(device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
+            if device.type != "cuda" or dtype not in dtypes or not HAS_TRITON:
+                return False
+            if any(size < 16 or size & (size - 1) for size in sizes):
+                return False
+            key = (device, dtype, *sizes)
+            if key not in self._results:
+                self._results[key] = self.try_out(*key)
+            return self._results[key]
 
-        `sizes` are lengths that its blocks span: powers of two, 16 or more.
-        """
-        if device.type != "cuda" or dtype not in self.dtypes or not HAS_TRITON:
-            return False
-        if any(size < 16 or size & (size - 1) for size in sizes):
-            return False
-        key = (device, dtype, *sizes)
-        if key not in self._results:
-            self._results[key] = self.try_out(*key)
-        return self._results[key]
-
-    # The compiler calls it while it traces and takes the result for a constant. This is what
-    # `torch.compiler.assume_constant_result` sets, which would import the whole compiler for it.
-    works._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        # The compiler calls it while it traces and takes the result for a constant, which it can where all arguments
+        # are constants; so it is no method. The mark is what `torch.compiler.assume_constant_result` sets, which would
+        # import the whole compiler for it.
+        works._dynamo_marked_constant = True  # type: ignore[attr-defined]
+        self.works = works
+        """Whether it works on (device, dtype, sizes); a warning says so where it should and does not. `sizes` are
+        lengths that its blocks span: powers of two, 16 or more."""
 
     def try_out(self, *where: Any) -> bool:
         """Run the trial; return whether it succeeds, and warn if it does not."""

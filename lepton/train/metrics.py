@@ -10,8 +10,8 @@ from json import dumps
 from pathlib import Path
 from typing import Any, TextIO
 
-from lepton.errors import InputError
-from lepton.files import parse_json, readable, replacing
+from lepton.errors import InputError, reason
+from lepton.files import as_path, parse_json, readable, replacing
 
 BAD = ".bad"
 """Suffix of the file that keeps the lines of a metrics.jsonl that are no records."""
@@ -29,7 +29,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = as_path(path)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
@@ -37,7 +37,7 @@ class MetricsLog:
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
         """Return the objects of the file, without lines that are no records with a step."""
-        return [entry for _, entry in _records(path) if entry is not None] if path.exists() else []
+        return [entry for _, entry in _records(path) if entry is not None] if os.path.exists(path) else []
 
     @staticmethod
     def rewind(path: Path, step: int) -> int:
@@ -45,7 +45,7 @@ class MetricsLog:
 
         Lines that are no records move to a file beside, called as this one and BAD; returns how many they are.
         """
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path's own, it answers for names that the system does not take
             return 0
         aside, bad = path.with_name(path.name + BAD), 0
         with (
@@ -83,7 +83,7 @@ class MetricsLog:
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Yield each line of the file and its object, None where it is no record of a step; not a torn last line."""
-    with readable(path, "metrics file").open("rb") as file:
+    with _reading(path), readable(path, "metrics file").open("rb") as file:
         for line in iter(partial(file.readline, LONGEST_LINE), b""):
             try:
                 entry = parse_json(line.decode("utf-8-sig"), "")
@@ -93,6 +93,14 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
                 yield line, entry
             elif line.strip() and (line.endswith(b"\n") or len(line) == LONGEST_LINE):
                 yield line, None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason(error)}") from None
 
 
 @contextlib.contextmanager

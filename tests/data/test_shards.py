@@ -326,6 +326,15 @@ def test_seq_len_must_fit_a_row(shard_folder: Folder) -> None:
     refused(folder, "seq_len=0", seq_len=0)
 
 
+def test_another_split_and_no_batch_are_refused(shard_folder: Folder) -> None:
+    folder = shard_folder(np.ones((200, 9), np.uint16))
+    with pytest.raises(InputError, match="split='test': must be 'train' or 'val'"):
+        dataset(folder, split="test")
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"batch_size={size}: must be at least 1"):
+            next(dataset(folder).batches(size))
+
+
 def test_a_data_set_too_small_for_validation_is_refused(shard_folder: Folder) -> None:
     folder = shard_folder(numbered(1))
     refused(folder, "too small")

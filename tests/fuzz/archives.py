@@ -96,7 +96,7 @@ def zip_records(random: Random, content: bytes) -> bytes:
     elif choice == 2:
         records.append((name, records[other][1]))
     elif choice == 3:
-        names = ["../x", "/etc/x", "a/b/c", name + "x", name.upper(), "", "data.pkl"]
+        names = ["../x", "/etc/x", "a/b/c", name + "x", name.upper(), "data.pkl"]
         records[at] = (random.choice(names), data)
     elif choice == 4:
         records[at] = (name, data[: len(data) // 2])

@@ -138,10 +138,13 @@ def _begin(world: World, place: Path, **changes: Any) -> Any:
 
 def _probabilities(_world: World, _place: Path, logits: Any, **options: Any) -> Any:
     check_sampling(options["temperature"], options["top_p"], options["top_k"])
-    return probabilities(logits, **options)
+    return logits, probabilities(logits, **options)
 
 
-def _check_probabilities(_world: World, p: torch.Tensor) -> str | None:
+def _check_probabilities(_world: World, result: Any) -> str | None:
+    logits, p = result
+    if not bool(logits.isfinite().all()):
+        return None  # what a model computes is not checked here
     good = bool((p >= 0).all()) and bool(((p.sum(-1) - 1).abs() < 1e-9).all())
     return None if good else "no distributions"
 

@@ -15,7 +15,10 @@ from tests.fuzz.targets import TARGETS, Target, Untrue
 from tests.fuzz.workers import Limits, attempt
 from tests.fuzz.world import World
 
-WHOLE, CHECKED = (".xz", ".pt", ".safetensors"), (archives.zip_field, formats.xz_form, *formats.EDITS[".safetensors"])
+WHOLE, CHECKED = (
+    (".xz", ".gz", ".pt", ".safetensors"),
+    (archives.zip_field, formats.xz_form, *formats.EDITS[".safetensors"]),
+)
 """Kinds of files with a checksum or hash of their content, and edits that leave that hash as it was."""
 BOMB_SHARE, KIND_SHARE, EDIT_SHARE = 0.004, 0.06, 0.5
 

@@ -1,6 +1,7 @@
 """Damages that know a file's format: the container stays whole, what it says is wrong."""
 
 import ast
+import gzip
 import io
 import json
 import lzma
@@ -64,13 +65,13 @@ def line_order(random: Random, content: bytes) -> bytes:
     return random.choice([b"\n", b"\r\n", b"\r"]).join(parts)
 
 
-def packed(edit: Edit) -> Edit:
-    """Apply an edit to what an xz file holds."""
+def packed(edit: Edit, form: Any = lzma) -> Edit:
+    """Apply an edit to what a file of a packed form (a module of Python's) holds."""
 
     def edited_inside(random: Random, content: bytes) -> bytes:
-        return lzma.compress(edit(random, lzma.decompress(content)), preset=0)
+        return form.compress(edit(random, form.decompress(content)))
 
-    edited_inside.__name__ = f"{edit.__name__}_in_xz"
+    edited_inside.__name__ = f"{edit.__name__}_in_{form.__name__}"
     return edited_inside
 
 
@@ -179,6 +180,7 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     ".jsonl": LINE_EDITS,
     ".json.xz": (*map(packed, JSON_EDITS), xz_form),
     ".jsonl.xz": (*map(packed, LINE_EDITS), xz_form),
+    ".jsonl.gz": tuple(packed(edit, gzip) for edit in LINE_EDITS),
     ".npy": (npy_header, npy_header, npy_header, npy_text, npy_text, npy_pickle, npy_values),
 }
 """The edits of a file by the end of its name."""

@@ -1,6 +1,8 @@
 """The undamaged files, a few kilobytes each, all of one small model."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
 import lzma
@@ -39,6 +41,7 @@ def make(folder: Path) -> None:
     content = checkpoint.load(folder / "resumable.pt")
     keys = ("model", "config", "size", "tokenizer", "step")
     checkpoint.save(folder / "weights.pt", {key: content[key] for key in keys})
+    checkpoint.save(folder / "weights.safetensors", {key: content[key] for key in keys})
     (folder / "config.json").write_text(json.dumps(content["config"]), encoding="utf-8")
     _write_state(folder)
     _write_texts(folder, Tokenizer.from_json(tokenizer_json.decode()))
@@ -76,6 +79,8 @@ def _write_texts(folder: Path, tokenizer: Tokenizer) -> None:
     (texts / "page.md").write_text("# Title\n\n" + TEXT, encoding="utf-8")
     (texts / "docs.jsonl").write_text(entries, encoding="utf-8")
     (texts / "more.jsonl.xz").write_bytes(lzma.compress(entries.encode()))
+    (texts / "packed.jsonl.gz").write_bytes(gzip.compress(entries.encode(), mtime=0))
+    (texts / "packed.txt.bz2").write_bytes(bz2.compress(TEXT.encode()))
     (texts / "table.csv").write_text(_table(documents), encoding="utf-8")
     (texts / "list.json").write_text(json.dumps([{"text": text} for text in documents]), encoding="utf-8")
     prepare([texts / "notes.txt"], folder / "prepared", tokenizer, row_len=65, shard_rows=8, val_fraction=0.3)

@@ -79,7 +79,7 @@ def _one_step(_world: World, start: Any) -> Any:
     """Build what a run works with, and update once: what was read of the optimizers is used there."""
     parts = assemble(start)
     before = {"weights": _weights(parts.model), "optimizer": parts.optimizers.state_dict(), "step": start.step}
-    loss = parts.model.loss(parts.data.batch(start.step, batch_size=1).tokens).loss
+    loss = parts.model.loss(parts.corpus.train.batch(start.step, batch_size=1).tokens).loss
     loss.backward()
     parts.optimizers.step(1.0, 1.0)
     return before | {"after": _weights(parts.model)}
@@ -180,10 +180,12 @@ def _prepare_file(world: World, folder: Path) -> Any:
 
 def _metrics(_world: World, path: Path) -> Any:
     """Rewind to a step, and append: intact lines of that step and before must survive."""
-    intact = (
-        [json.loads(line) for line in path.read_bytes().splitlines() if _is_entry(line)] if os.path.isfile(path) else []
-    )
     entries = MetricsLog.read(path)
+    if path.is_absolute() and not path.is_relative_to(Path.cwd()):
+        return entries  # a file of the system, which is not to be written
+    intact = (
+        [json.loads(line) for line in path.read_bytes().split(b"\n") if _is_entry(line)] if os.path.isfile(path) else []
+    )
     MetricsLog.rewind(path, 1)
     log = MetricsLog(path)
     log.write({"step": 2})
@@ -223,6 +225,7 @@ def _weights(model: Lepton) -> dict[str, torch.Tensor]:
 TARGETS = (
     Target("checkpoint.load", "weights.pt", _checkpoint_content, check=lambda _world, _value: None, weight=3),
     Target("Lepton.from_checkpoint", "weights.pt", _from_checkpoint, weight=3),
+    Target("exported weights", "weights.safetensors", _from_checkpoint, weight=2),
     Target("train --resume", "resumable.pt", _resume, weight=3),
     Target("train --init_from", "weights.pt", _init_from),
     Target("generate --checkpoint", "weights.pt", _command_line, check=lambda _world, _value: None),

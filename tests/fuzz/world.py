@@ -10,6 +10,7 @@ from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.errors import InputError
 from lepton.model import Lepton, State
 from tests.cli.tiny import run
+from tests.fuzz.judge import LONGEST
 from tests.fuzz.specimens import STREAM
 
 
@@ -42,6 +43,7 @@ class World:
         if code == 0:
             return out
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
-        if code == 2 and len(errors) == 1 and err.rstrip().endswith(errors[0]):
+        one_line = len(errors) == 1 and len(errors[0]) <= LONGEST and err.rstrip().endswith(errors[0].rstrip())
+        if code == 2 and one_line:
             raise InputError(errors[0])
         raise AssertionError(f"exit code {code}, stderr: {err[-500:]}")

@@ -73,6 +73,11 @@ def test_a_tiny_temperature_is_finite():
     assert p.tolist() == [[0.0, 1.0, 0.0]]
 
 
+def test_a_temperature_beyond_64_bits():
+    p = probabilities(torch.tensor([1.0, 2.0]), temperature=2**64)
+    assert p.tolist() == [0.5, 0.5]
+
+
 def test_sample_inverts_the_cumulative_distribution():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
     below_one = math.nextafter(1.0, 0.0)

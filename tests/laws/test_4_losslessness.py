@@ -112,11 +112,19 @@ def test_what_ends_the_text_ends_it_inside_a_chunk():
         if at >= len(new):  # that text ended by itself
             continue
         for stop in ([new[at]], [new[at - 1 : at + 1]]):
+            plain = [until(stop, row, len(prompt)) for row, prompt in zip(whole, prompts, strict=True)]
             options = {"max_new_tokens": 20, "stop": stop, **GREEDY}
-            plain = generate(model, prompts, **options, **PLAIN)
             assert plain == with_drafter(model, drafter, functools.partial(generate, model, prompts, **options))
             cuts |= {(len(row) - len(prompt) - 2) % (DRAFTS + 1) for row, prompt in zip(plain, prompts, strict=True)}
     assert cuts == set(range(DRAFTS + 1))
+    assert plain == generate(model, prompts, **options, **PLAIN)
+
+
+def until(stop, row, start):
+    """A row cut after the first `stop`, an id or a pair of ids, that follows its prompt of `start` tokens."""
+    wanted = stop[0] if isinstance(stop[0], list) else stop
+    ends = (end for end in range(start + len(wanted), len(row)) if row[end - len(wanted) : end] == wanted)
+    return row[: next(ends, len(row))]
 
 
 def test_the_end_of_the_document_is_the_last_token():

@@ -1,5 +1,6 @@
 """The constructors: sizes, overrides, the dense baseline."""
 
+import numpy as np
 import pytest
 
 import model as seed_entry_point
@@ -24,6 +25,14 @@ def test_unknown_names_are_answered_with_the_nearest():
         create_lepton_nano(windov=16)
     with pytest.raises(InputError, match="did you mean 'nano'"):
         create_lepton("nan")
+
+
+@pytest.mark.parametrize("overrides", [{"window": np.ones(2)}, {"dense": np.ones(2)}, {"window": "16"}])
+def test_values_of_another_type_are_named(overrides):
+    with pytest.raises(InputError, match=f"{next(iter(overrides))}=.*must be"):
+        create_lepton_nano(**overrides)
+    with pytest.raises(InputError, match="unknown model size"):
+        create_lepton(np.ones(2))
 
 
 def test_the_dense_baseline_attends_to_everything():

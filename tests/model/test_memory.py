@@ -58,7 +58,7 @@ def remember(model, device, length):
         assert isinstance(record, MemoryRecord)
         after = record.after(counts, timeline)
         whole = record.after(torch.full_like(counts, 64), timeline)
-        outputs = [reads, *after, *whole]
+        outputs = [reads, after.tail_BXC, after.matrix_BHKV, whole.tail_BXC, whole.matrix_BHKV]
         leaves = [states, tail, state, *(each for name, each in memory.named_parameters() if "out" not in name)]
         return [*outputs, strength], gradients(outputs, leaves)
 

@@ -93,6 +93,12 @@ def test_rewinding_nothing_makes_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_that_the_system_does_not_take_are_refused(tmp_path):
+    for path in (tmp_path / ("x" * 300), str(tmp_path) + "\0"):
+        with pytest.raises(InputError):
+            MetricsLog.read(path) or MetricsLog.rewind(path, 1) or MetricsLog(path)
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     progress = Progress(stream)
