@@ -260,7 +260,7 @@ def train_tokenizer(
     smallest = len(SPECIALS) + 256
     if not smallest <= vocab_size <= MAX_IDS:
         raise InputError(f"vocab_size={vocab_size}: must lie in {smallest}..{MAX_IDS}")
-    if out.is_dir() or (out.exists() and not force):
+    if os.path.isdir(out) or (os.path.exists(out) and not force):
         raise InputError(f"{out} exists: name a new file with --out, or replace a file with --force")
     corpus = Corpus(sources, text_field=text_field, separator=separator)
     if any(path.name == out.name and path.resolve() == out.resolve() for path in corpus.files):
