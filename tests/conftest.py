@@ -1,8 +1,12 @@
 """One thread and fixed seeds for every test: results on a CPU are then the same in each run."""
 
+import signal
+
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background job; what is ignored stays so in a run
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # for fixtures of a whole module too, which are made before those of a test
 
 

@@ -22,6 +22,8 @@ ROW_LEN = 2048
 MAX_ROW_LEN = 1 << 20
 SHARD_TOKENS = 1 << 25
 """Tokens of a full shard: 64 MiB."""
+MAX_SHARD_TOKENS = 1 << 27
+"""Most tokens of a shard, which is made in memory."""
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once."""
 
@@ -59,6 +61,9 @@ def prepare(
         raise InputError(f"val_fraction={val_fraction}: must lie in 0..1, 1 excluded")
     if not 2 <= row_len <= MAX_ROW_LEN:
         raise InputError(f"row_len={row_len}: must lie in 2..{MAX_ROW_LEN}")
+    most = MAX_SHARD_TOKENS // row_len
+    if shard_rows and not 1 <= shard_rows <= most:
+        raise InputError(f"shard_rows={shard_rows}: must lie in 1..{most} for rows of {row_len} tokens")
     sources, out = list(sources), Path(out).absolute()
     try:
         with place_for(out, force=force, wait=wait) as place:

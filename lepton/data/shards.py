@@ -256,7 +256,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _shards_of(folder: Path, split: str, padding: dict[str, int]) -> list[Shard]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path's own, it answers for names that the system does not take
         raise InputError(f"no such folder: {folder}; make it with: python -m lepton prepare SOURCE --out {folder}")
     if (folder / UNFINISHED).exists():
         raise InputError(f"{folder} is not whole: `prepare` was interrupted when it replaced the files; run it again")

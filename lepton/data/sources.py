@@ -70,7 +70,7 @@ class Corpus:
         self._leave_out = {os.path.realpath(folder) for folder in leave_out}
         files: dict[Path, None] = {}
         for source in map(Path, sources):
-            if source.is_dir():
+            if os.path.isdir(source):  # unlike Path's own, it answers for names that the system does not take
                 files.update(dict.fromkeys(path for path in self._walk(source) if self._is_usable(path)))
             else:
                 self._check_named(source)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import lzma
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import resources
@@ -79,10 +80,14 @@ class Tokenizer:
             backend.add_special_tokens([EOS])  # else a text that spells it would end there
         self.eos_id: int = eos
         """The id that ends a document."""
-        self.size: int = 1 + max(backend.get_vocab().values())
+        vocab = backend.get_vocab()
+        self.size: int = 1 + max(vocab.values())
         """Number of ids."""
         if self.size > MAX_IDS:
             raise InputError(f"the tokenizer has {self.size} ids: at most {MAX_IDS} fit the model")
+        if twice := [i for i, count in Counter(vocab.values()).items() if count > 1]:
+            # Which of them the library keeps differs from one time to the next, and so would text and hash.
+            raise InputError(f"the tokenizer gives several tokens the id {min(twice)}: give each its own")
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
@@ -255,7 +260,7 @@ def train_tokenizer(
     smallest = len(SPECIALS) + 256
     if not smallest <= vocab_size <= MAX_IDS:
         raise InputError(f"vocab_size={vocab_size}: must lie in {smallest}..{MAX_IDS}")
-    if out.is_dir() or (out.exists() and not force):
+    if os.path.isdir(out) or (os.path.exists(out) and not force):
         raise InputError(f"{out} exists: name a new file with --out, or replace a file with --force")
     corpus = Corpus(sources, text_field=text_field, separator=separator)
     if any(path.name == out.name and path.resolve() == out.resolve() for path in corpus.files):

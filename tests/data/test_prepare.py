@@ -248,3 +248,9 @@ def test_sources_without_text_are_refused(tmp_path: Path, shipped: Tokenizer) ->
 def test_an_impossible_share_is_refused(tmp_path: Path, source: Path, shipped: Tokenizer, share: float) -> None:
     with pytest.raises(InputError, match=f"val_fraction={share}"):
         prepare([source], tmp_path / "data", shipped, val_fraction=share)
+
+
+@pytest.mark.parametrize("rows", [-1, 2**22, 2**63])
+def test_shards_that_no_memory_holds_are_refused(tmp_path: Path, shipped: Tokenizer, rows: int) -> None:
+    with pytest.raises(InputError, match=f"shard_rows={rows}: must lie in 1.."):
+        prepare([tmp_path / "a.txt"], tmp_path / "data", shipped, row_len=64, shard_rows=rows)

@@ -326,6 +326,11 @@ def test_seq_len_must_fit_a_row(shard_folder: Folder) -> None:
     refused(folder, "seq_len=0", seq_len=0)
 
 
+def test_a_name_that_no_folder_has_is_refused() -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        dataset(Path("x" * 300))
+
+
 def test_another_split_and_no_batch_are_refused(shard_folder: Folder) -> None:
     folder = shard_folder(np.ones((200, 9), np.uint16))
     with pytest.raises(InputError, match="split='test': must be 'train' or 'val'"):

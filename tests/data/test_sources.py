@@ -255,3 +255,8 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
     for path, kind in ((tmp_path / "pipe.txt", "a pipe"), ("/dev/zero", "a device")):
         with pytest.raises(InputError, match=kind):
             Corpus([path])
+
+
+def test_a_name_that_no_file_has_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot read the file or folder"):
+        Corpus(["x" * 300])

@@ -194,6 +194,13 @@ def test_dropout_is_refused() -> None:
         Tokenizer.from_json(json.dumps(form))
 
 
+def test_an_id_of_two_tokens_is_refused() -> None:
+    form = json.loads(small(280).to_str())
+    form["model"]["vocab"]["twice"] = 7
+    with pytest.raises(InputError, match="several tokens the id 7: give each its own"):
+        Tokenizer.from_json(json.dumps(form))
+
+
 SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
 START = {"SpecialToken": {"id": "<s>", "type_id": 0}}
 

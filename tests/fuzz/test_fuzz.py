@@ -54,7 +54,7 @@ def _raise(error):
 
 
 def _work(case):
-    value, error = attempt(PLANTED[case], Limits(cpu=0.2, wall=0.4, memory=1 << 28))
+    value, error = attempt(PLANTED[case], Limits(cpu=1.0, wall=4.0, memory=1 << 28))
     problem = None if error is None else problem_of_error(error)
     return value if error is None else problem and problem.cause
 
