@@ -179,7 +179,7 @@ CALLS = (
     Call("create_lepton", _create, lambda w, p: {"size": "nano"}, also=_CONFIG, values=(8, 64, 4, 12, 10**6, 10**9,
          2**62)),
     Call("create_lepton_nano", _create_named, lambda w, p: {"window": 16}, also=_CONFIG, values=(8, 64, 10**5, 10**9)),
-    Call("LeptonConfig", lambda w, p, **v: LeptonConfig(**v).to_dict(), lambda w, p: w.model.config.to_dict()),
+    Call("LeptonConfig", lambda w, p, **v: LeptonConfig.from_dict(v).to_dict(), lambda w, p: w.model.config.to_dict()),
     Call("LeptonConfig.from_dict", lambda w, p, fields: LeptonConfig.from_dict(fields).to_dict(), lambda w,
          p: {"fields": {}}),
     Call("config.replace", lambda w, p, **v: w.model.config.replace(**v).to_dict(), lambda w, p: {"width": 8},
