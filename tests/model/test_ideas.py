@@ -1,0 +1,209 @@
+"""A seventh idea, made here alone: what it declares is all that the package has to know of it.
+
+`Echo` keeps a fading mean of the stem states of its document and adds a matrix of it to the stream. It has state, a
+loss, matrices of two groups, FLOPs, activations and a switch.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lepton import config as configuration
+from lepton.config import IdeaConfig, LeptonConfig
+from lepton.evals.ablation import ablate, without
+from lepton.model import Lepton
+from lepton.model.factory import size_config
+from lepton.model.flops import flops_per_token
+from lepton.model.ideas.idea import Given, Idea, matrices, picks
+from lepton.model.layers import Linear
+from lepton.model.parameters import FEED, MATRIX, declared
+from lepton.train.flops import training_flops_per_token
+from lepton.train.memory import predicted_bytes
+from lepton.train.micro_step import compiled_parts
+from lepton.train.optimizer import split_parameters
+from tests.laws import test_1_causality as law_1
+from tests.laws import test_2_one_path as law_2
+from tests.laws import test_3_purity as law_3
+from tests.laws import test_4_losslessness as law_4
+from tests.laws import test_9_bounded_state as law_9
+from tests.laws.lab import build, text
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoConfig(IdeaConfig):
+    """The fading mean."""
+
+    fade: float = 0.5
+    """Share of the mean that a token leaves of it."""
+
+    name = "echo"
+
+    def build(self, config):
+        return Echo(config, self)
+
+
+@dataclass(frozen=True)
+class EchoState:
+    mean_BD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EchoRecord:
+    means_BXD: torch.Tensor
+    """On entry, and after each token."""
+
+    def after(self, count_B, timeline):
+        mean_BD = self.means_BXD[torch.arange(len(count_B), device=count_B.device), count_B]
+        return EchoState(mean_BD * ~timeline.ended(count_B)[:, None])
+
+
+class Echo(Idea):
+    name = "echo"
+    loss_weights = {"echo": 0.1}
+    compiled = ("guess",)
+    declares = {"out.weight": FEED, "ahead.weight": MATRIX.but(auxiliary=True)}
+
+    def __init__(self, config, own):
+        super().__init__()
+        self.fade = own.fade
+        self.out = Linear(config.width, config.width)
+        self.ahead = Linear(config.width, config.width)
+
+    def fresh(self, rows, dtype, device, *, room):
+        return EchoState(torch.zeros(rows, self.out.in_features, dtype=dtype, device=device))
+
+    def contribute(self, flow, past):
+        mean_BD, means = past.mean_BD, [past.mean_BD]
+        for t in range(flow.u_BTD.shape[1]):
+            mean_BD = mean_BD * (flow.timeline.position_BT[:, t] > 0)[:, None]
+            mean_BD = self.fade * mean_BD + (1 - self.fade) * flow.u_BTD[:, t]
+            means.append(mean_BD)
+        means_BXD = torch.stack(means, 1)
+        added_BTD = self.out(means_BXD[:, 1:])
+        return Given(added_BTD, feature_BTX=means_BXD[:, 1:], record=EchoRecord(means_BXD))
+
+    def guess(self, mean_MD):
+        return self.ahead(mean_MD)
+
+    def losses(self, outcome):
+        feature_BTD = outcome.flow.given[self.name].feature_BTX.detach()
+        index_M = picks(outcome.following_BT[:, 1:], 4)
+        guess_MD = self.guess(feature_BTD[:, :-1].flatten(0, 1)[index_M])
+        return {"echo": (guess_MD - feature_BTD[:, 1:].flatten(0, 1)[index_M]).square().mean()}
+
+    def flops(self, work):
+        return work.length * matrices(self.out)
+
+    def extra_training_flops(self, work, head):
+        return 2 * 2 * matrices(self.ahead) / 4
+
+    def kept_bytes(self, work):
+        return 2 * work.itemsize * work.length * self.out.in_features
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """From here on `LeptonConfig.from_dict` knows it, and what is built of a flat configuration has it."""
+    monkeypatch.setitem(configuration.IDEAS, "echo", EchoConfig)
+
+
+def nano(**changes):
+    with torch.device("meta"):
+        return Lepton(size_config("nano", **changes))
+
+
+def test_it_is_alive():
+    model = build("complete")
+    assert [*model.ideas][-1] == "echo"
+    with without(model, "echo"):
+        bare = model(text(1)).logits
+    assert (model(text(1)).logits - bare).abs().max() > 1e-3
+
+
+def test_it_obeys_the_laws(monkeypatch):
+    law_1.test_changing_the_future_changes_no_past_output("complete")
+    law_1.test_the_gradient_reaches_no_future_embedding("complete")
+    law_2.test_any_chunking_equals_the_full_forward("complete")
+    law_2.test_rollback_restores_the_state_that_never_saw_the_drafts("complete")
+    law_2.test_padding_and_idle_rows_are_the_same_function("complete")
+    law_3.test_using_the_model_changes_no_parameter_no_buffer_and_no_state("complete")
+    law_3.test_a_row_does_not_depend_on_its_neighbours("complete")
+    law_3.test_a_packed_document_equals_the_document_alone("complete")
+    law_3.test_training_and_evaluation_are_the_same_function("complete")
+    law_9.test_the_state_never_grows("complete")
+    monkeypatch.setattr(
+        law_4, "model_of", lambda variant, dtype=torch.float64, **more: build(variant, 0, dtype, **more)
+    )
+    law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete", monkeypatch)
+
+
+def test_it_trains_by_the_groups_it_names():
+    model = build("complete", dtype=torch.float32)
+    muon, _ = split_parameters(model)
+    entries = {name: entry for name, _, entry in muon}
+    assert entries["echo.out.weight"].rate == 0.1
+    assert entries["echo.ahead.weight"].auxiliary
+    loss = model.loss(text(1))
+    assert "echo" in loss.parts
+    loss.loss.backward()
+    assert model.echo.ahead.weight.grad.any()
+    assert model.echo.out.weight.grad.any()
+    fresh = Lepton(model.config)
+    assert not fresh.echo.out.weight.any(), "it starts by adding nothing"
+    assert (fresh.echo, "guess") in compiled_parts(fresh)
+
+
+def test_it_is_counted():
+    with_it, without_it = nano(), nano(echo=None)
+    square = with_it.config.width**2
+    assert with_it.num_params() - without_it.num_params() == 2 * square
+    assert flops_per_token(with_it, 100) - flops_per_token(without_it, 100) == pytest.approx(2 * square)
+    training = training_flops_per_token(with_it, 8, 100) - training_flops_per_token(without_it, 8, 100)
+    assert training == pytest.approx(6 * square + square)
+    assert predicted_bytes(with_it, 8, 100, False) > predicted_bytes(without_it, 8, 100, False) + 4 * 2 * square
+
+
+def test_it_stands_in_the_ablation():
+    model, tokens = build("complete"), text(1)
+
+    def nats(**options):
+        return torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1], **options).logits.flatten(0, 1), tokens[:, 1:].flatten()
+        ).item()
+
+    found = {row.off: row.change for row in ablate(model, nats)}
+    assert found["echo"] != 0
+
+
+def test_a_checkpoint_and_a_state_hold_it(tmp_path):
+    model = build("complete", dtype=torch.float32)
+    assert LeptonConfig.from_dict(model.config.to_dict()) == model.config
+    assert model.config.replace(**{"echo.fade": 0.25}).idea("echo").fade == 0.25
+    with torch.no_grad():
+        state = model(text(1)).state
+    state.save(tmp_path / "s.safetensors")
+    assert torch.equal(model.load_state(tmp_path / "s.safetensors").part("echo").mean_BD, state.part("echo").mean_BD)
+
+
+def test_dense_has_no_idea_by_construction():
+    model = nano(dense=True)
+    assert not model.ideas
+    assert not any(isinstance(module, Idea) for module in model.modules())
+
+
+def test_every_parameter_is_claimed_exactly_once():
+    model = build("complete")
+    model.echo.more = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=r"echo\.more.*declared 0 times"):
+        declared(model)
+    twice = build("complete")
+    twice.echo.declares = {**Echo.declares, "out.*": MATRIX}
+    with pytest.raises(TypeError, match=r"echo\.out\.weight.*declared 2 times"):
+        declared(twice)
+
+
+def test_a_flat_configuration_can_leave_it_out():
+    config = build("complete").config
+    assert config.replace(echo=False).idea("echo") is None
+    assert replace(config, ideas=()).dense
