@@ -138,7 +138,7 @@ class LeptonConfig:
             raise InputError(f"logit_cap={shown(self.logit_cap)}: must lie in 0..50, so that its exponential fits fp32")
         if not 0 <= self.eos_id < self.vocab_size:
             raise InputError(f"eos_id={shown(self.eos_id)}: must lie in 0..vocab_size-1={self.vocab_size - 1}")
-        for idea in self.ideas:
+        for idea in _checked(self.ideas):
             idea.check(self)
 
     @property
@@ -166,7 +166,7 @@ class LeptonConfig:
             InputError: an unknown name, with the nearest match, or a value that does not fit.
         """
         own = {name: changes.pop(name) for name in list(changes) if name in _names(LeptonConfig)}
-        ideas = _changed(own.pop("ideas", self.ideas), changes, self.width)
+        ideas = _changed(_checked(own.pop("ideas", self.ideas)), changes, self.width)
         return dataclasses.replace(self, **own, ideas=ideas)
 
     def flat_dict(self) -> dict[str, Any]:
@@ -209,6 +209,13 @@ class LeptonConfig:
 def check_names(fields: Mapping[str, Any]) -> None:
     """Raise InputError, with the nearest match, for a name that `LeptonConfig.replace` does not know."""
     _by_idea({name: value for name, value in fields.items() if name not in _names(LeptonConfig)})
+
+
+def _checked(ideas: Any) -> tuple[IdeaConfig, ...]:
+    """Return `ideas`, which a caller may have given. Raises InputError unless they are a tuple of `IdeaConfig`."""
+    if not isinstance(ideas, tuple) or not all(isinstance(idea, IdeaConfig) for idea in ideas):
+        raise InputError(f"ideas={shown(ideas)}: must be a tuple of the ideas' configurations")
+    return ideas
 
 
 def _names(kind: type) -> list[str]:

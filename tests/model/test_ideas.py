@@ -11,6 +11,7 @@ import torch
 
 from lepton import config as configuration
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
 from lepton.evals.ablation import ablate, without
 from lepton.model import Lepton
 from lepton.model.factory import size_config
@@ -207,3 +208,6 @@ def test_a_flat_configuration_can_leave_it_out():
     config = build("complete").config
     assert config.replace(echo=False).idea("echo") is None
     assert replace(config, ideas=()).dense
+    for ideas in (5, "tiny", ["echo"], (EchoConfig(), 5)):
+        with pytest.raises(InputError, match=r"ideas=.*must be a tuple"):
+            config.replace(ideas=ideas)

@@ -226,6 +226,7 @@ def test_bad_arguments_are_named(call, message):
         ({"width": None}, "width=None: must be a whole number"),
         ({"rope_base": "long"}, "rope_base='long': must be a number"),
         ({"ideas": {"router": 1}}, "must hold the fields of each idea"),
+        ({"ideas": 5}, "must hold the fields of each idea"),
         ({"rope_base": 0}, "rope_base=0"),
         ({"embed_rank": -3}, "embed_rank=-3"),
         ({"vocab_size": 1}, "vocab_size=1"),
