@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lepton.errors import InputError
+from lepton.files import as_path
 
 try:
     import fcntl
@@ -58,7 +59,7 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
     Raises InputError, before anything is written, for an `out` that is no folder or holds something else than a data
     set, or a data set without `force`; and if another process is writing it, for which `wait` waits instead.
     """
-    folder = Path(os.path.realpath(out))
+    folder = Path(os.path.realpath(as_path(out)))
     if folder.is_symlink():
         raise InputError(f"{out} is a link that leads back to itself: name another folder with --out")
     inside = folder.is_dir() and (_is_mount(folder) or not os.access(folder.parent, os.W_OK))

@@ -211,3 +211,8 @@ def test_folders_mounted_from_the_same_disk_are_known(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
     assert publish._is_mount(Path("/mnt/my disk"))
     assert not publish._is_mount(Path("/mnt/my"))
+
+
+def test_a_name_that_no_folder_has_is_refused():
+    with pytest.raises(InputError, match="is no path"), publish.place_for(Path("\ud800"), force=False):
+        pass

@@ -152,7 +152,7 @@ def _check_probabilities(_world: World, result: Any) -> str | None:
 def _command(world: World, place: Path, command: str, **flags: Any) -> Any:
     words: list[str] = [command, *flags.pop("words", [])]
     for name, value in flags.items():
-        words += [f"--{name}"] + ([] if value is True else [value if isinstance(value, str) else repr(value)])
+        words += [f"--{name}"] + ([] if value is True else [value if isinstance(value, str) else shown(value)])
     return world.command(*words)
 
 
