@@ -4,4 +4,4 @@ from lepton.requirements import check as _check
 
 _check()
 
-from lepton.model import *  # noqa: E402, F403
+from lepton.api import *  # noqa: E402, F403

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
 from lepton.evals.calibration import fit_temperature, measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
-from lepton.model import Lepton, objective
-from lepton.model.factory import count_params, size_config, widened
+from lepton.model import objective
 from lepton.model.parameters import initialise
+from lepton.model.size_config import count_params, size_config, widened
 from lepton.train import hardware, optimizer, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
-from lepton.model.factory import WIDTH_STEP, count_params, size_config
+from lepton.model.size_config import WIDTH_STEP, count_params, size_config
 from lepton.ops.query_blocks import computed_pairs
 from lepton.train import hardware
 

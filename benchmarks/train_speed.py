@@ -29,9 +29,9 @@ from torch import Tensor
 
 from benchmarks import peer
 from benchmarks.ideas import VARIANTS
+from lepton.api import Lepton
 from lepton.errors import InputError, nearest
-from lepton.model import Lepton
-from lepton.model.factory import size_config
+from lepton.model.size_config import size_config
 from lepton.train import hardware
 from lepton.train.flops import training_flops_per_token
 from lepton.train.micro_step import MicroStep

@@ -4,20 +4,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton.data.tokenizer import Tokenizer as Tokenizer
-    from lepton.model import Lepton as Lepton
+    from lepton.api import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-_HOMES = {"Lepton": "lepton.model", "Tokenizer": "lepton.data.tokenizer"}
-"""Names that are imported when they are asked for: `import lepton` alone is quick, and needs no torch."""
+_PUBLIC = (
+    "GenerationOptions",
+    "Lepton",
+    "Memory",
+    "Output",
+    "State",
+    "Stats",
+    "Stream",
+    "Tokenizer",
+    "create_lepton",
+    "create_lepton_large",
+    "create_lepton_medium",
+    "create_lepton_micro",
+    "create_lepton_nano",
+    "create_lepton_small",
+    "create_lepton_tiny",
+    "create_lepton_xl",
+    "create_lepton_xxl",
+)
+"""Names of `lepton.api`. It is imported when one is asked for: `import lepton` alone is quick, and needs no torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module("lepton.api"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_PUBLIC])

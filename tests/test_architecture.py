@@ -5,45 +5,28 @@ import importlib.util
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.cli.tiny import save_tiny
+
 ROOT = Path(__file__).parents[1]
-# A room may import the rooms named here, and itself.
-ALLOWED = {
-    "errors": set(),
-    "requirements": set(),
-    "ops": {"errors"},
-    "files": {"errors"},
-    "config": {"errors"},
-    "presets": {"errors", "config"},
-    "archive": {"errors"},
-    "tensors": {"errors", "files"},
-    "checkpoint": {"errors", "files", "archive", "tensors"},
-    "data": {"errors", "files", "config"},
-    "model": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint"},
-    "generate": {"errors", "config", "model"},
-    "train": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate"},
-    "evals": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
-    "cli": {
-        "errors",
-        "ops",
-        "requirements",
-        "files",
-        "tensors",
-        "config",
-        "presets",
-        "checkpoint",
-        "data",
-        "model",
-        "generate",
-        "train",
-        "evals",
-    },
-}
-# `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.
-LAZY_EXCEPTIONS = {("model", "generate"), ("model", "data")}
+# A room may import those that stand in a line above it. `data` and `checkpoint` know of no model, evaluation of no
+# training; generation and training meet in `cli` alone.
+FLOORS = (
+    ("errors", "requirements"),
+    ("files", "values"),
+    ("config", "archive", "tensors", "ops"),
+    ("presets", "checkpoint", "data", "runtime"),
+    ("model",),
+    ("generate",),
+    ("api", "evals"),
+    ("train",),
+    ("cli",),
+)
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Comes with PyTorch's builds for GPUs; the files of this folder need it, and are imported only where it is there.
 OPTIONAL, OPTIONAL_FOLDER = "triton", ROOT / "lepton" / "ops" / "triton"
 FILES = sorted((ROOT / "lepton").rglob("*.py"))
@@ -53,26 +36,77 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT / "lepton").parts[0].removesuffix(".py")
 
 
-def imported_rooms(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lepton":
-        parts = node.module.split(".")
-        return [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names if alias.name in ALLOWED]
-    if isinstance(node, ast.Import):
-        return [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lepton.")]
-    return []
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in FILES}
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module of the package that a file imports: at its top, inside functions, and for type checkers alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lepton":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield (name if name in MODULES else str(node.module)), node.lineno
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in MODULES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_run_one_way(path):
+    """Between rooms: only upward in `FLOORS`."""
     here = room(path)
     if here in ("__init__", "__main__"):
         return
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    top_level = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        for target in imported_rooms(node):
-            lazy = id(node) not in top_level and (here, target) in LAZY_EXCEPTIONS
-            assert target == here or target in ALLOWED[here] or lazy, f"{path.name}:{node.lineno} imports {target}"
+    for name, line in imported(path):
+        if name == "lepton":  # its version
+            continue
+        there = name.split(".")[1]
+        assert there == here or FLOOR[there] < FLOOR[here], f"{path.name}:{line} imports {name}"
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """The first circle that a depth-first walk meets from each node, if there is any."""
+    found, done = [], set()
+
+    def visit(node: str, trail: list[str]) -> None:
+        if node in trail:
+            found.append([*trail[trail.index(node) :], node])
+        elif node not in done:
+            for other in sorted(graph.get(node, ())):
+                visit(other, [*trail, node])
+            done.add(node)
+
+    for node in graph:
+        visit(node, [])
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Inside rooms, too. A package's `__init__` stands for itself: what it re-exports does not import it."""
+    graph = {name: {other for other, _ in imported(path) if other != name} for name, path in MODULES.items()}
+    graph["lepton"] = set()  # its names are imported when they are asked for
+    assert circles(graph) == []
+    assert circles({**graph, "lepton.errors": {"lepton.model.network"}}), "a planted one is found"
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "sizes", "prepare"])
+def test_a_command_that_does_not_train_imports_nothing_of_training(command, tmp_path):
+    save_tiny(tmp_path / "x.pt")
+    (tmp_path / "text.txt").write_text("A fox. " * 200, encoding="utf-8")
+    flags = {
+        "generate": ["--checkpoint", tmp_path / "x.pt", "--prompt", "fox", "--max_new_tokens", 3],
+        "export": ["--checkpoint", tmp_path / "x.pt", "--out", tmp_path / "y.safetensors"],
+        "sizes": [],
+        "prepare": ["--input", tmp_path / "text.txt", "--out", tmp_path / "data"],
+    }[command]
+    code = "import sys\nfrom lepton.cli.main import main\ncode = main(sys.argv[1:])\n"
+    code += "print([name for name in sys.modules if name.startswith('lepton.train')], file=sys.stderr)\nsys.exit(code)"
+    words = [sys.executable, "-c", code, command, *map(str, flags)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1:]) == (0, ["[]"]), done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -85,8 +119,7 @@ def test_importing_everything_prints_nothing_and_asks_for_no_gpu():
     files = [path for path in FILES if path.stem != "__main__"]
     if importlib.util.find_spec(OPTIONAL) is None:
         files = [path for path in files if path.parent != OPTIONAL_FOLDER or path.stem == "__init__"]
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
-    names = [name.removesuffix(".__init__") for name in [*modules, "model", "train"]]
+    names = [*map(module, files), "model", "train"]
     code = "import torch\n" + "\n".join(f"import {name}" for name in names)
     code += "\nassert not torch.cuda.is_initialized()\nassert torch.get_default_dtype() == torch.float32"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

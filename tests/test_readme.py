@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import model as entry_point
+from lepton.api import Lepton
 from lepton.cli.arguments import Parser
 from lepton.cli.main import COMMANDS
-from lepton.model import Lepton
 from tests.cli.tiny import save_tiny, tiny_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

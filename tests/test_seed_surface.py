@@ -21,7 +21,7 @@ import torch
 from lepton.cli import train as train_command
 from lepton.cli.arguments import Parser
 from lepton.data.tokenizer import Tokenizer
-from lepton.model.factory import size_config
+from lepton.model.size_config import size_config
 from lepton.presets import SIZES
 from lepton.train.settings import TrainSettings
 from tests.cli.tiny import TEXT, small_bpe

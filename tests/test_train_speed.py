@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import peer, train_speed
 from lepton.errors import InputError
-from lepton.model.factory import count_params, size_config
+from lepton.model.size_config import count_params, size_config
 
 
 def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
-    from lepton.model import Lepton
+    from lepton.model import Network
     from lepton.train.calibration import Calibration, Outcomes
 
 MEASURED = ("ece", "brier", "auroc")
@@ -114,7 +114,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(model: "Lepton", seen: "Outcomes") -> dict[str, float | None]:
+def figures(model: "Network", seen: "Outcomes") -> dict[str, float | None]:
     """Return what `model`'s present calibration makes of `seen`; None for a figure that is not defined."""
     import torch
 

@@ -19,7 +19,7 @@ from lepton.errors import InputError
 if TYPE_CHECKING:
     from lepton.data.shards import Batch
     from lepton.data.tokenizer import Tokenizer
-    from lepton.model import Lepton
+    from lepton.model import Network
 
 SIDE_TOKENS = 1 << 16
 """Tokens on which uncertainty and ablations are measured unless `--max_tokens` is given."""
@@ -148,7 +148,7 @@ def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
     return source
 
 
-def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer") -> Source:
+def _data_set(args: argparse.Namespace, model: "Network", tokenizer: "Tokenizer") -> Source:
     from lepton.train.calibration import calibration_batches, evaluation_batches
 
     what, rows, halves = open_data_set(args, model, tokenizer, args.split)
@@ -165,7 +165,7 @@ def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer")
     )
 
 
-def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> None:
+def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]) -> None:
     """Say on stderr about how long it will take, from the rate on a few tokens."""
     from lepton.data.shards import Batch
     from lepton.evals.ablation import switches
@@ -195,7 +195,7 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
         )
 
 
-def _uncertainty(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
+def _uncertainty(args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
     from lepton.evals.calibration import TEMPERATURE_TOKENS, fit_temperature, measure_uncertainty
     from lepton.train.calibration import MIN_TOKENS
 
@@ -210,7 +210,7 @@ def _uncertainty(args: argparse.Namespace, model: "Lepton", source: Source, knob
 
 def _ablation(
     args: argparse.Namespace,
-    model: "Lepton",
+    model: "Network",
     tokenizer: "Tokenizer",
     source: Source,
     knobs: dict[str, Any],
@@ -235,7 +235,7 @@ def _ablation(
 
 
 def _speculation(
-    args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]
+    args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from lepton.evals.speculation import PROMPT_TOKENS, measure_speculation, prompts_of
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from lepton import checkpoint
-    from lepton.model import Lepton
+    from lepton.api import Lepton
 
     content = checkpoint.load(args.checkpoint)
     model = Lepton.restored(content, args.checkpoint)

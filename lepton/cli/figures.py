@@ -53,7 +53,7 @@ def speculation(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["", row("speculation", ["tokens/pass", "passes"]) + "  share accepted of the first, second, ... draft"]
     for found in rows:
         shares = " ".join(f"{share:.2f}" for share in found["acceptance"])
-        cells = [f"{found['tokens_a_cycle']:.2f}", str(found["forward_calls"])]
+        cells = [f"{found['tokens_per_step']:.2f}", str(found["forward_calls"])]
         lines.append(row(f"temperature {found['temperature']:g}", cells) + f"  {shares}")
     return [*lines, "  tokens/pass: what one pass of the model over drafted tokens adds to a text (1 without drafts)"]
 

@@ -16,10 +16,12 @@ from lepton.cli.arguments import add_json, print_json
 from lepton.cli.loading import add_loading, load
 from lepton.cli.shading import DOUBTFUL, MARK, Piece, has_colours, legend, marked, shaded, visible
 from lepton.errors import InputError
+from lepton.generate.options import GenerationOptions
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
-    from lepton.generate import Stats, Stream
+    from lepton.generate.stats import Stats
+    from lepton.generate.stream import Stream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,25 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="text to continue; - reads it from stdin, and '' starts a new document",
     )
-    parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--top_p", type=float, default=0.9, metavar="X", help="1 keeps every token (default: %(default)s)"
-    )
-    parser.add_argument("--top_k", type=int, metavar="N", help="most probable tokens to keep (default: all)")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=r"end after this text; \n is a new line, \t a tab, \\ a backslash; may be given several times",
-    )
-    parser.add_argument("--depth", type=float, metavar="X", help="share of tokens allowed past the stem (default: 1)")
-    parser.add_argument("--think", type=int, metavar="N", help="rounds of thinking (default: the model's own)")
-    parser.add_argument("--no_speculative", action="store_true", help="decode one token at a time, without drafts")
+    add_options(parser)
     parser.add_argument(
         "--memory",
         metavar="FILE",
@@ -63,34 +47,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each field of `GenerationOptions`; what is on by default has the flag `--no_...`."""
+    for field in dataclasses.fields(GenerationOptions):
+        help, metavar = field.metadata["help"], field.metadata["metavar"]
+        if field.default is not None and not isinstance(field.default, bool):
+            help += " (default: %(default)s)"
+        if field.name == "stop":  # as texts: a token's text may continue one
+            parser.add_argument("--stop", action="append", default=[], metavar=metavar, help=f"{help}; may be repeated")
+        elif field.default is True:
+            name = field.name.removeprefix("use_")
+            parser.add_argument(f"--no_{name}", dest=field.name, action="store_false", help=help)
+        else:
+            kind = float if "float" in str(field.type) else int
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=help)
+
+
+def read_options(args: argparse.Namespace) -> GenerationOptions:
+    """Return the options that the flags name, but for `stop`: the texts are looked for in the text."""
+    names = [field.name for field in dataclasses.fields(GenerationOptions) if field.name != "stop"]
+    return GenerationOptions(**{name: getattr(args, name) for name in names})
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation, or with `--json` one object about both."""
-    from lepton.generate import Generation, Options, Stream
-    from lepton.generate.generation import NotFiniteError
+    from lepton.generate.loop import Generation, NotFiniteError
+    from lepton.generate.stream import Stream
 
     stops = [unescaped(stop) for stop in args.stop]
     if "" in stops:
         raise InputError("--stop '': give at least one character")
-    options = Options(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        use_speculative=not args.no_speculative,
-        seed=args.seed,
-        depth=args.depth,
-        think=args.think,
-        uncertainty=args.uncertainty,
-    )
+    options = read_options(args)
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     remembered = _remembered(args.memory, prompt)
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     model, tokenizer, step = load(args)
-    if args.json and model.idea("uncertainty") is not None:
-        options = dataclasses.replace(options, uncertainty=True)
+    uncertainty = args.uncertainty or (args.json and model.idea("uncertainty") is not None)
     prompt_ids = tokenizer.encode(prompt) or [model.config.eos_id]
-    stream = Stream(Generation(model, prompt_ids, options, memory=remembered))
+    stream = Stream(Generation(model, prompt_ids, options, memory=remembered, uncertainty=uncertainty))
     taken: list[tuple[int, float]] = []
     pieces = continuation(tokens(stream), tokenizer, stops, taken)
     try:
@@ -113,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(len(ids) / seconds, 1),
             "tokens": ids,
-            "uncertainties": [round(unsure, 4) for _, unsure in taken] if options.uncertainty else None,
+            "uncertainties": [round(unsure, 4) for _, unsure in taken] if uncertainty else None,
             "stats": stream.stats.to_dict(),
         }
     )
@@ -170,7 +165,7 @@ def describe(stats: "Stats", seconds: float, *, uncertainty: bool) -> str:
     parts = [speed, f"{stats.forward_calls} passes through the model"]
     if stats.drafted:
         shares = ", ".join(f"{share:.0%}" for share in stats.acceptance)
-        parts += [f"{stats.tokens_a_cycle:.2f} tokens a pass", f"drafts accepted by position: {shares}"]
+        parts += [f"{stats.tokens_per_step:.2f} tokens a pass", f"drafts accepted by position: {shares}"]
     return "; ".join([*parts, f"mean depth {stats.mean_depth:.2f} blocks"])
 
 

@@ -11,7 +11,7 @@ from lepton.errors import InputError
 if TYPE_CHECKING:
     from lepton.data.shards import Batch, ShardedDataset
     from lepton.data.tokenizer import Tokenizer
-    from lepton.model import Lepton
+    from lepton.model import Network
 
 MAX_ROWS = 4096
 """Most rows at once: far more than any device needs to be busy, and less memory than a machine has."""
@@ -46,7 +46,7 @@ def spread(data: "ShardedDataset", batch_size: int, max_tokens: int | None) -> "
 
 def open_data_set(
     args: argparse.Namespace,
-    model: "Lepton",
+    model: "Network",
     tokenizer: "Tokenizer",
     split: Literal["train", "val"] = "val",
 ) -> "tuple[str, ShardedDataset, ShardedDataset]":

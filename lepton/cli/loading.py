@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from lepton.errors import InputError, naming
 
 if TYPE_CHECKING:
+    from lepton.api import Lepton
     from lepton.data.tokenizer import Tokenizer
-    from lepton.model import Lepton
 
 DTYPES = ("auto", "bf16", "fp32")
 
@@ -33,8 +33,8 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
         InputError: no such checkpoint, device or tokenizer, or a tokenizer that does not fit the model.
     """
     from lepton import checkpoint
+    from lepton.api import Lepton
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
-    from lepton.model import Lepton
     from lepton.train.hardware import keep_freed_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)

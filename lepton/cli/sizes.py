@@ -30,7 +30,7 @@ def measure() -> list[dict[str, Any]]:
     """Return an entry for each size, its parameters counted on the model that is built (without allocating it)."""
     import torch
 
-    from lepton.model import create_lepton
+    from lepton.api import create_lepton
 
     entries = []
     for name, preset in SIZES.items():

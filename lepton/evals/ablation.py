@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.ideas.idea import Switch
 
 
@@ -23,12 +23,12 @@ class Ablated:
     """Nats per token more than with everything on."""
 
 
-def switches(model: Lepton) -> dict[str, Switch]:
+def switches(model: Network) -> dict[str, Switch]:
     """Return what can be switched off in `model`, by the name that a table shows."""
     return {name: switch for idea in model.ideas.values() for name, switch in idea.switches().items()}
 
 
-def without(model: Lepton, name: str) -> AbstractContextManager[dict[str, Any]]:
+def without(model: Network, name: str) -> AbstractContextManager[dict[str, Any]]:
     """Switch one of `switches(model)` off inside the block, and restore the very same parameters and modules after it.
 
     Yields the arguments (`think`, `depth`) with which the model is to be called. No state may cross the block's border.
@@ -37,7 +37,7 @@ def without(model: Lepton, name: str) -> AbstractContextManager[dict[str, Any]]:
 
 
 def ablate(
-    model: Lepton, nats_per_token: Callable[..., float], *, everything: float | None = None, **options: Any
+    model: Network, nats_per_token: Callable[..., float], *, everything: float | None = None, **options: Any
 ) -> Iterator[Ablated]:
     """Measure `model` with everything on, and then with one idea off at a time; yields each row once it is known.
 

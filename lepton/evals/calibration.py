@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from lepton.data.shards import Batch
 from lepton.errors import InputError
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.train.calibration import TOKENS, Outcomes, calibration_error, collect, sorted_by_chance, walk
 
 TEMPERATURE_TOKENS = 4096
@@ -59,7 +59,7 @@ class Reliability:
 
 
 def measure_uncertainty(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     max_tokens: int | None = TOKENS,
     *,
@@ -80,7 +80,7 @@ def measure_uncertainty(
     return reliability(model, seen, temperature)
 
 
-def reliability(model: Lepton, seen: Outcomes, temperature: float | None = None) -> Reliability:
+def reliability(model: Network, seen: Outcomes, temperature: float | None = None) -> Reliability:
     """Score what was collected, under `model`'s present calibration; `temperature` is the one it was collected with."""
     chances = {}
     if seen.logit_N is not None and model.idea("uncertainty") is not None:
@@ -133,7 +133,7 @@ def risk_coverage(chance_N: Tensor, wrong_N: Tensor) -> float:
 
 @torch.no_grad()
 def fit_temperature(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     max_tokens: int = TEMPERATURE_TOKENS,
     *,

@@ -15,7 +15,7 @@ from lepton.data.shards import Batch
 from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.train.calibration import CHUNK, walk
 
 
@@ -49,7 +49,7 @@ class HeldOut:
 
 
 def evaluate_documents(
-    model: Lepton,
+    model: Network,
     pieces: Iterable[Piece],
     tokenizer: Tokenizer,
     max_tokens: int | None = None,
@@ -90,7 +90,7 @@ def document_batches(pieces: Iterable[Piece], tokenizer: Tokenizer, max_tokens: 
 
 @torch.no_grad()
 def evaluate(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     tokenizer: Tokenizer,
     *,

@@ -1,4 +1,4 @@
-"""How many tokens a cycle of speculation gives on held-out prompts.
+"""How many tokens a step of speculative decoding gives on held-out prompts.
 
 Greedy loops of a small model are easy to draft and flatter it, so temperature 1 stands beside temperature 0.
 """
@@ -8,8 +8,10 @@ from itertools import islice
 
 from lepton.data.shards import Batch
 from lepton.errors import InputError
-from lepton.generate import Stats, generate_with_stats
-from lepton.model import Lepton
+from lepton.generate.completion import complete
+from lepton.generate.options import GenerationOptions
+from lepton.generate.stats import Stats
+from lepton.model import Network
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -30,7 +32,7 @@ def prompts_of(batches: Iterable[Batch], count: int, length: int = PROMPT_TOKENS
 
 
 def measure_speculation(
-    model: Lepton,
+    model: Network,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = NEW_TOKENS,
@@ -41,7 +43,6 @@ def measure_speculation(
     """Continue `prompts` at each of TEMPERATURES, without top-p and top-k, and return the counts by temperature."""
     found = {}
     for temperature in TEMPERATURES:
-        _, found[temperature] = generate_with_stats(
-            model, prompts, max_new_tokens, temperature, top_p=1.0, seed=seed, depth=depth, think=think
-        )
+        options = GenerationOptions(temperature=temperature, top_p=1.0, seed=seed, depth=depth, think=think)
+        found[temperature] = complete(model, prompts, max_new_tokens, options=options).stats
     return found

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.generate.sampling import sample
-from lepton.model import Lepton
+from lepton.model import Network
 
 
 class Drafts(NamedTuple):
@@ -29,7 +29,7 @@ def no_drafts(rows: int, vocab_size: int, device: torch.device) -> Drafts:
 
 
 def draft(
-    model: Lepton,
+    model: Network,
     hidden_RD: Tensor,
     token_R: Tensor,
     draws_RK: Tensor,

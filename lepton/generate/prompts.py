@@ -7,9 +7,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from lepton.errors import InputError, shown
-from lepton.model.entry import MAX_ROWS
+from lepton.model.fresh_state import MAX_ROWS
 
-Prompt: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
+Prompts: TypeAlias = Sequence[Sequence[int]] | Sequence[Tensor]
+Prompt: TypeAlias = Tensor | Sequence[int] | Prompts
 """One prompt (a flat list, a tensor [T] or [1, T]) or several (a list of lists or of tensors [T], a tensor [B, T]).
 
 Arrays of numpy are as good as tensors, of any integer dtype and on any device."""

@@ -3,27 +3,13 @@
 Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
 """
 
-import math
 import random
 
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError, shown
-from lepton.model.checks import real, whole
-
 USUAL_NUCLEUS = 1024
 """Tokens ranked before all are: ranking the whole vocabulary takes as long as a small model's step."""
-
-
-def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
-    """Raise InputError for a value that names no distribution."""
-    if not 0 <= real(temperature) < math.inf:
-        raise InputError(f"temperature={shown(temperature)}: must be 0 (greedy) or a positive number")
-    if not 0 < real(top_p) <= 1:
-        raise InputError(f"top_p={shown(top_p)}: must lie in (0, 1]; 1 keeps every token")
-    if top_k is not None:
-        whole("top_k", top_k, 1, note="; leave it out (None) to keep every token")
 
 
 def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 
-from lepton.generate.generation import Generation
+from lepton.errors import InputError
+from lepton.generate.loop import Generation
 from lepton.generate.stats import Stats
 from lepton.model import State
 
@@ -13,7 +14,10 @@ class Stream(Iterator[int]):
     """An iterator over the new tokens of one prompt. It may be left early, at any token."""
 
     def __init__(self, generation: Generation) -> None:
-        self._generation, self._cycles = generation, iter(generation)
+        if not generation.flat:
+            rows = len(generation.prompts)
+            raise InputError(f"generate_stream follows one prompt, not a list of {rows}; use generate for a batch")
+        self._generation, self._steps = generation, iter(generation)
         self._waiting: deque[tuple[int, float | None]] = deque()
         self._unused = 0
         self.uncertainty: float | None = None
@@ -21,8 +25,8 @@ class Stream(Iterator[int]):
 
     def __next__(self) -> int:
         if not self._waiting:
-            (given,) = next(self._cycles)
-            self._waiting.extend(zip_longest(given.tokens, given.uncertainties))
+            (output,) = next(self._steps)
+            self._waiting.extend(zip_longest(output.tokens, output.uncertainties))
         token, self.uncertainty = self._waiting.popleft()
         self._unused = len(self._waiting)
         return token
@@ -30,7 +34,7 @@ class Stream(Iterator[int]):
     def close(self) -> None:
         """End the stream; `state` stays that of the tokens taken."""
         self._waiting.clear()
-        self._cycles = iter(())
+        self._steps = iter(())
 
     @property
     def state(self) -> State:
@@ -42,5 +46,5 @@ class Stream(Iterator[int]):
 
     @property
     def stats(self) -> Stats:
-        """Figures of the cycles computed so far."""
+        """Figures of the steps computed so far."""
         return self._generation.stats

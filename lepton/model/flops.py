@@ -1,19 +1,15 @@
 """What passes and training steps cost, counted from the shapes that are really computed."""
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
 from lepton.model.block import Block
 from lepton.model.ideas.idea import Work, matrices
+from lepton.model.modules import Modules
 from lepton.ops.query_blocks import computed_pairs
-
-if TYPE_CHECKING:
-    from lepton.model.lepton import Lepton
 
 
 def flops_per_token(
-    model: "Lepton", length: int, *, depth: float | None = None, think: float | None = None, groups: int | None = None
+    model: Modules, length: int, *, depth: float | None = None, think: float | None = None, groups: int | None = None
 ) -> float:
     """Return the floating-point operations of `forward` per token, over a fresh sequence of one document.
 

@@ -5,16 +5,13 @@ look at are picked by a pure function of the batch.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lepton.model.ideas.idea import Flow, Outcome
+from lepton.model.modules import Modules
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
-
-if TYPE_CHECKING:
-    from lepton.model.lepton import Lepton
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Loss:
 
 
 def objective(
-    model: "Lepton", hidden_BTD: Tensor, flow: Flow, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool
+    model: Modules, hidden_BTD: Tensor, flow: Flow, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool
 ) -> Loss:
     """Return the loss of predicting `tokens[:, 1:]` from what the trunk's pass over `tokens[:, :-1]` gave."""
     following_BT, position_BT = tokens[:, 1:].long(), flow.timeline.position_BT

@@ -1,7 +1,7 @@
 """Reading what `State.save` and `Memory.save` wrote: everything in it is checked before a model goes on from it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,16 +9,14 @@ from torch import Tensor
 from lepton import tensors
 from lepton.errors import InputError, naming
 from lepton.model.ideas.idea import LONGEST
+from lepton.model.modules import Modules
 from lepton.model.state import WEIGHTS, Memory, State, flatten, rebuild
 from lepton.model.weights import fingerprint
-
-if TYPE_CHECKING:
-    from lepton.model.lepton import Lepton
 
 Part = TypeVar("Part", State, Memory)
 
 
-def read_part(model: "Lepton", path: str | Path, like: Part, *, any_weights: bool = False) -> Part:
+def read_part(model: Modules, path: str | Path, like: Part, *, any_weights: bool = False) -> Part:
     """Read a state or a memory in the shape of `like`, which is one of `model` with one row, onto its device.
 
     Raises:
@@ -42,7 +40,7 @@ def read_part(model: "Lepton", path: str | Path, like: Part, *, any_weights: boo
     return rebuild(like, lambda name, value: found[name].to(value.device, value.dtype))
 
 
-def _renamed(model: "Lepton", found: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(model: Modules, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file by their present names.
 
     Until 2026-11-26 one pair of tensors held the keys and values of stem, thinking block and deep blocks, and what the
@@ -80,7 +78,7 @@ def _sized(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Ten
     return sized
 
 
-def _check_values(found: dict[str, Tensor], model: "Lepton") -> None:
+def _check_values(found: dict[str, Tensor], model: Modules) -> None:
     """Raise InputError for a number that no stream of this model leads to."""
     config = model.config
     limits: dict[str, tuple[float, float]] = {"position_B": (0, LONGEST), "phase_B": (0, config.segment - 1)}

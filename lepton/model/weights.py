@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,8 @@ from torch.overrides import TorchFunctionMode
 from lepton.checkpoint import CONFIG
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
+from lepton.model.modules import Modules
 from lepton.tensors import compare
-
-if TYPE_CHECKING:
-    from lepton.model.lepton import Lepton
 
 LISTED = 4
 """Fields of a configuration that a message names."""
@@ -44,7 +42,7 @@ class WeightsError(InputError, RuntimeError):
     """Weights that do not fit a model. Also a RuntimeError, which `load_state_dict` raises in torch."""
 
 
-def note_config(model: "Lepton", _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
+def note_config(model: Modules, _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
     """Put the configuration into a state_dict's `_metadata`, beside torch's own notes (a hook of `state_dict`).
 
     So everything that goes over a state_dict still finds tensors alone.
@@ -52,7 +50,7 @@ def note_config(model: "Lepton", _weights: dict[str, Any], _prefix: str, notes: 
     notes[CONFIG] = model.config.to_dict()
 
 
-def check_weights(model: "Lepton", weights: Mapping[str, Any], strict: bool) -> None:
+def check_weights(model: Modules, weights: Mapping[str, Any], strict: bool) -> None:
     """Raise WeightsError unless weights, and the configuration where they know one, fit the model.
 
     Without `strict` names that only one of both has do not matter. Weights without a configuration, such as those of an
@@ -97,7 +95,7 @@ class Origin:
     take too long.
     """
 
-    def __init__(self, model: "Lepton | None") -> None:
+    def __init__(self, model: Modules | None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._mark = None if model is None else _mark(model)
 
@@ -110,14 +108,14 @@ class Origin:
         return Origin, (None,)  # a copy of a state, in another process, knows of no model
 
 
-def _mark(model: "Lepton") -> tuple[int, int]:
+def _mark(model: Modules) -> tuple[int, int]:
     """Return what changes whenever the weights do: an optimizer updates all of them, and loading replaces all."""
     weight = model.embed.weight
     return id(weight), 0 if weight.is_inference() else weight._version
 
 
 @torch.no_grad()
-def fingerprint(model: "Lepton") -> str | None:
+def fingerprint(model: Modules) -> str | None:
     """Return a SHA-256 of the parameters, by evenly spaced numbers of each in bf16; None on the meta device.
 
     So the copies of one checkpoint in fp32 and in bf16 have the same one, and it takes some milliseconds.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
-from lepton.model import Lepton, Output
+from lepton.model import Network, Output
 
 TOKENS = 1 << 16
 """Positions that are looked at, where a call does not say."""
@@ -80,7 +80,7 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    model: Lepton, batches: Iterable[Batch], max_tokens: int = TOKENS, *, min_tokens: int = MIN_TOKENS
+    model: Network, batches: Iterable[Batch], max_tokens: int = TOKENS, *, min_tokens: int = MIN_TOKENS
 ) -> Calibration:
     """Fit the uncertainty's line and the router's quantiles on `batches`, and put them into `model`'s buffers.
 
@@ -129,7 +129,7 @@ def _half(data: ShardedDataset, batch_size: int, max_tokens: int, *, second: boo
 
 @torch.no_grad()
 def walk(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     *,
     max_tokens: int | None = None,
@@ -172,7 +172,7 @@ def walk(
 
 @torch.no_grad()
 def collect(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     max_tokens: int | None = None,
     *,
@@ -193,7 +193,7 @@ def collect(
 
 
 def _outcomes(
-    model: Lepton,
+    model: Network,
     batches: Iterable[Batch],
     max_tokens: int | None,
     temperature: float = 1.0,
@@ -216,7 +216,7 @@ def _outcomes(
         yield torch.stack(columns).cpu().double()
 
 
-def _joined(model: Lepton, slices: list[Tensor]) -> Outcomes:
+def _joined(model: Network, slices: list[Tensor]) -> Outcomes:
     wrong_N, likely_N, scaled_N, benefit_N, *logit_N = torch.cat(slices, 1)
     return Outcomes(
         wrong_N,

@@ -1,12 +1,12 @@
 """What a training step computes, counted from shapes: forward and backward passes, and the losses of the ideas."""
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.flops import flops_per_token
 from lepton.model.ideas.idea import Work, matrices
 from lepton.train.thinking import usual_groups
 
 
-def training_flops_per_token(model: Lepton, rows: int, length: int) -> float:
+def training_flops_per_token(model: Network, rows: int, length: int) -> float:
     """Floating-point operations per target of `rows` of `length` targets, without the optimizer's.
 
     A backward pass costs each product twice over, once for its input and once for its matrix; where one of the two has

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.ideas.idea import OUTCOME_STRIDE, Work
 from lepton.model.layers import Linear
 from lepton.ops.cross_entropy import ENTRIES_GPU
@@ -20,7 +20,7 @@ FP32 = 4
 
 
 def predicted_bytes(
-    model: Lepton, batch_size: int, seq_len: int, checkpoint_activations: bool, optimizer: str = "muon"
+    model: Network, batch_size: int, seq_len: int, checkpoint_activations: bool, optimizer: str = "muon"
 ) -> int:
     """Return about how many bytes tensors hold on a GPU at the peak of a training step, with compiled parts.
 
@@ -97,7 +97,7 @@ def _flags(settings: TrainSettings, other: TrainSettings) -> str:
     return f"{flags} (the same step)" if "batch_size" in changed and "seq_len" not in changed else flags
 
 
-def _parameters(model: Lepton, optimizer: str) -> int:
+def _parameters(model: Network, optimizer: str) -> int:
     """Parameters, gradients, and one average of Muon or two of AdamW, in fp32."""
     muon, rest = (sum(parameter.numel() for _, parameter, _ in part) for part in split_parameters(model))
     return FP32 * ((3 if optimizer == "muon" else 4) * muon + 4 * rest)
@@ -108,17 +108,17 @@ def _matrices(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
 
 
-def _work(model: Lepton, batch_size: int, seq_len: int) -> Work:
+def _work(model: Network, batch_size: int, seq_len: int) -> Work:
     groups = usual_groups(seq_len, model.config.segment)
     return Work(seq_len, groups, rows=batch_size, itemsize=model.dtype.itemsize)
 
 
-def _slots(model: Lepton, work: Work) -> int:
+def _slots(model: Network, work: Work) -> int:
     """Slots that a deep block sees beside the tokens, in training."""
     return sum(idea.slots_of(work.groups) for idea in model.ideas.values())
 
 
-def _block(model: Lepton, seq_len: int, slots: int) -> int:
+def _block(model: Network, seq_len: int, slots: int) -> int:
     """Bytes that a block keeps of a row beside its input."""
     config = model.config
     answers = config.heads * config.head_dim
@@ -128,7 +128,7 @@ def _block(model: Lepton, seq_len: int, slots: int) -> int:
     return model.dtype.itemsize * (seq_len * token + _columns(model, seq_len, slots)) + FP32 * seq_len * config.heads
 
 
-def _columns(model: Lepton, seq_len: int, slots: int) -> int:
+def _columns(model: Network, seq_len: int, slots: int) -> int:
     """Numbers in the keys and values of an attention over a row's tokens and slots, as it keeps them."""
     config = model.config
     if model.dtype.itemsize < FP32:
@@ -138,7 +138,7 @@ def _columns(model: Lepton, seq_len: int, slots: int) -> int:
     return 2 * columns * config.heads * config.head_dim
 
 
-def _between(model: Lepton, work: Work) -> int:
+def _between(model: Network, work: Work) -> int:
     """Bytes that a row keeps outside blocks and ideas."""
     config, seq_len = model.config, work.length
     numbers = 4 * config.width  # the embedding; the last state, normed, and its gradient
@@ -150,7 +150,7 @@ def _between(model: Lepton, work: Work) -> int:
     return seq_len * (model.dtype.itemsize * numbers + masks)
 
 
-def _loss(model: Lepton, positions: int) -> int:
+def _loss(model: Network, positions: int) -> int:
     """Bytes that the head's loss works in, and those of the losses that compare predictions with what came."""
     config, size = model.config, model.dtype.itemsize
     entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.train.recording import Recordings
 from lepton.train.thinking import plan_thoughts
 from lepton.train.working_weights import WorkingWeights
@@ -46,7 +46,7 @@ class MicroStep:
 
     def __init__(
         self,
-        model: Lepton,
+        model: Network,
         *,
         compiled: bool,
         recorded: bool = True,
@@ -162,7 +162,7 @@ class MicroStep:
                 module.__dict__.pop(name, None)
 
 
-def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
+def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
     """Return the modules and their functions that are compiled, each on its own; alike ones share a program.
 
     Crystals are sorts and index work: nothing to fuse, and the longest of all to compile.
@@ -172,7 +172,7 @@ def compiled_parts(model: Lepton) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def _products(model: Lepton) -> Iterator[None]:
+def _products(model: Network) -> Iterator[None]:
     """Let a GPU's tensor cores do the fp32 products (in TF32) of a model whose activations are rounded more coarsely.
 
     Those are the memory's, whose queries, keys and values come out of products in half precision.

@@ -9,7 +9,7 @@ import torch
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.weights import without_memory
 from lepton.train import hardware
 from lepton.train.corpus import Corpus, open_corpus
@@ -36,7 +36,7 @@ class Parts:
     device: torch.device
     tokenizer: Tokenizer
     corpus: Corpus
-    model: Lepton
+    model: Network
     optimizers: Optimizers
     folder: RunFolder
 
@@ -114,7 +114,7 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
         say(note)
 
 
-def predicted_memory(model: Lepton, settings: TrainSettings) -> int:
+def predicted_memory(model: Network, settings: TrainSettings) -> int:
     """Return about how many bytes training `model` takes on a GPU."""
     return predicted_bytes(
         model, settings.batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer
@@ -126,7 +126,7 @@ def out_of_memory(start: Start) -> str:
     device = hardware.pick_device(start.settings.device)
     settings = _for_device(start.settings, device)
     with torch.device("meta"):
-        model = Lepton(start.config)
+        model = Network(start.config)
     model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
     memory = hardware.gpu_memory(device)
     assert memory is not None
@@ -150,12 +150,12 @@ def _for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:
     return settings.replace(grad_accum=grad_accum, compile=compiled)
 
 
-def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Lepton:
+def _build_model(start: Start, settings: TrainSettings, device: torch.device) -> Network:
     if start.weights is not None:
         with without_memory(), naming("the checkpoint's weights do not fit this shape"):
-            Lepton(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
+            Network(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
     torch.manual_seed(settings.seed)
-    model = Lepton(start.config)
+    model = Network(start.config)
     if start.weights is not None:
         model.load_state_dict(start.weights)
     model.to(device).train()

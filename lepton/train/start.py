@@ -12,7 +12,7 @@ from lepton import checkpoint
 from lepton.config import LeptonConfig, check_names
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.errors import InputError, naming
-from lepton.model.factory import size_config
+from lepton.model.size_config import size_config
 from lepton.train.settings import TrainSettings
 
 DEFAULT_SIZE = "tiny"

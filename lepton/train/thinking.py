@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.timeline import Timeline
 
 GROUPS = 4
@@ -17,7 +17,7 @@ def usual_groups(length: int, segment: int) -> int:
 
 
 def plan_thoughts(
-    model: Lepton, tokens_BT: Tensor, seed: int, step: int, micro: int
+    model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int
 ) -> tuple[Tensor | None, int | None]:
     """Return the rounds of each row [B], or None without thoughts, and a bound on the segments that open in a row.
 

@@ -227,7 +227,7 @@ class Trainer:
 def readable(validation: dict[str, Any], layers: int) -> str:
     """Return the figures of a validation in words; those of ideas that the model lacks are missing."""
     ideas = {
-        "tokens_a_cycle": "{:.2f} tokens per model pass when drafting",
+        "tokens_per_step": "{:.2f} tokens per model pass when drafting",
         "mean_depth": f"{{:.1f}} of {layers} blocks per token",
         "calibration_error": "chance of error misjudged by {:.1%} on average",
     }

@@ -7,8 +7,8 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
-from lepton.generate.engine import generate, generate_with_stats
-from lepton.model import Lepton
+from lepton.generate.completion import complete
+from lepton.model import Network
 from lepton.train.calibration import calibration_error, collect, evaluation_batches
 
 PROMPT_TOKENS = 16
@@ -18,7 +18,7 @@ FIGURE_TOKENS, FIGURE_NEW_TOKENS = 1024, 32
 
 @torch.no_grad()
 def evaluate(
-    model: Lepton, data: ShardedDataset, tokenizer: Tokenizer, *, batch_size: int, limit: int | None
+    model: Network, data: ShardedDataset, tokenizer: Tokenizer, *, batch_size: int, limit: int | None
 ) -> tuple[float, float]:
     """Return the mean loss of `model` on `data` in nats a token, and the same in bits per byte of text.
 
@@ -51,10 +51,10 @@ def evaluate(
 
 
 @torch.no_grad()
-def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dict[str, float]:
+def idea_figures(model: Network, data: ShardedDataset, *, batch_size: int) -> dict[str, float]:
     """Return what the ideas do on held-out text, without those that `model` lacks.
 
-    `mean_depth` is the mean number of blocks a token goes through and `tokens_a_cycle` what speculation gives, both in
+    `mean_depth` is the mean number of blocks a token goes through and `tokens_per_step` what speculation gives, both in
     one greedy continuation; `calibration_error` is that of the uncertainty.
     """
     figures: dict[str, float] = {}
@@ -67,21 +67,21 @@ def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dic
         chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
         figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
     if model.idea("drafter") is not None:
-        _, stats = generate_with_stats(model, _beginning(data), max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
-        figures["tokens_a_cycle"] = round(stats.tokens_a_cycle, 3)
+        stats = complete(model, _beginning(data), FIGURE_NEW_TOKENS, temperature=0.0).stats
+        figures["tokens_per_step"] = round(stats.tokens_per_step, 3)
         figures["mean_depth"] = round(stats.mean_depth, 3)
     model.train(training)
     return figures
 
 
 def sample_text(
-    model: Lepton, data: ShardedDataset, tokenizer: Tokenizer, *, prompt: str | None, max_new_tokens: int, seed: int
+    model: Network, data: ShardedDataset, tokenizer: Tokenizer, *, prompt: str | None, max_new_tokens: int, seed: int
 ) -> str:
     """Return a prompt and what `model` continues it with; without a `prompt`, the beginning of `data`."""
     ids = _beginning(data) if prompt is None else tokenizer.encode(prompt)
     training = model.training
     model.eval()
-    ids = generate(model, ids, max_new_tokens=max_new_tokens, seed=seed)
+    (ids,) = complete(model, [ids], max_new_tokens, seed=seed).rows
     model.train(training)
     return tokenizer.decode(ids)
 

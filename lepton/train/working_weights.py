@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lepton.model import Lepton
+from lepton.model import Network
 from lepton.model.layers import Linear
 
 
@@ -19,7 +19,7 @@ class WorkingWeights:
     copies are made at once, and a gradient is added up as it is.
     """
 
-    def __init__(self, model: Lepton) -> None:
+    def __init__(self, model: Network) -> None:
         self._linears = [
             module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != model.dtype
         ]

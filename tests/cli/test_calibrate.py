@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.cli.calibrate import worse
 from lepton.data.shards import ShardedDataset
-from lepton.model import Lepton
 from lepton.train.calibration import calibrate, calibration_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 from tests.laws.lab import build

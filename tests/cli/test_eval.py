@@ -179,7 +179,7 @@ def test_speculation(saved, data_dir, tmp_path):
         rows = run_json(*command_of(saved[0]), *data, "--speculation", 3)["speculation"]
         assert [row["temperature"] for row in rows] == [0, 1]
         assert all(row["prompts"] == (3 if "--split" in data else 1) for row in rows)
-        assert all(row["tokens_a_cycle"] >= 1 for row in rows)
+        assert all(row["tokens_per_step"] >= 1 for row in rows)
 
 
 def test_every_part_has_lines_for_people(saved, data_dir):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lepton import checkpoint
-from lepton.model import Lepton
+from lepton.api import Lepton
 from tests.cli.tiny import run, run_json, save_tiny
 
 

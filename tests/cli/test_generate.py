@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.cli import generate as command
 from lepton.cli.loading import load
 from lepton.cli.main import INTERRUPTED
-from lepton.generate import generate, generate_with_stats, generate_with_uncertainty
-from lepton.model import Lepton
 from tests.cli.tiny import command_of, expected, run, run_json, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -67,10 +66,10 @@ def test_json_is_alone_on_stdout(saved):
     assert figures["ended_by"] == "max_new_tokens"
     assert figures["tokens_per_second"] > 0
     _, model, tokenizer = saved
-    tokens, uncertainties = generate_with_uncertainty(model, tokenizer.encode("fox"), 9, seed=2)
+    tokens, uncertainties = model.generate_with_uncertainty(tokenizer.encode("fox"), 9, seed=2)
     assert figures["tokens"] == tokens[-9:]
     assert figures["uncertainties"] == pytest.approx(uncertainties, abs=1e-4)
-    stats = generate_with_stats(model, tokenizer.encode("fox"), 9, seed=2)[1]
+    stats = model.generate_with_stats(tokenizer.encode("fox"), 9, seed=2)[1]
     assert figures["stats"] == stats.to_dict()
     assert stats.forward_calls < 10
 
@@ -81,7 +80,7 @@ def test_json_of_a_model_without_the_ideas(baseline):
     assert figures["stats"] == {
         "new_tokens": 9,
         "forward_calls": 9,
-        "tokens_a_cycle": 1.0,
+        "tokens_per_step": 1.0,
         "acceptance": [],
         "mean_depth": 3.0,
     }
@@ -92,7 +91,7 @@ def test_json_of_a_model_without_the_ideas(baseline):
 
 def test_json_names_the_end_of_a_document(tmp_path):
     model, tokenizer = tiny_model(), save_tiny(tmp_path / "x.pt")[1]
-    first = generate(model, tokenizer.encode("fox"), 1, temperature=0)[-1]
+    first = model.generate(tokenizer.encode("fox"), 1, temperature=0)[-1]
     ends = model.config.replace(eos_id=first).to_dict()
     checkpoint.save(tmp_path / "x.pt", checkpoint.load(tmp_path / "x.pt") | {"config": ends})
     figures = run_json(*command_of(tmp_path / "x.pt"), "--prompt", "fox", "--temperature", 0)
@@ -218,7 +217,7 @@ def test_stop_texts_take_escapes_and_dashes(saved, monkeypatch):
 def test_an_empty_prompt_starts_a_document(saved):
     _, model, tokenizer = saved
     figures = run_json(*command_of(saved[0]), "--prompt", "", "--seed", 2, "--max_new_tokens", 9)
-    tokens = generate(model, [model.config.eos_id], 9, seed=2)
+    tokens = model.generate([model.config.eos_id], 9, seed=2)
     assert (figures["prompt"], figures["prompt_tokens"], figures["tokens"]) == ("", 1, tokens[1:])
     assert figures["text"] == tokenizer.decode(tokens)
 

@@ -8,7 +8,6 @@ import torch
 from lepton.cli import generate as command
 from lepton.cli.main import INTERRUPTED
 from lepton.errors import InputError
-from lepton.generate import generate_with_state
 from tests.cli.tiny import command_of, expected, run, run_json
 
 
@@ -21,7 +20,7 @@ def test_the_memory_file_is_made_used_and_updated(saved, tmp_path):
     kept = model.new_state(1, memory=path).memory
     assert kept.parts["memory"].matrix_BHKV.any()
     second = run_json(*words, "--prompt", "Ein Käse")
-    tokens, state = generate_with_state(model, tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
+    tokens, state = model.generate_with_state(tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
     assert second["tokens"] == tokens[-20:]
     assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=20), "the memory matters"
     again = model.new_state(1, memory=path).part("memory").matrix_BHKV
@@ -59,7 +58,7 @@ def test_ctrl_c_keeps_what_was_read_and_a_fault_what_was_there(saved, tmp_path, 
     assert leaving(KeyboardInterrupt(), 0) == INTERRUPTED
     assert not path.exists(), "nothing was read"
     assert leaving(KeyboardInterrupt(), 7) == INTERRUPTED
-    state = generate_with_state(model, tokenizer.encode("fox "), 7, seed=1)[1]
+    state = model.generate_with_state(tokenizer.encode("fox "), 7, seed=1)[1]
     torch.testing.assert_close(
         model.new_state(1, memory=path).part("memory").matrix_BHKV, state.part("memory").matrix_BHKV
     )

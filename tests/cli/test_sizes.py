@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lepton.api import create_lepton_nano
 from lepton.cli.sizes import markdown, measure, table
-from lepton.model import create_lepton_nano
 from lepton.presets import SIZES
 from tests.cli.tiny import run, run_json
 

@@ -115,7 +115,7 @@ def test_with_json_stdout_is_json_alone(data, tmp_path):
     code, out, err = run("train", *words(data, tmp_path / "out", "--max_steps", 2, "--json"))
     assert code == 0
     result = json.loads(out)
-    ideas = {"calibration_error", "tokens_a_cycle", "mean_depth"}
+    ideas = {"calibration_error", "tokens_per_step", "mean_depth"}
     assert result.keys() == {"checkpoint", "step", "val_loss", "val_bpb", *ideas}
     assert (result["step"], result["checkpoint"]) == (2, str(tmp_path / "out" / "final.pt"))
     assert "2 steps in about" in err

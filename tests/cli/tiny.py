@@ -10,11 +10,10 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.cli.main import main
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
-from lepton.generate import generate
-from lepton.model import Lepton
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ein süßer Käse, and 東京 too.\n" * 3
 
@@ -110,4 +109,4 @@ def command_of(path):
 def expected(saved, prompt, **options):
     _, model, tokenizer = saved
     ids = tokenizer.encode(prompt)
-    return tokenizer.decode(generate(model, ids, **options)[len(ids) :])
+    return tokenizer.decode(model.generate(ids, **options)[len(ids) :])

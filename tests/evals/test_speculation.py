@@ -6,7 +6,6 @@ import torch
 from lepton.data.shards import Batch
 from lepton.errors import InputError
 from lepton.evals.speculation import measure_speculation, prompts_of
-from lepton.generate import generate
 from tests.laws.lab import build, text
 
 
@@ -24,7 +23,7 @@ def test_counts_at_both_temperatures():
     prompts = text(1, rows=3, length=10, documents=False).tolist()
     found = measure_speculation(model, prompts, max_new_tokens=12)
     assert list(found) == [0.0, 1.0]
-    greedy = generate(model, prompts, 12, 0.0, use_speculative=False)
+    greedy = model.generate(prompts, 12, temperature=0.0, use_speculative=False)
     assert found[0.0].new_tokens == sum(map(len, greedy)) - 30
     for stats in found.values():
-        assert 1 <= stats.tokens_a_cycle <= 5
+        assert 1 <= stats.tokens_per_step <= 5

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton, create_lepton, create_lepton_nano
 from lepton.config import LeptonConfig
 from lepton.data.prepare import prepare
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from lepton.generate.sampling import check_sampling, probabilities
-from lepton.model import Lepton, factory
+from lepton.generate.options import check_sampling
+from lepton.generate.sampling import probabilities
 from lepton.train import TrainSettings
 from lepton.train.start import begin
 from tests.fuzz.judge import not_finite
@@ -84,13 +85,13 @@ def _number(value: Any) -> float:
 def _create(world: World, _place: Path, size: Any, **overrides: Any) -> Any:
     """Build without memory: what fits this machine is another question than what is a shape."""
     with torch.device("meta"):
-        model = factory.create_lepton(size, **overrides)
+        model = create_lepton(size, **overrides)
     return model.num_params()
 
 
 def _create_named(_world: World, _place: Path, **overrides: Any) -> Any:
     with torch.device("meta"):
-        return factory.create_lepton_nano(**overrides).num_params()
+        return create_lepton_nano(**overrides).num_params()
 
 
 @torch.no_grad()

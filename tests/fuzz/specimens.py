@@ -61,7 +61,7 @@ def settings(folder: Path, out: Path, **changes: object) -> TrainSettings:
 
 
 def _write_state(folder: Path) -> None:
-    from lepton.model import Lepton
+    from lepton.api import Lepton
 
     model = Lepton.from_checkpoint(folder / "weights.pt")
     with torch.no_grad():

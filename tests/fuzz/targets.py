@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.prepare import prepare
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.files import parse_json, read_bytes
-from lepton.model import Lepton
 from lepton.model.state import flatten
 from lepton.train.metrics import MetricsLog
 from lepton.train.setup import assemble

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from lepton.api import Lepton, State
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.errors import InputError
-from lepton.model import Lepton, State
 from tests.cli.tiny import run
 from tests.fuzz.judge import LONGEST
 from tests.fuzz.specimens import STREAM

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lepton.generate import generate
-from lepton.model import Lepton
+from lepton.api import Lepton
 from lepton.model.ideas.idea import Idea
 from tests.laws.lab import build
 
@@ -60,7 +59,7 @@ def oracle(
     """A drafter that knows the greedy continuations, and is right at a share `right` of the places."""
     hidden, following = [], []
     plain = {"temperature": 0, "use_speculative": False}
-    for prompt, tokens in zip(prompts, generate(model, prompts, new, **plain, **options), strict=True):
+    for prompt, tokens in zip(prompts, model.generate(prompts, new, **plain, **options), strict=True):
         opens = torch.arange(len(tokens))[None] == len(prompt) - 1
         hidden.append(model.trunk(torch.tensor([tokens]), opens=opens, **options).hidden[0])
         following.append(torch.tensor([*tokens[1:], 0]))

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate import generate, generate_stream, generate_with_uncertainty
 from tests.generate.models import BATCH, PROMPT, lively
-from tests.generate.test_engine import embedded_shapes
+from tests.generate.test_loop import embedded_shapes
 from tests.laws.lab import VOCAB
 
 GREEDY = {"temperature": 0}
@@ -34,25 +33,25 @@ def model():
     ],
 )
 def test_one_prompt_in_every_form_gives_a_flat_list(model, form):
-    result = generate(model, form(PROMPT), 5, seed=1)
-    assert result == generate(model, PROMPT, 5, seed=1)
+    result = model.generate(form(PROMPT), 5, seed=1)
+    assert result == model.generate(PROMPT, 5, seed=1)
     assert type(result) is list
     assert all(type(token) is int for token in result)
     assert result[: len(PROMPT)] == PROMPT
 
 
 def test_several_prompts_give_a_list_of_lists(model):
-    both = generate(model, torch.tensor([PROMPT, PROMPT]), 4, temperature=0)
-    assert both == generate(model, [PROMPT, PROMPT], 4, temperature=0)
-    assert both == [generate(model, PROMPT, 4, temperature=0)] * 2
-    assert generate(model, [PROMPT], 4, temperature=0) == both[:1]
+    both = model.generate(torch.tensor([PROMPT, PROMPT]), 4, temperature=0)
+    assert both == model.generate([PROMPT, PROMPT], 4, temperature=0)
+    assert both == [model.generate(PROMPT, 4, temperature=0)] * 2
+    assert model.generate([PROMPT], 4, temperature=0) == both[:1]
 
 
 @pytest.mark.parametrize("row", [torch.tensor, np.array, tuple, lambda p: torch.tensor(p, dtype=torch.uint8)])
 def test_a_list_of_rows_is_several_prompts_whatever_the_rows_are(model, row):
     """A list of tensors of one token each was one prompt."""
     for rows in ([[5], [9]], BATCH, [[5]]):
-        assert generate(model, [row(prompt) for prompt in rows], 3, **GREEDY) == generate(model, rows, 3, **GREEDY)
+        assert model.generate([row(prompt) for prompt in rows], 3, **GREEDY) == model.generate(rows, 3, **GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +88,9 @@ def test_a_list_of_rows_is_several_prompts_whatever_the_rows_are(model, row):
     ],
 )
 def test_prompts_that_are_none(model, prompt, named):
-    for entry in (generate, generate_stream, generate_with_uncertainty):
+    for entry in (model.generate, model.generate_stream, model.generate_with_uncertainty):
         with pytest.raises(InputError, match=named):
-            entry(model, prompt)
+            entry(prompt)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,6 @@ def test_prompts_that_are_none(model, prompt, named):
         ({"top_p": float("nan")}, "top_p=nan"),
         ({"top_k": True}, "top_k=True"),
         ({"max_new_tokens": True}, "max_new_tokens=True"),
-        ({"max_new_tokens": None}, "max_new_tokens=None"),
         ({"max_new_tokens": "5"}, "max_new_tokens='5'"),
         ({"use_speculative": "no"}, "use_speculative='no'"),
         ({"seed": 1 << 64}, "seed=18446744073709551616: must be a whole number"),
@@ -146,9 +144,9 @@ def test_prompts_that_are_none(model, prompt, named):
 )
 def test_options_that_cannot_be_used(model, options, named):
     """Each is said at the call, in one line, before anything is computed."""
-    for entry in (generate, generate_stream):
+    for entry in (model.generate, model.generate_stream):
         with embedded_shapes(model) as shapes, pytest.raises(InputError, match=named) as found:
-            entry(model, PROMPT, **options)
+            entry(PROMPT, **options)
         assert "\n" not in str(found.value)
         assert shapes == []
 
@@ -164,9 +162,9 @@ def test_options_that_cannot_be_used(model, options, named):
     ],
 )
 def test_unusual_numbers_that_can_be_used(model, options):
-    assert len(generate(model, PROMPT, 3, seed=0, **options)) == len(PROMPT) + 3
+    assert len(model.generate(PROMPT, 3, seed=0, **options)) == len(PROMPT) + 3
 
 
 def test_asking_for_a_great_many_tokens_takes_no_memory_in_advance(model):
-    stream = generate_stream(model, PROMPT, 10**12, seed=1)
-    assert [next(stream) for _ in range(5)] == generate(model, PROMPT, 5, seed=1)[-5:]
+    stream = model.generate_stream(PROMPT, 10**12, seed=1)
+    assert [next(stream) for _ in range(5)] == model.generate(PROMPT, 5, seed=1)[-5:]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate.sampling import USUAL_NUCLEUS, check_sampling, probabilities, random_stream, sample
+from lepton.generate.options import check_sampling
+from lepton.generate.sampling import USUAL_NUCLEUS, probabilities, random_stream, sample
 
 
 def logits_of(*p):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate import Generation, Options, generate, generate_stream, generate_with_state
+from lepton.generate.loop import Generation
+from lepton.generate.options import GenerationOptions
 from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, assert_states, build
 
@@ -27,10 +28,10 @@ def read(model, prompt, tokens, **past):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ten_tokens_and_ten_more_are_twenty(variant):
     model = lively(variant)
-    whole = generate(model, PROMPT, 20, **GREEDY)
+    whole = model.generate(PROMPT, 20, **GREEDY)
     half = (len(whole) - len(PROMPT)) // 2  # 10, or fewer where the text ends by itself
-    tokens, state = generate_with_state(model, PROMPT, half, **GREEDY)
-    assert tokens + generate(model, tokens[-1:], 20 - half, state=state, **GREEDY)[1:] == whole
+    tokens, state = model.generate_with_state(PROMPT, half, **GREEDY)
+    assert tokens + model.generate(tokens[-1:], 20 - half, state=state, **GREEDY)[1:] == whole
     assert_states(read(model, PROMPT, tokens[:-1]), state, "all but the last token")
 
 
@@ -40,22 +41,22 @@ def test_rows_that_end_at_different_places(variant, speculative):
     """Each row's state is that of its own text, whatever its neighbours do after it has ended."""
     model = lively(variant)
     options = {"use_speculative": speculative, **SAMPLED}
-    free = generate(model, BATCH, 24, **options)
+    free = model.generate(BATCH, 24, **options)
     stop = [free[2][len(BATCH[2]) + 3], free[0][len(BATCH[0]) + 9]]
-    tokens, state = generate_with_state(model, BATCH, 24, stop=stop, **options)
+    tokens, state = model.generate_with_state(BATCH, 24, stop=stop, **options)
     assert len({len(row) - len(prompt) for row, prompt in zip(tokens, BATCH, strict=True)}) > 1
     for i, (row, prompt) in enumerate(zip(tokens, BATCH, strict=True)):
         assert_states(read(model, prompt, row[:-1]), state.rows(torch.tensor([i])), f"row {i}")
     last = [row[-1:] for row in tokens]
-    further = generate(model, last, 8, state=state, **GREEDY)
+    further = model.generate(last, 8, state=state, **GREEDY)
     for i in range(len(BATCH)):
-        assert further[i] == generate(model, last[i], 8, state=state.rows(torch.tensor([i])), **GREEDY)
+        assert further[i] == model.generate(last[i], 8, state=state.rows(torch.tensor([i])), **GREEDY)
 
 
 def test_a_conversation_goes_on_with_the_next_prompt(model):
-    tokens, state = generate_with_state(model, PROMPT, 6, **GREEDY)
+    tokens, state = model.generate_with_state(PROMPT, 6, **GREEDY)
     turn = [tokens[-1], 20, 30, 40]
-    answer = generate(model, turn, 8, state=state, **GREEDY)
+    answer = model.generate(turn, 8, state=state, **GREEDY)
     expected, marks = tokens + turn[1:], (len(PROMPT) - 1, len(tokens) + 2)
     for _ in range(8):
         opens = torch.tensor([[i in marks for i in range(len(expected))]])
@@ -66,51 +67,51 @@ def test_a_conversation_goes_on_with_the_next_prompt(model):
 def test_a_fresh_state_is_none(model):
     for prompt in (PROMPT, [7]):
         for past in ({"state": model.new_state(1)}, {"memory": model.new_state(1).memory}):
-            assert generate(model, prompt, 12, **past, **SAMPLED) == generate(model, prompt, 12, **SAMPLED)
+            assert model.generate(prompt, 12, **past, **SAMPLED) == model.generate(prompt, 12, **SAMPLED)
 
 
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_stream_has_the_state_of_the_tokens_taken(model, speculative):
     options = {"use_speculative": speculative, **GREEDY}
-    stream = generate_stream(model, PROMPT, 12, **options)
+    stream = model.generate_stream(PROMPT, 12, **options)
     tokens = list(PROMPT)
     for taken, token in enumerate(stream):
         tokens.append(token)
-        expected = read(model, PROMPT, generate(model, PROMPT, taken + 1, **options)[:-1])
+        expected = read(model, PROMPT, model.generate(PROMPT, taken + 1, **options)[:-1])
         assert_states(expected, stream.state, f"after {taken + 1} tokens")
         assert stream.uncertainty is None
         if taken == 8:
             stream.close()
             assert_states(expected, stream.state, "closed")
-    assert tokens + generate(model, tokens[-1:], 3, state=stream.state, **GREEDY)[1:] == generate(
-        model, PROMPT, 12, **GREEDY
+    assert tokens + model.generate(tokens[-1:], 3, state=stream.state, **GREEDY)[1:] == model.generate(
+        PROMPT, 12, **GREEDY
     )
     assert stream.stats.new_tokens >= 9
 
 
 def test_no_new_token_leaves_a_state_that_has_read_the_prompt(model):
-    tokens, state = generate_with_state(model, BATCH, 0)
+    tokens, state = model.generate_with_state(BATCH, 0)
     assert tokens == BATCH
     for i, prompt in enumerate(BATCH):
         assert_states(read(model, prompt, prompt), state.rows(torch.tensor([i])), f"row {i}")
-    generation = Generation(model, PROMPT, Options(max_new_tokens=3, temperature=0))
+    generation = Generation(model, PROMPT, GenerationOptions(max_new_tokens=3, temperature=0))
     assert_states(read(model, PROMPT, PROMPT), generation.state, "before the first token")
-    for cycle in generation:
-        assert cycle[0].tokens
+    for outputs in generation:
+        assert outputs[0].tokens
     assert generation.stats.new_tokens == 3
-    assert generation.stats.forward_calls == 1 + generation.stats.cycles, "the prompt is read once"
+    assert generation.stats.forward_calls == 1 + generation.stats.steps, "the prompt is read once"
 
 
 def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
     """A fact from an earlier text, out of the window's reach: as a value, from a file, and in `forward`."""
-    kept = generate_with_state(model, PROMPT * 3, 4, **SAMPLED)[1].memory
+    kept = model.generate_with_state(PROMPT * 3, 4, **SAMPLED)[1].memory
     kept.save(tmp_path / "memory.safetensors")
-    plain = generate(model, [7, 8], 12, **SAMPLED)
-    by_value = generate(model, [7, 8], 12, memory=kept, **SAMPLED)
+    plain = model.generate([7, 8], 12, **SAMPLED)
+    by_value = model.generate([7, 8], 12, memory=kept, **SAMPLED)
     assert by_value != plain
-    assert generate(model, [7, 8], 12, memory=tmp_path / "memory.safetensors", **SAMPLED) == by_value
-    assert generate(model, [7, 8], 12, memory=str(tmp_path / "memory.safetensors"), **SAMPLED) == by_value
-    both = generate(model, [[7, 8], [7, 8]], 12, memory=kept, **SAMPLED)
+    assert model.generate([7, 8], 12, memory=tmp_path / "memory.safetensors", **SAMPLED) == by_value
+    assert model.generate([7, 8], 12, memory=str(tmp_path / "memory.safetensors"), **SAMPLED) == by_value
+    both = model.generate([[7, 8], [7, 8]], 12, memory=kept, **SAMPLED)
     assert both[0] == by_value, "the rows of a batch share a memory of one row"
     tokens = torch.tensor([[7, 8]])
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
 
 
 def test_a_memory_is_not_changed_by_being_used(model):
-    kept = generate_with_state(model, PROMPT, 4, **SAMPLED)[1].memory
+    kept = model.generate_with_state(PROMPT, 4, **SAMPLED)[1].memory
     matrix, crystals = kept.parts["memory"].matrix_BHKV.clone(), list(kept)
     state = model.new_state(2, memory=kept)
     state.memory.clear()
@@ -128,10 +129,10 @@ def test_a_memory_is_not_changed_by_being_used(model):
 
 
 def test_a_memory_of_another_precision_is_taken(model):
-    kept = generate_with_state(model, PROMPT, 4, **SAMPLED)[1].memory
+    kept = model.generate_with_state(PROMPT, 4, **SAMPLED)[1].memory
     half = lively("complete", torch.bfloat16)
     assert half.new_state(1, memory=kept).part("crystals").kept.states_BCD.dtype == torch.bfloat16
-    assert len(generate(half, PROMPT, 3, seed=0, memory=kept)) == len(PROMPT) + 3
+    assert len(half.generate(PROMPT, 3, seed=0, memory=kept)) == len(PROMPT) + 3
 
 
 OTHER = {"window": 12}
@@ -167,13 +168,13 @@ OTHER = {"window": 12}
     ],
 )
 def test_a_past_that_cannot_be_used(model, past, named):
-    for entry in (generate, generate_stream, generate_with_state):
+    for entry in (model.generate, model.generate_stream, model.generate_with_state):
         with pytest.raises(InputError, match=named) as found:
-            entry(model, PROMPT, 2, **past(model))
+            entry(PROMPT, 2, **past(model))
         assert "\n" not in str(found.value)
 
 
 def test_the_model_has_it_as_a_method(model):
     tokens, state = model.generate_with_state(PROMPT, max_new_tokens=4, seed=1)
-    assert tokens == generate(model, PROMPT, 4, seed=1)
-    assert model.generate([tokens[-1]], 3, seed=1, state=state) == generate(model, tokens[-1:], 3, seed=1, state=state)
+    assert tokens == model.generate(PROMPT, 4, seed=1)
+    assert model.generate([tokens[-1]], 3, seed=1, state=state) == model.generate(tokens[-1:], 3, seed=1, state=state)

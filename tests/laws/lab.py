@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lepton.api import Lepton, Output, State
 from lepton.config import LeptonConfig
-from lepton.model import Lepton, Output, State
 from lepton.model.state import flatten
 
 VOCAB = 97

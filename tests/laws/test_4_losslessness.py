@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
-from lepton.generate import Generation, Options, generate, generate_with_stats
+from lepton.generate.loop import Generation
+from lepton.generate.options import GenerationOptions
 from lepton.generate.sampling import probabilities
-from lepton.model import Lepton
 from lepton.model.ideas.drafter import DrafterConfig
 from tests.generate.models import lively, oracle
 from tests.laws.lab import CANARIES, IDEAS, SHAPE, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text
@@ -67,44 +68,44 @@ def assert_same_tokens(model, plain, drafted, prompts, **options):
 def test_greedy_text_is_that_of_plain_decoding(variant, dtype):
     """With the model's own drafts, and with some that are right three times in four, so that many are kept."""
     model, prompts = model_of(variant, dtype), prompts_of(10)
-    plain = generate(model, prompts, NEW, **GREEDY, **PLAIN)
+    plain = model.generate(prompts, NEW, **GREEDY, **PLAIN)
     new = [token for row, prompt in zip(plain, prompts, strict=True) for token in row[len(prompt) :]]
     assert len(set(new)) > 12, "constant text would show nothing"
-    assert_same_tokens(model, plain, generate(model, prompts, NEW, **GREEDY), prompts)
+    assert_same_tokens(model, plain, model.generate(prompts, NEW, **GREEDY), prompts)
     drafter = oracle(model, prompts, NEW, right=0.75)
-    drafted, stats = with_drafter(model, drafter, lambda: generate_with_stats(model, prompts, NEW, **GREEDY))
+    drafted, stats = with_drafter(model, drafter, lambda: model.generate_with_stats(prompts, NEW, **GREEDY))
     assert_same_tokens(model, plain, drafted, prompts)
-    assert 2 < stats.tokens_a_cycle < 4.5
+    assert 2 < stats.tokens_per_step < 4.5
 
 
 def test_fifty_prompts_in_fp32():
     model, prompts = model_of("complete", torch.float32), prompts_of(50, seed=1)
-    plain = generate(model, prompts, 40, **GREEDY, **PLAIN)
-    assert_same_tokens(model, plain, generate(model, prompts, 40, **GREEDY), prompts)
+    plain = model.generate(prompts, 40, **GREEDY, **PLAIN)
+    assert_same_tokens(model, plain, model.generate(prompts, 40, **GREEDY), prompts)
 
 
 @pytest.mark.parametrize("options", [half_depth("complete"), {"depth": 0}, {"think": 0}, {"think": 4}])
 def test_greedy_text_with_the_models_knobs(options):
     model, prompts = model_of("complete"), prompts_of(8, seed=2)
-    plain = generate(model, prompts, 30, **GREEDY, **PLAIN, **options)
-    assert plain == generate(model, prompts, 30, **GREEDY, **options)
+    plain = model.generate(prompts, 30, **GREEDY, **PLAIN, **options)
+    assert plain == model.generate(prompts, 30, **GREEDY, **options)
     drafter = oracle(model, prompts, 30, right=0.75, **options)
-    assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, 30, **GREEDY, **options))
+    assert plain == with_drafter(model, drafter, lambda: model.generate(prompts, 30, **GREEDY, **options))
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 5, 6, 7])
 def test_the_last_token_is_the_last_that_was_asked_for(new):
     model, prompts = model_of("complete"), prompts_of(6, seed=3)
-    plain = generate(model, prompts, new, **GREEDY, **PLAIN)
+    plain = model.generate(prompts, new, **GREEDY, **PLAIN)
     for right in (1.0, 0.5):
         drafter = oracle(model, prompts, new, right=right)
-        assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, new, **GREEDY))
+        assert plain == with_drafter(model, drafter, lambda: model.generate(prompts, new, **GREEDY))
 
 
 def test_what_ends_the_text_ends_it_inside_a_chunk():
     """At every place of a chunk: an id, a pair of ids that two cycles may share, and the end of the document."""
     model, prompts = model_of("complete"), prompts_of(4, seed=4)
-    whole = generate(model, prompts, 20, **GREEDY, **PLAIN)
+    whole = model.generate(prompts, 20, **GREEDY, **PLAIN)
     drafter = oracle(model, prompts, 20)
     cuts = set()
     texts = [row[len(prompt) :] for row, prompt in zip(whole, prompts, strict=True)]
@@ -114,10 +115,10 @@ def test_what_ends_the_text_ends_it_inside_a_chunk():
         for stop in ([new[at]], [new[at - 1 : at + 1]]):
             plain = [until(stop, row, len(prompt)) for row, prompt in zip(whole, prompts, strict=True)]
             options = {"max_new_tokens": 20, "stop": stop, **GREEDY}
-            assert plain == with_drafter(model, drafter, functools.partial(generate, model, prompts, **options))
+            assert plain == with_drafter(model, drafter, functools.partial(model.generate, prompts, **options))
             cuts |= {(len(row) - len(prompt) - 2) % (DRAFTS + 1) for row, prompt in zip(plain, prompts, strict=True)}
     assert cuts == set(range(DRAFTS + 1))
-    assert plain == generate(model, prompts, **options, **PLAIN)
+    assert plain == model.generate(prompts, **options, **PLAIN)
 
 
 def until(stop, row, start):
@@ -129,16 +130,16 @@ def until(stop, row, start):
 
 def test_the_end_of_the_document_is_the_last_token():
     tokens = [
-        token for row in generate(model_of("complete"), prompts_of(6, seed=4), 40, **GREEDY) for token in row[-30:]
+        token for row in model_of("complete").generate(prompts_of(6, seed=4), 40, **GREEDY) for token in row[-30:]
     ]
     eos = max(set(tokens), key=tokens.count)
     model, prompts = model_of("complete", eos_id=eos), prompts_of(24, seed=5)
-    plain = generate(model, prompts, 30, **GREEDY, **PLAIN)
+    plain = model.generate(prompts, 30, **GREEDY, **PLAIN)
     ends = {len(row) - len(prompt) for row, prompt in zip(plain, prompts, strict=True) if row[-1] == eos}
     assert len(ends - {30}) > 3, "rows end at different places"
     for right in (1.0, 0.75):
         drafter = oracle(model, prompts, 30, right=right)
-        assert plain == with_drafter(model, drafter, lambda: generate(model, prompts, 30, **GREEDY))
+        assert plain == with_drafter(model, drafter, lambda: model.generate(prompts, 30, **GREEDY))
 
 
 # In distribution
@@ -195,7 +196,7 @@ def test_sampled_text_has_the_distribution_of_plain_decoding(sampling, speculati
         model = small_model(seed)
         expected = exact(model, **sampling)
         options = {**sampling, "seed": 11, "use_speculative": speculative}
-        rows, stats = generate_with_stats(model, [PROMPT] * ROWS, AHEAD, **options)
+        rows, stats = model.generate_with_stats([PROMPT] * ROWS, AHEAD, **options)
         counts = dict.fromkeys(expected, 0)
         for row in rows:
             counts[tuple(row[len(PROMPT) :])] += 1
@@ -212,7 +213,7 @@ def test_a_row_with_less_room_than_its_neighbours_is_what_it_would_be_alone():
     model = small_model()
     for seed in range(12):
         options = {"max_new_tokens": 8, "temperature": 1.0, "top_p": 1.0, "seed": seed}
-        assert generate(model, [PROMPT] * 8, **options)[0] == generate(model, PROMPT, **options)
+        assert model.generate([PROMPT] * 8, **options)[0] == model.generate(PROMPT, **options)
 
 
 def chi_square_p(counts, expected):
@@ -241,7 +242,7 @@ def test_the_state_is_that_of_a_model_that_never_drafted(variant, monkeypatch):
 
     def check():
         monkeypatch.setattr(model, "trunk", noting)
-        generation = Generation(model, prompts, Options(max_new_tokens=24, temperature=0))
+        generation = Generation(model, prompts, GenerationOptions(max_new_tokens=24, temperature=0))
         plain = [None] * len(prompts)
         tokens = [[] for _ in prompts]
         for news in generation:
@@ -262,7 +263,7 @@ def test_the_state_is_that_of_a_model_that_never_drafted(variant, monkeypatch):
 
     with torch.no_grad():
         stats = with_drafter(model, drafter, check)
-    assert 1.5 < stats.tokens_a_cycle < 4.5
+    assert 1.5 < stats.tokens_per_step < 4.5
 
 
 # What it saves
@@ -270,17 +271,17 @@ def test_the_state_is_that_of_a_model_that_never_drafted(variant, monkeypatch):
 
 @pytest.mark.parametrize(("right", "least", "most"), [(1.0, 5.0, 5.0), (0.0, 1.0, 1.0), (0.5, 1.6, 2.4)])
 @pytest.mark.parametrize("variant", ["complete", "dense"])
-def test_tokens_a_cycle_follow_the_drafter(variant, right, least, most):
+def test_tokens_per_step_follow_the_drafter(variant, right, least, most):
     model, new = model_of(variant), 1 + 8 * (DRAFTS + 1)
     candidates = prompts_of(12, seed=7)
-    plain = generate(model, candidates, new, **GREEDY, **PLAIN)
+    plain = model.generate(candidates, new, **GREEDY, **PLAIN)
     whole = [(p, row) for p, row in zip(candidates, plain, strict=True) if len(row) == len(p) + new]
     prompts, rows = zip(*whole, strict=True)
     drafter = oracle(model, list(prompts), new, right=right)
-    tokens, stats = with_drafter(model, drafter, lambda: generate_with_stats(model, list(prompts), new, **GREEDY))
+    tokens, stats = with_drafter(model, drafter, lambda: model.generate_with_stats(list(prompts), new, **GREEDY))
     assert tokens == list(rows)
-    assert least <= stats.tokens_a_cycle <= most
-    assert 1 + sum(stats.acceptance) == pytest.approx(stats.tokens_a_cycle, abs=0.15)
+    assert least <= stats.tokens_per_step <= most
+    assert 1 + sum(stats.acceptance) == pytest.approx(stats.tokens_per_step, abs=0.15)
     if right == 1:
         assert stats.forward_calls == 1 + 8
         assert stats.acceptance == [1.0] * DRAFTS
@@ -294,19 +295,19 @@ def test_a_model_without_a_drafter_decodes_plainly():
     sampled = {"temperature": 1.0, "seed": 4}
     for variant in ("dense", "no drafts"):
         model = model_of(variant)
-        tokens, stats = generate_with_stats(model, prompts, 12, **sampled)
-        assert tokens == generate(model, prompts, 12, **sampled, **PLAIN)
-        assert (stats.drafted, stats.tokens_a_cycle) == ([], 1.0)
+        tokens, stats = model.generate_with_stats(prompts, 12, **sampled)
+        assert tokens == model.generate(prompts, 12, **sampled, **PLAIN)
+        assert (stats.drafted, stats.tokens_per_step) == ([], 1.0)
 
 
 def test_speculation_computes_no_more_than_it_drafts():
     model, shapes = model_of("complete"), []
     hook = model.embed.register_forward_pre_hook(lambda module, args: shapes.append(args[0].numel()))
     prompt = prompts_of(1, seed=9)[0]
-    tokens = generate(model, prompt, 20, **GREEDY, **PLAIN)
+    tokens = model.generate(prompt, 20, **GREEDY, **PLAIN)
     assert sum(shapes) == len(tokens) - 1
     shapes.clear()
-    stats = generate_with_stats(model, prompt, 20, **GREEDY)[1]
+    stats = model.generate_with_stats(prompt, 20, **GREEDY)[1]
     hook.remove()
-    assert sum(shapes) == stats.positions == len(prompt) + stats.cycles + sum(stats.drafted)
-    assert stats.drafted[0] <= stats.cycles < VOCAB
+    assert sum(shapes) == stats.positions == len(prompt) + stats.steps + sum(stats.drafted)
+    assert stats.drafted[0] <= stats.steps < VOCAB

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lepton.model import create_lepton_nano
+from lepton.api import create_lepton_nano
 
 OVERRIDES = {"window": 16, "segment": 8, "layers": 5}
 

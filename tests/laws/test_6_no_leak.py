@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
-from lepton.model import Lepton
 from lepton.ops import attention_plan
 from tests.laws.lab import CANARIES, SHAPE, VARIANTS, VOCAB
 

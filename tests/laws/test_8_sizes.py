@@ -2,7 +2,7 @@
 
 import pytest
 
-from lepton.model.factory import count_params, size_config
+from lepton.model.size_config import count_params, size_config
 from lepton.presets import SIZES
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.model import create_lepton_nano
+from lepton.api import create_lepton_nano
 from tests.laws.lab import VARIANTS, build, text
 
 BOUNDED = [name for name, variant in VARIANTS.items() if not variant.get("dense")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lepton import checkpoint
-from lepton.model import Lepton
+from lepton.api import Lepton
 
 BEFORE = Path(__file__).parent / "before"
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import model as seed_entry_point
+from lepton.api import create_lepton, create_lepton_nano
 from lepton.errors import InputError
-from lepton.model import create_lepton, create_lepton_nano
-from lepton.model.factory import count_params, size_config
+from lepton.model.size_config import count_params, size_config
 from lepton.presets import SIZES
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lepton import config as configuration
+from lepton.api import Lepton
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
 from lepton.evals.ablation import ablate, without
-from lepton.model import Lepton
-from lepton.model.factory import size_config
 from lepton.model.flops import flops_per_token
 from lepton.model.ideas.idea import Given, Idea, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import FEED, MATRIX, declared
+from lepton.model.size_config import size_config
 from lepton.train.flops import training_flops_per_token
 from lepton.train.memory import predicted_bytes
 from lepton.train.micro_step import compiled_parts

@@ -19,7 +19,7 @@ for module in pkgutil.walk_packages(lepton.__path__, "lepton."):
     if "triton" not in module.name and "__main__" not in module.name:
         importlib.import_module(module.name)
 from lepton.evals.ablation import ablate
-from lepton.model import create_lepton_nano
+from lepton.api import create_lepton_nano
 from lepton.train.calibration import calibrate
 from lepton.train.flops import training_flops_per_token
 from lepton.train.memory import predicted_bytes

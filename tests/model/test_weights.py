@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.model import Lepton
 from lepton.model.weights import Origin, fingerprint
 from tests.laws.lab import build
 

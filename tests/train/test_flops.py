@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lepton.model import Lepton
-from lepton.model.factory import size_config
+from lepton.api import Lepton
+from lepton.model.size_config import size_config
 from lepton.train import hardware
 from lepton.train.flops import training_flops_per_token
 from lepton.train.thinking import plan_thoughts

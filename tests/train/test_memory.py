@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lepton.model import Lepton
-from lepton.model.factory import size_config
+from lepton.api import Lepton
+from lepton.model.size_config import size_config
 from lepton.train import TrainSettings
 from lepton.train.memory import USABLE, mend, predicted_bytes
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
-from lepton.model import Lepton
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.train.micro_step import MicroStep, compiled_parts

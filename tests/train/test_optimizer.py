@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
+from lepton.api import Lepton, create_lepton
 from lepton.config import LeptonConfig
-from lepton.model import Lepton, create_lepton
 from lepton.train import optimizer
 from lepton.train.optimizer import Optimizers, split_parameters
 from lepton.train.recording import Recordings

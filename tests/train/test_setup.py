@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.model import Lepton
 from lepton.train.setup import _build_model, _restore, assemble
 from lepton.train.start import begin
 from tests.train.small import small_run, small_settings

@@ -1,8 +1,8 @@
 import pytest
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.model import Lepton
 from lepton.train import TrainSettings
 from lepton.train.start import begin
 from tests.cli.tiny import small_bpe

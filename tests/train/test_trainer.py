@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lepton import checkpoint
+from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.model import Lepton
 from lepton.train import trainer
 from lepton.train.signals import Interrupted
 from tests.train.small import metrics_of, small_run, small_settings, write_data
@@ -65,7 +65,7 @@ def test_the_metrics_tell_each_step_and_validation_once(finished):
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, 4, 8]
     train, validation = entries[1], entries[0]
     assert {"step", "loss", "lr", "grad_norm"} <= train.keys()
-    ideas = {"mean_depth", "tokens_a_cycle", "calibration_error"}
+    ideas = {"mean_depth", "tokens_per_step", "calibration_error"}
     assert {"step", "val_loss", "val_bpb", *ideas} == validation.keys()
     assert validation["val_loss"] == pytest.approx(np.log(300), rel=0.02)
     assert entries[-1]["val_loss"] < validation["val_loss"] - 0.3
@@ -113,7 +113,7 @@ def test_the_figures_of_a_validation_are_in_plain_words():
     figures = {
         "val_loss": 5.0932,
         "val_bpb": 1.8862,
-        "tokens_a_cycle": 1.033,
+        "tokens_per_step": 1.033,
         "mean_depth": 7,
         "calibration_error": 0.0315,
     }

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
-from lepton.model import Lepton
 from lepton.train.validation import evaluate, sample_text
 from tests.train.small import SHAPE
 

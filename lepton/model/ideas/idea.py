@@ -5,8 +5,8 @@ pass: a vector added to the stream, key/value slots that the deep blocks see, wh
 signal for later ideas. What it keeps of the past is its own part of the state. An idea of the other kind reads the top
 state: it takes no part in the pass, and learns from losses of its own.
 
-Everything else that runs over ideas is a loop over `Lepton.ideas`: initial values, optimizer groups, losses, FLOPs, the
-forecast of memory, what is compiled, what can be switched off. So a new idea is one file with a configuration and a
+Everything else that runs over ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs,
+the forecast of memory, what is compiled, what can be switched off. So a new idea is one file with a configuration and a
 module, and its line in `lepton/model/ideas/__init__.py`.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,6 @@ from lepton.model.timeline import Timeline
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import linear_cross_entropy
 
-if TYPE_CHECKING:
-    from lepton.model.lepton import Lepton
-
 OUTCOME_STRIDE = 32
 """One position in so many shows the ideas that predict outcomes what came of a prediction."""
 
@@ -41,7 +38,21 @@ answer."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 
-Switch = Callable[["Lepton"], AbstractContextManager[dict[str, Any]]]
+
+class Host(nn.Module):
+    """The model that an idea is built into, as far as ideas look at it."""
+
+    config: LeptonConfig
+    embed: nn.Embedding
+    head_down: nn.Module
+    """From the width to that of the embedding."""
+
+    def without(self, name: str) -> AbstractContextManager[dict[str, Any]]:
+        """Leave the idea called `name` out inside the block."""
+        raise NotImplementedError
+
+
+Switch = Callable[[Host], AbstractContextManager[dict[str, Any]]]
 """Switches an idea off inside a block, without changing a parameter, and yields the arguments of the calls in it."""
 
 
@@ -152,7 +163,7 @@ class Flow(Place):
 class Outcome:
     """A chunk after the pass, and what really came: what the losses of ideas are made of."""
 
-    model: "Lepton"
+    model: Host
     hidden_BTD: Tensor
     """Normed top states."""
     flow: Flow

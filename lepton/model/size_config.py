@@ -1,4 +1,4 @@
-"""Constructors of the eight sizes, and of the dense baseline beside each."""
+"""The configurations of the eight sizes, and of the dense baseline beside each."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from lepton.config import IDEAS, LeptonConfig
 from lepton.errors import InputError, shown
 from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
-from lepton.model.lepton import Lepton
+from lepton.model.modules import Modules
 from lepton.presets import preset
 
 # A matrix width that is no multiple of 8 numbers halves the speed of a matrix unit.
@@ -50,53 +50,4 @@ def widened(config: LeptonConfig, params: int) -> LeptonConfig:
 def count_params(config: LeptonConfig) -> int:
     """Parameters of the model that `config` describes, counted on the built model without allocating it."""
     with torch.device("meta"):
-        return Lepton(config).num_params()
-
-
-def create_lepton(size: str, **overrides: Any) -> Lepton:
-    """Build the model of a size; `overrides` are fields of `LeptonConfig`, e.g. ``create_lepton("nano", window=16)``.
-
-    Raises:
-        InputError: see `size_config`.
-    """
-    return Lepton(size_config(size, **overrides))
-
-
-def create_lepton_nano(**overrides: Any) -> Lepton:
-    """NANO, 10 M parameters, for debugging."""
-    return create_lepton("nano", **overrides)
-
-
-def create_lepton_micro(**overrides: Any) -> Lepton:
-    """MICRO, 25 M parameters, for quick experiments."""
-    return create_lepton("micro", **overrides)
-
-
-def create_lepton_tiny(**overrides: Any) -> Lepton:
-    """TINY, 112 M parameters, for development."""
-    return create_lepton("tiny", **overrides)
-
-
-def create_lepton_small(**overrides: Any) -> Lepton:
-    """SMALL, 160 M parameters, for overnight runs."""
-    return create_lepton("small", **overrides)
-
-
-def create_lepton_medium(**overrides: Any) -> Lepton:
-    """MEDIUM, 350 M parameters, for real training."""
-    return create_lepton("medium", **overrides)
-
-
-def create_lepton_large(**overrides: Any) -> Lepton:
-    """LARGE, 760 M parameters, full scale."""
-    return create_lepton("large", **overrides)
-
-
-def create_lepton_xl(**overrides: Any) -> Lepton:
-    """XL, 1.5 B parameters, for a big GPU."""
-    return create_lepton("xl", **overrides)
-
-
-def create_lepton_xxl(**overrides: Any) -> Lepton:
-    """XXL, 3 B parameters: go big or go home."""
-    return create_lepton("xxl", **overrides)
+        return Modules(config).num_params()

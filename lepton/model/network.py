@@ -1,129 +1,43 @@
 """The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from lepton import checkpoint
-from lepton.config import IDEAS, LeptonConfig
-from lepton.errors import naming
+from lepton.config import LeptonConfig
+from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
+from lepton.model.arguments import checked, checked_for_loss
 from lepton.model.attention import Rotary, Slots
-from lepton.model.block import Block
-from lepton.model.checks import whole
-from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.flops import flops_per_token
+from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
 from lepton.model.ideas.idea import Call, Flow, Idea, Place
-from lepton.model.kv_cache import KeysValues, KVCache, entries_after
-from lepton.model.layers import Linear, norm
+from lepton.model.kv_cache import KeysValues, KVCache
+from lepton.model.layers import norm
+from lepton.model.modules import Modules
 from lepton.model.objective import Loss, objective
 from lepton.model.output import Chunk, Output
-from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, initialise
 from lepton.model.saved import read_part
-from lepton.model.state import Memory, State, flatten
+from lepton.model.state import Memory, State
 from lepton.model.timeline import Timeline
-from lepton.model.weights import Origin, check_weights, note_config, without_memory
+from lepton.model.weights import Origin, check_weights, note_config
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
-from lepton.ops.cross_entropy import soft_cap
-
-if TYPE_CHECKING:
-    from lepton.data.tokenizer import Tokenizer
-    from lepton.generate import Stream
+from lepton.values import whole
 
 
-class Lepton(nn.Module):
-    """A causal language model over a stream of documents.
+class Network(Modules):
+    """A causal language model over a stream of documents: tokens and a state in, predictions and a state out.
 
-    `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
-    fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
-    `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
-    Each idea of `config.ideas` is an attribute of its name; a registered idea that the model is without is None.
+    `lepton.Lepton` is this network with files and generation.
     """
 
-    declares = {
-        "embed.weight": EMBEDDING,
-        "embed_up.weight": EMBEDDING_MATRIX,
-        "head_down.weight": EMBEDDING_MATRIX,
-    }
-
     def __init__(self, config: LeptonConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype: torch.dtype | None = None
-        self.checkpoint_activations = False
-        self._tokenizer_json: str | None = None
-        self._left_out: str | None = None
-        for name in IDEAS:
-            setattr(self, name, None)
-        rank = config.embed_rank or config.width
-        self.embed = nn.Embedding(config.padded_vocab_size, rank)
-        self.embed_up = Linear(rank, config.width) if config.embed_rank else nn.Identity()
-        self.stem = nn.ModuleList(Block(config) for _ in range(config.stem_layers))
-        self._build(reads_top=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers - config.stem_layers))
-        self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
-        self._build(reads_top=True)
-        initialise(self)
+        super().__init__(config)
         self.register_state_dict_post_hook(note_config)
-
-    def _build(self, *, reads_top: bool) -> None:
-        for idea in self.config.ideas:
-            if idea.reads_top is reads_top:
-                setattr(self, idea.name, idea.build(self.config))
-
-    @property
-    def ideas(self) -> dict[str, Idea]:
-        """The ideas by name, in the order of the flow."""
-        names = [idea.name for idea in self.config.ideas if idea.name != self._left_out]
-        return {name: self._modules[name] for name in names}  # type: ignore[misc]
-
-    def idea(self, name: str) -> Any:
-        """Return the idea called `name`; None: the model is without it."""
-        return self.ideas.get(name)
-
-    @contextmanager
-    def without(self, name: str) -> Iterator[dict[str, Any]]:
-        """Leave an idea out inside the block, as in a model that is built without it. No state may cross its border."""
-        before, self._left_out = self._left_out, name
-        try:
-            yield {}
-        finally:
-            self._left_out = before
-
-    @staticmethod
-    def from_checkpoint(path: str | Path) -> "Lepton":
-        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
-
-        Raises:
-            InputError: the file is missing, torn, or no checkpoint.
-        """
-        return Lepton.restored(checkpoint.load(path), path)
-
-    @staticmethod
-    def restored(content: dict[str, Any], path: str | Path) -> "Lepton":
-        """Build the model of a checkpoint from its `content`, whose tensors become the parameters; `path` names it.
-
-        No memory is taken before the weights are known to fit the configuration.
-        """
-        with naming(path):
-            with without_memory():
-                model = Lepton(LeptonConfig.from_dict(content["config"]))
-            model.load_state_dict(content["model"], assign=True)
-        model._tokenizer_json = content.get("tokenizer")
-        return model.eval()
-
-    @cached_property
-    def tokenizer(self) -> "Tokenizer | None":
-        """The tokenizer that the checkpoint carries; None for a model that comes from none, or from one without."""
-        from lepton.data.tokenizer import Tokenizer
-
-        return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, once names, shapes, dtypes, finiteness and the configuration fit: nothing is taken over before.
@@ -198,13 +112,6 @@ class Lepton(nn.Module):
         chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(norm(x_BTD), None, None, blocks_BT, flow.passed(), lengths, chunk)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""
-        x = self.head_down(hidden)
-        # The padded product is the fast one: a row of it is a whole number of 16 bytes.
-        logits = (x @ self.embed.weight.to(x.dtype).T)[..., : self.config.vocab_size]
-        return soft_cap(logits.to(torch.promote_types(x.dtype, torch.float32)), self.config.logit_cap)
 
     def loss(
         self,
@@ -302,76 +209,10 @@ class Lepton(nn.Module):
         """
         return read_part(self, path, self.new_state(1), any_weights=any_weights)
 
-    def generate(
-        self,
-        prompt_ids: Tensor | Sequence[int] | Sequence[Sequence[int]],
-        max_new_tokens: int = 100,
-        temperature: float = 0.8,
-        top_p: float = 0.9,
-        top_k: int | None = None,
-        use_speculative: bool = True,
-        seed: int | None = None,
-        stop: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
-        depth: float | None = None,
-        think: int | None = None,
-        state: State | None = None,
-        memory: Memory | str | Path | None = None,
-    ) -> list[int] | list[list[int]]:
-        """Continue a prompt; see `lepton.generate.generate`."""
-        from lepton.generate import generate
-
-        knobs = (top_p, top_k, use_speculative, seed, stop, depth, think, state, memory)
-        return generate(self, prompt_ids, max_new_tokens, temperature, *knobs)
-
-    def generate_stream(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> "Stream":
-        """Return an iterator over the new ids of one prompt; see `lepton.generate.generate_stream`."""
-        from lepton.generate import generate_stream
-
-        return generate_stream(self, prompt_ids, *args, **options)
-
-    def generate_with_state(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> tuple[Any, State]:
-        """Return (tokens, the state to go on from); see `lepton.generate.generate_with_state`."""
-        from lepton.generate import generate_with_state
-
-        return generate_with_state(self, prompt_ids, *args, **options)
-
-    def generate_with_uncertainty(self, prompt_ids: Tensor | Sequence[int], *args: Any, **options: Any) -> Any:
-        """Return (tokens, an uncertainty for each new token); see `lepton.generate.generate_with_uncertainty`."""
-        from lepton.generate import generate_with_uncertainty
-
-        return generate_with_uncertainty(self, prompt_ids, *args, **options)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of activations and of the state."""
-        return self.compute_dtype or self.embed.weight.dtype
-
-    def num_params(self) -> int:
-        """Trainable parameters; the tied embedding counts once."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
     def flops_per_token(self, length: int, *, depth: float | None = None, think: int | None = None) -> float:
         """Floating-point operations of `forward` per token; see `lepton.model.flops`."""
         return flops_per_token(self, length, depth=depth, think=think)
 
-    @property
-    def fresh_shapes(self) -> dict[str, Tensor]:
-        """The tensors of a fresh state of one sequence by their names, as shapes alone (on the meta device)."""
-        left_out = (f"{self._left_out}.", f"memory.{self._left_out}.")
-        return {name: value for name, value in self._shapes.items() if not name.startswith(left_out)}
-
-    @cached_property
-    def _shapes(self) -> dict[str, Tensor]:
-        with torch.device("meta"):
-            return flatten(fresh_state(Lepton(self.config), 1))
-
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
-        with torch.device("meta"):
-            state = fresh_state(Lepton(self.config).to(self.dtype), 1)
-        caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
-        entries = entries_after(self.config.window, length)
-        grown = sum(
-            (entries - each.shape[2]) * each.shape[1] * each.shape[3:].numel() * each.itemsize for each in caches
-        )
-        return state.nbytes + grown
+        return state_bytes(self, length)

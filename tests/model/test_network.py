@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lepton.api import Lepton, create_lepton_nano
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
-from lepton.model import Lepton, create_lepton_nano
 from lepton.model.layers import norm
 from lepton.model.parameters import declared
 from lepton.model.state import flatten

@@ -1,29 +1,29 @@
-"""A generation: read the prompts in chunks, then draft tokens, verify them in one pass, and keep what stands.
+"""The decoding loop: read the prompts in chunks, then draft tokens, verify them in one pass, keep the accepted ones.
 
-Nothing is computed twice. Decoding one token at a time is the same cycle with no drafts.
+Nothing is computed twice. Decoding one token at a time is the same step with no drafts.
 
 Shapes: B rows of the call, R rows still running, K drafts, T = K + 1 tokens of a verification, D width, V vocabulary.
 """
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lepton.errors import InputError, shown
-from lepton.generate.acceptance import Verdict, accept
+from lepton.errors import InputError
+from lepton.generate.acceptance import Acceptance, accept
 from lepton.generate.drafting import Drafts, draft, no_drafts
+from lepton.generate.options import GenerationOptions
 from lepton.generate.prompts import Prompt, read_prompts, read_stops
-from lepton.generate.sampling import check_sampling, probabilities, random_stream
+from lepton.generate.sampling import probabilities, random_stream
 from lepton.generate.stats import Stats
-from lepton.model import Lepton, Memory, State
-from lepton.model.checks import SEEDS, whole
-from lepton.model.entry import check_state, checked_call
+from lepton.model import Memory, Network, State
+from lepton.model.arguments import checked_call
+from lepton.model.fresh_state import check_state
 
 PREFILL_CHUNK = 1024
 """Prompt tokens computed at once: bounds the memory of a long prompt."""
@@ -33,34 +33,8 @@ class NotFiniteError(InputError):
     """The model gives no numbers: its training diverged, or its weights are damaged."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to generate; `lepton.generate.generate` says what each means."""
-
-    max_new_tokens: int = 100
-    temperature: float = 0.8
-    top_p: float = 0.9
-    top_k: int | None = None
-    use_speculative: bool = True
-    seed: int | None = None
-    stop: Any = None
-    depth: float | None = None
-    think: int | None = None
-    uncertainty: bool = False
-    """Whether to compute the uncertainty of each new token."""
-
-    def __post_init__(self) -> None:
-        whole("max_new_tokens", self.max_new_tokens, 0)
-        check_sampling(self.temperature, self.top_p, self.top_k)
-        if self.seed is not None:
-            whole("seed", self.seed, *SEEDS)
-        for name in ("use_speculative", "uncertainty"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={shown(getattr(self, name))}: must be True or False")
-
-
-class News(NamedTuple):
-    """What a cycle gave one row."""
+class RowOutput(NamedTuple):
+    """New tokens of one row, from one step."""
 
     row: int
     tokens: list[int]
@@ -68,8 +42,8 @@ class News(NamedTuple):
     """One for each token if they were asked for, else empty."""
 
 
-class Chunk(NamedTuple):
-    """What the trunk made of the newest tokens of each row, the last of which predict the next."""
+class Verified(NamedTuple):
+    """Outputs of the trunk for the newest token of each row and its drafts; each predicts the token after it."""
 
     hidden_RTD: Tensor
     signals_RT3: Tensor
@@ -79,40 +53,42 @@ class Chunk(NamedTuple):
     """The state after the first token and that many drafts."""
 
 
-class Cycle(NamedTuple):
-    """The newest cycle, as far as a state follows from it."""
+class Step(NamedTuple):
+    """The newest step, as far as a state follows from it."""
 
     rows: list[int]
-    given: list[int]
-    """Tokens that each row was given."""
+    counts: list[int]
+    """New tokens of each row."""
     commit: Callable[[Tensor], State]
 
 
 class Generation:
-    """The continuation of some prompts. Iterating it computes, cycle by cycle; `stats` grows on the way.
+    """The continuation of some prompts. Iterating it computes, step by step; `stats` grows on the way.
 
-    The first cycle reads the prompts. A generation is iterated once; it may be left early. `state` is there at any
-    time. Bad values raise InputError here, not in the first cycle.
+    The first step reads the prompts. A generation is iterated once; it may be left early. `state` is there at any
+    time. Bad values raise InputError here, not in the first step. `uncertainty` says whether to compute that of each
+    new token.
     """
 
     def __init__(
         self,
-        model: Lepton,
+        model: Network,
         prompts: Prompt,
-        options: Options,
+        options: GenerationOptions,
         *,
         state: State | None = None,
         memory: Memory | str | Path | None = None,
+        uncertainty: bool = False,
     ) -> None:
-        if options.uncertainty and model.idea("uncertainty") is None:
+        if uncertainty and model.idea("uncertainty") is None:
             raise InputError(
                 "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
             )
-        self.model, self.options = model, options
+        self.model, self.options, self._uncertainty = model, options, uncertainty
         self.prompts, self.flat = read_prompts(prompts, model.config.vocab_size)
         """The prompts as lists, and whether the caller gave a single flat one."""
         self.stats = Stats()
-        self._device = model.embed.weight.device
+        self._device = model.device
         rows = len(self.prompts)
         checked_call(model, rows, options.depth, options.think)
         if state is not None and memory is not None:
@@ -120,7 +96,7 @@ class Generation:
         if state is not None:
             check_state(model, state, rows)
         self._past = state if memory is None else model.new_state(rows, memory=memory)
-        # Drafts of a cycle: always as many, so that what a seed gives does not depend on how much is asked for.
+        # Drafts of a step: always as many, so that what a seed gives does not depend on how much is asked for.
         drafter = model.idea("drafter") if options.use_speculative else None
         self._drafts = 0 if drafter is None else drafter.count
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
@@ -131,11 +107,11 @@ class Generation:
         )
         self._pass = partial(model.trunk, depth=options.depth, think=options.think)
         self._new: list[list[int]] = [[] for _ in self.prompts]
-        self._first: Chunk | None = None
+        self._first: Verified | None = None
         """What the prompts gave, if a state was asked for before the first token."""
-        self._cycle: Cycle | None = None
+        self._step: Step | None = None
         self._left: dict[int, State] = {}
-        """States of the rows that ended before the newest cycle."""
+        """States of the rows that ended before the newest step."""
 
     @property
     def state(self) -> State:
@@ -148,53 +124,54 @@ class Generation:
 
     @torch.no_grad()
     def state_without(self, rest: int) -> State:
-        """Return `state` as if the last `rest` tokens of the newest cycle had not been drawn."""
-        if self._cycle is None:
+        """Return `state` as if the last `rest` tokens of the newest step had not been drawn."""
+        if self._step is None:
             self._first = self._prefill()
-        assert self._cycle is not None, "reading the prompts is the first cycle"
-        rows, given, commit = self._cycle
-        state = commit(torch.tensor([count - 1 - rest for count in given], device=self._device))
+        assert self._step is not None, "reading the prompts is the first step"
+        rows, counts, commit = self._step
+        state = commit(torch.tensor([count - 1 - rest for count in counts], device=self._device))
         if not self._left:
             return state
         parts = self._left | {row: state.rows(torch.tensor([i], device=self._device)) for i, row in enumerate(rows)}
         return State.join([parts[row] for row in range(len(self.prompts))])
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[list[News]]:
+    def __iter__(self) -> Iterator[list[RowOutput]]:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws_RX, chunk = self._draws(rows), self._first or self._prefill()
+        draws_RX, verified = self._draws(rows), self._first or self._prefill()
         self._first = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
-            logits_RTV = self.model.head(chunk.hidden_RTD)
-            trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
-            verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
-            cycle = self._hand_out(rows, chunk, logits_RTV, drafts, verdict)
-            given = [len(each.tokens) for each in cycle]
-            self._cycle = Cycle(rows, given, chunk.commit)
-            yield cycle
+            logits_RTV = self.model.head(verified.hidden_RTD)
+            uniforms_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
+            p_RTV = self._distribution(logits_RTV)
+            acceptance = accept(p_RTV, drafts.q_RKV, drafts.ids_RK, uniforms_RK, draws_RX[:, -1])
+            outputs = self._outputs(rows, verified, logits_RTV, drafts, acceptance)
+            counts = [len(each.tokens) for each in outputs]
+            self._step = Step(rows, counts, verified.commit)
+            yield outputs
 
             index = [i for i, row in enumerate(rows) if not self._ended(row)]
             if not index:
                 return
-            state = chunk.commit(torch.tensor([count - 1 for count in given], device=self._device))
+            state = verified.commit(torch.tensor([count - 1 for count in counts], device=self._device))
             for i in set(range(len(rows))) - set(index):
                 self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
             index_R = torch.tensor(index, device=self._device)
-            token_R = verdict.next_R[index_R]
-            hidden_RD = chunk.hidden_RTD[index_R, verdict.accepted_R[index_R]]
+            token_R = acceptance.next_R[index_R]
+            hidden_RD = verified.hidden_RTD[index_R, acceptance.accepted_R[index_R]]
 
             draws_RX = self._draws(rows)
             if self._drafts:
                 drafts = draft(self.model, hidden_RD, token_R, draws_RX[:, : self._drafts], self._distribution)
             else:
                 drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
-            chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state.rows(index_R))
+            verified = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state.rows(index_R))
 
-    def _prefill(self) -> Chunk:
+    def _prefill(self) -> Verified:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
 
         It opens a segment: the thoughts of the answer start from the whole question. A prompt of one token opens none:
@@ -227,36 +204,36 @@ class Generation:
         read = state
         # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
-        self._cycle = Cycle(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_R: read)
-        return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
+        self._step = Step(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_R: read)
+        return Verified(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
 
-    def _verify(self, tokens_RT: Tensor, state: State) -> Chunk:
+    def _verify(self, tokens_RT: Tensor, state: State) -> Verified:
         """Pass the newest tokens and their drafts through the model."""
         out = self._pass(tokens_RT, state)
         self.stats.forward_calls += 1
-        return Chunk(out.hidden, out.signals, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
+        return Verified(out.hidden, out.signals, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
 
-    def _hand_out(
+    def _outputs(
         self,
         rows: Sequence[int],
-        chunk: Chunk,
+        verified: Verified,
         logits_RTV: Tensor,
         drafts: Drafts,
-        verdict: Verdict,
-    ) -> list[News]:
+        acceptance: Acceptance,
+    ) -> list[RowOutput]:
         """Fetch the outcome from the device, cut it where a row ends, and count."""
-        ids_RT = torch.cat([drafts.ids_RK, verdict.next_R[:, None]], 1)
-        ids_RT = ids_RT.scatter(1, verdict.accepted_R[:, None], verdict.next_R[:, None])
+        ids_RT = torch.cat([drafts.ids_RK, acceptance.next_R[:, None]], 1)
+        ids_RT = ids_RT.scatter(1, acceptance.accepted_R[:, None], acceptance.next_R[:, None])
         finite_R = logits_RTV.isfinite().all(-1).all(-1) & drafts.q_RKV.isfinite().all(-1).all(-1)
-        blocks_R = chunk.blocks_RT.sum(1)
-        # The one place of a cycle that waits for the device.
-        outcomes = torch.cat([ids_RT, torch.stack([verdict.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
+        blocks_R = verified.blocks_RT.sum(1)
+        # The one place of a step that waits for the device.
+        outcomes = torch.cat([ids_RT, torch.stack([acceptance.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
-        if self.options.uncertainty:
-            assert self.model.idea("uncertainty") is not None, "the constructor asked"
-            uncertainties = self.model.idea("uncertainty")(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
+        if self._uncertainty:
+            head = self.model.idea("uncertainty")
+            uncertainties = head(verified.hidden_RTD, logits_RTV, verified.signals_RT3).tolist()
 
-        news = []
+        outputs = []
         for row, (*ids, accepted, blocks, finite), unsure in zip(rows, outcomes, uncertainties, strict=True):
             if not finite:
                 raise NotFiniteError("the model's logits are not finite: its training diverged")
@@ -270,16 +247,16 @@ class Generation:
                     break
             self.stats.new_tokens += len(tokens)
             if not from_prompt:
-                self.stats.add_cycle(len(tokens), drafted=drafts.ids_RK.shape[1], accepted=accepted)
-            news.append(News(row, tokens, unsure[: len(tokens)]))
-        return news
+                self.stats.add_step(len(tokens), drafted=drafts.ids_RK.shape[1], accepted=accepted)
+            outputs.append(RowOutput(row, tokens, unsure[: len(tokens)]))
+        return outputs
 
     def _ended(self, row: int) -> bool:
         new = self._new[row]
         return len(new) >= self.options.max_new_tokens or any(new[-len(stop) :] == stop for stop in self._stops)
 
     def _draws(self, rows: Sequence[int]) -> Tensor:
-        """Uniform numbers for a cycle: K to draft by, K to accept by, and one for the token behind [R, 2 * K + 1].
+        """Uniform numbers for a step: K to draft by, K to accept by, and one for the token behind [R, 2 * K + 1].
 
         K is what the model drafts at most, so that what a row draws depends on nothing but itself.
         """

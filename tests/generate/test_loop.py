@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate import generate, generate_stream, generate_with_stats, generate_with_uncertainty, generation
+from lepton.generate import loop
 from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, build
 
@@ -44,12 +44,12 @@ def naive_greedy(model, prompt, new, **options):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_equals_recomputing_everything(variant):
     model = lively(variant)
-    assert generate(model, PROMPT, 16, temperature=0) == naive_greedy(model, PROMPT, 16)
+    assert model.generate(PROMPT, 16, temperature=0) == naive_greedy(model, PROMPT, 16)
 
 
 def test_the_models_knobs_reach_every_pass(model):
     knobs = [{"depth": 0.5}, {"depth": 0}, {"think": 0}, {"think": 1}, {}]
-    found = [generate(model, PROMPT, 40, temperature=0, **each) for each in knobs]
+    found = [model.generate(PROMPT, 40, temperature=0, **each) for each in knobs]
     assert found == [naive_greedy(model, PROMPT, 40, **each) for each in knobs]
     assert len(set(map(tuple, found))) == len(knobs)
 
@@ -59,9 +59,9 @@ def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
     options = {"temperature": 0, "use_speculative": speculative}
     expected = naive_greedy(model, PROMPT * 3, 12)
     for chunk, parts in ((7, [7] * 6), (41, [41, 1]), (42, [42])):
-        monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
         with embedded_shapes(model) as shapes:
-            assert generate(model, PROMPT * 3, 12, **options) == expected
+            assert model.generate(PROMPT * 3, 12, **options) == expected
         assert shapes[: len(parts)] == [(1, part) for part in parts]
         if not speculative:
             assert shapes[len(parts) :] == [(1, 1)] * 11
@@ -69,47 +69,47 @@ def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
 
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_rows_of_a_batch_equal_the_rows_alone(model, monkeypatch, chunk):
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
     stop = [[11], [42, 17]]
-    together = generate(model, BATCH, 24, temperature=0, stop=stop)
-    assert together == [generate(model, row, 24, temperature=0, stop=stop) for row in BATCH]
-    sampled = generate(model, BATCH, 24, temperature=1.3, seed=5)
-    assert sampled[0] == generate(model, BATCH[0], 24, temperature=1.3, seed=5)
-    assert sampled[:2] == generate(model, BATCH[:2], 24, temperature=1.3, seed=5)
+    together = model.generate(BATCH, 24, temperature=0, stop=stop)
+    assert together == [model.generate(row, 24, temperature=0, stop=stop) for row in BATCH]
+    sampled = model.generate(BATCH, 24, temperature=1.3, seed=5)
+    assert sampled[0] == model.generate(BATCH[0], 24, temperature=1.3, seed=5)
+    assert sampled[:2] == model.generate(BATCH[:2], 24, temperature=1.3, seed=5)
 
 
 def test_equal_rows_draw_from_different_streams(model):
-    first, second = generate(model, [PROMPT, PROMPT], 20, seed=5)
+    first, second = model.generate([PROMPT, PROMPT], 20, seed=5)
     assert first != second
 
 
 def test_a_seed_repeats_and_none_does_not(model):
-    assert generate(model, PROMPT, 20, seed=7) == generate(model, PROMPT, 20, seed=7)
-    assert generate(model, PROMPT, 20, seed=7) != generate(model, PROMPT, 20, seed=8)
-    assert generate(model, PROMPT, 20, temperature=2.0) != generate(model, PROMPT, 20, temperature=2.0)
+    assert model.generate(PROMPT, 20, seed=7) == model.generate(PROMPT, 20, seed=7)
+    assert model.generate(PROMPT, 20, seed=7) != model.generate(PROMPT, 20, seed=8)
+    assert model.generate(PROMPT, 20, temperature=2.0) != model.generate(PROMPT, 20, temperature=2.0)
 
 
 def test_sampling_arguments_reach_the_sampler(model):
-    greedy = generate(model, PROMPT, 10, temperature=0)
-    assert generate(model, PROMPT, 10, temperature=5.0, top_k=1) == greedy
-    assert generate(model, PROMPT, 10, temperature=5.0, top_p=1e-9) == greedy
-    assert generate(model, PROMPT, 10, temperature=5.0, top_p=1.0, seed=1) != greedy
+    greedy = model.generate(PROMPT, 10, temperature=0)
+    assert model.generate(PROMPT, 10, temperature=5.0, top_k=1) == greedy
+    assert model.generate(PROMPT, 10, temperature=5.0, top_p=1e-9) == greedy
+    assert model.generate(PROMPT, 10, temperature=5.0, top_p=1.0, seed=1) != greedy
 
 
 # Stopping
 
 
 def test_end_of_document_stops_and_is_kept(model):
-    whole = generate(model, PROMPT, 20, temperature=0)
+    whole = model.generate(PROMPT, 20, temperature=0)
     ending = next(i for i in range(len(PROMPT) + 3, len(whole)) if whole[i] not in whole[:i])
     assert model.config.eos_id not in whole, "the text is one document in both models"
     ends = lively("complete", eos_id=whole[ending])
-    assert generate(ends, PROMPT, 50, temperature=0) == whole[: ending + 1]
+    assert ends.generate(PROMPT, 50, temperature=0) == whole[: ending + 1]
 
 
 def test_stop_ids_and_sequences_are_kept(model):
     def run(stop=None):
-        return generate(model, PROMPT, 30, temperature=2.0, seed=4, stop=stop)
+        return model.generate(PROMPT, 30, temperature=2.0, seed=4, stop=stop)
 
     whole = run()
     new = whole[len(PROMPT) :]
@@ -127,9 +127,9 @@ def test_stop_ids_and_sequences_are_kept(model):
 
 def test_no_new_tokens_cost_nothing(model):
     with embedded_shapes(model) as shapes:
-        assert generate(model, PROMPT, 0) == PROMPT
-        assert list(generate_stream(model, PROMPT, 0)) == []
-        assert generate_with_uncertainty(model, [PROMPT, [1]], 0) == ([PROMPT, [1]], [[], []])
+        assert model.generate(PROMPT, 0) == PROMPT
+        assert list(model.generate_stream(PROMPT, 0)) == []
+        assert model.generate_with_uncertainty([PROMPT, [1]], 0) == ([PROMPT, [1]], [[], []])
     assert shapes == []
 
 
@@ -138,17 +138,17 @@ def test_no_new_tokens_cost_nothing(model):
 
 def test_only_new_tokens_are_computed(model):
     with embedded_shapes(model) as shapes:
-        new = len(generate(model, PROMPT, 20, temperature=0, use_speculative=False)) - len(PROMPT)
+        new = len(model.generate(PROMPT, 20, temperature=0, use_speculative=False)) - len(PROMPT)
     assert sum(rows * tokens for rows, tokens in shapes) == len(PROMPT) + new - 1
 
 
 def test_every_cycle_drafts_alike(model):
     """A cycle computes the newest token and all drafts, also where fewer could still be handed out."""
     with embedded_shapes(model) as shapes:
-        generate(model, PROMPT, 1)
+        model.generate(PROMPT, 1)
         assert shapes == [(1, len(PROMPT))], "the prompt alone gives the first token"
-        generate(model, PROMPT, 2)
-        generate(model, PROMPT, 40)
+        model.generate(PROMPT, 2)
+        model.generate(PROMPT, 40)
     assert {shape for shape in shapes if shape[1] != len(PROMPT)} == {(1, 1 + model.drafter.count)}
 
 
@@ -157,14 +157,14 @@ def test_every_cycle_drafts_alike(model):
 def test_asking_for_more_changes_no_token(variant, seed):
     model = lively(variant)
     options = {"temperature": 1.3, "top_p": 1.0, "seed": seed}
-    most = generate(model, BATCH, 30, **options)
+    most = model.generate(BATCH, 30, **options)
     for new in (1, 2, 3, 5, 7, 12):
-        asked = generate(model, BATCH, new, **options)
+        asked = model.generate(BATCH, new, **options)
         assert asked == [row[: len(prompt) + new] for row, prompt in zip(most, BATCH, strict=True)]
-    assert [*PROMPT, *generate_stream(model, PROMPT, 7, **options)] == most[0][: len(PROMPT) + 7]
+    assert [*PROMPT, *model.generate_stream(PROMPT, 7, **options)] == most[0][: len(PROMPT) + 7]
     new = most[0][len(PROMPT) :]
     end = new.index(new[len(new) // 2]) + 1
-    assert generate(model, PROMPT, 30, stop=new[end - 1], **options) == PROMPT + new[:end]
+    assert model.generate(PROMPT, 30, stop=new[end - 1], **options) == PROMPT + new[:end]
 
 
 def test_padding_opens_no_segments(model, monkeypatch):
@@ -172,19 +172,19 @@ def test_padding_opens_no_segments(model, monkeypatch):
     groups = []
     monkeypatch.setattr(model.thoughts, "forward", lambda *args: groups.append(args[5].opening_BG) or forward(*args))
     forward = type(model.thoughts).forward.__get__(model.thoughts)
-    generate(model, [[7], PROMPT * 2], 1)
+    model.generate([[7], PROMPT * 2], 1)
     assert groups[0].shape == (2, len(PROMPT) * 2 // model.config.segment + 1)
 
 
 def test_finished_rows_leave_the_batch(model):
     options = {"temperature": 2.0, "seed": 3, "use_speculative": False}
-    whole = generate(model, BATCH, 30, **options)
+    whole = model.generate(BATCH, 30, **options)
     stop = whole[2][len(BATCH[2]) + 4]
-    ended = generate(model, BATCH, 30, stop=stop, **options)
+    ended = model.generate(BATCH, 30, stop=stop, **options)
     lengths = [len(row) - len(prompt) for row, prompt in zip(ended, BATCH, strict=True)]
     assert len(set(lengths)) > 1
     with embedded_shapes(model) as shapes:
-        generate(model, BATCH, 30, stop=stop, **options)
+        model.generate(BATCH, 30, stop=stop, **options)
     prefill, *decoding = shapes
     assert prefill == (len(BATCH), max(map(len, BATCH)))
     assert decoding == [(sum(length > step for length in lengths), 1) for step in range(1, max(lengths))]
@@ -195,10 +195,10 @@ def test_nothing_changes(training):
     model = build("complete").train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    generate(model, PROMPT, 8)
-    generate(model, BATCH, 8, seed=3)
-    generate_with_uncertainty(model, PROMPT, 8)
-    stream = generate_stream(model, PROMPT, 8)
+    model.generate(PROMPT, 8)
+    model.generate(BATCH, 8, seed=3)
+    model.generate_with_uncertainty(PROMPT, 8)
+    stream = model.generate_stream(PROMPT, 8)
     next(stream)
     assert torch.is_grad_enabled(), "between two tokens the caller's own mode holds"
     stream.close()
@@ -214,7 +214,7 @@ def test_no_graph_is_kept(model):
     """Memory would grow with every token if the state carried a graph."""
     made = []
     hook = model.embed.register_forward_hook(lambda module, args, out: made.append(out.requires_grad))
-    generate(model, PROMPT, 9, temperature=0)
+    model.generate(PROMPT, 9, temperature=0)
     hook.remove()
     assert len(made) > 1
     assert not any(made)
@@ -224,13 +224,13 @@ def test_no_graph_is_kept(model):
 
 
 def test_the_stream_is_generate_token_by_token(model):
-    stream = generate_stream(model, PROMPT, 15, seed=4, stop=[[3, 3]])
-    assert [*PROMPT, *stream] == generate(model, PROMPT, 15, seed=4, stop=[[3, 3]])
+    stream = model.generate_stream(PROMPT, 15, seed=4, stop=[[3, 3]])
+    assert [*PROMPT, *stream] == model.generate(PROMPT, 15, seed=4, stop=[[3, 3]])
 
 
 def test_the_stream_computes_on_demand_and_can_be_left(model):
     with embedded_shapes(model) as shapes:
-        stream = generate_stream(model, PROMPT, 15, temperature=0)
+        stream = model.generate_stream(PROMPT, 15, temperature=0)
         assert shapes == []
         next(stream)
         assert len(shapes) == 1
@@ -243,33 +243,33 @@ def test_the_stream_computes_on_demand_and_can_be_left(model):
 
 def test_the_stream_follows_one_prompt(model):
     with pytest.raises(InputError, match="one prompt, not a list of 4"):
-        generate_stream(model, BATCH)
+        model.generate_stream(BATCH)
 
 
 def test_stats_count_what_was_done(model):
     (tokens, stats), plain = (
-        generate_with_stats(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5),
-        generate_with_stats(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5, use_speculative=False)[1],
+        model.generate_with_stats(BATCH, 30, seed=2, depth=0.5, temperature=1.5),
+        model.generate_with_stats(BATCH, 30, seed=2, depth=0.5, temperature=1.5, use_speculative=False)[1],
     )
-    assert tokens == generate(model, BATCH, 30, seed=2, depth=0.5, temperature=1.5)
+    assert tokens == model.generate(BATCH, 30, seed=2, depth=0.5, temperature=1.5)
     new = sum(len(row) - len(prompt) for row, prompt in zip(tokens, BATCH, strict=True))
     assert stats.new_tokens == new
-    assert stats.cycle_tokens == new - len(BATCH)
-    assert stats.cycles >= stats.drafted[0]
+    assert stats.step_tokens == new - len(BATCH)
+    assert stats.steps >= stats.drafted[0]
     assert stats.drafted == sorted(stats.drafted, reverse=True)
     assert stats.accepted == sorted(stats.accepted, reverse=True)
     assert model.config.stem_layers < stats.mean_depth < model.config.layers
     assert stats.forward_calls < plain.forward_calls
-    assert (plain.tokens_a_cycle, plain.drafted, plain.acceptance) == (1.0, [], [])
-    assert plain.positions == sum(map(len, BATCH)) + plain.cycles
+    assert (plain.tokens_per_step, plain.drafted, plain.acceptance) == (1.0, [], [])
+    assert plain.positions == sum(map(len, BATCH)) + plain.steps
 
 
 def test_stats_of_nothing(model):
-    stats = generate_with_stats(model, PROMPT, 0)[1]
+    stats = model.generate_with_stats(PROMPT, 0)[1]
     assert stats.to_dict() == {
         "new_tokens": 0,
         "forward_calls": 0,
-        "tokens_a_cycle": 0.0,
+        "tokens_per_step": 0.0,
         "acceptance": [],
         "mean_depth": 0.0,
     }
@@ -277,13 +277,13 @@ def test_stats_of_nothing(model):
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_mean_depth_at_its_ends(model, depth):
-    stats = generate_with_stats(model, BATCH, 12, depth=depth, seed=1)[1]
+    stats = model.generate_with_stats(BATCH, 12, depth=depth, seed=1)[1]
     assert stats.mean_depth == (model.config.layers if depth else model.config.stem_layers)
 
 
 def test_the_model_has_them_as_methods(model):
-    assert model.generate(PROMPT, max_new_tokens=6, seed=1) == generate(model, PROMPT, 6, seed=1)
-    assert [*PROMPT, *model.generate_stream(PROMPT, max_new_tokens=6, seed=1)] == generate(model, PROMPT, 6, seed=1)
+    assert model.generate(PROMPT, max_new_tokens=6, seed=1) == model.generate(PROMPT, 6, seed=1)
+    assert [*PROMPT, *model.generate_stream(PROMPT, max_new_tokens=6, seed=1)] == model.generate(PROMPT, 6, seed=1)
     tokens, doubts = model.generate_with_uncertainty(PROMPT, max_new_tokens=6, seed=1)
     assert (len(tokens), len(doubts)) == (len(PROMPT) + 6, 6)
 
@@ -293,10 +293,10 @@ def test_bf16_models_generate(mixed):
     """Parameters in bf16, or in fp32 with activations in bf16 as in training."""
     model = lively("complete", torch.float32 if mixed else torch.bfloat16)
     model.compute_dtype = torch.bfloat16 if mixed else None
-    tokens, stats = generate_with_stats(model, BATCH, 12, seed=0)
+    tokens, stats = model.generate_with_stats(BATCH, 12, seed=0)
     assert len(tokens) == len(BATCH)
     assert stats.drafted
-    assert all(0 <= doubt <= 1 for row in generate_with_uncertainty(model, BATCH, 5)[1] for doubt in row)
+    assert all(0 <= doubt <= 1 for row in model.generate_with_uncertainty(BATCH, 5)[1] for doubt in row)
 
 
 @pytest.mark.gpu
@@ -304,9 +304,9 @@ def test_a_gpu_gives_the_same_tokens(model):
     on_gpu = lively("complete").cuda()
     stop = [[11], [42, 17]]
     options = {"max_new_tokens": 40, "temperature": 1.3, "top_p": 0.8, "seed": 5, "stop": stop}
-    assert generate(on_gpu, BATCH, **options) == generate(model, BATCH, **options)
-    assert generate(on_gpu, torch.tensor(PROMPT).cuda(), **options) == generate(model, PROMPT, **options)
-    (tokens, doubts), expected = (generate_with_uncertainty(made, PROMPT, **options) for made in (on_gpu, model))
+    assert on_gpu.generate(BATCH, **options) == model.generate(BATCH, **options)
+    assert on_gpu.generate(torch.tensor(PROMPT).cuda(), **options) == model.generate(PROMPT, **options)
+    (tokens, doubts), expected = (made.generate_with_uncertainty(PROMPT, **options) for made in (on_gpu, model))
     assert tokens == expected[0]
     assert doubts == pytest.approx(expected[1])
 
@@ -316,4 +316,4 @@ def test_a_diverged_model_is_named():
     with torch.no_grad():
         model.blocks[0].mlp.down.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="not finite"):
-        generate(model, PROMPT, 3)
+        model.generate(PROMPT, 3)

@@ -1,0 +1,210 @@
+"""The public face: `Lepton` is the network with files and generation, and a constructor for each of the eight sizes."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Unpack, overload
+
+from torch import Tensor
+
+from lepton import checkpoint
+from lepton.config import LeptonConfig
+from lepton.data.tokenizer import Tokenizer
+from lepton.errors import naming
+from lepton.generate.completion import (
+    Arguments,
+    Tokens,
+    TokensAndState,
+    TokensAndStats,
+    TokensAndUncertainties,
+    complete,
+    started,
+)
+from lepton.generate.options import GenerationOptions
+from lepton.generate.prompts import Prompt, Prompts
+from lepton.generate.stats import Stats
+from lepton.generate.stream import Stream
+from lepton.model import Memory, Network, Output, State
+from lepton.model.size_config import size_config
+from lepton.model.weights import without_memory
+
+__all__ = [
+    "GenerationOptions",
+    "Lepton",
+    "Memory",
+    "Output",
+    "State",
+    "Stats",
+    "Stream",
+    "Tokenizer",
+    "create_lepton",
+    "create_lepton_large",
+    "create_lepton_medium",
+    "create_lepton_micro",
+    "create_lepton_nano",
+    "create_lepton_small",
+    "create_lepton_tiny",
+    "create_lepton_xl",
+    "create_lepton_xxl",
+]
+
+
+class Lepton(Network):
+    """A language model that is loaded from checkpoints and generates."""
+
+    _tokenizer_json: str | None = None
+
+    @staticmethod
+    def from_checkpoint(path: str | Path) -> "Lepton":
+        """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
+
+        Raises:
+            InputError: the file is missing, torn, or no checkpoint.
+        """
+        return Lepton.restored(checkpoint.load(path), path)
+
+    @staticmethod
+    def restored(content: dict[str, Any], path: str | Path) -> "Lepton":
+        """Build the model of a checkpoint from its `content`, whose tensors become the parameters; `path` names it.
+
+        No memory is taken before the weights are known to fit the configuration.
+        """
+        with naming(path):
+            with without_memory():
+                model = Lepton(LeptonConfig.from_dict(content["config"]))
+            model.load_state_dict(content["model"], assign=True)
+        model._tokenizer_json = content.get("tokenizer")
+        return model.eval()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the checkpoint carries; None for a model that comes from none, or from one without."""
+        return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
+
+    @overload
+    def generate(
+        self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> list[int]: ...
+
+    @overload
+    def generate(
+        self, prompt_ids: Prompts, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> list[list[int]]: ...
+
+    @overload
+    def generate(
+        self, prompt_ids: Tensor, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> Any: ...
+
+    def generate(self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]) -> Tokens:
+        """Continue `prompt_ids` and return prompt and new tokens.
+
+        A flat list, or a tensor [T] or [1, T], gives a flat list. A list of lists or of tensors [T], whose lengths may
+        differ, or a tensor [B, T] gives a list of lists; each row is what it would be alone. The end-of-document id
+        alone, `[model.config.eos_id]`, gives a text from its beginning.
+
+        No parameter, buffer, mode or global random state changes.
+
+        Args:
+            prompt_ids: token ids; `tokenizer.encode` makes them.
+            max_new_tokens: tokens to generate at most; None is the options' own number, 100.
+            arguments: the fields of `GenerationOptions` (temperature, top_p, top_k, use_speculative, seed, stop, depth,
+                think), or such an object as `options`; `state`, a past to go on from with a row for each prompt; or
+                `memory`, what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
+
+        Raises:
+            InputError: a prompt or an option that cannot be used.
+        """
+        return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
+
+    def generate_stream(
+        self, prompt_ids: Tensor | Sequence[int], max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> Stream:
+        """Return an iterator over the new tokens of one prompt, each as soon as it is known.
+
+        Arguments and tokens are those of `generate`. Bad values raise at the call. It may be left early; its `state` is
+        that of the tokens taken, as `generate_with_state` describes it.
+        """
+        return Stream(started(self, prompt_ids, max_new_tokens, **arguments))
+
+    def generate_with_uncertainty(
+        self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> TokensAndUncertainties:
+        """Return (what `generate` returns, a number in 0..1 for each new token: how unsure the model was there).
+
+        The number is what the uncertainty head predicts where the token was predicted: the chance that the most likely
+        token, which greedy decoding takes, is wrong. For a list of prompts both are lists of lists.
+
+        Raises:
+            InputError: as `generate`; or the model has no uncertainty head, such as the dense baseline.
+        """
+        found = complete(self, prompt_ids, max_new_tokens, uncertainty=True, **arguments)
+        return TokensAndUncertainties(found.tokens, found.uncertainties)
+
+    def generate_with_state(
+        self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> TokensAndState:
+        """Return (what `generate` returns, the state to go on from, with a row for each prompt).
+
+        The state has read what came before, the prompt and all new tokens but the last, which was drawn and not yet
+        read. So the next prompt of a conversation begins with that token, `[tokens[-1], *next_ids]`, and that token
+        alone goes on with the same text as if nothing had been cut.
+        """
+        found = complete(self, prompt_ids, max_new_tokens, **arguments)
+        return TokensAndState(found.tokens, found.state)
+
+    def generate_with_stats(
+        self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> TokensAndStats:
+        """Return (what `generate` returns, `Stats`: tokens per step, accepted drafts, passes, mean depth)."""
+        found = complete(self, prompt_ids, max_new_tokens, **arguments)
+        return TokensAndStats(found.tokens, found.stats)
+
+
+def create_lepton(size: str, **overrides: Any) -> Lepton:
+    """Build the model of a size; `overrides` are fields of `LeptonConfig`, e.g. ``create_lepton("nano", window=16)``.
+
+    Raises:
+        InputError: see `size_config`.
+    """
+    return Lepton(size_config(size, **overrides))
+
+
+def create_lepton_nano(**overrides: Any) -> Lepton:
+    """NANO, 10 M parameters, for debugging."""
+    return create_lepton("nano", **overrides)
+
+
+def create_lepton_micro(**overrides: Any) -> Lepton:
+    """MICRO, 25 M parameters, for quick experiments."""
+    return create_lepton("micro", **overrides)
+
+
+def create_lepton_tiny(**overrides: Any) -> Lepton:
+    """TINY, 112 M parameters, for development."""
+    return create_lepton("tiny", **overrides)
+
+
+def create_lepton_small(**overrides: Any) -> Lepton:
+    """SMALL, 160 M parameters, for overnight runs."""
+    return create_lepton("small", **overrides)
+
+
+def create_lepton_medium(**overrides: Any) -> Lepton:
+    """MEDIUM, 350 M parameters, for real training."""
+    return create_lepton("medium", **overrides)
+
+
+def create_lepton_large(**overrides: Any) -> Lepton:
+    """LARGE, 760 M parameters, full scale."""
+    return create_lepton("large", **overrides)
+
+
+def create_lepton_xl(**overrides: Any) -> Lepton:
+    """XL, 1.5 B parameters, for a big GPU."""
+    return create_lepton("xl", **overrides)
+
+
+def create_lepton_xxl(**overrides: Any) -> Lepton:
+    """XXL, 3 B parameters: go big or go home."""
+    return create_lepton("xxl", **overrides)

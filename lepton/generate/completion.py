@@ -1,0 +1,114 @@
+"""What a generation returns: tokens, and on request uncertainties, counts, and the state to go on from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, Unpack
+
+from lepton.generate.loop import Generation
+from lepton.generate.options import GenerationOptions, OptionFields, resolved
+from lepton.generate.prompts import Prompt
+from lepton.generate.stats import Stats
+from lepton.model import Memory, Network, State
+
+Tokens: TypeAlias = list[int] | list[list[int]]
+"""Prompt and new tokens: a list for one flat prompt, else a list for each prompt."""
+Uncertainties: TypeAlias = list[float] | list[list[float]]
+"""A chance in 0..1 for each new token: that the most likely token, which greedy decoding takes, is wrong."""
+
+
+class TokensAndUncertainties(NamedTuple):
+    """Result of `Lepton.generate_with_uncertainty`."""
+
+    tokens: Tokens
+    uncertainties: Uncertainties
+
+
+class TokensAndState(NamedTuple):
+    """Result of `Lepton.generate_with_state`."""
+
+    tokens: Tokens
+    state: State
+
+
+class TokensAndStats(NamedTuple):
+    """Result of `Lepton.generate_with_stats`."""
+
+    tokens: Tokens
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Everything that a generation has to give."""
+
+    rows: list[list[int]]
+    """Prompt and new tokens of each row."""
+    row_uncertainties: list[list[float]]
+    """For each new token of each row; empty unless they were asked for."""
+    generation: Generation
+
+    @property
+    def tokens(self) -> Tokens:
+        """The rows; for one flat prompt its only one."""
+        return self.rows[0] if self.generation.flat else self.rows
+
+    @property
+    def uncertainties(self) -> Uncertainties:
+        """The uncertainties in the same form."""
+        return self.row_uncertainties[0] if self.generation.flat else self.row_uncertainties
+
+    @property
+    def stats(self) -> Stats:
+        """Steps, accepted drafts, passes through the model, depth."""
+        return self.generation.stats
+
+    @property
+    def state(self) -> State:
+        """What the model has read, with a row for each prompt: all but the last new token; see `Generation.state`."""
+        return self.generation.state
+
+
+class Arguments(OptionFields, total=False):
+    """What every function that generates takes beside the prompt and `max_new_tokens`."""
+
+    options: GenerationOptions | None
+    """Options to begin with; those given by name replace its fields."""
+    state: State | None
+    """A past to go on from, with a row for each prompt, such as `generate_with_state` returns."""
+    memory: Memory | str | Path | None
+    """What a new text remembers of earlier ones: `state.memory`, or a file that its `save` wrote."""
+
+
+def started(
+    model: Network,
+    prompt_ids: Prompt,
+    max_new_tokens: int | None = None,
+    *,
+    options: GenerationOptions | None = None,
+    state: State | None = None,
+    memory: Memory | str | Path | None = None,
+    uncertainty: bool = False,
+    **fields: Unpack[OptionFields],
+) -> Generation:
+    """Return a generation that has computed nothing yet; all arguments are checked."""
+    settled = resolved(options, max_new_tokens, **fields)
+    return Generation(model, prompt_ids, settled, state=state, memory=memory, uncertainty=uncertainty)
+
+
+def complete(
+    model: Network,
+    prompt_ids: Prompt,
+    max_new_tokens: int | None = None,
+    *,
+    uncertainty: bool = False,
+    **arguments: Unpack[Arguments],
+) -> Completion:
+    """Generate to the end; `lepton.Lepton.generate` describes the arguments."""
+    generation = started(model, prompt_ids, max_new_tokens, uncertainty=uncertainty, **arguments)
+    rows = [list(prompt) for prompt in generation.prompts]
+    uncertainties: list[list[float]] = [[] for _ in rows]
+    for outputs in generation:
+        for output in outputs:
+            rows[output.row] += output.tokens
+            uncertainties[output.row] += output.uncertainties
+    return Completion(rows, uncertainties, generation)

@@ -1,0 +1,107 @@
+"""The options of a generation: defined here once, for Python and the command line."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+from lepton.errors import InputError, nearest, shown
+from lepton.values import SEEDS, real, whole
+
+Stop: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
+"""A token id, a list of ids, or a list of id sequences; tensors and arrays of integers are as good."""
+
+
+def _flag(help: str, metavar: str | None = None) -> dict[str, Any]:
+    """Say how the command line presents a field."""
+    return {"help": help, "metavar": metavar}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How to generate. Values that cannot be used raise InputError.
+
+    Each field is an argument of every `Lepton.generate...` and a flag of `python -m lepton generate`.
+    """
+
+    max_new_tokens: int = field(default=100, metadata=_flag("tokens to generate at most", "N"))
+    """Generation ends earlier after the model's end-of-document id, or after one of `stop`."""
+    temperature: float = field(default=0.8, metadata=_flag("0 is greedy", "X"))
+    """What logits are divided by; 0 takes the most probable token."""
+    top_p: float = field(default=0.9, metadata=_flag("1 keeps every token", "X"))
+    """Share of the probability that is kept, from the most probable tokens down (Holtzman et al. 2019)."""
+    top_k: int | None = field(default=None, metadata=_flag("most probable tokens to keep (default: all)", "N"))
+    """How many of the most probable tokens are kept; None keeps all. It comes before `top_p`."""
+    use_speculative: bool = field(default=True, metadata=_flag("decode one token per step, without drafts"))
+    """Whether several tokens are drafted and then verified in one pass, where the model has a drafter.
+
+    Fewer passes for the same text: greedy tokens are the same with and without it; sampled ones have the same
+    distribution, but a seed draws other ones from it.
+    """
+    seed: int | None = field(default=None, metadata=_flag("makes sampling repeatable", "N"))
+    """Any of 64 bits. Row r draws from the stream (seed, r); asking for more tokens changes none of the first ones."""
+    stop: Stop | None = field(
+        default=None,
+        metadata=_flag(r"end after this text; \n is a new line, \t a tab, \\ a backslash", "TEXT"),
+    )
+    """Ends a row once it has been produced; what ended it is kept."""
+    depth: float | None = field(default=None, metadata=_flag("share of tokens allowed past the stem (default: 1)", "X"))
+    """Share of the tokens allowed past the stem, in 0..1; None is 1."""
+    think: int | None = field(default=None, metadata=_flag("rounds of thinking (default: the model's own)", "N"))
+    """Rounds of thinking, 0 to 256; None is the number that the configuration says."""
+
+    def __post_init__(self) -> None:
+        whole("max_new_tokens", self.max_new_tokens, 0)
+        check_sampling(self.temperature, self.top_p, self.top_k)
+        if self.seed is not None:
+            whole("seed", self.seed, *SEEDS)
+        if not isinstance(self.use_speculative, bool):
+            raise InputError(f"use_speculative={shown(self.use_speculative)}: must be True or False")
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of `GenerationOptions` as keyword arguments, for editors and type checkers.
+
+    `max_new_tokens` is missing: the methods take it by position, too.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    use_speculative: bool
+    seed: int | None
+    stop: Stop | None
+    depth: float | None
+    think: int | None
+
+
+def resolved(
+    options: GenerationOptions | None, max_new_tokens: int | None = None, **fields: Unpack[OptionFields]
+) -> GenerationOptions:
+    """Return `options`, or the defaults, with the values that were given by name in their place.
+
+    Raises:
+        InputError: a value that cannot be used.
+        TypeError: an option that there is not; the nearest one is named.
+    """
+    if options is None:
+        options = GenerationOptions()
+    elif not isinstance(options, GenerationOptions):
+        raise InputError(f"options={shown(options)}: give GenerationOptions(...), or each option by its name")
+    known = [each.name for each in dataclasses.fields(GenerationOptions)]
+    for name in fields:
+        if name not in known:
+            raise TypeError(f"unexpected argument {name!r}{nearest(name, known)}")
+    counts = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return dataclasses.replace(options, **fields, **counts)
+
+
+def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
+    """Raise InputError for a value that names no distribution."""
+    if not 0 <= real(temperature) < math.inf:
+        raise InputError(f"temperature={shown(temperature)}: must be 0 (greedy) or a positive number")
+    if not 0 < real(top_p) <= 1:
+        raise InputError(f"top_p={shown(top_p)}: must lie in (0, 1]; 1 keeps every token")
+    if top_k is not None:
+        whole("top_k", top_k, 1, note="; leave it out (None) to keep every token")

@@ -1,0 +1,98 @@
+"""The arguments of a forward pass, checked and completed."""
+
+import torch
+from torch import Tensor
+
+from lepton.errors import InputError, shown
+from lepton.model.checks import INTEGERS, check_device, check_range, integers
+from lepton.model.fresh_state import check_state, fresh_state
+from lepton.model.ideas.idea import Call
+from lepton.model.modules import Modules
+from lepton.model.state import State
+from lepton.values import real, whole
+
+MAX_ROUNDS = 256
+"""Rounds of thinking that a call may ask for."""
+
+
+def checked_tokens(model: Modules, tokens: Tensor, least: int) -> Tensor:
+    """Return token ids [rows, at least `least`] as int64, on the model's device and within its vocabulary."""
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"tokens of type {type(tokens).__name__}: give a tensor [rows, tokens], torch.tensor([ids])")
+    if tokens.dim() != 2 or not tokens.shape[0] or tokens.shape[1] < least or tokens.dtype not in INTEGERS:
+        raise InputError(
+            f"tokens must be integers [rows, at least {least}], not {tokens.dtype} {list(tokens.shape)}"
+            + ("; give tokens[None] for one row" if tokens.dim() == 1 else "")
+        )
+    check_device(tokens, model.device, "tokens")
+    tokens = tokens.long()
+    check_range(tokens, 0, model.config.vocab_size - 1, "token id")
+    return tokens
+
+
+def checked_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Return the valid tokens of each row as int64 [rows], each at most the length of the row."""
+    rows, length = tokens.shape
+    lengths = integers(lengths, (rows,), tokens.device, "lengths", f"one value for each of {rows} rows")
+    check_range(lengths, 0, length, "length")
+    return lengths
+
+
+def checked_for_loss(
+    model: Modules, tokens: Tensor, lengths: Tensor | None, groups: int | None, auxiliary: bool
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Return the arguments of `loss` that are its own, validated."""
+    tokens = checked_tokens(model, tokens, 2)
+    if groups is not None:  # a static bound may be rounded up
+        groups = whole("groups", groups, 0, tokens.shape[1] + 64, " segments of a row")
+    if not isinstance(auxiliary, bool):
+        raise InputError(f"auxiliary={shown(auxiliary)}: must be True or False")
+    return tokens, None if lengths is None else checked_lengths(tokens, lengths), groups
+
+
+def checked_call(model: Modules, rows: int, depth: float | None, think: int | Tensor | None) -> Call:
+    """Return what a caller asks of a pass, checked against what the model has."""
+    share = 1.0 if depth is None else real(depth)
+    if not 0 <= share <= 1:
+        raise InputError(f"depth={shown(depth)}: must lie in 0..1, the share of tokens allowed past the stem")
+    if share < 1 and "router" not in model.ideas:
+        raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
+    if think is None:
+        return Call(share)
+    if isinstance(think, Tensor):
+        device = model.device
+        think = integers(think, (rows,), device, "think", f"one number of rounds for each of {rows} rows")
+        for idea in model.ideas.values():
+            idea.check_rounds(think)
+        return Call(share, think)
+    think = whole("think", think, 0, MAX_ROUNDS, " rounds")
+    if think and "thoughts" not in model.ideas:
+        raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
+    return Call(share, think)
+
+
+def checked(
+    model: Modules,
+    tokens: Tensor,
+    state: State | None,
+    lengths: Tensor | None,
+    depth: float | None,
+    think: int | Tensor | None,
+    opens: Tensor | None,
+) -> tuple[Tensor, State, Tensor, Call]:
+    """Validate the arguments of `forward` and fill in what was left out."""
+    tokens = checked_tokens(model, tokens, 1)
+    rows, length = tokens.shape
+    call = checked_call(model, rows, depth, think)
+    if state is None:
+        state = fresh_state(model, rows, room=False)
+    else:
+        check_state(model, state, rows)
+    whole_rows = torch.full((rows,), length, device=tokens.device)
+    lengths = whole_rows if lengths is None else checked_lengths(tokens, lengths)
+    if opens is not None:
+        if not isinstance(opens, Tensor) or opens.dtype != torch.bool or opens.shape != tokens.shape:
+            kind = f"{opens.dtype} {list(opens.shape)}" if isinstance(opens, Tensor) else type(opens).__name__
+            raise InputError(f"opens must have the shape of the tokens, bool {list(tokens.shape)}, not {kind}")
+        check_device(opens, tokens.device, "opens")
+    return tokens, state, lengths, call

@@ -1,0 +1,29 @@
+"""Checks of plain numbers from callers. What cannot be used raises InputError, which names the value and the range."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from lepton.errors import InputError, shown
+
+SEEDS = (-(1 << 63), (1 << 64) - 1)
+"""Every seed of 64 bits, with or without a sign."""
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:
+    """Return `value`, a whole number (no bool) in `low`..`high`, as an int; `note` ends the message of the error."""
+    whole_number = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole_number or value < low or (high is not None and value > high):
+        range_ = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise InputError(f"{name}={shown(value)}: must be a whole number, {range_}{note}")
+    return int(value)
+
+
+def real(value: Any) -> float:
+    """Return `value` as a float; NaN, which lies in no range, where it is no real number or none that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
