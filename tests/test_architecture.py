@@ -100,7 +100,7 @@ def test_a_command_that_does_not_train_imports_nothing_of_training(command, tmp_
         "generate": ["--checkpoint", tmp_path / "x.pt", "--prompt", "fox", "--max_new_tokens", 3],
         "export": ["--checkpoint", tmp_path / "x.pt", "--out", tmp_path / "y.safetensors"],
         "sizes": [],
-        "prepare": ["--input", tmp_path / "text.txt", "--out", tmp_path / "data"],
+        "prepare": ["--out", tmp_path / "data", tmp_path / "text.txt"],
     }[command]
     code = "import sys\nfrom lepton.cli.main import main\ncode = main(sys.argv[1:])\n"
     code += "print([name for name in sys.modules if name.startswith('lepton.train')], file=sys.stderr)\nsys.exit(code)"
