@@ -43,8 +43,12 @@ def objective(
     parts = {"ce": ce, "z": z}
     if auxiliary:
         outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M)
-        for idea in model.ideas.values():
-            for name, value in idea.losses(outcome).items():
+        ideas = [*model.ideas.values()]
+        # From the last idea back: those at the end look at logits, which takes the most memory, and what the other
+        # losses keep for the backward pass is then not there yet.
+        found = {idea.name: idea.losses(outcome) for idea in reversed(ideas)}
+        for idea in ideas:
+            for name, value in found[idea.name].items():
                 total = total + idea.loss_weights[name] * value
                 parts[name] = value.detach()
     return Loss(total, parts)
