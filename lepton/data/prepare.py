@@ -4,13 +4,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 from tqdm import tqdm
 
-from lepton.data.publish import METADATA, place_for
+from lepton.data.publish import METADATA, Place, place_for
 from lepton.data.publish import publish as _publish
 from lepton.data.sources import MARKER, Corpus, Piece
 from lepton.data.split import Splitter, held_out_tokens
@@ -28,68 +29,84 @@ BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How documents become rows. Values that cannot be used raise InputError."""
+
+    val_fraction: float = 0.01
+    """About this share of the documents goes into ``out/val`` (see `Splitter`). The first document always trains. Where
+    there is no such folder, reading holds out the last rows."""
+    text_field: str = "text"
+    """Field of a JSON entry, or column of a table, that holds the text."""
+    separator: str | None = None
+    """Text between the documents of a file; None: a line that is the marker alone; '': one document a file."""
+    row_len: int = ROW_LEN
+    """Tokens of a row."""
+    shard_rows: int | None = None
+    """Rows of a full shard; None: as many as make `SHARD_TOKENS` tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"val_fraction={self.val_fraction}: must lie in 0..1, 1 excluded")
+        if not 2 <= self.row_len <= MAX_ROW_LEN:
+            raise InputError(f"row_len={self.row_len}: must lie in 2..{MAX_ROW_LEN}")
+        most = MAX_SHARD_TOKENS // self.row_len
+        if self.shard_rows and not 1 <= self.shard_rows <= most:
+            raise InputError(f"shard_rows={self.shard_rows}: must lie in 1..{most} for rows of {self.row_len} tokens")
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of a full shard."""
+        return self.shard_rows or SHARD_TOKENS // self.row_len
+
+
+class PreparationFields(TypedDict, total=False):
+    """The fields of `Preparation` as keyword arguments, for editors and type checkers."""
+
+    val_fraction: float
+    text_field: str
+    separator: str | None
+    row_len: int
+    shard_rows: int | None
+
+
 def prepare(
     sources: Iterable[str | Path],
     out: str | Path,
     tokenizer: Tokenizer,
     *,
-    val_fraction: float = 0.01,
-    text_field: str = "text",
-    separator: str | None = None,
     force: bool = False,
     wait: bool = False,
     name: str | None = None,
-    row_len: int = ROW_LEN,
-    shard_rows: int | None = None,
     show_progress: bool = False,
     note: Callable[[str], object] = lambda _: None,
+    **how: Unpack[PreparationFields],
 ) -> dict[str, Any]:
     """Write the documents of `sources` (see `Corpus`) as shards into the folder `out`; return its metadata.
 
     - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id,
       and the metadata say how far, so that nobody trains on it.
-    - About `val_fraction` of the documents go into ``out/val`` (see `Splitter`). The first document always trains.
-      Where there is no such folder, reading holds out the last rows.
     - `out` is decided on before anything is read, and holds the whole data set or nothing new (see
       `lepton.data.publish`). An existing data set is only replaced with `force`, and only when the new one is whole;
       other folders are never touched. Where another process is writing it, that is an error, or `wait` waits.
     - `note` gets a line on each thing that a user may not expect, such as what was skipped.
+    - `how` are the fields of `Preparation`.
 
     Raises InputError for sources without text and for an `out` that holds something already.
     """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"val_fraction={val_fraction}: must lie in 0..1, 1 excluded")
-    if not 2 <= row_len <= MAX_ROW_LEN:
-        raise InputError(f"row_len={row_len}: must lie in 2..{MAX_ROW_LEN}")
-    most = MAX_SHARD_TOKENS // row_len
-    if shard_rows and not 1 <= shard_rows <= most:
-        raise InputError(f"shard_rows={shard_rows}: must lie in 1..{most} for rows of {row_len} tokens")
+    settled = Preparation(**how)
     sources, out = list(sources), Path(out).absolute()
     try:
         with place_for(out, force=force, wait=wait) as place:
-            for source in sources:
-                path = Path(os.path.realpath(source))
-                if place.folder in (path, *path.parents):
-                    raise InputError(f"{source} lies in the output folder {out}: name another with --out")
-            own = (place.folder, place.partial.parent)
-            corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=own)
+            corpus = _corpus(sources, place, settled)
             quiet = None if show_progress else True  # None: shown on a terminal alone
             with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-                shard_rows = shard_rows or SHARD_TOKENS // row_len
-                folder, pieces = place.partial, corpus.pieces(bar.update)
-                metadata = {"name": name or out.name} | _encode(
-                    pieces, tokenizer, folder, val_fraction, row_len, shard_rows
-                )
+                encoded = _encode(corpus.pieces(bar.update), tokenizer, place.partial, settled)
+            metadata = {"name": name or out.name, **encoded, **_about(corpus)}
             if not metadata["documents"]:
                 skipped = corpus.skipped_summary()
                 why = f" (skipped: {skipped})" if skipped else ""
                 raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
-            metadata |= {
-                "separators": corpus.separators,
-                "markers_kept": corpus.markers_kept,
-                "skipped_files": len(corpus.skipped),
-                "skipped": corpus.skipped_counts(),
-            }
             text = json.dumps(metadata, indent=2, ensure_ascii=False)
             (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
             _publish(place)
@@ -101,12 +118,31 @@ def prepare(
     return metadata
 
 
-def _encode(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, val_fraction: float, row_len: int, shard_rows: int
-) -> dict[str, Any]:
+def _corpus(sources: list[str | Path], place: Place, how: Preparation) -> Corpus:
+    """Return the documents to prepare; none may lie where they are written to."""
+    for source in sources:
+        path = Path(os.path.realpath(source))
+        if place.folder in (path, *path.parents):
+            raise InputError(f"{source} lies in the output folder {place.folder}: name another with --out")
+    own = (place.folder, place.partial.parent)
+    return Corpus(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
+
+
+def _about(corpus: Corpus) -> dict[str, Any]:
+    """Return what the metadata say of the sources, once they are read."""
+    return {
+        "separators": corpus.separators,
+        "markers_kept": corpus.markers_kept,
+        "skipped_files": len(corpus.skipped),
+        "skipped": corpus.skipped_counts(),
+    }
+
+
+def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, how: Preparation) -> dict[str, Any]:
     """Write the tokens of all pieces as shards into `folder` and ``folder/val``; return the metadata on them."""
+    row_len, shard_rows = how.row_len, how.rows_per_shard
     train, val = (_ShardWriter(place, row_len, shard_rows, tokenizer.eos_id) for place in (folder, folder / "val"))
-    splitter = Splitter(train, val, val_fraction=val_fraction, eos_id=tokenizer.eos_id)
+    splitter = Splitter(train, val, val_fraction=how.val_fraction, eos_id=tokenizer.eos_id)
     counts = _fill(splitter, pieces, tokenizer)
     splitter.close(row_len, shard_rows)
     for writer in (train, val):
