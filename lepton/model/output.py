@@ -13,6 +13,7 @@ from lepton.model.ideas.idea import SIGNALS, Flow
 from lepton.model.kv_cache import KeysValues
 from lepton.model.state import State, of_parts, rebuild
 from lepton.model.timeline import Timeline
+from lepton.model.trees import as_pytree
 from lepton.model.weights import Origin
 
 
@@ -46,6 +47,7 @@ def commit(chunk: Chunk, count_B: Tensor) -> State:
     )
 
 
+@as_pytree
 @dataclass(frozen=True)
 class Output:
     """Results of one chunk. `commit` and `state` compute the state only when they are asked for."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lepton import tensors
 from lepton.errors import InputError, reason
 from lepton.model.kv_cache import KVCache
+from lepton.model.trees import as_pytree
 from lepton.model.weights import Origin
 
 Part = TypeVar("Part")
@@ -47,6 +48,7 @@ class Memory:
         _write(self, self.origin, path, "memory")
 
 
+@as_pytree
 @dataclass(frozen=True)
 class State:
     """What the model keeps of the tokens it has read, a row for each sequence.
