@@ -36,5 +36,7 @@ def _is_tree(value: Any) -> bool:
         as_pytree(type(value))
         return True
     if isinstance(value, _CONTAINERS):
-        return any([_is_tree(each) for each in (value.values() if isinstance(value, dict) else value)])
+        for each in value.values() if isinstance(value, dict) else value:
+            _is_tree(each)
+        return True
     return isinstance(value, Tensor)
