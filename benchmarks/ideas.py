@@ -25,7 +25,8 @@ from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
 from lepton.model.parameters import initialise
-from lepton.train import hardware, optimizer, thinking
+from lepton.runtime.device import pick_dtype
+from lepton.train import optimizer, thinking
 from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
@@ -63,7 +64,7 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
         self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
-        self.model.compute_dtype = hardware.pick_dtype("auto", torch.device(self.device))
+        self.model.compute_dtype = pick_dtype("auto", torch.device(self.device))
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
         self.findings: dict[str, Any] = {
@@ -103,7 +104,7 @@ class Run:
         think, groups = plan_thoughts(self.model, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings)
+        norm = optimizers.step(scale, grad_clip=1.0, graphs=micro_step.graphs)
         return micro_step.take_figures()["loss"], norm
 
     def synchronize(self) -> None:

@@ -24,7 +24,20 @@ ALLOWED = {
     "data": {"errors", "files", "config"},
     "model": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint"},
     "generate": {"errors", "config", "model"},
-    "train": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate"},
+    "runtime": {"errors", "files", "ops"},
+    "train": {
+        "errors",
+        "ops",
+        "files",
+        "tensors",
+        "config",
+        "presets",
+        "checkpoint",
+        "data",
+        "model",
+        "generate",
+        "runtime",
+    },
     "evals": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
     "cli": {
         "errors",
@@ -40,6 +53,7 @@ ALLOWED = {
         "generate",
         "train",
         "evals",
+        "runtime",
     },
 }
 # `Lepton.generate` and its sisters are there for users; they fetch the engine when they are called.

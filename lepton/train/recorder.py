@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lepton.errors import InputError
-from lepton.train import hardware
+from lepton.runtime.device import peak_flops, peak_memory
 from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
 
 
@@ -38,7 +38,7 @@ class Recorder:
         self._log = log
         self._progress = progress
         self._device = device
-        self._peak = hardware.peak_flops(device)
+        self._peak = peak_flops(device)
         self._flops_per_target = flops_per_target
         self._first, self._last = first, last
         self._pending: list[Pending] = []
@@ -86,7 +86,7 @@ class Recorder:
             words += [f"loss {self._entry['loss']:.3f}", f"lr {self._entry['lr']:.1e}", f"{rate:,.0f} tokens/s"]
             if self._peak:
                 words.append(f"{100 * rate * self._flops_per_target / self._peak:.0f} % of the GPU's peak")
-        memory = hardware.peak_memory(self._device)
+        memory = peak_memory(self._device)
         if memory is not None:
             words.append(f"{memory / 1e9:.1f} GB")
         done = step - 1 + share

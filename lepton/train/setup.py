@@ -11,9 +11,9 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
 from lepton.model import Lepton
 from lepton.model.weights import without_memory
-from lepton.train import hardware
+from lepton.runtime.device import device_name, gpu_memory, keep_freed_memory, pick_device, pick_dtype
 from lepton.train.corpus import Corpus, open_corpus
-from lepton.train.flops import training_flops_per_token
+from lepton.train.cost import training_flops_per_token, training_seconds
 from lepton.train.folder import RunFolder
 from lepton.train.memory import mend, predicted_bytes
 from lepton.train.metrics import BAD, MetricsLog, duration
@@ -47,9 +47,9 @@ def assemble(start: Start) -> Parts:
     Raises:
         InputError: a device, data or weights that cannot be used.
     """
-    device = hardware.pick_device(start.settings.device)
+    device = pick_device(start.settings.device)
     if device.type == "cpu":
-        hardware.keep_freed_memory()
+        keep_freed_memory()
     settings = _for_device(start.settings, device)
     corpus = open_corpus(start, settings)
     model = _build_model(start, settings, device)
@@ -89,20 +89,20 @@ def introduce(parts: Parts, start: Start, say: Callable[[str], None]) -> None:
     tokens = settings.batch_size * settings.grad_accum * settings.seq_len
     left = settings.max_steps - start.step
     flops = training_flops_per_token(model, settings.batch_size, settings.seq_len) * tokens * left
-    seconds = hardware.training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
+    seconds = training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
     data = parts.corpus.train.describe()
     say(
         f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens a step; {data}; "
-        f"{left:,} steps in about {duration(seconds)} on {hardware.describe(parts.device)}, {dtype}"
+        f"{left:,} steps in about {duration(seconds)} on {device_name(parts.device)}, {dtype}"
     )
     if parts.device.type == "cpu":
         choices = {"grad_accum": f"--grad_accum {GRAD_ACCUM_CPU} instead of {GRAD_ACCUM}", "compile": "not compiled"}
         chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
         if chosen:
             say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
-    memory = hardware.gpu_memory(parts.device)
+    memory = gpu_memory(parts.device)
     if memory is not None:
         available, total = memory
         predicted = predicted_memory(model, settings)
@@ -123,12 +123,12 @@ def predicted_memory(model: Lepton, settings: TrainSettings) -> int:
 
 def out_of_memory(start: Start) -> str:
     """Return what to tell a user whose run did not fit on the GPU, and what to change."""
-    device = hardware.pick_device(start.settings.device)
+    device = pick_device(start.settings.device)
     settings = _for_device(start.settings, device)
     with torch.device("meta"):
         model = Lepton(start.config)
-    model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
-    memory = hardware.gpu_memory(device)
+    model.compute_dtype = pick_dtype(settings.dtype, device)
+    memory = gpu_memory(device)
     assert memory is not None
     available, total = memory
     use = mend(settings, lambda other: predicted_memory(model, other), available)
@@ -159,7 +159,7 @@ def _build_model(start: Start, settings: TrainSettings, device: torch.device) ->
     if start.weights is not None:
         model.load_state_dict(start.weights)
     model.to(device).train()
-    model.compute_dtype = hardware.pick_dtype(settings.dtype, device)
+    model.compute_dtype = pick_dtype(settings.dtype, device)
     model.checkpoint_activations = settings.checkpoint_activations
     return model
 

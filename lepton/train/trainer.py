@@ -17,9 +17,8 @@ from typing import Any, TextIO
 import torch
 
 from lepton.errors import InputError
-from lepton.train import hardware
 from lepton.train.calibration import calibrate, calibration_batches
-from lepton.train.flops import training_flops_per_token
+from lepton.train.cost import training_flops_per_token
 from lepton.train.lock import locked
 from lepton.train.metrics import Progress
 from lepton.train.micro_step import MicroStep
@@ -28,6 +27,7 @@ from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.setup import Parts, assemble, introduce, make_room, out_of_memory
 from lepton.train.signals import SIGPIPE, Interrupted, StopRequest
+from lepton.train.single_process import refuse_several_processes
 from lepton.train.start import Start, begin, run_folder
 from lepton.train.thinking import plan_thoughts
 from lepton.train.validation import evaluate, idea_figures, sample_text
@@ -49,7 +49,7 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
         InputError: a setting, a file or data that cannot be used, or a loss that is not finite.
         Interrupted: a signal came, or the reader of `stream` left; what was reached is saved.
     """
-    hardware.refuse_several_processes(os.environ)
+    refuse_several_processes(os.environ)
     progress = Progress(stream or sys.stdout)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -136,7 +136,7 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.recordings)
+        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
         figures["grad_norm"] = norm.float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))

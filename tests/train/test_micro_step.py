@@ -255,7 +255,7 @@ def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, c
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     at_work(model).cuda().compute_dtype = dtype
     _, groups = plan_thoughts(model, LONG, 0, 0, 0)
-    plain = MicroStep(model, compiled=compiled, recorded=False, say=strictly)
+    plain = MicroStep(model, compiled=compiled, captured=False, say=strictly)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for share in (0.25, 0.75):
@@ -283,7 +283,7 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
     lengths = torch.full((128,), 201)
     think, groups = plan_thoughts(model, tokens, 0, 0, 0)
     shapes = [4 * groups, groups, 2 * groups, 4 * groups, groups]
-    plain = MicroStep(model, compiled=False, recorded=False)
+    plain = MicroStep(model, compiled=False, captured=False)
     for each in shapes:
         plain(tokens, lengths, think, each, 0.2)
     expected, figures = gradients(model), plain.take_figures()
@@ -316,8 +316,8 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
         model = Lepton(LeptonConfig.from_dict(SHAPE)).cuda().train()
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
-        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=fast)
-        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=strictly)
+        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, captured=fast)
+        micro_step = MicroStep(model, compiled=fast, captured=fast, say=strictly)
         micro_step.prepare(8, 200)
         curves.append([])
         for step in range(20):
@@ -325,6 +325,6 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
             think, groups = plan_thoughts(model, tokens, 0, step, 0)
             micro_step(tokens, torch.full((8,), 201), think, groups, 1.0)
             curves[-1].append(micro_step.take_figures()["loss"].item())
-            optimizers.step(1.0, 1.0, micro_step.recordings)
-        assert (fast and optimizers._asked in micro_step.recordings) == fast
+            optimizers.step(1.0, 1.0, micro_step.graphs)
+        assert (fast and optimizers._asked in micro_step.graphs) == fast
     torch.testing.assert_close(curves[1], curves[0], rtol=tolerance, atol=0)

@@ -50,7 +50,7 @@ def test_a_line_for_people(told):
 def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
     recorder, written, shown = told
     recorder._peak = 1e12
-    monkeypatch.setattr("lepton.train.hardware.peak_memory", lambda device: 2_500_000_000)
+    monkeypatch.setattr("lepton.train.recorder.peak_memory", lambda device: 2_500_000_000)
     add(recorder, 1)
     recorder.show()
     recorder.sync()

@@ -298,7 +298,7 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", full)
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (2 * 10**9, 24 * 10**9))
+    monkeypatch.setattr("lepton.train.setup.gpu_memory", lambda device: (2 * 10**9, 24 * 10**9))
     with pytest.raises(InputError) as error:
         small_run(data, tmp_path, batch_size=64, grad_accum=2)
     assert str(error.value) == (
@@ -308,11 +308,11 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
 
 
 def test_a_run_says_how_much_of_the_gpu_it_takes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (24 * 10**9, 25 * 10**9))
+    monkeypatch.setattr("lepton.train.setup.gpu_memory", lambda device: (24 * 10**9, 25 * 10**9))
     _, text = small_run(data, tmp_path / "fits", max_steps=1)
     assert "GPU memory: about 0.0 GB of 25.0 GB\n" in text
     monkeypatch.setattr("lepton.train.setup.predicted_bytes", lambda model, rows, *_: rows * 10**9)
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (10**10, 25 * 10**9))
+    monkeypatch.setattr("lepton.train.setup.gpu_memory", lambda device: (10**10, 25 * 10**9))
     _, text = small_run(data, tmp_path / "full", max_steps=1, batch_size=16)
     assert (
         "only 10.0 GB of it are free, which will hardly do: use --batch_size 8 --grad_accum 2 (the same step)" in text

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lepton.model import Lepton
 from lepton.model.factory import size_config
-from lepton.train import hardware
-from lepton.train.flops import training_flops_per_token
+from lepton.runtime.device import pick_dtype
+from lepton.train.cost import training_flops_per_token, training_seconds
 from lepton.train.thinking import plan_thoughts
 
 IDEAS = ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty")
@@ -26,7 +26,7 @@ WHOLE = [{}, {"dense": True}]
 )
 def test_a_training_step_costs_what_is_said(changes, length):
     model = Lepton(size_config("nano", **changes)).train()
-    model.compute_dtype = hardware.pick_dtype("auto", torch.device("cpu"))  # without bf16 in hardware it takes minutes
+    model.compute_dtype = pick_dtype("auto", torch.device("cpu"))  # without bf16 in hardware it takes minutes
     if model.drafter is not None:
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
     tokens = torch.randint(1, model.config.vocab_size, (8, length + 1))
@@ -35,3 +35,7 @@ def test_a_training_step_costs_what_is_said(changes, length):
         model.loss(tokens, think=think, groups=groups).loss.backward()
     said = training_flops_per_token(model, 8, length) * 8 * length
     assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)
+
+
+def test_an_estimate_of_time_is_plausible():
+    assert 1e-4 < training_seconds(1e10, 1, torch.device("cpu"), torch.float32) < 1e3
