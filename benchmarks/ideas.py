@@ -20,14 +20,15 @@ from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
-from lepton.evals.calibration import fit_temperature, measure_uncertainty
+from lepton.evals.calibration import calibrate, fit_temperature
+from lepton.evals.positions import calibration_batches, evaluation_batches
+from lepton.evals.reliability import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model import Lepton, objective
 from lepton.model.factory import count_params, size_config, widened
 from lepton.model.parameters import initialise
 from lepton.runtime.device import pick_dtype
 from lepton.train import optimizer, thinking
-from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
 from lepton.train.schedule import lr_scale

@@ -7,9 +7,10 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import without
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
 from lepton.generate import generate_with_stats
 from lepton.model import create_lepton_nano
-from lepton.train.calibration import calibrate, calibration_batches
 from lepton.train.optimizer import Optimizers
 from lepton.train.setup import token_counts
 from lepton.train.thinking import plan_thoughts

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.tiny import save_tiny
+
 ROOT = Path(__file__).parents[1]
 # A room may import the rooms named here, and itself.
 ALLOWED = {
@@ -25,20 +27,20 @@ ALLOWED = {
     "model": {"errors", "ops", "files", "tensors", "config", "presets", "checkpoint"},
     "generate": {"errors", "config", "model"},
     "runtime": {"errors", "files", "ops"},
+    "evals": {"errors", "data", "model", "generate"},
     "train": {
         "errors",
         "ops",
         "files",
         "tensors",
         "config",
-        "presets",
         "checkpoint",
         "data",
+        "runtime",
         "model",
         "generate",
-        "runtime",
+        "evals",
     },
-    "evals": {"errors", "files", "tensors", "config", "presets", "checkpoint", "data", "model", "generate", "train"},
     "cli": {
         "errors",
         "ops",
@@ -127,3 +129,16 @@ def test_every_third_party_import_is_a_declared_dependency():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = {line.split("==")[0] for line in lines if "==" in line}
     assert used == ranges == pins
+
+
+def test_generating_loads_nothing_of_training(tmp_path):
+    """Neither trainer nor optimizer: the command runs in a process of its own, which then lists its modules."""
+    save_tiny(tmp_path / "final.pt")
+    words = ["generate", "--checkpoint", str(tmp_path / "final.pt"), "--prompt", "a", "--max_new_tokens", "3"]
+    code = f"import sys\nfrom lepton.cli.main import main\nassert main({words}) == 0\n"
+    code += "print(*(name for name in sys.modules if name.startswith('lepton.')), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = done.stderr.splitlines()[-1].split()
+    assert "lepton.generate" in loaded
+    assert [name for name in loaded if name.startswith(("lepton.train", "lepton.evals"))] == []

@@ -149,7 +149,7 @@ def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
 
 
 def _data_set(args: argparse.Namespace, model: "Lepton", tokenizer: "Tokenizer") -> Source:
-    from lepton.train.calibration import calibration_batches, evaluation_batches
+    from lepton.evals.positions import calibration_batches, evaluation_batches
 
     what, rows, halves = open_data_set(args, model, tokenizer, args.split)
 
@@ -170,8 +170,8 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
     from lepton.data.shards import Batch
     from lepton.evals.ablation import switches
     from lepton.evals.calibration import TEMPERATURE_TOKENS
+    from lepton.evals.positions import iterate_positions
     from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
-    from lepton.train.calibration import walk
     from lepton.train.metrics import duration
 
     side = source.tokens(args.max_tokens or SIDE_TOKENS)
@@ -184,7 +184,7 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
         probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
         for _ in range(2):  # the first pass of a process is slower
             start = time.perf_counter()
-            found = sum(len(part.target_M) for part in walk(model, [probe], **knobs))
+            found = sum(len(part.target_M) for part in iterate_positions(model, [probe], **knobs))
             seconds = time.perf_counter() - start
     if found:
         rate = found / max(seconds, 1e-9)
@@ -196,8 +196,8 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
 
 
 def _uncertainty(args: argparse.Namespace, model: "Lepton", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
-    from lepton.evals.calibration import TEMPERATURE_TOKENS, fit_temperature, measure_uncertainty
-    from lepton.train.calibration import MIN_TOKENS
+    from lepton.evals.calibration import MIN_TOKENS, TEMPERATURE_TOKENS, fit_temperature
+    from lepton.evals.reliability import measure_uncertainty
 
     tokens = args.max_tokens or SIDE_TOKENS
     temperature = None

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; being asked to stop (see `lepton.train.signals`) saves what was reached and gives 128 + the signal."""
     share_the_cores()
-    from lepton.train import train
     from lepton.train.signals import Interrupted
+    from lepton.train.trainer import train
 
     flags = vars(args)
     as_json = flags.pop("json", False)

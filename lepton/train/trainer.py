@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import torch
 
 from lepton.errors import InputError
-from lepton.train.calibration import calibrate, calibration_batches
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
 from lepton.train.cost import training_flops_per_token
 from lepton.train.lock import locked
 from lepton.train.metrics import Progress

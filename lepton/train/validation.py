@@ -7,9 +7,10 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
+from lepton.evals.positions import collect_outcomes, evaluation_batches
+from lepton.evals.reliability import calibration_error
 from lepton.generate.engine import generate, generate_with_stats
 from lepton.model import Lepton
-from lepton.train.calibration import calibration_error, collect, evaluation_batches
 
 PROMPT_TOKENS = 16
 FIGURE_TOKENS, FIGURE_NEW_TOKENS = 1024, 32
@@ -61,10 +62,10 @@ def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dic
     training = model.training
     model.eval()
     if model.idea("uncertainty") is not None:
-        outcomes = collect(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
-        assert outcomes.logit_N is not None
+        outcomes = collect_outcomes(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
+        assert outcomes.uncertainty_logit_N is not None
         scale, shift = model.idea("uncertainty").calibration.double().tolist()
-        chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
+        chance_N = torch.sigmoid(scale * outcomes.uncertainty_logit_N + shift)
         figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
     if model.idea("drafter") is not None:
         _, stats = generate_with_stats(model, _beginning(data), max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)

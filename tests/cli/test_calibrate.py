@@ -7,8 +7,9 @@ import torch
 from lepton import checkpoint
 from lepton.cli.calibrate import worse
 from lepton.data.shards import ShardedDataset
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
 from lepton.model import Lepton
-from lepton.train.calibration import calibrate, calibration_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 from tests.laws.lab import build
 

@@ -18,7 +18,7 @@ from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lepton.generate.sampling import check_sampling, probabilities
 from lepton.model import Lepton, factory
-from lepton.train import TrainSettings
+from lepton.train.settings import TrainSettings
 from lepton.train.start import begin
 from tests.fuzz.judge import not_finite
 from tests.fuzz.specimens import settings

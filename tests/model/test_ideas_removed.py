@@ -20,7 +20,7 @@ for module in pkgutil.walk_packages(lepton.__path__, "lepton."):
         importlib.import_module(module.name)
 from lepton.evals.ablation import ablate
 from lepton.model import create_lepton_nano
-from lepton.train.calibration import calibrate
+from lepton.evals.calibration import calibrate
 from lepton.train.cost import training_flops_per_token
 from lepton.train.memory import predicted_bytes
 from lepton.train.optimizer import Optimizers

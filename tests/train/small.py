@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from lepton.data.tokenizer import Tokenizer
-from lepton.train import TrainSettings, train
+from lepton.train.settings import TrainSettings
+from lepton.train.trainer import train
 from tests.cli.tiny import TEXT, small_bpe
 
 SHAPE = {

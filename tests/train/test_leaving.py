@@ -8,9 +8,10 @@ import pytest
 
 from lepton import checkpoint
 from lepton.errors import InputError
-from lepton.train import train, trainer
+from lepton.train import trainer
 from lepton.train.folder import RunFolder
 from lepton.train.signals import Interrupted
+from lepton.train.trainer import train
 from tests.train.small import Terminal, metrics_of, small_run, small_settings
 
 

@@ -3,8 +3,8 @@ import torch
 
 from lepton.model import Lepton
 from lepton.model.factory import size_config
-from lepton.train import TrainSettings
 from lepton.train.memory import USABLE, mend, predicted_bytes
+from lepton.train.settings import TrainSettings
 
 # Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts.
 MEASURED = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lepton.errors import InputError
-from lepton.train import TrainSettings
+from lepton.train.settings import TrainSettings
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import pytest
 from lepton import checkpoint
 from lepton.errors import InputError
 from lepton.model import Lepton
-from lepton.train import TrainSettings
+from lepton.train.settings import TrainSettings
 from lepton.train.start import begin
 from tests.cli.tiny import small_bpe
 from tests.train.small import SHAPE, small_run, small_settings
