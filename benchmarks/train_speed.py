@@ -33,10 +33,10 @@ from lepton.errors import InputError, nearest
 from lepton.model import Lepton
 from lepton.model.factory import size_config
 from lepton.runtime.device import device_name, keep_freed_memory, peak_flops, pick_device, pick_dtype, synchronize
+from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
-from lepton.train.thinking import plan_thoughts
 
 WAYS = {
     "plain": {"compiled": False, "captured": False},
@@ -93,7 +93,7 @@ class LeptonTraining:
     def step(self, index: int) -> None:
         """One optimizer step."""
         for micro in range(self.accumulate):
-            think, groups = plan_thoughts(self.model, self.tokens_BX, 0, index, micro)
+            think, groups = plan_batch(self.model, self.tokens_BX, 0, index, micro)
             self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
         self.micro_step.take_figures()
         self.optimizers.step(1.0, 1.0, self.micro_step.graphs)

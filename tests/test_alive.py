@@ -11,9 +11,9 @@ from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
 from lepton.generate import generate_with_stats
 from lepton.model import create_lepton_nano
+from lepton.train.assembly import token_counts
+from lepton.train.batch_plan import plan_batch
 from lepton.train.optimizer import Optimizers
-from lepton.train.setup import token_counts
-from lepton.train.thinking import plan_thoughts
 
 STEPS, ROWS, LENGTH = 100, 4, 96
 
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
     for step in range(STEPS):
         batch = data.batch(step, batch_size=ROWS)
-        think, _ = plan_thoughts(model, batch.tokens, 0, step, 0)
+        think, _ = plan_batch(model, batch.tokens, 0, step, 0)
         model.loss(batch.tokens, lengths=batch.lengths, think=think).loss.backward()
         optimizers.step(min(1.0, (step + 1) / 10, (STEPS - step) / 40), 1.0)
     held_out = ShardedDataset(folder, split="val", seq_len=384, **common)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
+from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.figures import SCORES, legend
-from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.loading import add_loading, load
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError

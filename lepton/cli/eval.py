@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.cli import figures
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
+from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
 from lepton.cli.loading import add_loading, load
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
@@ -172,7 +172,7 @@ def _estimate(args: argparse.Namespace, model: "Lepton", source: Source, knobs: 
     from lepton.evals.calibration import TEMPERATURE_TOKENS
     from lepton.evals.positions import iterate_positions
     from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
-    from lepton.train.metrics import duration
+    from lepton.train.progress import duration
 
     side = source.tokens(args.max_tokens or SIDE_TOKENS)
     planned = source.tokens(args.max_tokens) + side

@@ -9,7 +9,7 @@ from lepton.model import Lepton
 from lepton.model.flops import flops_per_token
 from lepton.model.ideas.idea import Work, matrices
 from lepton.runtime.device import synchronize
-from lepton.train.thinking import usual_groups
+from lepton.train.batch_plan import usual_groups
 
 USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
 """Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""

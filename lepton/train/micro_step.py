@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lepton.model import Lepton
 from lepton.runtime.cuda_graphs import CudaGraphs
-from lepton.train.thinking import plan_thoughts
-from lepton.train.working_weights import WorkingWeights
+from lepton.train.batch_plan import plan_batch
+from lepton.train.mixed_precision import LowPrecisionCopies
 
 WARM_UP = 2
 """Runs of a shape before its first capture, so that compilation and setup at first use are done."""
@@ -53,7 +53,7 @@ class MicroStep:
         say: Callable[[str], None] = print,
     ) -> None:
         self._model = model
-        self._weights = WorkingWeights(model)
+        self._copies = LowPrecisionCopies(model)
         self._say = say
         self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
@@ -77,7 +77,7 @@ class MicroStep:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         model, device = self._model, self._model.embed.weight.device
         tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
-        think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
+        think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
         while self._parts or self.graphs is not None:
             try:
@@ -127,7 +127,7 @@ class MicroStep:
         return figures
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
-        with _products(self._model), self._weights.in_place():
+        with _products(self._model), self._copies.swapped_in():
             loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]

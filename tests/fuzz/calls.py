@@ -19,7 +19,7 @@ from lepton.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lepton.generate.sampling import check_sampling, probabilities
 from lepton.model import Lepton, factory
 from lepton.train.settings import TrainSettings
-from lepton.train.start import begin
+from lepton.train.starting_point import find_starting_point
 from tests.fuzz.judge import not_finite
 from tests.fuzz.specimens import settings
 from tests.fuzz.values import hostile, same_kind, shown
@@ -132,7 +132,7 @@ def _data_set(world: World, _place: Path, batch_size: Any = 2, limit: Any = 2, *
 
 
 def _begin(world: World, place: Path, **changes: Any) -> Any:
-    start = begin(settings(world.folder, place / "out", **changes), changes.keys())
+    start = find_starting_point(settings(world.folder, place / "out", **changes), changes.keys())
     return start.config.to_dict()
 
 

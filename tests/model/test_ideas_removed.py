@@ -22,7 +22,7 @@ from lepton.evals.ablation import ablate
 from lepton.model import create_lepton_nano
 from lepton.evals.calibration import calibrate
 from lepton.train.cost import training_flops_per_token
-from lepton.train.memory import predicted_bytes
+from lepton.train.memory_forecast import predicted_bytes
 from lepton.train.optimizer import Optimizers
 torch.manual_seed(0)
 drafts = {} if "drafter" in sys.argv else {"drafter.vocab": 100}

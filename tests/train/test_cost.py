@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lepton.model import Lepton
 from lepton.model.factory import size_config
 from lepton.runtime.device import pick_dtype
+from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token, training_seconds
-from lepton.train.thinking import plan_thoughts
 
 IDEAS = ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty")
 OFF = [{name: False if name in ("router", "uncertainty") else 0} for name in IDEAS]
@@ -30,7 +30,7 @@ def test_a_training_step_costs_what_is_said(changes, length):
     if model.drafter is not None:
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
     tokens = torch.randint(1, model.config.vocab_size, (8, length + 1))
-    think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
+    think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, think=think, groups=groups).loss.backward()
     said = training_flops_per_token(model, 8, length) * 8 * length

@@ -8,9 +8,9 @@ from lepton.config import LeptonConfig
 from lepton.model import Lepton
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
+from lepton.train.batch_plan import plan_batch
 from lepton.train.micro_step import MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
-from lepton.train.thinking import plan_thoughts
 from tests.ops.devices import force
 from tests.train.small import SHAPE
 
@@ -209,7 +209,7 @@ def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length)
     for module, name in compiled_parts(model):
         setattr(module, name, kept(module, getattr(module, name)))
     tokens = torch.randint(1, 300, (4, length + 1), generator=torch.Generator().manual_seed(0))
-    _, groups = plan_thoughts(model, tokens, 0, 0, 0)
+    _, groups = plan_batch(model, tokens, 0, 0, 0)
     lengths = torch.full((4,), length + 1, device="cuda")
     model.loss(tokens.cuda(), lengths=lengths, think=THINK.cuda(), groups=groups)
     assert len(calls) == len(compiled_parts(model))
@@ -254,7 +254,7 @@ def states(value):
 def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     at_work(model).cuda().compute_dtype = dtype
-    _, groups = plan_thoughts(model, LONG, 0, 0, 0)
+    _, groups = plan_batch(model, LONG, 0, 0, 0)
     plain = MicroStep(model, compiled=compiled, captured=False, say=strictly)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -281,7 +281,7 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
     model.cuda()
     tokens = torch.randint(1, 300, (128, 201), generator=torch.Generator().manual_seed(0))
     lengths = torch.full((128,), 201)
-    think, groups = plan_thoughts(model, tokens, 0, 0, 0)
+    think, groups = plan_batch(model, tokens, 0, 0, 0)
     shapes = [4 * groups, groups, 2 * groups, 4 * groups, groups]
     plain = MicroStep(model, compiled=False, captured=False)
     for each in shapes:
@@ -322,7 +322,7 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
         curves.append([])
         for step in range(20):
             tokens = torch.randint(1, 300, (8, 201), generator=torch.Generator().manual_seed(step))
-            think, groups = plan_thoughts(model, tokens, 0, step, 0)
+            think, groups = plan_batch(model, tokens, 0, step, 0)
             micro_step(tokens, torch.full((8,), 201), think, groups, 1.0)
             curves[-1].append(micro_step.take_figures()["loss"].item())
             optimizers.step(1.0, 1.0, micro_step.graphs)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lepton.errors import InputError
 from lepton.runtime.device import peak_flops, peak_memory
-from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
+from lepton.train.metrics_log import MetricsLog
+from lepton.train.progress import Progress, Stopwatch, duration
 
 
 class Pending(NamedTuple):
@@ -22,7 +23,7 @@ class Pending(NamedTuple):
     targets: int
 
 
-class Recorder:
+class MetricsRecorder:
     """Writes steps and validations to metrics.jsonl, and shows a line from time to time."""
 
     def __init__(

@@ -4,7 +4,7 @@ from lepton import checkpoint
 from lepton.errors import InputError
 from lepton.model import Lepton
 from lepton.train.settings import TrainSettings
-from lepton.train.start import begin
+from lepton.train.starting_point import find_starting_point
 from tests.cli.tiny import small_bpe
 from tests.train.small import SHAPE, small_run, small_settings
 
@@ -19,11 +19,11 @@ def run(data, tmp_path_factory):
 
 def started(**settings):
     settings = TrainSettings(**settings)
-    return begin(settings, settings.changed())
+    return find_starting_point(settings, settings.changed())
 
 
 def test_a_fresh_start(data, tmp_path):
-    start = begin(small_settings(data, tmp_path), set())
+    start = find_starting_point(small_settings(data, tmp_path), set())
     assert (start.step, start.weights, start.resumed, start.size) == (0, None, None, "nano")
     assert start.config.width == SHAPE["width"]
     assert start.notes == []
@@ -37,7 +37,7 @@ def test_the_size_is_tiny_without_a_word(tmp_path):
 
 
 def test_the_dense_baseline(data, tmp_path):
-    start = begin(small_settings(data, tmp_path, dense=True, overrides={}), set())
+    start = find_starting_point(small_settings(data, tmp_path, dense=True, overrides={}), set())
     assert start.config.dense
     assert start.config.window is None
 
@@ -127,4 +127,4 @@ def test_the_checkpoints_tokenizer_is_used_and_another_one_refused(run, data, tm
 def test_a_tokenizer_larger_than_the_vocabulary(data, tmp_path):
     settings = small_settings(data, tmp_path, overrides={**SHAPE, "vocab_size": 290})
     with pytest.raises(InputError, match="the tokenizer has 300 ids and the model's vocabulary 290"):
-        begin(settings, set())
+        find_starting_point(settings, set())

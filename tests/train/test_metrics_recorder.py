@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.train.metrics import MetricsLog, Progress
-from lepton.train.recorder import Recorder
+from lepton.train.metrics_log import MetricsLog
+from lepton.train.metrics_recorder import MetricsRecorder
+from lepton.train.progress import Progress
 from tests.train.small import Terminal
 
 
@@ -15,7 +16,7 @@ def told(tmp_path):
     """A recorder of ten steps, and functions that return what it wrote and showed."""
     stream = io.StringIO()
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=10)
+    recorder = MetricsRecorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=10)
     yield recorder, lambda: MetricsLog.read(log.path), stream.getvalue
     recorder.close()
 
@@ -50,7 +51,7 @@ def test_a_line_for_people(told):
 def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
     recorder, written, shown = told
     recorder._peak = 1e12
-    monkeypatch.setattr("lepton.train.recorder.peak_memory", lambda device: 2_500_000_000)
+    monkeypatch.setattr("lepton.train.metrics_recorder.peak_memory", lambda device: 2_500_000_000)
     add(recorder, 1)
     recorder.show()
     recorder.sync()
@@ -60,10 +61,10 @@ def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
 
 def test_on_a_terminal_the_line_moves_while_a_step_runs(tmp_path, monkeypatch):
     stream, log = Terminal(), MetricsLog(tmp_path / "metrics.jsonl")
-    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=4)
+    recorder = MetricsRecorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=4)
     recorder.move(1, 0.5)
     assert stream.getvalue() == "", "not more often than someone reads it"
-    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
+    monkeypatch.setattr("lepton.train.progress.MOVES_AFTER", 0.0)
     recorder.move(1, 0.5)
     assert stream.getvalue().startswith("\rstep 1/4 (50%)  ")
     assert stream.getvalue().endswith(" left")
@@ -77,7 +78,7 @@ def test_on_a_terminal_the_line_moves_while_a_step_runs(tmp_path, monkeypatch):
 
 
 def test_elsewhere_nothing_moves(told, monkeypatch):
-    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
+    monkeypatch.setattr("lepton.train.progress.MOVES_AFTER", 0.0)
     recorder, _, shown = told
     recorder.move(1, 0.5)
     assert shown() == ""
