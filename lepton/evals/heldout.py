@@ -44,7 +44,7 @@ class HeldOut:
 
     @property
     def mean_depth(self) -> float:
-        """Blocks that a token went through, on average."""
+        """Blocks per token, on average."""
         return self.blocks / self.tokens
 
 

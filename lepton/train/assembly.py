@@ -29,7 +29,7 @@ class Parts:
     """Everything that the trainer works with."""
 
     settings: TrainSettings
-    """With `grad_accum` and `compile` settled for the device."""
+    """With `grad_accum` and `compile` decided for the device."""
     size: str | None
     device: torch.device
     tokenizer: Tokenizer

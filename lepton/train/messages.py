@@ -26,7 +26,7 @@ def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) ->
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
     data = parts.data.train.describe()
     say(
-        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens a step; {data}; "
+        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens per step; {data}; "
         f"{left:,} steps in about {duration(seconds)} on {device_name(parts.device)}, {dtype}"
     )
     if parts.device.type == "cpu":

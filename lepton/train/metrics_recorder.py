@@ -1,4 +1,4 @@
-"""What the loop has done and not yet reported: figures stay on the device until someone reads them."""
+"""Recording the metrics of steps: figures stay on the device until they are written."""
 
 import math
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ class MetricsRecorder:
         """Note a finished step without waiting for the device; `figures` are scalars on it, 'loss' among them."""
         self._pending.append(Pending(step, list(figures), torch.stack(list(figures.values())), lr, targets))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Write what is pending.
 
         Raises:
@@ -71,12 +71,12 @@ class MetricsRecorder:
             self._log.write(self._entry)
 
     def show(self) -> None:
-        """Settle, and show the newest step, the rate and the remaining time."""
-        self.settle()
+        """Flush, and show the newest step, the rate and the remaining time."""
+        self.flush()
         self._progress.update(self._line(self._entry["step"], 1.0))
 
     def move(self, step: int, share: float) -> None:
-        """On a terminal, show that `share` of a step is done, with the last figures known; the device is not asked."""
+        """On a terminal, show that `share` of a step is done, with the last known figures, without a device sync."""
         if self._progress.still:
             self._progress.update(self._line(step, share))
 
@@ -102,12 +102,12 @@ class MetricsRecorder:
         self._log.write(figures)
 
     def sync(self) -> None:
-        """Settle, and make all that was written durable."""
-        self.settle()
+        """Flush, and make all that was written durable."""
+        self.flush()
         self._log.sync()
 
     def resume_clock(self) -> None:
-        """Leave the time since the last `settle` out of the rate: it was spent on something else than steps."""
+        """Leave the time since the last `flush` out of the rate: it was spent on something else than steps."""
         self._watch.lap()
 
     def close(self) -> None:

@@ -94,7 +94,7 @@ def orthogonal(
 class Optimizers:
     """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
 
-    A matrix shrinks by weight_decay x lr a step under either optimizer; embedding and vectors do not decay. On a GPU
+    A matrix shrinks by weight_decay x lr per step under either optimizer; embedding and vectors do not decay. On a GPU
     steps are captured and replayed, unless `captured` is False; their results are the same.
     """
 

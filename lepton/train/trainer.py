@@ -3,7 +3,7 @@
 - A run is a function of its settings: batches depend on seed and step alone, and a checkpoint holds the rest.
 - The loss of a step is the mean over all of its targets, however they are split into micro-batches.
 - The loop waits for the device only to report: losses stay there until then.
-- What is reported of a step is durable before its checkpoint is, so that a resumed run reports each step once.
+- The metrics of a step are durable before its checkpoint is, so that a resumed run reports each step once.
 """
 
 import math
@@ -85,7 +85,7 @@ class Trainer:
         introduce(parts, self.start, self.progress.say)
         log = make_room(self.start, parts.folder, self.progress.say)
         if not parts.folder.has_best:
-            self.best = math.inf  # the one that the checkpoint knows of is not here: the next validation writes another
+            self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
         with StopRequest() as stop:
             micro_step = self._micro_step()
             self.recorder = MetricsRecorder(
@@ -148,7 +148,7 @@ class Trainer:
         """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is)."""
         settings, parts, held_out = self.settings, self.parts, self.parts.data.held_out
         rows = settings.batch_size
-        self.recorder.settle()
+        self.recorder.flush()
         self.progress.hint("validating ...")
         calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
         loss, bpb = validation_loss(
@@ -170,7 +170,7 @@ class Trainer:
         self.recorder.resume_clock()
 
     def _payload(self) -> dict[str, Any]:
-        """Return everything that a run goes on from, and that generation needs."""
+        """Return everything that resuming and generation need."""
         parts = self.parts
         rng = {"cpu": torch.get_rng_state()}
         if parts.device.type == "cuda":
@@ -190,7 +190,7 @@ class Trainer:
         }
 
     def _finish(self) -> Path:
-        """Save final.pt, and show what the run has come to."""
+        """Save final.pt, and show the result of the run."""
         path = self.parts.folder.finish(self._payload())
         if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
             self._show_validation()
@@ -201,7 +201,7 @@ class Trainer:
     def _sample(self) -> None:
         """Show a text that the model writes."""
         settings, parts = self.settings, self.parts
-        self.recorder.settle()
+        self.recorder.flush()
         self.progress.hint("writing a sample ...")
         text = sample_text(
             parts.model,

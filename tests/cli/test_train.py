@@ -53,9 +53,9 @@ def test_the_help_tells_the_true_defaults():
     for action in parser._actions:
         default = getattr(TrainSettings(), action.dest, None)
         if default not in (None, False, {}) and action.metavar != "DIR":
-            told = action.help.partition("(default: ")[2].rstrip(")")
-            assert told, action.dest
-            assert told == default if isinstance(default, str) else float(told) == default
+            said = action.help.partition("(default: ")[2].rstrip(")")
+            assert said, action.dest
+            assert said == default if isinstance(default, str) else float(said) == default
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 @pytest.mark.parametrize("length", [40, 201])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length):
-    """In answers and gradients, given the same: between whole passes rounding would turn some choices of crystals."""
+    """Outputs and gradients, for the same inputs: in whole passes rounding would change some choices of crystals."""
     at_work(model).cuda().compute_dtype = dtype
     calls = []
 
@@ -226,12 +226,12 @@ def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length)
 def results(function, module, given):
     """What a part returns, and gradients of states and parameters."""
     given = [each.detach().requires_grad_() if is_state(each) else each for each in given]
-    answers = [answer for answer in states(function(*given)) if answer.requires_grad]
+    outputs = [output for output in states(function(*given)) if output.requires_grad]
     torch.manual_seed(0)
-    slopes = [torch.randn_like(answer) for answer in answers]
+    output_gradients = [torch.randn_like(output) for output in outputs]
     wanted = [each for each in given if is_state(each)] + list(module.parameters())
-    gradients = torch.autograd.grad(answers, wanted, slopes, retain_graph=True, allow_unused=True)
-    return answers + [gradient for gradient in gradients if gradient is not None]
+    gradients = torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True, allow_unused=True)
+    return outputs + [gradient for gradient in gradients if gradient is not None]
 
 
 def is_state(value):
@@ -304,7 +304,7 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
 def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, tolerance, monkeypatch):
-    """Kernels, compiled and recorded parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
+    """Kernels, compiled and captured parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
     curves = []
     for fast in (False, True):
         if not fast:

@@ -61,7 +61,7 @@ def test_auto_is_the_newest_whole_one(run, tmp_path):
     assert start.notes[0] == f"skipped {tmp_path / 'step_8.pt'}: not whole"
 
 
-def test_changes_are_told(run):
+def test_changes_are_reported(run):
     start = started(resume=str(run / "step_4.pt"), lr=1e-3, max_steps=20, optimizer="adamw", seq_len=32)
     assert start.notes[1:] == [
         "changed max_steps: 8 -> 20",

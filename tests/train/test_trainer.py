@@ -74,7 +74,7 @@ def test_the_metrics_tell_each_step_and_validation_once(finished):
 def test_the_output_begins_and_ends_as_promised(finished):
     out, text = finished
     lines = text.splitlines()
-    assert lines[0].startswith("nano: 0.0 M parameters; 64 tokens a step; ")
+    assert lines[0].startswith("nano: 0.0 M parameters; 64 tokens per step; ")
     assert "8 steps in about" in lines[0]
     assert lines[1] == "on a CPU: --grad_accum 1 instead of 16, not compiled; explicit flags win"
     assert [line.split()[1] for line in lines if "tokens/s" in line] == ["2/8", "4/8", "6/8", "8/8"]
@@ -326,6 +326,6 @@ def test_a_cpu_does_not_compile(data, tmp_path):
 
 def test_explicit_settings_win_on_a_cpu(data, tmp_path):
     _, text = small_run(data, tmp_path, grad_accum=3, compile=False, threads=1, max_steps=1)
-    assert "192 tokens a step" in text
+    assert "192 tokens per step" in text
     assert "on a CPU" not in text
     assert small_settings(data, tmp_path).grad_accum is None
