@@ -21,18 +21,19 @@ from lepton.config import LeptonConfig
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
-from lepton.evals.calibration import fit_temperature, measure_uncertainty
+from lepton.evals.calibration import calibrate, fit_temperature
+from lepton.evals.positions import calibration_batches, evaluation_batches
+from lepton.evals.reliability import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
-from lepton.model import objective
-from lepton.model.parameters import initialise
+from lepton.model.ideas import thoughts
+from lepton.model.parameters import FEED, initialise
 from lepton.model.size_config import count_params, size_config, widened
-from lepton.train import hardware, optimizer, thinking
-from lepton.train.calibration import calibrate, calibration_batches, evaluation_batches
+from lepton.runtime.device import pick_dtype
+from lepton.train.assembly import token_counts
+from lepton.train.batch_plan import plan_batch
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
 from lepton.train.schedule import lr_scale
-from lepton.train.setup import token_counts
-from lepton.train.thinking import plan_thoughts
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "complete": {},
@@ -64,7 +65,14 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
         self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
-        self.model.compute_dtype = hardware.pick_dtype("auto", torch.device(self.device))
+        self.model.compute_dtype = pick_dtype("auto", torch.device(self.device))
+        weights = {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
+        for idea in self.model.ideas.values():
+            idea.loss_weights = {name: weights.get(name, value) for name, value in idea.loss_weights.items()}
+            idea.declares = {
+                name: entry.but(rate=arguments.feeds_rate) if entry is FEED else entry
+                for name, entry in idea.declares.items()
+            }
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
         self.findings: dict[str, Any] = {
@@ -101,10 +109,10 @@ class Run:
     def step(self, micro_step: MicroStep, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor,
              step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """One optimizer step; returns the cross-entropy and the norm of the trunk's gradient, on the device."""
-        think, groups = plan_thoughts(self.model, tokens, self.arguments.seed, step, 0)
+        think, groups = plan_batch(self.model, tokens, self.arguments.seed, step, 0)
         micro_step(tokens, lengths, think, groups, 1.0)
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        norm = optimizers.step(scale, grad_clip=1.0, recordings=micro_step.recordings)
+        norm = optimizers.step(scale, grad_clip=1.0, graphs=micro_step.graphs)
         return micro_step.take_figures()["loss"], norm
 
     def synchronize(self) -> None:
@@ -218,7 +226,12 @@ def read_arguments() -> argparse.Namespace:
     add("--lr", type=float, default=6e-4)
     add("--muon_lr", type=float, default=0.02)
     add("--weight_decay", type=float, default=0.1)
-    add("--feeds_rate", type=float, default=optimizer.FEEDS_RATE, help="share of Muon's at which memory and hint feed")
+    add(
+        "--feeds_rate",
+        type=float,
+        default=FEED.rate,
+        help="share of Muon's rate for the feeds of deep blocks",
+    )
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
@@ -226,7 +239,7 @@ def read_arguments() -> argparse.Namespace:
         "--rounds",
         type=int,
         nargs="+",
-        default=thinking.ROUNDS,
+        default=thoughts.TRAINING_ROUNDS,
         help="what rounds of thinking are drawn from; more than 2 for one row in 8 at most",
     )
     add("--change", nargs="+", default=[], metavar="FIELD=N", help="fields of the configuration to change")
@@ -242,9 +255,7 @@ def read_arguments() -> argparse.Namespace:
     if arguments.smoke:
         arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
         arguments.eval_batches = 1
-    thinking.ROUNDS = tuple(arguments.rounds)
-    optimizer.FEEDS_RATE = arguments.feeds_rate
-    objective.WEIGHTS |= {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
+    thoughts.TRAINING_ROUNDS = tuple(arguments.rounds)
     return arguments
 
 

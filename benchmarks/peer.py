@@ -16,7 +16,7 @@ from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model.size_config import WIDTH_STEP, count_params, size_config
 from lepton.ops.query_blocks import computed_pairs
-from lepton.train import hardware
+from lepton.runtime.device import pick_dtype
 
 VARIANTS = {
     "peer": "as wide and as deep as LEPTON, and of as many parameters",
@@ -99,7 +99,7 @@ class PeerTraining:
         ).to(device)
         self.model: nn.Module = model.train()
         self.parameters = list(self.model.parameters())
-        self.dtype = hardware.pick_dtype("auto", device)
+        self.dtype = pick_dtype("auto", device)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     @property

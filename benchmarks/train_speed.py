@@ -32,16 +32,16 @@ from benchmarks.ideas import VARIANTS
 from lepton.api import Lepton
 from lepton.errors import InputError, nearest
 from lepton.model.size_config import size_config
-from lepton.train import hardware
-from lepton.train.flops import training_flops_per_token
+from lepton.runtime.device import device_name, keep_freed_memory, peak_flops, pick_device, pick_dtype, synchronize
+from lepton.train.batch_plan import plan_batch
+from lepton.train.cost import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
-from lepton.train.thinking import plan_thoughts
 
 WAYS = {
-    "plain": {"compiled": False, "recorded": False},
-    "recorded": {"compiled": False, "recorded": True},
-    "compiled": {"compiled": True, "recorded": True},
+    "plain": {"compiled": False, "captured": False},
+    "recorded": {"compiled": False, "captured": True},
+    "compiled": {"compiled": True, "captured": True},
 }
 
 STEPS_GPU = 4
@@ -69,11 +69,11 @@ class LeptonTraining:
         self.way, self.tokens_BX, self.accumulate = way, tokens_BX, accumulate
         self.lengths_B = torch.full((len(tokens_BX),), tokens_BX.shape[1])
         self.model = Lepton(size_config(size, **VARIANTS[variant])).to(device).train()
-        self.model.compute_dtype = hardware.pick_dtype("auto", device)
+        self.model.compute_dtype = pick_dtype("auto", device)
         if self.model.idea("drafter") is not None:
             self.model.idea("drafter").ids.copy_(torch.arange(len(self.model.idea("drafter").ids)))
         self.optimizers = Optimizers(
-            self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=WAYS[way]["recorded"]
+            self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, captured=WAYS[way]["captured"]
         )
 
     @property
@@ -93,10 +93,10 @@ class LeptonTraining:
     def step(self, index: int) -> None:
         """One optimizer step."""
         for micro in range(self.accumulate):
-            think, groups = plan_thoughts(self.model, self.tokens_BX, 0, index, micro)
+            think, groups = plan_batch(self.model, self.tokens_BX, 0, index, micro)
             self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
         self.micro_step.take_figures()
-        self.optimizers.step(1.0, 1.0, self.micro_step.recordings)
+        self.optimizers.step(1.0, 1.0, self.micro_step.graphs)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Runner:
         begun = time.perf_counter()
         self.training = case.training(accumulate, device)
         self.training.prepare()
-        hardware.synchronize(device)
+        synchronize(device)
         self.prepared = time.perf_counter() - begun
         self.step(1)
         self.peak = torch.cuda.max_memory_allocated() - before if on_gpu else None
@@ -172,14 +172,14 @@ class Runner:
         begun = time.perf_counter()
         for each in range(steps):
             self.training.step(steps * index + each)
-        hardware.synchronize(self.device)
+        synchronize(self.device)
         return (time.perf_counter() - begun) / steps
 
     def found(self) -> Found:
         median = statistics.median(self.seconds)
         tokens = self.case.rows * self.case.length * self.accumulate
         flops = self.training.flops_per_token(self.case.length) * tokens
-        peak = hardware.peak_flops(self.device)
+        peak = peak_flops(self.device)
         return {
             "case": self.case.name,
             "way": self.case.way,
@@ -273,8 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N kernels that take longest")
     parser.add_argument("--fresh_memory", action="store_true", help="on a CPU, leave the allocator as it is")
     chosen = parser.parse_args(arguments)
-    device = hardware.pick_device(None)
-    kept = device.type == "cpu" and not chosen.fresh_memory and hardware.keep_freed_memory()
+    device = pick_device(None)
+    kept = device.type == "cpu" and not chosen.fresh_memory and keep_freed_memory()
     try:
         cases = [Case.read(name, device) for name in chosen.cases]
     except InputError as error:
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     about: Found = {"memory_kept": kept, "torch": torch.__version__}
     if any(case.variant in peer.VARIANTS for case in cases):
         about["transformers"] = peer.load_transformers().__version__
-    print(json.dumps({"device": hardware.describe(device), **about, "cases": found}), flush=True)
+    print(json.dumps({"device": device_name(device), **about, "cases": found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ LONGEST = 800
 class InputError(ValueError):
     """A value from outside (a flag, a file, an argument) that cannot be used.
 
-    The message is one line that names the value and the mend. The command line prints it as
+    The message is one line that names the value and the fix. The command line prints it as
     ``error: ...`` and leaves with exit code 2; in Python it is an ordinary ``ValueError``.
     """
 

@@ -8,10 +8,11 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import without
-from lepton.train.calibration import calibrate, calibration_batches
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
+from lepton.train.assembly import token_counts
+from lepton.train.batch_plan import plan_batch
 from lepton.train.optimizer import Optimizers
-from lepton.train.setup import token_counts
-from lepton.train.thinking import plan_thoughts
 
 STEPS, ROWS, LENGTH = 100, 4, 96
 
@@ -31,7 +32,7 @@ def trained(tmp_path_factory):
     optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1)
     for step in range(STEPS):
         batch = data.batch(step, batch_size=ROWS)
-        think, _ = plan_thoughts(model, batch.tokens, 0, step, 0)
+        think, _ = plan_batch(model, batch.tokens, 0, step, 0)
         model.loss(batch.tokens, lengths=batch.lengths, think=think).loss.backward()
         optimizers.step(min(1.0, (step + 1) / 10, (STEPS - step) / 40), 1.0)
     held_out = ShardedDataset(folder, split="val", seq_len=384, **common)

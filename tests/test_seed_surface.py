@@ -130,7 +130,7 @@ def checkpoint_of(path):
 
 def test_basic_training_leaves_checkpoints_that_resume_with_the_tokenizer_beside_them(folder):
     out = python_train(folder, BASIC, f"--save_every 1 --data_dir data {SHORTER} {NARROWER}")
-    assert "1,024 tokens a step" in out, "2 windows of 16 tokens, 32 times"
+    assert "1,024 tokens per step" in out, "2 windows of 16 tokens, 32 times"
     final = checkpoint_of(folder / "checkpoints" / "final.pt")
     assert final["step"] == 1
     assert final["size"] == "tiny"

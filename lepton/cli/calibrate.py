@@ -5,15 +5,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
+from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.figures import SCORES, legend
-from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.loading import add_loading, load
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
+    from lepton.evals.calibration import Calibration
+    from lepton.evals.positions import Outcomes
     from lepton.model import Network
-    from lepton.train.calibration import Calibration, Outcomes
 
 MEASURED = ("ece", "brier", "auroc")
 LABELS = SCORES | {"deep_at_half": "tokens that go deep at depth 0.5"}
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     Nothing is written where the second half got worse.
     """
     share_the_cores()
-    from lepton.train.calibration import MIN_TOKENS, calibrate, calibration_batches, collect, evaluation_batches
+    from lepton.evals.calibration import MIN_TOKENS, calibrate
+    from lepton.evals.positions import calibration_batches, collect_outcomes, evaluation_batches
 
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
     model, tokenizer, step = load(args)
@@ -60,16 +62,16 @@ def run(args: argparse.Namespace) -> int:
     if args.max_tokens < least:
         raise InputError(f"--max_tokens {args.max_tokens}: must be at least {least:,}, or with --force at least 1")
     batches = [half(windows, args.batch_size, args.max_tokens) for half in (calibration_batches, evaluation_batches)]
-    seen = collect(model, batches[1], args.max_tokens)
-    before = figures(model, seen)
+    outcomes = collect_outcomes(model, batches[1], args.max_tokens)
+    before = figures(model, outcomes)
     fitted = calibrate(model, batches[0], args.max_tokens, min_tokens=least)
-    counts = fitted.tokens, len(seen.wrong_N)
+    counts = fitted.tokens, len(outcomes.wrong_N)
     if min(counts) < least:
         raise InputError(
             f"{what}: {counts[0]:,} tokens to fit on and {counts[1]:,} others to measure, where calibration needs "
             f"{MIN_TOKENS:,} of each; {args.checkpoint} is unchanged: name more held-out text with --data_dir"
         )
-    after = figures(model, seen)
+    after = figures(model, outcomes)
     faults = worse(before, after)
     out = args.out or args.checkpoint
     written = args.force or not faults
@@ -114,18 +116,18 @@ def lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def figures(model: "Network", seen: "Outcomes") -> dict[str, float | None]:
-    """Return what `model`'s present calibration makes of `seen`; None for a figure that is not defined."""
+def figures(model: "Network", outcomes: "Outcomes") -> dict[str, float | None]:
+    """Return the figures of `outcomes` under `model`'s present calibration; None for one that is not defined."""
     import torch
 
-    from lepton.evals.calibration import reliability
+    from lepton.evals.reliability import reliability
 
     table: dict[str, float | None] = {}
     if model.idea("uncertainty") is not None:
-        scores = reliability(model, seen).to_dict()["scores"]["uncertainty"]
+        scores = reliability(model, outcomes).to_dict()["scores"]["uncertainty"]
         table |= {name: scores[name] for name in MEASURED}
-    if model.idea("router") is not None and seen.benefit_N is not None:
-        deep_N = seen.benefit_N > model.idea("router").threshold(0.5).item()
+    if model.idea("router") is not None and outcomes.router_score_N is not None:
+        deep_N = outcomes.router_score_N > model.idea("router").threshold(0.5).item()
         table["deep_at_half"] = deep_N.to(torch.float64).mean().item()
     return table
 

@@ -1,4 +1,4 @@
-"""`python -m lepton eval`: how well a checkpoint predicts text that it was not trained on, and how far it knows it."""
+"""`python -m lepton eval`: how well a checkpoint predicts held-out text, and how reliable its uncertainty is."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.cli import figures
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.heldout import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
+from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
 from lepton.cli.loading import add_loading, load
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 SIDE_TOKENS = 1 << 16
 """Tokens on which uncertainty and ablations are measured unless `--max_tokens` is given."""
 PROBE_TOKENS = 256
-"""Tokens whose time says how long the rest will take."""
-BYTES_A_TOKEN = 4
-"""Of text, for that estimate."""
+"""Tokens from whose time that of the rest is estimated."""
+BYTES_PER_TOKEN = 4
+"""Bytes of text per token, for that estimate."""
 MAX_PROMPTS = 1024
 """Most prompts of `--speculation`: all run side by side."""
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print nats a token, bits a byte, mean depth, how reliable the uncertainty is, and what else was asked for.
+    """Print nats per token, bits per byte, mean depth, the reliability of the uncertainty, and what flags ask for.
 
     Each part is printed as soon as it is known; with `--json` that goes to stderr.
     """
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS, speculation=MAX_PROMPTS)
     if args.text and args.data_dir:
         raise InputError(f"--text {args.text[0]} and --data_dir {args.data_dir}: give one of them")
-    # Files that are missing are said before the model is loaded.
+    # Missing files are reported before the model is loaded.
     open_files = _files(args)
     model, tokenizer, step = load(args)
     source = open_files(tokenizer) if open_files else _data_set(args, model, tokenizer)
@@ -115,14 +115,14 @@ class Source:
     tokens: "Callable[[int | None], int]"
     """About how many tokens `batches` gives."""
     carry: bool
-    """Whether batches go on where the ones before ended, as those of text files do."""
+    """Whether batches continue those before, as those of text files do."""
     batches: "Callable[[int | None], Iterable[Batch]]"
     measured: "Callable[[int], Iterable[Batch]]"
-    """What a calibration has not seen."""
+    """Text on which calibration is measured."""
     fitted: "Callable[[int], Iterable[Batch]] | None"
-    """What a calibration may see; None where the text has no such part."""
+    """Text for fitting; None if the text has no such part."""
     prompts: "Callable[[int], Iterable[Batch]]"
-    """Takes a number of rows instead: at least so many, if there are, to begin texts with."""
+    """Takes a number of rows instead: gives at least that many if there are, as prompts."""
 
 
 def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
@@ -141,7 +141,7 @@ def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
             return document_batches(corpus.pieces(), tokenizer, tokens)
 
         def tokens(limit: int | None) -> int:
-            return min(corpus.size // BYTES_A_TOKEN + 1, limit or MAX_TOKENS)
+            return min(corpus.size // BYTES_PER_TOKEN + 1, limit or MAX_TOKENS)
 
         return Source(what, tokens, True, batches, batches, None, lambda rows: batches(None))
 
@@ -149,7 +149,7 @@ def _files(args: argparse.Namespace) -> "Callable[[Tokenizer], Source] | None":
 
 
 def _data_set(args: argparse.Namespace, model: "Network", tokenizer: "Tokenizer") -> Source:
-    from lepton.train.calibration import calibration_batches, evaluation_batches
+    from lepton.evals.positions import calibration_batches, evaluation_batches
 
     what, rows, halves = open_data_set(args, model, tokenizer, args.split)
 
@@ -170,9 +170,9 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs:
     from lepton.data.shards import Batch
     from lepton.evals.ablation import switches
     from lepton.evals.calibration import TEMPERATURE_TOKENS
+    from lepton.evals.positions import iterate_positions
     from lepton.evals.speculation import NEW_TOKENS, PROMPT_TOKENS, TEMPERATURES
-    from lepton.train.calibration import walk
-    from lepton.train.metrics import duration
+    from lepton.train.progress import duration
 
     side = source.tokens(args.max_tokens or SIDE_TOKENS)
     planned = source.tokens(args.max_tokens) + side
@@ -184,7 +184,7 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs:
         probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
         for _ in range(2):  # the first pass of a process is slower
             start = time.perf_counter()
-            found = sum(len(part.target_M) for part in walk(model, [probe], **knobs))
+            found = sum(len(part.target_M) for part in iterate_positions(model, [probe], **knobs))
             seconds = time.perf_counter() - start
     if found:
         rate = found / max(seconds, 1e-9)
@@ -196,8 +196,8 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs:
 
 
 def _uncertainty(args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
-    from lepton.evals.calibration import TEMPERATURE_TOKENS, fit_temperature, measure_uncertainty
-    from lepton.train.calibration import MIN_TOKENS
+    from lepton.evals.calibration import MIN_TOKENS, TEMPERATURE_TOKENS, fit_temperature
+    from lepton.evals.reliability import measure_uncertainty
 
     tokens = args.max_tokens or SIDE_TOKENS
     temperature = None

@@ -29,17 +29,17 @@ def prediction(report: dict[str, Any], seconds: float) -> list[str]:
     ]
 
 
-def uncertainty(doubt: dict[str, Any]) -> list[str]:
-    """How far each source of doubt can be trusted."""
+def uncertainty(report: dict[str, Any]) -> list[str]:
+    """Reliability of each source of chances."""
     lines = [
         "",
-        f"chance that the most likely token is wrong ({doubt['wrong']:.1%} are), on {doubt['tokens']:,} tokens",
+        f"chance that the most likely token is wrong ({report['wrong']:.1%} are), on {report['tokens']:,} tokens",
     ]
     lines.append(row("", list(SCORES.values())))
-    for source, scores in doubt["scores"].items():
+    for source, scores in report["scores"].items():
         lines.append(row(source, ["-" if scores[name] is None else f"{scores[name]:.4f}" for name in SCORES]))
-    if doubt["temperature"] is not None:
-        lines.append(f"(scaled at temperature {doubt['temperature']:.3f}, fitted on the other half of the split)")
+    if report["temperature"] is not None:
+        lines.append(f"(scaled at temperature {report['temperature']:.3f}, fitted on the other half of the split)")
     return lines + legend(*SCORES)
 
 

@@ -35,7 +35,7 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     from lepton import checkpoint
     from lepton.api import Lepton
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
-    from lepton.train.hardware import keep_freed_memory, pick_device, pick_dtype
+    from lepton.runtime.device import keep_freed_memory, pick_device, pick_dtype
 
     device = pick_device(args.device)
     if device.type == "cpu":

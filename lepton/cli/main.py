@@ -22,7 +22,7 @@ COMMANDS = {
 }
 """Each command is the module ``lepton.cli.<name>`` with ``add_arguments(parser)`` and ``run(args) -> int``.
 
-What needs torch is imported inside ``run``, so that help and mistakes in flags answer at once.
+What needs torch is imported inside ``run``, so that help and mistakes in flags appear at once.
 """
 
 BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 2, 130, 141

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         print_json({"out": str(Path(args.out)), **metadata})
         return 0
     documents, tokens, text_bytes = metadata["documents"], metadata["total_tokens"], metadata["text_bytes"]
-    print(f"{args.out}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes of text a token")
+    print(f"{args.out}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes of text per token")
     print("\n".join([_validation(metadata), *notes, _next_step(args, metadata)]))
     return 0
 

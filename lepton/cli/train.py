@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; being asked to stop (see `lepton.train.signals`) saves what was reached and gives 128 + the signal."""
     share_the_cores()
-    from lepton.train import train
     from lepton.train.signals import Interrupted
+    from lepton.train.trainer import train
 
     flags = vars(args)
     as_json = flags.pop("json", False)
@@ -83,7 +83,7 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=float, metavar="X", help="peak learning rate of AdamW (default: 6e-4)")
     add("--muon_lr", type=float, metavar="X", help="peak learning rate of Muon (default: 0.02)")
     add("--optimizer", choices=("muon", "adamw"), help="muon is Muon and AdamW; adamw is AdamW alone (default: muon)")
-    add("--weight_decay", type=float, metavar="X", help="matrices shrink by this x lr a step (default: 0.1)")
+    add("--weight_decay", type=float, metavar="X", help="matrices shrink by this x lr per step (default: 0.1)")
     add("--warmup_steps", type=int, metavar="N", help="steps of warm-up, at most max_steps / 10 (default: 500)")
     add("--cooldown", type=float, metavar="X", help="last share of the run in which the rates fall (default: 0.4)")
     add("--min_lr_ratio", type=float, metavar="X", help="share of the peak rates where they end (default: 0)")

@@ -1,7 +1,7 @@
-"""What each idea is worth at run time: the model's loss with the idea switched off, nothing retrained.
+"""Run-time ablation: the loss of a trained model with one idea switched off.
 
-The other parts were trained with the idea at hand, so this is how much the model uses it, not how good a model
-without it could be. How an idea is switched off is for the idea to say (`Idea.switches`).
+The other parts were trained together with the idea. So this measures how much the model uses it, and not how good a
+model trained without it would be. Each idea declares how it is switched off (`Idea.switches`).
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Held-out text: nats a token and bits a byte, over whole documents whose state is carried from chunk to chunk.
+"""Held-out text: nats per token and bits per byte, over whole documents whose state is carried from chunk to chunk.
 
 Shapes: M positions of a slice, V vocabulary.
 """
@@ -15,13 +15,13 @@ from lepton.data.shards import Batch
 from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
+from lepton.evals.positions import CHUNK, iterate_positions
 from lepton.model import Network
-from lepton.train.calibration import CHUNK, walk
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a model made of a text."""
+    """Totals over a text."""
 
     nats: float
     """Sum of -ln p over all predicted tokens, ends of documents included."""
@@ -44,7 +44,7 @@ class HeldOut:
 
     @property
     def mean_depth(self) -> float:
-        """Blocks that a token went through, on average."""
+        """Blocks per token, on average."""
         return self.blocks / self.tokens
 
 
@@ -69,7 +69,7 @@ def evaluate_documents(
 
 
 def document_batches(pieces: Iterable[Piece], tokenizer: Tokenizer, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Yield the documents as one row, CHUNK predictions at a time, for a `walk` with `carry`.
+    """Yield the documents as one row, CHUNK predictions at a time, for `iterate_positions` with `carry`.
 
     The model itself starts anew at a document's end.
     """
@@ -98,7 +98,7 @@ def evaluate(
     depth: float | None = None,
     think: int | None = None,
 ) -> HeldOut:
-    """Measure `model` on all positions of `batches`; `carry`, `depth` and `think` as in `walk`.
+    """Measure `model` on all positions of `batches`; `carry`, `depth` and `think` as in `iterate_positions`.
 
     Raises:
         InputError: there is nothing to predict.
@@ -106,7 +106,7 @@ def evaluate(
     bytes_V = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     bytes_V[: tokenizer.size] = torch.from_numpy(tokenizer.token_bytes())
     nats, tokens, text_bytes, blocks = 0.0, 0, 0, 0
-    for part in walk(model, batches, carry=carry, depth=depth, think=think):
+    for part in iterate_positions(model, batches, carry=carry, depth=depth, think=think):
         nats += cross_entropy(part.logits_MV, part.target_M, reduction="sum").item()
         tokens += len(part.target_M)
         text_bytes += int(bytes_V[part.target_M.cpu()].sum())

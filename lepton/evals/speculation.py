@@ -1,6 +1,6 @@
-"""How many tokens a step of speculative decoding gives on held-out prompts.
+"""Speculation: tokens per pass of the model when drafting, on held-out prompts.
 
-Greedy loops of a small model are easy to draft and flatter it, so temperature 1 stands beside temperature 0.
+Greedy text of a small model loops and is easy to draft, so temperature 1 is measured beside temperature 0.
 """
 
 from collections.abc import Iterable, Sequence

@@ -15,7 +15,7 @@ def flops_per_token(
 
     A multiply-add counts as two; only matrix products are counted. Attention counts every score that is computed,
     masked or not, as torch's FLOP counter does with the math backend (triangular solves count nothing there, and so
-    nothing here). `lepton.train.flops` counts a training step.
+    nothing here). `lepton.train.cost` counts a training step.
 
     Args:
         model: only its shapes are read.

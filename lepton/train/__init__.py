@@ -1,6 +1,4 @@
-"""Training: the loop and its parts, from a data set and a configuration to checkpoints that resume exactly."""
+"""Training, from a data set and a configuration to checkpoints that resume exactly.
 
-from lepton.train.settings import TrainSettings
-from lepton.train.trainer import train
-
-__all__ = ["TrainSettings", "train"]
+`from lepton.train.trainer import train` and `from lepton.train.settings import TrainSettings` are the way in.
+"""

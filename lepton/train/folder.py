@@ -6,7 +6,7 @@ from typing import Any
 
 from lepton import checkpoint
 from lepton.files import readable, remove_unfinished
-from lepton.train.metrics import BAD
+from lepton.train.metrics_log import BAD
 
 BEST, FINAL, METRICS = "best.pt", "final.pt", "metrics.jsonl"
 

@@ -1,8 +1,8 @@
-"""Forward and backward of micro-batches: as they are, compiled, or recorded on a GPU and replayed.
+"""Forward and backward of micro-batches: eager, compiled, or captured on a GPU and replayed.
 
-A GPU's host takes longer to launch the thousands of kernels of a micro-batch than the GPU to run them. So a
-micro-batch is run once, recorded as a CUDA graph, and from then on replayed in one launch. Compiled are the parts
-that the model repeats, each once, not the whole of it: a compiler's time grows with the size of the program.
+A GPU's host takes longer to launch the thousands of kernels of a micro-batch than the GPU to run them. So the first
+micro-batch of a shape is captured as a CUDA graph, which later ones replay in one launch. The parts that the model
+repeats are compiled, each once, and not the whole model: compile time grows with the size of the program.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lepton.model import Network
-from lepton.train.recording import Recordings
-from lepton.train.thinking import plan_thoughts
-from lepton.train.working_weights import WorkingWeights
+from lepton.runtime.cuda_graphs import CudaGraphs
+from lepton.train.batch_plan import plan_batch
+from lepton.train.mixed_precision import LowPrecisionCopies
 
 WARM_UP = 2
-"""Runs before the first recording of a shape, so that everything that is compiled or set up at first use is."""
+"""Runs of a shape before its first capture, so that compilation and setup at first use are done."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class MicroStep:
         model: Network,
         *,
         compiled: bool,
-        recorded: bool = True,
+        captured: bool = True,
         say: Callable[[str], None] = print,
     ) -> None:
         self._model = model
-        self._weights = WorkingWeights(model)
+        self._copies = LowPrecisionCopies(model)
         self._say = say
         self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
@@ -62,24 +62,24 @@ class MicroStep:
                 for module, name in compiled_parts(model)
             ]
         device = model.embed.weight.device
-        self.recordings = Recordings(device) if recorded and device.type == "cuda" else None
-        """Of micro-batches, by their shapes; None where nothing is recorded. Gradients and figures lie outside."""
+        self.graphs = CudaGraphs(device) if captured and device.type == "cuda" else None
+        """Of micro-batches, by their shapes; None without capture. Gradients and figures lie outside their memory."""
         self._places: dict[Any, Inputs] = {}
-        """Where the recording of a shape reads its inputs."""
+        """The tensors that the graph of a shape reads."""
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
     def prepare(self, batch_size: int, seq_len: int) -> None:
-        """Compile and record batches of this shape before the clock runs; where that fails, say why and do without."""
-        if not self._parts and self.recordings is None:
+        """Compile and capture batches of this shape before the clock runs; if that fails, say why and do without."""
+        if not self._parts and self.graphs is None:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         model, device = self._model, self._model.embed.weight.device
         tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
-        think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
+        think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
-        while self._parts or self.recordings is not None:
+        while self._parts or self.graphs is not None:
             try:
                 self(tokens, lengths, think, groups, share=0.0)
                 break
@@ -87,9 +87,9 @@ class MicroStep:
                 raise
             except Exception as error:  # in many ways; none of them should stop a run that works without
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                what = "compile" if self._parts else "record"
+                what = "compile" if self._parts else "capture"
                 self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
-                self.recordings = Recordings(device) if self._parts and self.recordings is not None else None
+                self.graphs = CudaGraphs(device) if self._parts and self.graphs is not None else None
                 self._parts = []
                 self._places.clear()
         for parameter in model.parameters():
@@ -103,21 +103,21 @@ class MicroStep:
         device = self._model.embed.weight.device
         given = (tokens, lengths, think, torch.tensor(share))
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
-        if self.recordings is None:
+        if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
         key = (tuple(tokens.shape), groups if any(idea.opens for idea in self._model.ideas.values()) else None)
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
-                self.recordings.clear()  # the first run of another shape needs the memory that they hold
+                self.graphs.clear()  # the first run of another shape needs the memory that they hold
                 self._places[key] = self._warmed_up(inputs, groups)
             place = self._places[key]
-            if key not in self.recordings:
+            if key not in self.graphs:
                 with self._compiled():
-                    self.recordings.record(key, lambda: self._run(place, groups))
+                    self.graphs.capture(key, lambda: self._run(place, groups))
             place.copy_(inputs)
-            self.recordings.replay(key)
+            self.graphs.replay(key)
 
     def take_figures(self) -> dict[str, Tensor]:
         """Return the sums of the loss terms since the last call, each weighted by its micro-batch's share."""
@@ -127,7 +127,7 @@ class MicroStep:
         return figures
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
-        with _products(self._model), self._weights.in_place():
+        with _products(self._model), self._copies.swapped_in():
             loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
@@ -137,7 +137,7 @@ class MicroStep:
         self._sums += terms * inputs.share
 
     def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
-        """Run a micro-batch of this shape without adding anything; return inputs that a recording can read."""
+        """Run a micro-batch of this shape without adding anything; return the inputs that its graph will read."""
         idle = Inputs(inputs.tokens_BX, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:

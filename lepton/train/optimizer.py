@@ -4,8 +4,8 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a
 orthogonal matrix. Its update has spectral norm sqrt(max(1, rows / columns)) x rate whatever the width, so one rate
 serves all sizes.
 
-A step of both is some hundred kernels, which a GPU's host takes longer to launch than the GPU to run. So there it is
-recorded as a CUDA graph, and replayed in one launch.
+A step of both is some hundred kernels, which a GPU's host takes longer to launch than the GPU to run. So on a GPU the
+step is captured as a CUDA graph and replayed in one launch.
 """
 
 import math
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lepton.errors import InputError, naming
 from lepton.model.parameters import Declared, declared
+from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.tensors import compare
-from lepton.train.recording import Recordings
 
 BETAS = (0.9, 0.95)
 EPS = 1e-10
@@ -94,12 +94,12 @@ def orthogonal(
 class Optimizers:
     """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
 
-    A matrix shrinks by weight_decay x lr a step under either optimizer; embedding and vectors do not decay. On a GPU
-    steps are recorded and replayed, unless `recorded` is False; their results are the same.
+    A matrix shrinks by weight_decay x lr per step under either optimizer; embedding and vectors do not decay. On a GPU
+    steps are captured and replayed, unless `captured` is False; their results are the same.
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float, recorded: bool = True
+        self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float, captured: bool = True
     ) -> None:
         muon, rest = split_parameters(model)
         if kind == "adamw":
@@ -126,18 +126,18 @@ class Optimizers:
             batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
             self._members["muon"] = batched
         self._peak = {"adamw": lr, "muon": muon_lr}
-        if on_gpu:  # rates lie there, recorded or not, so that both ways round them alike
+        if on_gpu:  # rates lie there, captured or not, so that both ways round them alike
             for member in self._members.values():
                 for group in member.param_groups:
                     group["lr"] = torch.zeros((), dtype=torch.float32, device=self._device)
-        self._record = recorded and on_gpu
-        self._own = Recordings(self._device)
+        self._capture = captured and on_gpu
+        self._own = CudaGraphs(self._device)
         self._state = object()
         """Stands for where the members' state lies."""
         self._asked: Hashable = None
         """The last update: its clipping, and where state and gradients lie."""
 
-    def step(self, scale: float, grad_clip: float, recordings: Recordings | None = None) -> Tensor:
+    def step(self, scale: float, grad_clip: float, graphs: CudaGraphs | None = None) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
 
         Returns the norm of the trunk's gradients before clipping.
@@ -145,7 +145,7 @@ class Optimizers:
         Args:
             scale: what the schedule says.
             grad_clip: norm to which gradients are clipped, the trunk's and the others' each on their own.
-            recordings: in whose memory an update is recorded too, such as `MicroStep.recordings`; None takes more.
+            graphs: those whose memory the update shares, such as `MicroStep.graphs`; None takes memory of its own.
         """
         for name, member in self._members.items():
             for group in member.param_groups:
@@ -154,12 +154,12 @@ class Optimizers:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-        norm = self._replayed(grad_clip, recordings or self._own) if self._record else None
+        norm = self._replayed(grad_clip, graphs or self._own) if self._capture else None
         return self._update(grad_clip) if norm is None else norm
 
     @torch.no_grad()
     def _update(self, grad_clip: float) -> Tensor:
-        """Update at the groups' rates; what `step` records."""
+        """Update at the groups' rates; `step` captures this."""
         norm = nn.utils.clip_grad_norm_(self._trunk, grad_clip)
         apart = nn.utils.clip_grad_norm_(self._auxiliary, grad_clip)
         for member in self._members.values():
@@ -169,32 +169,32 @@ class Optimizers:
         # What is not finite in either shows in what is returned, so that nothing goes on from it.
         return norm + 0 * apart
 
-    def _replayed(self, grad_clip: float, recordings: Recordings) -> Tensor | None:
-        """Replay an update, recorded where it was asked for the last time too; None where it is to run as it is.
+    def _replayed(self, grad_clip: float, graphs: CudaGraphs) -> Tensor | None:
+        """Replay an update, capturing it first if it is the same as the last one; None if it has to run eagerly.
 
-        It runs so whenever it differs from the last one, in `grad_clip` or in where state and gradients lie: that
-        creates state and loads kernels, which cannot happen while recording.
+        It runs eagerly whenever it differs from the last one, in `grad_clip` or in where state and gradients lie: that
+        creates state and loads kernels, which is impossible during a capture.
         """
         places = [None if each.grad is None else each.grad.data_ptr() for each in self._trunk + self._auxiliary]
         key = (self._state, grad_clip, *places)
-        if key not in recordings:
+        if key not in graphs:
             if key != self._asked:
                 self._asked = key
                 return None
             try:
-                recordings.record(key, lambda: self._update(grad_clip))
+                graphs.capture(key, lambda: self._update(grad_clip))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # in many ways; none of them should stop a run that works without
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
-                    f"cannot record the optimizers' step here ({reason}): going on without, which runs slower",
+                    f"cannot capture the optimizers' step here ({reason}): going on without, which runs slower",
                     RuntimeWarning,
                     stacklevel=3,
                 )
-                self._record = False
+                self._capture = False
                 return None
-        norm: Tensor = recordings.replay(key).clone()
+        norm: Tensor = graphs.replay(key).clone()
         return norm
 
     def state_dict(self) -> dict[str, Any]:

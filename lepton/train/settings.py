@@ -119,7 +119,7 @@ class TrainSettings:
         if tokens > MAX_STEP_TOKENS:
             raise InputError(
                 f"batch_size={self.batch_size} x grad_accum={self.grad_accum or 1} x seq_len={self.seq_len} are "
-                f"{tokens:,} tokens a step: must be at most {MAX_STEP_TOKENS:,}"
+                f"{tokens:,} tokens per step: must be at most {MAX_STEP_TOKENS:,}"
             )
         if self.threads is not None and self.threads > MAX_THREADS:
             raise InputError(f"threads={self.threads}: must be at most {MAX_THREADS}")

@@ -3,7 +3,7 @@
 - A run is a function of its settings: batches depend on seed and step alone, and a checkpoint holds the rest.
 - The loss of a step is the mean over all of its targets, however they are split into micro-batches.
 - The loop waits for the device only to report: losses stay there until then.
-- What is reported of a step is durable before its checkpoint is, so that a resumed run reports each step once.
+- The metrics of a step are durable before its checkpoint is, so that a resumed run reports each step once.
 """
 
 import math
@@ -17,20 +17,23 @@ from typing import Any, TextIO
 import torch
 
 from lepton.errors import InputError
-from lepton.train import hardware
-from lepton.train.calibration import calibrate, calibration_batches
-from lepton.train.flops import training_flops_per_token
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
+from lepton.train.assembly import Parts, assemble, make_room
+from lepton.train.batch_plan import plan_batch
+from lepton.train.cost import training_flops_per_token
 from lepton.train.lock import locked
-from lepton.train.metrics import Progress
+from lepton.train.messages import introduce, out_of_memory
+from lepton.train.metrics_recorder import MetricsRecorder
 from lepton.train.micro_step import MicroStep
-from lepton.train.recorder import Recorder
+from lepton.train.progress import Progress
+from lepton.train.sample import sample_text
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
-from lepton.train.setup import Parts, assemble, introduce, make_room, out_of_memory
 from lepton.train.signals import SIGPIPE, Interrupted, StopRequest
-from lepton.train.start import Start, begin, run_folder
-from lepton.train.thinking import plan_thoughts
-from lepton.train.validation import evaluate, idea_figures, sample_text
+from lepton.train.single_process import refuse_several_processes
+from lepton.train.starting_point import StartingPoint, find_starting_point, run_folder
+from lepton.train.validation import idea_figures, in_words, validation_loss
 
 CALIBRATION_TOKENS = 1 << 12
 """Held-out tokens that uncertainty and routing are fitted on, before each validation."""
@@ -49,13 +52,13 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
         InputError: a setting, a file or data that cannot be used, or a loss that is not finite.
         Interrupted: a signal came, or the reader of `stream` left; what was reached is saved.
     """
-    hardware.refuse_several_processes(os.environ)
+    refuse_several_processes(os.environ)
     progress = Progress(stream or sys.stdout)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     given = settings.changed() if given is None else given
     with locked(run_folder(settings, given), progress.say):
-        start = begin(settings, given)
+        start = find_starting_point(settings, given)
         try:
             return Trainer(start, progress).run()
         except torch.OutOfMemoryError as error:
@@ -67,7 +70,7 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
 class Trainer:
     """One run: its parts, where it stands, and the loop over steps."""
 
-    def __init__(self, start: Start, progress: Progress) -> None:
+    def __init__(self, start: StartingPoint, progress: Progress) -> None:
         self.parts: Parts = assemble(start)
         self.settings = self.parts.settings
         self.start = start
@@ -82,10 +85,10 @@ class Trainer:
         introduce(parts, self.start, self.progress.say)
         log = make_room(self.start, parts.folder, self.progress.say)
         if not parts.folder.has_best:
-            self.best = math.inf  # the one that the checkpoint knows of is not here: the next validation writes another
+            self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
         with StopRequest() as stop:
             micro_step = self._micro_step()
-            self.recorder = Recorder(
+            self.recorder = MetricsRecorder(
                 log,
                 self.progress,
                 parts.device,
@@ -120,12 +123,12 @@ class Trainer:
         settings, parts = self.settings, self.parts
         assert settings.grad_accum is not None
         batches = [
-            parts.corpus.train.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
+            parts.data.train.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
             for micro in range(settings.grad_accum)
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            think, groups = plan_thoughts(parts.model, batch.tokens, settings.seed, self.step, micro)
+            think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
             micro_step(batch.tokens, batch.lengths, think, groups, count / sum(counts))
             self.recorder.move(self.step + 1, (micro + 1) / settings.grad_accum)
         figures = micro_step.take_figures()
@@ -136,19 +139,21 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.recordings)
+        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
         figures["grad_norm"] = norm.float()
         self.step += 1
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
 
     def _validate(self) -> bool:
         """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is)."""
-        settings, parts, held_out = self.settings, self.parts, self.parts.corpus.held_out
+        settings, parts, held_out = self.settings, self.parts, self.parts.data.held_out
         rows = settings.batch_size
-        self.recorder.settle()
+        self.recorder.flush()
         self.progress.hint("validating ...")
         calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
-        loss, bpb = evaluate(parts.model, held_out, parts.tokenizer, batch_size=rows, limit=settings.eval_batches)
+        loss, bpb = validation_loss(
+            parts.model, held_out, parts.tokenizer, batch_size=rows, limit=settings.eval_batches
+        )
         ideas = idea_figures(parts.model, held_out, batch_size=rows)
         self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb, **ideas}
         self.recorder.note(self.validation)
@@ -165,7 +170,7 @@ class Trainer:
         self.recorder.resume_clock()
 
     def _payload(self) -> dict[str, Any]:
-        """Return everything that a run goes on from, and that generation needs."""
+        """Return everything that resuming and generation need."""
         parts = self.parts
         rng = {"cpu": torch.get_rng_state()}
         if parts.device.type == "cuda":
@@ -179,13 +184,13 @@ class Trainer:
             "optimizer": parts.optimizers.state_dict(),
             "rng": rng,
             "training": self.settings.to_dict(),
-            "data": parts.corpus.origin,
+            "data": parts.data.origin,
             "validation": self.validation,
             "best": self.best,
         }
 
     def _finish(self) -> Path:
-        """Save final.pt, and show what the run has come to."""
+        """Save final.pt, and show the result of the run."""
         path = self.parts.folder.finish(self._payload())
         if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
             self._show_validation()
@@ -196,11 +201,11 @@ class Trainer:
     def _sample(self) -> None:
         """Show a text that the model writes."""
         settings, parts = self.settings, self.parts
-        self.recorder.settle()
+        self.recorder.flush()
         self.progress.hint("writing a sample ...")
         text = sample_text(
             parts.model,
-            parts.corpus.held_out,
+            parts.data.held_out,
             parts.tokenizer,
             prompt=settings.sample_prompt,
             max_new_tokens=settings.sample_tokens,
@@ -215,22 +220,10 @@ class Trainer:
 
     def _show_validation(self) -> None:
         assert self.validation is not None
-        self.progress.say(readable(self.validation, self.parts.model.config.layers))
+        self.progress.say(in_words(self.validation, self.parts.model.config.layers))
 
     def _micro_step(self) -> MicroStep:
         settings = self.settings
         micro_step = MicroStep(self.parts.model, compiled=bool(settings.compile), say=self.progress.say)
         micro_step.prepare(settings.batch_size, settings.seq_len)
         return micro_step
-
-
-def readable(validation: dict[str, Any], layers: int) -> str:
-    """Return the figures of a validation in words; those of ideas that the model lacks are missing."""
-    ideas = {
-        "tokens_per_step": "{:.2f} tokens per model pass when drafting",
-        "mean_depth": f"{{:.1f}} of {layers} blocks per token",
-        "calibration_error": "chance of error misjudged by {:.1%} on average",
-    }
-    loss = f"validation loss {validation['val_loss']:.4f} nats per token, {validation['val_bpb']:.4f} bits per byte"
-    figures = [text.format(validation[name]) for name, text in ideas.items() if name in validation]
-    return f"step {validation['step']:,}: {'; '.join([loss, *figures])}"

@@ -1,26 +1,28 @@
-"""Looking at a model from outside: its loss on held-out data, and a sample of what it writes."""
+"""What a run measures on held-out data between its steps: the loss, and figures of the ideas."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
+from lepton.evals.positions import collect_outcomes, evaluation_batches
+from lepton.evals.reliability import calibration_error
 from lepton.generate.completion import complete
 from lepton.model import Network
-from lepton.train.calibration import calibration_error, collect, evaluation_batches
+from lepton.train.sample import beginning
 
-PROMPT_TOKENS = 16
 FIGURE_TOKENS, FIGURE_NEW_TOKENS = 1024, 32
 """Held-out tokens and new tokens that the ideas' figures are measured on."""
 
 
 @torch.no_grad()
-def evaluate(
+def validation_loss(
     model: Network, data: ShardedDataset, tokenizer: Tokenizer, *, batch_size: int, limit: int | None
 ) -> tuple[float, float]:
-    """Return the mean loss of `model` on `data` in nats a token, and the same in bits per byte of text.
+    """Return the mean loss of `model` on `data` in nats per token, and the same in bits per byte of text.
 
     Bits per byte counts the UTF-8 bytes of the predicted tokens, so it compares models with different tokenizers.
 
@@ -52,42 +54,35 @@ def evaluate(
 
 @torch.no_grad()
 def idea_figures(model: Network, data: ShardedDataset, *, batch_size: int) -> dict[str, float]:
-    """Return what the ideas do on held-out text, without those that `model` lacks.
+    """Return figures of the ideas on held-out text, without those of ideas that `model` lacks.
 
-    `mean_depth` is the mean number of blocks a token goes through and `tokens_per_step` what speculation gives, both in
-    one greedy continuation; `calibration_error` is that of the uncertainty.
+    `mean_depth` is the mean number of blocks per token and `tokens_per_step` that of tokens per pass when drafting,
+    both in one greedy continuation; `calibration_error` is that of the uncertainty.
     """
     figures: dict[str, float] = {}
     training = model.training
     model.eval()
     if model.idea("uncertainty") is not None:
-        outcomes = collect(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
-        assert outcomes.logit_N is not None
+        outcomes = collect_outcomes(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
+        assert outcomes.uncertainty_logit_N is not None
         scale, shift = model.idea("uncertainty").calibration.double().tolist()
-        chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
+        chance_N = torch.sigmoid(scale * outcomes.uncertainty_logit_N + shift)
         figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
     if model.idea("drafter") is not None:
-        stats = complete(model, _beginning(data), FIGURE_NEW_TOKENS, temperature=0.0).stats
+        stats = complete(model, beginning(data), FIGURE_NEW_TOKENS, temperature=0.0).stats
         figures["tokens_per_step"] = round(stats.tokens_per_step, 3)
         figures["mean_depth"] = round(stats.mean_depth, 3)
     model.train(training)
     return figures
 
 
-def sample_text(
-    model: Network, data: ShardedDataset, tokenizer: Tokenizer, *, prompt: str | None, max_new_tokens: int, seed: int
-) -> str:
-    """Return a prompt and what `model` continues it with; without a `prompt`, the beginning of `data`."""
-    ids = _beginning(data) if prompt is None else tokenizer.encode(prompt)
-    training = model.training
-    model.eval()
-    (ids,) = complete(model, [ids], max_new_tokens, seed=seed).rows
-    model.train(training)
-    return tokenizer.decode(ids)
-
-
-def _beginning(data: ShardedDataset) -> list[int]:
-    """Return the first tokens of `data`, at most PROMPT_TOKENS."""
-    tokens, lengths = next(data.batches(1))
-    ids: list[int] = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
-    return ids
+def in_words(validation: dict[str, Any], layers: int) -> str:
+    """Return the figures of a validation in words; those of ideas that the model lacks are missing."""
+    ideas = {
+        "tokens_per_step": "{:.2f} tokens per model pass when drafting",
+        "mean_depth": f"{{:.1f}} of {layers} blocks per token",
+        "calibration_error": "chance of error misjudged by {:.1%} on average",
+    }
+    loss = f"validation loss {validation['val_loss']:.4f} nats per token, {validation['val_bpb']:.4f} bits per byte"
+    figures = [text.format(validation[name]) for name, text in ideas.items() if name in validation]
+    return f"step {validation['step']:,}: {'; '.join([loss, *figures])}"

@@ -8,7 +8,8 @@ from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.cli.calibrate import worse
 from lepton.data.shards import ShardedDataset
-from lepton.train.calibration import calibrate, calibration_batches
+from lepton.evals.calibration import calibrate
+from lepton.evals.positions import calibration_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 from tests.laws.lab import build
 

@@ -11,9 +11,10 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
-from lepton.evals.calibration import brier, fit_temperature, measure_uncertainty
+from lepton.evals.calibration import fit_temperature
 from lepton.evals.heldout import evaluate, evaluate_documents
-from lepton.train.calibration import calibration_batches, evaluation_batches
+from lepton.evals.positions import calibration_batches, evaluation_batches
+from lepton.evals.reliability import brier, measure_uncertainty
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
 
 

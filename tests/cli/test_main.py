@@ -58,7 +58,7 @@ def test_version():
         (["eval", "--checkpoint", "x", "--split", "vall"], "unknown value 'vall'; did you mean 'val'?"),
     ],
 )
-def test_mistakes_are_one_line_with_the_mend(words, named):
+def test_mistakes_are_one_line_with_the_fix(words, named):
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -98,7 +98,7 @@ def test_subcommands_share_the_rules():
 
 
 class FakeCommand:
-    """A command module that ends as told."""
+    """A command module that ends as it is asked to."""
 
     def __init__(self, ending):
         self.ending = ending

@@ -49,7 +49,7 @@ def test_prepare_says_what_it_made(call: Call, notes: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert err == ""
     assert "data: 40 documents, " in out
-    assert "bytes of text a token" in out
+    assert "bytes of text per token" in out
     assert "skipped: 1 binary (photo.jpg)" in out
     assert "train on it: python -m lepton train --data_dir data" in out
     assert np.load("data/shard_00000.npy").shape[1] == 2048

@@ -9,7 +9,7 @@ import torch
 
 from lepton.cli import train as command
 from lepton.cli.arguments import Parser
-from lepton.train import TrainSettings
+from lepton.train.settings import TrainSettings
 from tests.cli.tiny import run
 from tests.train.small import SHAPE, write_data
 
@@ -53,9 +53,9 @@ def test_the_help_tells_the_true_defaults():
     for action in parser._actions:
         default = getattr(TrainSettings(), action.dest, None)
         if default not in (None, False, {}) and action.metavar != "DIR":
-            told = action.help.partition("(default: ")[2].rstrip(")")
-            assert told, action.dest
-            assert told == default if isinstance(default, str) else float(told) == default
+            said = action.help.partition("(default: ")[2].rstrip(")")
+            assert said, action.dest
+            assert said == default if isinstance(default, str) else float(said) == default
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
     def interrupted(settings, *, given, stream):
         raise Interrupted(15, "stopped at step 3, saved x; go on with --resume x")
 
-    monkeypatch.setattr("lepton.train.train", interrupted)
+    monkeypatch.setattr("lepton.train.trainer.train", interrupted)
     code, _, err = run("train", *words(data, tmp_path))
     assert (code, err) == (143, "stopped at step 3, saved x; go on with --resume x\n")
 
@@ -145,7 +145,7 @@ def test_waiting_threads_spin_for_a_moment_unless_the_user_wants_otherwise(data,
         name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
     monkeypatch.setattr("os.environ", environment | own)
-    monkeypatch.setattr("lepton.train.train", lambda settings, *, given, stream: tmp_path / "final.pt")
+    monkeypatch.setattr("lepton.train.trainer.train", lambda settings, *, given, stream: tmp_path / "final.pt")
     assert run("train", *words(data, tmp_path))[0] == 0
     found = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
     assert found == then

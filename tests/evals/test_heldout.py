@@ -10,9 +10,8 @@ from lepton.data.shards import Batch, ShardedDataset
 from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
-from lepton.evals import heldout
+from lepton.evals import heldout, positions
 from lepton.evals.heldout import evaluate, evaluate_documents
-from lepton.train import calibration
 from tests.cli.tiny import TEXT, small_bpe, tiny_model
 
 
@@ -36,7 +35,7 @@ def naive(model, rows):
 
 
 def set_chunk(monkeypatch, chunk):
-    for module in (calibration, heldout):
+    for module in (positions, heldout):
         monkeypatch.setattr(module, "CHUNK", chunk)
 
 
@@ -51,7 +50,7 @@ def stream_of(tokenizer):
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_documents_are_measured_whole_whatever_the_chunk(model, tokenizer, monkeypatch, chunk):
     set_chunk(monkeypatch, chunk)
-    monkeypatch.setattr(calibration, "POSITIONS", 5)
+    monkeypatch.setattr(positions, "SLICE", 5)
     pieces = [Piece(text, last=True) for text in DOCUMENTS]
     result = evaluate_documents(model, iter(pieces), tokenizer)
     row = stream_of(tokenizer)

@@ -1,4 +1,4 @@
-"""Tokens a cycle on held-out prompts."""
+"""Tokens per pass on held-out prompts."""
 
 import pytest
 import torch

@@ -19,8 +19,8 @@ from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lepton.generate.options import check_sampling
 from lepton.generate.sampling import probabilities
-from lepton.train import TrainSettings
-from lepton.train.start import begin
+from lepton.train.settings import TrainSettings
+from lepton.train.starting_point import find_starting_point
 from tests.fuzz.judge import not_finite
 from tests.fuzz.specimens import settings
 from tests.fuzz.values import hostile, same_kind, shown
@@ -133,7 +133,7 @@ def _data_set(world: World, _place: Path, batch_size: Any = 2, limit: Any = 2, *
 
 
 def _begin(world: World, place: Path, **changes: Any) -> Any:
-    start = begin(settings(world.folder, place / "out", **changes), changes.keys())
+    start = find_starting_point(settings(world.folder, place / "out", **changes), changes.keys())
     return start.config.to_dict()
 
 

@@ -15,7 +15,8 @@ import torch
 from lepton import checkpoint
 from lepton.data.prepare import prepare
 from lepton.data.tokenizer import Tokenizer
-from lepton.train import TrainSettings, train
+from lepton.train.settings import TrainSettings
+from lepton.train.trainer import train
 from tests.cli.tiny import TEXT
 from tests.train.small import SHAPE, small_settings, write_data
 

@@ -18,9 +18,9 @@ from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.files import parse_json, read_bytes
 from lepton.model.state import flatten
-from lepton.train.metrics import MetricsLog
-from lepton.train.setup import assemble
-from lepton.train.start import begin
+from lepton.train.assembly import assemble
+from lepton.train.metrics_log import MetricsLog
+from lepton.train.starting_point import find_starting_point
 from tests.cli.tiny import TEXT
 from tests.fuzz import specimens
 from tests.fuzz.judge import not_finite
@@ -66,20 +66,22 @@ def _from_checkpoint(_world: World, path: Path) -> Any:
 
 
 def _resume(world: World, path: Path) -> Any:
-    start = begin(specimens.settings(world.folder, path.parent / "out", resume=str(path), max_steps=9), {"max_steps"})
+    start = find_starting_point(
+        specimens.settings(world.folder, path.parent / "out", resume=str(path), max_steps=9), {"max_steps"}
+    )
     return _one_step(world, start)
 
 
 def _init_from(world: World, path: Path) -> Any:
     settings = specimens.settings(world.folder, path.parent / "out", model_size=None, overrides={}, init_from=str(path))
-    return _one_step(world, begin(settings, settings.changed()))
+    return _one_step(world, find_starting_point(settings, settings.changed()))
 
 
 def _one_step(_world: World, start: Any) -> Any:
     """Build what a run works with, and update once: what was read of the optimizers is used there."""
     parts = assemble(start)
     before = {"weights": _weights(parts.model), "optimizer": parts.optimizers.state_dict(), "step": start.step}
-    loss = parts.model.loss(parts.corpus.train.batch(start.step, batch_size=1).tokens).loss
+    loss = parts.model.loss(parts.data.train.batch(start.step, batch_size=1).tokens).loss
     loss.backward()
     parts.optimizers.step(1.0, 1.0)
     return before | {"after": _weights(parts.model)}

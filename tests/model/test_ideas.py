@@ -19,8 +19,8 @@ from lepton.model.ideas.idea import Given, Idea, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import FEED, MATRIX, declared
 from lepton.model.size_config import size_config
-from lepton.train.flops import training_flops_per_token
-from lepton.train.memory import predicted_bytes
+from lepton.train.cost import training_flops_per_token
+from lepton.train.memory_forecast import predicted_bytes
 from lepton.train.micro_step import compiled_parts
 from lepton.train.optimizer import split_parameters
 from tests.laws import test_1_causality as law_1

@@ -20,9 +20,9 @@ for module in pkgutil.walk_packages(lepton.__path__, "lepton."):
         importlib.import_module(module.name)
 from lepton.evals.ablation import ablate
 from lepton.api import create_lepton_nano
-from lepton.train.calibration import calibrate
-from lepton.train.flops import training_flops_per_token
-from lepton.train.memory import predicted_bytes
+from lepton.evals.calibration import calibrate
+from lepton.train.cost import training_flops_per_token
+from lepton.train.memory_forecast import predicted_bytes
 from lepton.train.optimizer import Optimizers
 torch.manual_seed(0)
 drafts = {} if "drafter" in sys.argv else {"drafter.vocab": 100}

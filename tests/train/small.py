@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lepton.data.tokenizer import Tokenizer
-from lepton.train import TrainSettings, train
+from lepton.data.shards import ShardedDataset
+from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from lepton.train.settings import TrainSettings
+from lepton.train.trainer import train
 from tests.cli.tiny import TEXT, small_bpe
 
 SHAPE = {
@@ -74,3 +76,9 @@ def metrics_of(out: Path) -> list[dict]:
     """The objects of metrics.jsonl without their speeds."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_s"} for line in lines]
+
+
+def opened(data, seq_len=50, split="val"):
+    """Return a split of `data` and its tokenizer."""
+    tokenizer = load_tokenizer(data / "tokenizer.json")
+    return ShardedDataset(data, seq_len=seq_len, seed=0, split=split, vocab_size=300), tokenizer

@@ -8,9 +8,10 @@ import pytest
 
 from lepton import checkpoint
 from lepton.errors import InputError
-from lepton.train import train, trainer
+from lepton.train import trainer
 from lepton.train.folder import RunFolder
 from lepton.train.signals import Interrupted
+from lepton.train.trainer import train
 from tests.train.small import Terminal, metrics_of, small_run, small_settings
 
 
@@ -51,7 +52,7 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run_that_was_to_outlive_it(data
     assert metrics_of(tmp_path) == metrics_of(finished)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "sample_text"])
+@pytest.mark.parametrize("name", ["validation_loss", "sample_text"])
 def test_a_signal_in_a_validation_or_a_sample_saves_after_it(data, finished, tmp_path, monkeypatch, name):
     function = getattr(trainer, name)
     calls = iter("12345")
@@ -86,7 +87,7 @@ def test_a_signal_during_the_save_of_the_best_names_no_file_that_is_not_there(da
 
 
 def test_a_full_disk_while_metrics_are_written_is_one_line(data, tmp_path, monkeypatch):
-    sync = trainer.Recorder.sync
+    sync = trainer.MetricsRecorder.sync
     calls = iter("12345")
 
     def full(*args):
@@ -97,7 +98,7 @@ def test_a_full_disk_while_metrics_are_written_is_one_line(data, tmp_path, monke
             monkeypatch.setattr("os.fsync", full)
         sync(self)
 
-    monkeypatch.setattr(trainer.Recorder, "sync", synced)
+    monkeypatch.setattr(trainer.MetricsRecorder, "sync", synced)
     with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: No space left on device; "):
         small_run(data, tmp_path)
     assert checkpoint.load(tmp_path / "step_4.pt")["step"] == 4

@@ -8,9 +8,9 @@ from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
+from lepton.train.batch_plan import plan_batch
 from lepton.train.micro_step import MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
-from lepton.train.thinking import plan_thoughts
 from tests.ops.devices import force
 from tests.train.small import SHAPE
 
@@ -199,7 +199,7 @@ def test_a_full_gpu_is_no_missing_compiler(model, monkeypatch):
 @pytest.mark.parametrize("length", [40, 201])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length):
-    """In answers and gradients, given the same: between whole passes rounding would turn some choices of crystals."""
+    """Outputs and gradients, for the same inputs: in whole passes rounding would change some choices of crystals."""
     at_work(model).cuda().compute_dtype = dtype
     calls = []
 
@@ -209,7 +209,7 @@ def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length)
     for module, name in compiled_parts(model):
         setattr(module, name, kept(module, getattr(module, name)))
     tokens = torch.randint(1, 300, (4, length + 1), generator=torch.Generator().manual_seed(0))
-    _, groups = plan_thoughts(model, tokens, 0, 0, 0)
+    _, groups = plan_batch(model, tokens, 0, 0, 0)
     lengths = torch.full((4,), length + 1, device="cuda")
     model.loss(tokens.cuda(), lengths=lengths, think=THINK.cuda(), groups=groups)
     assert len(calls) == len(compiled_parts(model))
@@ -226,12 +226,12 @@ def test_a_compiled_part_equals_itself_as_it_is(model, dtype, tolerance, length)
 def results(function, module, given):
     """What a part returns, and gradients of states and parameters."""
     given = [each.detach().requires_grad_() if is_state(each) else each for each in given]
-    answers = [answer for answer in states(function(*given)) if answer.requires_grad]
+    outputs = [output for output in states(function(*given)) if output.requires_grad]
     torch.manual_seed(0)
-    slopes = [torch.randn_like(answer) for answer in answers]
+    output_gradients = [torch.randn_like(output) for output in outputs]
     wanted = [each for each in given if is_state(each)] + list(module.parameters())
-    gradients = torch.autograd.grad(answers, wanted, slopes, retain_graph=True, allow_unused=True)
-    return answers + [gradient for gradient in gradients if gradient is not None]
+    gradients = torch.autograd.grad(outputs, wanted, output_gradients, retain_graph=True, allow_unused=True)
+    return outputs + [gradient for gradient in gradients if gradient is not None]
 
 
 def is_state(value):
@@ -254,8 +254,8 @@ def states(value):
 def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, checkpointing):
     """A micro-batch of other values than the recorded one, twice, and gradients that were there before."""
     at_work(model).cuda().compute_dtype = dtype
-    _, groups = plan_thoughts(model, LONG, 0, 0, 0)
-    plain = MicroStep(model, compiled=compiled, recorded=False, say=strictly)
+    _, groups = plan_batch(model, LONG, 0, 0, 0)
+    plain = MicroStep(model, compiled=compiled, captured=False, say=strictly)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     for share in (0.25, 0.75):
@@ -281,9 +281,9 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
     model.cuda()
     tokens = torch.randint(1, 300, (128, 201), generator=torch.Generator().manual_seed(0))
     lengths = torch.full((128,), 201)
-    think, groups = plan_thoughts(model, tokens, 0, 0, 0)
+    think, groups = plan_batch(model, tokens, 0, 0, 0)
     shapes = [4 * groups, groups, 2 * groups, 4 * groups, groups]
-    plain = MicroStep(model, compiled=False, recorded=False)
+    plain = MicroStep(model, compiled=False, captured=False)
     for each in shapes:
         plain(tokens, lengths, think, each, 0.2)
     expected, figures = gradients(model), plain.take_figures()
@@ -304,7 +304,7 @@ def test_another_shape_works_in_the_memory_of_the_first(model):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
 def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, tolerance, monkeypatch):
-    """Kernels, compiled and recorded parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
+    """Kernels, compiled and captured parts, and plain PyTorch agree on the loss of a whole run, relative to it."""
     curves = []
     for fast in (False, True):
         if not fast:
@@ -316,15 +316,15 @@ def test_twenty_steps_with_all_that_is_fast_are_those_of_the_plain_way(dtype, to
         model = Lepton(LeptonConfig.from_dict(SHAPE)).cuda().train()
         model.compute_dtype = dtype
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
-        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, recorded=fast)
-        micro_step = MicroStep(model, compiled=fast, recorded=fast, say=strictly)
+        optimizers = Optimizers(model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, captured=fast)
+        micro_step = MicroStep(model, compiled=fast, captured=fast, say=strictly)
         micro_step.prepare(8, 200)
         curves.append([])
         for step in range(20):
             tokens = torch.randint(1, 300, (8, 201), generator=torch.Generator().manual_seed(step))
-            think, groups = plan_thoughts(model, tokens, 0, step, 0)
+            think, groups = plan_batch(model, tokens, 0, step, 0)
             micro_step(tokens, torch.full((8,), 201), think, groups, 1.0)
             curves[-1].append(micro_step.take_figures()["loss"].item())
-            optimizers.step(1.0, 1.0, micro_step.recordings)
-        assert (fast and optimizers._asked in micro_step.recordings) == fast
+            optimizers.step(1.0, 1.0, micro_step.graphs)
+        assert (fast and optimizers._asked in micro_step.graphs) == fast
     torch.testing.assert_close(curves[1], curves[0], rtol=tolerance, atol=0)

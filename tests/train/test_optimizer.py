@@ -5,9 +5,9 @@ import torch
 
 from lepton.api import Lepton, create_lepton
 from lepton.config import LeptonConfig
+from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train import optimizer
 from lepton.train.optimizer import Optimizers, split_parameters
-from lepton.train.recording import Recordings
 from tests.train.small import SHAPE
 
 EMBEDDING = ("embed.", "embed_up.", "head_down.")
@@ -206,17 +206,17 @@ def test_a_restored_state_keeps_the_new_rates():
 
 
 class Rerun:
-    """Stands in for `Recordings` where there is no GPU: runs the actions each time."""
+    """Stands in for `CudaGraphs` where there is no GPU: runs the actions each time."""
 
     def __init__(self, device=None):
-        self.actions, self.recorded, self.replays = {}, 0, 0
+        self.actions, self.captured, self.replays = {}, 0, 0
 
     def __contains__(self, key):
         return key in self.actions
 
-    def record(self, key, action):
+    def capture(self, key, action):
         self.actions[key] = action
-        self.recorded += 1
+        self.captured += 1
 
     def replay(self, key):
         self.replays += 1
@@ -232,18 +232,18 @@ def noisy_gradients(model, seed):
         parameter.grad.copy_(torch.randn(parameter.shape, generator=noise) / 100)
 
 
-def test_a_step_is_recorded_the_second_time_in_a_row():
-    model, twin, recordings = small_model(), small_model(), Rerun()
+def test_a_step_is_captured_the_second_time_in_a_row():
+    model, twin, graphs = small_model(), small_model(), Rerun()
     optimizers, plain = optimizers_of(model), optimizers_of(twin)
-    optimizers._record = True
+    optimizers._capture = True
     made_and_replayed = []
 
     def step(clip=1.0):
         for which in (model, twin):
             noisy_gradients(which, len(made_and_replayed))
-        norm, expected = optimizers.step(0.5, clip, recordings), plain.step(0.5, clip)
+        norm, expected = optimizers.step(0.5, clip, graphs), plain.step(0.5, clip)
         assert torch.equal(norm, expected)
-        made_and_replayed.append((recordings.recorded, recordings.replays))
+        made_and_replayed.append((graphs.captured, graphs.replays))
         return made_and_replayed[-1]
 
     assert [step() for _ in range(4)] == [(0, 0), (1, 1), (1, 2), (1, 3)]
@@ -253,51 +253,51 @@ def test_a_step_is_recorded_the_second_time_in_a_row():
     assert [step(clip=0.5) for _ in range(2)] == [(2, 5), (3, 6)]
     optimizers.load_state_dict(copy.deepcopy(optimizers.state_dict()))
     assert [step(clip=0.5) for _ in range(2)] == [(3, 6), (4, 7)]
-    recordings.actions.clear()
+    graphs.actions.clear()
     assert [step(clip=0.5) for _ in range(2)] == [(5, 8), (5, 9)], "nothing that it rests on has changed"
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_gradient_that_comes_later_gets_its_state_before_it_is_recorded():
-    model, recordings = small_model(), Rerun()
+def test_a_gradient_that_comes_later_gets_its_state_before_it_is_captured():
+    model, graphs = small_model(), Rerun()
     optimizers = optimizers_of(model)
-    optimizers._record = True
+    optimizers._capture = True
     noisy_gradients(model, 0)
     late = model.stem[0].mlp.up.weight
     gradient, late.grad = late.grad, None
     for _ in range(2):
-        optimizers.step(1.0, 1.0, recordings)
-    assert recordings.recorded == 1
+        optimizers.step(1.0, 1.0, graphs)
+    assert graphs.captured == 1
     assert not optimizers._members["muon"].state[late]
     late.grad = gradient
-    optimizers.step(1.0, 1.0, recordings)
-    assert recordings.recorded == 1
+    optimizers.step(1.0, 1.0, graphs)
+    assert graphs.captured == 1
     assert optimizers._members["muon"].state[late]
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_on_a_cpu_nothing_is_recorded_and_rates_are_numbers(monkeypatch, recorded):
-    monkeypatch.setattr(Recordings, "record", lambda *_: pytest.fail("recorded"))
+@pytest.mark.parametrize("captured", [False, True])
+def test_on_a_cpu_nothing_is_captured_and_rates_are_numbers(monkeypatch, captured):
+    monkeypatch.setattr(CudaGraphs, "capture", lambda *_: pytest.fail("captured"))
     model = small_model()
-    optimizers = optimizers_of(model, recorded=recorded)
+    optimizers = optimizers_of(model, captured=captured)
     train_some(model, optimizers, 3)
     rates = [group["lr"] for member in optimizers._members.values() for group in member.param_groups]
     assert all(isinstance(rate, float) for rate in rates)
 
 
-def test_where_recording_fails_it_says_so_once_and_goes_on(monkeypatch):
+def test_where_capturing_fails_it_says_so_once_and_goes_on(monkeypatch):
     def failing(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
 
-    monkeypatch.setattr(Recordings, "record", failing)
+    monkeypatch.setattr(CudaGraphs, "capture", failing)
     model = small_model()
     optimizers = optimizers_of(model)
-    optimizers._record = True
+    optimizers._capture = True
     noisy_gradients(model, 0)
     optimizers.step(1.0, 1.0)
     noisy_gradients(model, 1)
-    with pytest.warns(RuntimeWarning, match=r"cannot record .* \(operation not permitted .* capturing\): going on"):
+    with pytest.warns(RuntimeWarning, match=r"cannot capture .* \(operation not permitted .* capturing\): going on"):
         norm = optimizers.step(1.0, 1.0)
     assert norm > 0
     for _ in range(3):
@@ -305,27 +305,27 @@ def test_where_recording_fails_it_says_so_once_and_goes_on(monkeypatch):
     assert optimizers._members["adamw"].state[model.embed.weight]["step"] == 5
 
 
-def test_a_full_gpu_is_no_failing_recording(monkeypatch):
+def test_a_full_gpu_is_no_failing_capture(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Recordings, "record", full)
+    monkeypatch.setattr(CudaGraphs, "capture", full)
     model = small_model()
     optimizers = optimizers_of(model)
-    optimizers._record = True
+    optimizers._capture = True
     noisy_gradients(model, 0)
     optimizers.step(1.0, 1.0)
     with pytest.raises(torch.OutOfMemoryError):
         optimizers.step(1.0, 1.0)
 
 
-def noisy_run(kind, recorded, device):
+def noisy_run(kind, captured, device):
     """Five steps at changing rates; then other clipping, then a state of before, then a gradient that lies elsewhere.
 
     Returns the norms, whether a step was replayed, and what came out.
     """
     model = small_model().to(device)
-    optimizers = optimizers_of(model, kind, recorded=recorded)
+    optimizers = optimizers_of(model, kind, captured=captured)
     norms, values, replayed = [], [], []
 
     def steps(*scales, grad_clip):
@@ -333,7 +333,7 @@ def noisy_run(kind, recorded, device):
             noisy_gradients(model, len(norms))
             norms.append(optimizers.step(scale, grad_clip))
             values.append(norms[-1].item())
-            replayed.append(recorded and optimizers._asked in optimizers._own)
+            replayed.append(captured and optimizers._asked in optimizers._own)
             assert not any(parameter.grad.any() for parameter in model.parameters())
 
     steps(0.1, 1.0, 0.5, 0.0, 0.7, grad_clip=0.1)
@@ -352,7 +352,7 @@ def noisy_run(kind, recorded, device):
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_recorded_steps_are_the_plain_ones_bit_for_bit(kind, device):
+def test_captured_steps_are_the_plain_ones_bit_for_bit(kind, device):
     norms, none, expected, expected_states = noisy_run(kind, False, device)
     found_norms, replayed, found, states = noisy_run(kind, True, device)
     assert found_norms == norms

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lepton.errors import InputError
-from lepton.train import TrainSettings
+from lepton.train.settings import TrainSettings
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from lepton.train import TrainSettings
         ({"data_dir": 3}, "data_dir=3: must be a text or None"),
         ({"data_dir": "a\0b"}, "data_dir='a\\x00b': must be a text"),
         ({"overrides": [1]}, "overrides=[1]: must be a dict"),
-        ({"grad_accum": 10**9}, "tokens a step: must be at most 268,435,456"),
+        ({"grad_accum": 10**9}, "tokens per step: must be at most 268,435,456"),
         ({"threads": 10**9}, "threads=1000000000: must be at most"),
         ({"sample_prompt": ""}, "sample_prompt is empty"),
         ({"resume": "auto", "init_from": "x.pt"}, "give one of them"),

@@ -74,7 +74,7 @@ def test_the_metrics_tell_each_step_and_validation_once(finished):
 def test_the_output_begins_and_ends_as_promised(finished):
     out, text = finished
     lines = text.splitlines()
-    assert lines[0].startswith("nano: 0.0 M parameters; 64 tokens a step; ")
+    assert lines[0].startswith("nano: 0.0 M parameters; 64 tokens per step; ")
     assert "8 steps in about" in lines[0]
     assert lines[1] == "on a CPU: --grad_accum 1 instead of 16, not compiled; explicit flags win"
     assert [line.split()[1] for line in lines if "tokens/s" in line] == ["2/8", "4/8", "6/8", "8/8"]
@@ -107,21 +107,6 @@ def test_bad_lines_in_the_metrics_are_said_once_and_kept(data, finished, tmp_pat
     assert metrics_of(tmp_path) == metrics_of(finished[0])
     assert (tmp_path / "metrics.jsonl.bad").read_text() == 'oops\n{"loss": 1.0}\n'
     assert "metrics.jsonl" not in small_run(data, tmp_path, resume="auto")[1]
-
-
-def test_the_figures_of_a_validation_are_in_plain_words():
-    figures = {
-        "val_loss": 5.0932,
-        "val_bpb": 1.8862,
-        "tokens_per_step": 1.033,
-        "mean_depth": 7,
-        "calibration_error": 0.0315,
-    }
-    assert trainer.readable({"step": 1000, **figures}, layers=7) == (
-        "step 1,000: validation loss 5.0932 nats per token, 1.8862 bits per byte; 1.03 tokens per model pass when "
-        "drafting; 7.0 of 7 blocks per token; chance of error misjudged by 3.1% on average"
-    )
-    assert trainer.readable({"step": 0, "val_loss": 5.0, "val_bpb": 2.0}, layers=7).endswith("bits per byte")
 
 
 def test_accumulated_micro_batches_equal_one_batch(data, tmp_path):
@@ -213,7 +198,7 @@ def test_checkpoints_are_kept_and_pruned(data, tmp_path):
 
 def test_the_best_is_that_of_the_validations(data, tmp_path, monkeypatch):
     losses = iter([9.0, 5.0, 3.0, 4.0, 3.5])
-    monkeypatch.setattr(trainer, "evaluate", lambda *args, **options: (next(losses), 1.0))
+    monkeypatch.setattr(trainer, "validation_loss", lambda *args, **options: (next(losses), 1.0))
     small_run(data, tmp_path, eval_every=2)
     assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
     assert checkpoint.load(tmp_path / "final.pt")["best"] == 3.0
@@ -298,7 +283,7 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer.Trainer, "_train_step", full)
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (2 * 10**9, 24 * 10**9))
+    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (2 * 10**9, 24 * 10**9))
     with pytest.raises(InputError) as error:
         small_run(data, tmp_path, batch_size=64, grad_accum=2)
     assert str(error.value) == (
@@ -308,11 +293,11 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
 
 
 def test_a_run_says_how_much_of_the_gpu_it_takes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (24 * 10**9, 25 * 10**9))
+    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (24 * 10**9, 25 * 10**9))
     _, text = small_run(data, tmp_path / "fits", max_steps=1)
     assert "GPU memory: about 0.0 GB of 25.0 GB\n" in text
-    monkeypatch.setattr("lepton.train.setup.predicted_bytes", lambda model, rows, *_: rows * 10**9)
-    monkeypatch.setattr("lepton.train.hardware.gpu_memory", lambda device: (10**10, 25 * 10**9))
+    monkeypatch.setattr("lepton.train.memory_forecast.predicted_bytes", lambda model, rows, *_: rows * 10**9)
+    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (10**10, 25 * 10**9))
     _, text = small_run(data, tmp_path / "full", max_steps=1, batch_size=16)
     assert (
         "only 10.0 GB of it are free, which will hardly do: use --batch_size 8 --grad_accum 2 (the same step)" in text
@@ -341,6 +326,6 @@ def test_a_cpu_does_not_compile(data, tmp_path):
 
 def test_explicit_settings_win_on_a_cpu(data, tmp_path):
     _, text = small_run(data, tmp_path, grad_accum=3, compile=False, threads=1, max_steps=1)
-    assert "192 tokens a step" in text
+    assert "192 tokens per step" in text
     assert "on a CPU" not in text
     assert small_settings(data, tmp_path).grad_accum is None

@@ -3,30 +3,14 @@ import math
 import pytest
 import torch
 
-from lepton.api import Lepton
-from lepton.config import LeptonConfig
-from lepton.data.shards import ShardedDataset
-from lepton.data.tokenizer import load_tokenizer
-from lepton.train.validation import evaluate, sample_text
-from tests.train.small import SHAPE
-
-
-@pytest.fixture
-def model():
-    model = Lepton(LeptonConfig.from_dict(SHAPE))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
-    return model
-
-
-def opened(data, seq_len=50, split="val"):
-    tokenizer = load_tokenizer(data / "tokenizer.json")
-    return ShardedDataset(data, seq_len=seq_len, seed=0, split=split, vocab_size=300), tokenizer
+from lepton.train.sample import sample_text
+from lepton.train.validation import in_words, validation_loss
+from tests.train.small import opened
 
 
 def test_it_is_the_mean_over_targets_and_the_bytes_of_their_text(data, model):
     held_out, tokenizer = opened(data)  # rows of 128 targets: windows of 50, 50 and 28
-    loss, bpb = evaluate(model, held_out, tokenizer, batch_size=3, limit=None)
+    loss, bpb = validation_loss(model, held_out, tokenizer, batch_size=3, limit=None)
     nats, targets, text = 0.0, 0, b""
     with torch.no_grad():
         for tokens, lengths in held_out.batches(1):
@@ -45,7 +29,7 @@ def test_the_limit_counts_batches(data, model):
     seen = []
     loss = model.loss
     model.loss = lambda tokens, **rest: seen.append(tokens.shape[0]) or loss(tokens, **rest)
-    evaluate(model, train, tokenizer, batch_size=2, limit=3)
+    validation_loss(model, train, tokenizer, batch_size=2, limit=3)
     assert seen == [2, 2, 2]
 
 
@@ -55,7 +39,7 @@ def test_the_model_keeps_its_mode_and_weights(data, model, training):
     model.train(training)
     before = [parameter.clone() for parameter in model.parameters()]
     state = torch.get_rng_state()
-    evaluate(model, held_out, tokenizer, batch_size=2, limit=1)
+    validation_loss(model, held_out, tokenizer, batch_size=2, limit=1)
     sample_text(model, held_out, tokenizer, prompt=None, max_new_tokens=3, seed=0)
     assert model.training is training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -63,11 +47,16 @@ def test_the_model_keeps_its_mode_and_weights(data, model, training):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_sample_continues_the_prompt_or_the_data(data, model):
-    held_out, tokenizer = opened(data)
-    options = {"max_new_tokens": 5, "seed": 0}
-    text = sample_text(model, held_out, tokenizer, prompt="The lazy", **options)
-    assert text.startswith("The lazy")
-    assert text == sample_text(model, held_out, tokenizer, prompt="The lazy", **options)
-    first = next(held_out.batches(1)).tokens[0, :16].tolist()
-    assert sample_text(model, held_out, tokenizer, prompt=None, **options).startswith(tokenizer.decode(first))
+def test_the_figures_of_a_validation_are_in_plain_words():
+    figures = {
+        "val_loss": 5.0932,
+        "val_bpb": 1.8862,
+        "tokens_per_step": 1.033,
+        "mean_depth": 7,
+        "calibration_error": 0.0315,
+    }
+    assert in_words({"step": 1000, **figures}, layers=7) == (
+        "step 1,000: validation loss 5.0932 nats per token, 1.8862 bits per byte; 1.03 tokens per model pass when "
+        "drafting; 7.0 of 7 blocks per token; chance of error misjudged by 3.1% on average"
+    )
+    assert in_words({"step": 0, "val_loss": 5.0, "val_bpb": 2.0}, layers=7).endswith("bits per byte")

@@ -1,12 +1,10 @@
-"""What the machine can do: devices, bf16, peak rates. Nothing is asked of it before a function is called."""
+"""Devices: choosing one, and what it can do (bf16, peak rate, memory). Importing this module queries none of them."""
 
 import ctypes
 import os
 import platform
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,17 +18,7 @@ PEAK_TFLOPS = (
     ("RTX 4070", 58), ("RTX 4060", 30), ("RTX 3090", 71), ("RTX 3080", 60), ("RTX 3070", 41), ("RTX 3060", 26),
     ("MI300X", 1307), ("MI325X", 1307), ("MI250X", 191),
 )  # fmt: skip
-"""Dense bf16 peaks with fp32 accumulation, from the makers' data sheets. The first that a card's name holds counts."""
-LAUNCHED = (
-    ("WORLD_SIZE", 2), ("RANK", 1), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2), ("SLURM_STEP_NUM_TASKS", 2),
-    ("OMPI_COMM_WORLD_SIZE", 2), ("PMI_SIZE", 2),
-)  # fmt: skip
-"""Variables that launchers set, and from which value on there are several processes. SLURM_NTASKS is not among them:
-a batch script that asks for several tasks and starts one process has it, too."""
-USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
-"""Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
-HOST_SECONDS = 0.006
-"""Time that a GPU's host takes to launch a micro-batch, however small, for estimates."""
+"""Dense bf16 peaks with fp32 accumulation, from the data sheets. The first entry in a card's name counts."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -59,20 +47,6 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Raise InputError if a launcher (torchrun, srun, mpirun) has started this process as one of several.
-
-    Each of them would run the same training, into the same folder.
-    """
-    for name, least in LAUNCHED:
-        value = environment.get(name, "")
-        if value.isdecimal() and int(value) >= least:
-            raise InputError(
-                f"{name}={value}: a launcher such as torchrun started several processes, and LEPTON trains in one "
-                "process on one GPU so far; start it once, with python train.py"
-            )
-
-
 def has_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 matrices in hardware."""
     if device.type == "cuda":
@@ -86,8 +60,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def describe(device: torch.device) -> str:
-    """Return the device's name for people."""
+def device_name(device: torch.device) -> str:
+    """Return the device's name, such as 'NVIDIA H100 80GB HBM3' or 'CPU (2 threads)'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -95,7 +69,7 @@ def describe(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the card's bf16 peak in FLOP/s, None where the table does not know it."""
+    """Return the card's bf16 peak in FLOP/s, None if `PEAK_TFLOPS` lacks the card."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -103,12 +77,12 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the most bytes that tensors have held on the GPU so far, None without one."""
+    """Return the peak of the bytes that tensors held on the GPU so far, None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def gpu_memory(device: torch.device) -> tuple[int, int] | None:
-    """Return the bytes of the GPU that this process has or can get, and all that it has; None without one."""
+    """Return the bytes available to this process and the total bytes of the GPU; None on a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -116,42 +90,24 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all work in its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep what it frees, large blocks too; returns whether it does (glibc alone can).
+    """Let the allocator keep freed memory, large blocks too. Return whether it does: only glibc can.
 
-    On a CPU the large tensors of a training step are otherwise fresh pages in every step, which took a third of its
+    Otherwise the large tensors of a training step are fresh pages in every step on a CPU, which took a third of its
     time (benchmarks/results/2026-11-22-train-speed-cpu.json).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_MAX = 0 takes no block from the system apart; M_TRIM_THRESHOLD = -1 gives nothing back.
+    # M_MMAP_MAX = 0 allocates no block by mmap; M_TRIM_THRESHOLD = -1 returns no memory to the system.
     return mallopt is not None and bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
 
 
-def training_seconds(flops: float, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return about how long training of so many `flops` takes, from a matrix product timed on the spot."""
-    size = 4096 if device.type == "cuda" else 768
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))
-    share = USUAL_SHARE.get(device.type, 0.2) * (2 if (device.type, dtype) == ("cpu", torch.float32) else 1)
-    rate = 2 * size**3 / seconds * share
-    return flops / rate + (0 if device.type == "cpu" else micro_batches * HOST_SECONDS)
-
-
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    action()
-    synchronize(device)
-    return max(time.perf_counter() - start, 1e-9)
-
-
 def _cpu_has_bf16() -> bool:
-    # torch has no public question for this; without the private ones the answer is no, which is slower and right.
+    # torch has no public function for this. Without the private ones this returns False, which is slower but correct.
     if platform.machine().lower() in ("arm64", "aarch64"):
         return _arm_features_hold("bf16")
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

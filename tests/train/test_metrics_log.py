@@ -1,13 +1,11 @@
 import errno
-import io
 import json
 import os
 
 import pytest
 
 from lepton.errors import InputError
-from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
-from tests.train.small import Terminal
+from lepton.train.metrics_log import MetricsLog
 
 
 def test_the_log_appends_a_line_for_each_object(tmp_path):
@@ -61,7 +59,7 @@ def test_lines_that_are_no_records_are_kept_aside_and_nothing_else_is_lost(tmp_p
 
 
 def test_a_line_without_an_end_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("lepton.train.metrics.LONGEST_LINE", 16)
+    monkeypatch.setattr("lepton.train.metrics_log.LONGEST_LINE", 16)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"x" * 40 + b'\n{"step": 1}\n')
     assert MetricsLog.rewind(path, 4) == 3
@@ -97,93 +95,3 @@ def test_names_that_the_system_does_not_take_are_refused(tmp_path):
     for path in (tmp_path / ("x" * 300), str(tmp_path) + "\0"):
         with pytest.raises(InputError):
             MetricsLog.read(path) or MetricsLog.rewind(path, 1) or MetricsLog(path)
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal():
-    stream = io.StringIO()
-    progress = Progress(stream)
-    progress.update("step 1")
-    progress.say("saved")
-    progress.update("step 2")
-    assert stream.getvalue() == "step 1\nsaved\nstep 2\n"
-
-
-def test_progress_is_one_moving_line_on_a_terminal():
-    stream = Terminal()
-    progress = Progress(stream)
-    progress.update("step 10, long")
-    progress.update("step 11")
-    progress.say("saved")
-    assert "\n" not in stream.getvalue().partition("saved")[0]
-    shown = ""
-    for piece in stream.getvalue().removesuffix("saved\n").split("\r"):
-        shown = piece + shown[len(piece) :]
-    assert shown.strip() == "", "the line is wiped before another one stays"
-
-
-def test_progress_never_wraps(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    stream = Terminal()
-    Progress(stream).update("x" * 50)
-    assert stream.getvalue() == "\r" + "x" * 19
-
-
-class Failing(io.StringIO):
-    """A stream that takes no more."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def write(self, text):
-        raise self.error
-
-
-def test_what_cannot_be_printed_stops_nothing_and_a_closed_pipe_is_noted():
-    for error, closed in ((BrokenPipeError(errno.EPIPE, ""), True), (OSError(errno.EIO, ""), False)):
-        progress = Progress(Failing(error))
-        progress.say("step 1")
-        progress.update("step 2")
-        assert progress.closed == closed
-    Progress(None).say("no stream at all")
-
-
-def test_a_console_without_a_character_shows_a_question_mark():
-    buffer = io.BytesIO()
-    console = io.TextIOWrapper(buffer, encoding="cp1252")
-    Progress(console).say("日本 é")
-    assert buffer.getvalue().decode("cp1252").rstrip() == "?? é"
-
-
-def test_a_terminal_is_shown_what_takes_a_moment():
-    stream = Terminal()
-    progress = Progress(stream)
-    progress.hint("validating ...")
-    progress.clear()
-    assert stream.getvalue() == "\rvalidating ...\r" + " " * 14 + "\r"
-    stream = io.StringIO()
-    Progress(stream).hint("validating ...")
-    assert stream.getvalue() == ""
-
-
-def test_the_stopwatch_counts_laps(monkeypatch):
-    now = iter([10.0, 12.0, 15.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    watch = Stopwatch()
-    assert (watch.lap(), watch.lap()) == (2.0, 3.0)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (45, "45 s"),
-        (89.4, "89 s"),
-        (90, "2 min"),
-        (3600, "60 min"),
-        (7500, "2 h 05 min"),
-        (3e5, "3 d 11 h"),
-    ],
-)
-def test_durations_for_people(seconds, text):
-    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""What is run on a GPU once and then replayed in one launch: CUDA graphs that work in the same memory."""
+"""CUDA graphs: what a GPU runs often is captured once, and from then on replayed in one launch."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 
-class Recordings:
-    """CUDA graphs by their keys, none of which runs beside another: so each may overwrite what another one computed.
+class CudaGraphs:
+    """CUDA graphs by key. They share one memory pool and never run concurrently: each may overwrite another's results.
 
-    Whatever outlives a replay lies in memory from before the recording, or is copied out of it.
+    Values that have to survive the next replay lie in memory from before the capture, or are copied out of the pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,10 +19,10 @@ class Recordings:
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
 
-    def record(self, key: Hashable, action: Callable[[], Any]) -> None:
-        """Record what `action` launches; nothing of it runs."""
+    def capture(self, key: Hashable, action: Callable[[], Any]) -> None:
+        """Capture the kernels that `action` launches, without running them."""
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
-        # Entering the current stream restores it: a recording that fails leaves its own one current.
+        # Entering the current stream restores it: a capture that fails leaves its own stream current.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -30,14 +30,14 @@ class Recordings:
         self._graphs[key] = graph, result
 
     def replay(self, key: Hashable) -> Any:
-        """Run what was recorded and return the action's result, which lies in the recordings' memory."""
+        """Run a captured action and return its result, which lies in the shared pool."""
         graph, result = self._graphs[key]
-        with torch.cuda.device(self._device):  # recordings belong to the current one
+        with torch.cuda.device(self._device):  # a graph replays on the current device
             graph.replay()
         return result
 
     def clear(self) -> None:
-        """Forget all recordings and give their memory back."""
+        """Delete all graphs and free their memory."""
         if self._graphs:
             torch.cuda.synchronize(self._device)
             self._graphs.clear()

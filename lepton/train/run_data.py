@@ -10,13 +10,13 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
 from lepton.errors import InputError
 from lepton.train.settings import TrainSettings
-from lepton.train.start import Start
+from lepton.train.starting_point import StartingPoint
 
 SPLITS = {"train": "training", "val": "validation"}
 
 
 @dataclass(frozen=True)
-class Corpus:
+class RunData:
     """Both splits, and what a checkpoint says of them."""
 
     train: ShardedDataset
@@ -27,7 +27,7 @@ class Corpus:
     """What has changed since the checkpoint, a line."""
 
 
-def open_corpus(start: Start, settings: TrainSettings) -> Corpus:
+def open_run_data(start: StartingPoint, settings: TrainSettings) -> RunData:
     """Open the data that `settings` name.
 
     Raises:
@@ -54,7 +54,7 @@ def open_corpus(start: Start, settings: TrainSettings) -> Corpus:
             f"{folder} holds other data than {start.path} was trained on ({changes}): put those back, name their "
             "folder with --data_dir, or go on with these: --allow_other_data"
         )
-    return Corpus(train, held_out, origin, [f"other data than before: {changes}"] if changes else [])
+    return RunData(train, held_out, origin, [f"other data than before: {changes}"] if changes else [])
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

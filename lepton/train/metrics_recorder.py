@@ -1,4 +1,4 @@
-"""What the loop has done and not yet reported: figures stay on the device until someone reads them."""
+"""Recording the metrics of steps: figures stay on the device until they are written."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lepton.errors import InputError
-from lepton.train import hardware
-from lepton.train.metrics import MetricsLog, Progress, Stopwatch, duration
+from lepton.runtime.device import peak_flops, peak_memory
+from lepton.train.metrics_log import MetricsLog
+from lepton.train.progress import Progress, Stopwatch, duration
 
 
 class Pending(NamedTuple):
@@ -22,7 +23,7 @@ class Pending(NamedTuple):
     targets: int
 
 
-class Recorder:
+class MetricsRecorder:
     """Writes steps and validations to metrics.jsonl, and shows a line from time to time."""
 
     def __init__(
@@ -38,7 +39,7 @@ class Recorder:
         self._log = log
         self._progress = progress
         self._device = device
-        self._peak = hardware.peak_flops(device)
+        self._peak = peak_flops(device)
         self._flops_per_target = flops_per_target
         self._first, self._last = first, last
         self._pending: list[Pending] = []
@@ -50,7 +51,7 @@ class Recorder:
         """Note a finished step without waiting for the device; `figures` are scalars on it, 'loss' among them."""
         self._pending.append(Pending(step, list(figures), torch.stack(list(figures.values())), lr, targets))
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Write what is pending.
 
         Raises:
@@ -70,12 +71,12 @@ class Recorder:
             self._log.write(self._entry)
 
     def show(self) -> None:
-        """Settle, and show the newest step, the rate and the remaining time."""
-        self.settle()
+        """Flush, and show the newest step, the rate and the remaining time."""
+        self.flush()
         self._progress.update(self._line(self._entry["step"], 1.0))
 
     def move(self, step: int, share: float) -> None:
-        """On a terminal, show that `share` of a step is done, with the last figures known; the device is not asked."""
+        """On a terminal, show that `share` of a step is done, with the last known figures, without a device sync."""
         if self._progress.still:
             self._progress.update(self._line(step, share))
 
@@ -86,7 +87,7 @@ class Recorder:
             words += [f"loss {self._entry['loss']:.3f}", f"lr {self._entry['lr']:.1e}", f"{rate:,.0f} tokens/s"]
             if self._peak:
                 words.append(f"{100 * rate * self._flops_per_target / self._peak:.0f} % of the GPU's peak")
-        memory = hardware.peak_memory(self._device)
+        memory = peak_memory(self._device)
         if memory is not None:
             words.append(f"{memory / 1e9:.1f} GB")
         done = step - 1 + share
@@ -101,12 +102,12 @@ class Recorder:
         self._log.write(figures)
 
     def sync(self) -> None:
-        """Settle, and make all that was written durable."""
-        self.settle()
+        """Flush, and make all that was written durable."""
+        self.flush()
         self._log.sync()
 
     def resume_clock(self) -> None:
-        """Leave the time since the last `settle` out of the rate: it was spent on something else than steps."""
+        """Leave the time since the last `flush` out of the rate: it was spent on something else than steps."""
         self._watch.lap()
 
     def close(self) -> None:

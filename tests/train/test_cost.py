@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lepton.api import Lepton
 from lepton.model.size_config import size_config
-from lepton.train import hardware
-from lepton.train.flops import training_flops_per_token
-from lepton.train.thinking import plan_thoughts
+from lepton.runtime.device import pick_dtype
+from lepton.train.batch_plan import plan_batch
+from lepton.train.cost import training_flops_per_token, training_seconds
 
 IDEAS = ("thoughts", "memory_heads", "slots", "hint", "router", "drafts", "uncertainty")
 OFF = [{name: False if name in ("router", "uncertainty") else 0} for name in IDEAS]
@@ -26,12 +26,16 @@ WHOLE = [{}, {"dense": True}]
 )
 def test_a_training_step_costs_what_is_said(changes, length):
     model = Lepton(size_config("nano", **changes)).train()
-    model.compute_dtype = hardware.pick_dtype("auto", torch.device("cpu"))  # without bf16 in hardware it takes minutes
+    model.compute_dtype = pick_dtype("auto", torch.device("cpu"))  # without bf16 in hardware it takes minutes
     if model.drafter is not None:
         model.drafter.ids.copy_(torch.arange(len(model.drafter.ids)))
     tokens = torch.randint(1, model.config.vocab_size, (8, length + 1))
-    think, groups = plan_thoughts(model, tokens, seed=0, step=0, micro=0)
+    think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, think=think, groups=groups).loss.backward()
     said = training_flops_per_token(model, 8, length) * 8 * length
     assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)
+
+
+def test_an_estimate_of_time_is_plausible():
+    assert 1e-4 < training_seconds(1e10, 1, torch.device("cpu"), torch.float32) < 1e3

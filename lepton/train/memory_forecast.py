@@ -10,12 +10,12 @@ from lepton.model.ideas.idea import OUTCOME_STRIDE, Work
 from lepton.model.layers import Linear
 from lepton.ops.cross_entropy import ENTRIES_GPU
 from lepton.ops.query_blocks import query_blocks
+from lepton.train.batch_plan import usual_groups
 from lepton.train.optimizer import split_parameters
 from lepton.train.settings import TrainSettings
-from lepton.train.thinking import usual_groups
 
 USABLE = 0.9
-"""Share of a card's memory that a mend fills: fragments, and the error of the prediction, need the rest."""
+"""Share of a card's memory that the proposed flags fill; fragmentation and forecast errors need the rest."""
 FP32 = 4
 
 
@@ -40,25 +40,32 @@ def predicted_bytes(
     work = _work(model, batch_size, seq_len)
     deep = _block(model, seq_len, _slots(model, work))
     inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
-    slopes = size * seq_len * (2 * config.ffn + 4 * config.width)
+    gradients = size * seq_len * (2 * config.ffn + 4 * config.width)
     if checkpoint_activations:
         inside = 0
-        slopes += deep
+        gradients += deep
     row = ends + inside + _between(model, work) + int(sum(idea.kept_bytes(work) for idea in model.ideas.values()))
-    busiest = max(_loss(model, batch_size * seq_len), batch_size * slopes)
+    busiest = max(_loss(model, batch_size * seq_len), batch_size * gradients)
     working = size * _matrices(model) if size < FP32 else 0
     return _parameters(model, optimizer) + working + batch_size * row + busiest
 
 
-def mend(settings: TrainSettings, predicted: Callable[[TrainSettings], int], room: int) -> str:
-    """Return the flags with which a run that does not fit into `room` bytes does, such as '--batch_size 8 ...'.
+def predicted_memory(model: Network, settings: TrainSettings) -> int:
+    """Return `predicted_bytes` of `model` under `settings`."""
+    return predicted_bytes(
+        model, settings.batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer
+    )
 
-    Preferred is what leaves the step as it is: the largest smaller batch, or recomputing blocks; then both, then
-    shorter rows. `predicted` tells the bytes of other settings; `grad_accum` must be settled.
+
+def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], int], available: int) -> str:
+    """Return flags with which a run fits into `available` bytes, such as '--batch_size 8 --grad_accum 4'.
+
+    The first choice leaves the step unchanged: the largest smaller batch, or recomputed blocks. Then come both, and
+    then shorter rows. `predicted` gives the bytes of any settings; `grad_accum` must not be None.
     """
 
     def first(candidates: Iterator[TrainSettings]) -> TrainSettings | None:
-        return next((each for each in candidates if predicted(each) <= USABLE * room), None)
+        return next((each for each in candidates if predicted(each) <= USABLE * available), None)
 
     recomputed = settings.replace(checkpoint_activations=True)
     ways = [first(_smaller(settings))]
@@ -82,7 +89,7 @@ def _smaller(settings: TrainSettings) -> Iterator[TrainSettings]:
 
 
 def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:
-    """Yield the settings of a step in single rows, ever shorter ones."""
+    """Yield the settings of a step in micro-batches of one row, halving the length of rows each time."""
     assert settings.grad_accum is not None
     rows = settings.batch_size * settings.grad_accum
     for halvings in range(1, settings.seq_len.bit_length()):
@@ -90,7 +97,7 @@ def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:
 
 
 def _flags(settings: TrainSettings, other: TrainSettings) -> str:
-    """Return the flags that lead from `settings` to `other`."""
+    """Return the flags that change `settings` into `other`."""
     before, after = dataclasses.asdict(settings), dataclasses.asdict(other)
     changed = [name for name in after if after[name] != before[name]]
     flags = " ".join(f"--{name}" if after[name] is True else f"--{name} {after[name]}" for name in changed)
@@ -114,28 +121,28 @@ def _work(model: Network, batch_size: int, seq_len: int) -> Work:
 
 
 def _slots(model: Network, work: Work) -> int:
-    """Slots that a deep block sees beside the tokens, in training."""
+    """Slots that a deep block attends to beside the tokens, in training."""
     return sum(idea.slots_of(work.groups) for idea in model.ideas.values())
 
 
 def _block(model: Network, seq_len: int, slots: int) -> int:
     """Bytes that a block keeps of a row beside its input."""
     config = model.config
-    answers = config.heads * config.head_dim
-    # Two normed inputs and what attention adds; queries before and after the norm and their answers; keys before the
-    # norm and values beside them; the MLP after its activation.
-    token = 3 * config.width + 3 * answers + 2 * config.kv_heads * config.head_dim + config.ffn
-    return model.dtype.itemsize * (seq_len * token + _columns(model, seq_len, slots)) + FP32 * seq_len * config.heads
+    outputs = config.heads * config.head_dim
+    # Two normed inputs and what attention adds; queries before and after the norm, and the outputs of attention; keys
+    # before the norm, and values; the MLP after its activation.
+    token = 3 * config.width + 3 * outputs + 2 * config.kv_heads * config.head_dim + config.ffn
+    return model.dtype.itemsize * (seq_len * token + _kv_numbers(model, seq_len, slots)) + FP32 * seq_len * config.heads
 
 
-def _columns(model: Network, seq_len: int, slots: int) -> int:
+def _kv_numbers(model: Network, seq_len: int, slots: int) -> int:
     """Numbers in the keys and values of an attention over a row's tokens and slots, as it keeps them."""
     config = model.config
     if model.dtype.itemsize < FP32:
         return 2 * (seq_len + slots) * config.kv_heads * config.head_dim
     # Without the kernel: of each query block, and for each query head.
-    columns = sum(right - left + slots for _, _, left, right in query_blocks(seq_len, 0, config.window))
-    return 2 * columns * config.heads * config.head_dim
+    entries = sum(right - left + slots for _, _, left, right in query_blocks(seq_len, 0, config.window))
+    return 2 * entries * config.heads * config.head_dim
 
 
 def _between(model: Network, work: Work) -> int:
@@ -144,19 +151,19 @@ def _between(model: Network, work: Work) -> int:
     numbers = 4 * config.width  # the embedding; the last state, normed, and its gradient
     masks = 5 * _slots(model, work)
     if model.dtype.itemsize == FP32:
-        columns = seq_len if config.window is None else min(seq_len, 2 * config.window)
+        keys = seq_len if config.window is None else min(seq_len, 2 * config.window)
         # Attention's masks, with and without slots, as such and as the numbers that are added to scores.
-        masks = 5 * (2 * columns + _slots(model, work))
+        masks = 5 * (2 * keys + _slots(model, work))
     return seq_len * (model.dtype.itemsize * numbers + masks)
 
 
 def _loss(model: Network, positions: int) -> int:
-    """Bytes that the head's loss works in, and those of the losses that compare predictions with what came."""
+    """Bytes of the head's loss, and of the losses that compare predictions with the next tokens."""
     config, size = model.config, model.dtype.itemsize
     entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)
     a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
-    looks = any(idea.sampled_logits() for idea in model.ideas.values())
-    sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if looks else 0
-    # The head's gradient in fp32 and the head in the dtype of the activations; without the kernel what a chunk adds.
+    compares = any(idea.sampled_logits() for idea in model.ideas.values())
+    sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if compares else 0
+    # The head's gradient in fp32, and the head in the activations' dtype; without the kernel also a chunk's gradient.
     head = FP32 + size if size < FP32 else FP32 + 2 * size
     return model.embed.weight.numel() * head + max(a_chunk, sampled)

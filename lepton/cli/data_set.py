@@ -50,10 +50,10 @@ def open_data_set(
     tokenizer: "Tokenizer",
     split: Literal["train", "val"] = "val",
 ) -> "tuple[str, ShardedDataset, ShardedDataset]":
-    """Return what a split is, and the split in windows of whole rows and in windows of half a row.
+    """Return a description of a split, and the split in windows of whole rows and in windows of half a row.
 
-    Half rows, so that also a single row has one window to calibrate on and another one to measure. Says on stderr
-    what the data is.
+    With half rows, even a single row has one window to calibrate on and another to measure. The description is
+    printed on stderr.
     """
     from lepton.data.shards import ShardedDataset
     from lepton.data.stdlib import default_corpus

@@ -3,8 +3,8 @@ import torch
 
 from lepton.api import Lepton
 from lepton.model.size_config import size_config
-from lepton.train import TrainSettings
-from lepton.train.memory import USABLE, mend, predicted_bytes
+from lepton.train.memory_forecast import USABLE, fitting_flags, predicted_bytes
+from lepton.train.settings import TrainSettings
 
 # Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts.
 MEASURED = {
@@ -72,14 +72,14 @@ def fake(settings):
         (1, 16, True, 1, "a smaller --model_size"),
     ],
 )
-def test_the_mend_names_flags_and_values(batch_size, grad_accum, checkpointing, room_gb, expected):
+def test_the_advice_names_flags_and_values(batch_size, grad_accum, checkpointing, room_gb, expected):
     settings = TrainSettings(
         batch_size=batch_size, grad_accum=grad_accum, seq_len=512, checkpoint_activations=checkpointing
     )
-    assert mend(settings, fake, int(room_gb * 1e9)) == expected
+    assert fitting_flags(settings, fake, int(room_gb * 1e9)) == expected
 
 
-def test_the_mend_fits_a_card():
+def test_the_advice_fits_a_card():
     model, room = shape_of("tiny"), 24 * 10**9
 
     def predicted(settings):
@@ -87,6 +87,6 @@ def test_the_mend_fits_a_card():
 
     settings = TrainSettings(batch_size=256, grad_accum=2)
     assert predicted(settings) > room
-    use = mend(settings, predicted, room)
+    use = fitting_flags(settings, predicted, room)
     assert use == "--batch_size 128 --grad_accum 4 (the same step), or --checkpoint_activations"
     assert predicted(settings.replace(batch_size=128)) <= USABLE * room < predicted(settings)

@@ -5,17 +5,18 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.train.metrics import MetricsLog, Progress
-from lepton.train.recorder import Recorder
+from lepton.train.metrics_log import MetricsLog
+from lepton.train.metrics_recorder import MetricsRecorder
+from lepton.train.progress import Progress
 from tests.train.small import Terminal
 
 
 @pytest.fixture
-def told(tmp_path):
+def recording(tmp_path):
     """A recorder of ten steps, and functions that return what it wrote and showed."""
     stream = io.StringIO()
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=10)
+    recorder = MetricsRecorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=10)
     yield recorder, lambda: MetricsLog.read(log.path), stream.getvalue
     recorder.close()
 
@@ -24,8 +25,8 @@ def add(recorder, step, loss=2.0, norm=1.0):
     recorder.add(step, {"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, lr=1e-3, targets=100)
 
 
-def test_steps_are_written_when_it_settles(told):
-    recorder, written, _ = told
+def test_steps_are_written_when_it_flushes(recording):
+    recorder, written, _ = recording
     for step in (1, 2):
         add(recorder, step, loss=2.0 / step)
     recorder.sync()
@@ -35,8 +36,8 @@ def test_steps_are_written_when_it_settles(told):
     assert len(written()) == 2
 
 
-def test_a_line_for_people(told):
-    recorder, _, shown = told
+def test_a_line_for_people(recording):
+    recorder, _, shown = recording
     add(recorder, 1)
     recorder.show()
     assert shown().startswith("step 1/10  loss 2.000  lr 1.0e-03  ")
@@ -47,10 +48,10 @@ def test_a_line_for_people(told):
     assert "left" not in shown().splitlines()[-1]
 
 
-def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
-    recorder, written, shown = told
+def test_a_line_on_a_gpu_shows_utilisation_and_memory(recording, monkeypatch):
+    recorder, written, shown = recording
     recorder._peak = 1e12
-    monkeypatch.setattr("lepton.train.hardware.peak_memory", lambda device: 2_500_000_000)
+    monkeypatch.setattr("lepton.train.metrics_recorder.peak_memory", lambda device: 2_500_000_000)
     add(recorder, 1)
     recorder.show()
     recorder.sync()
@@ -60,10 +61,10 @@ def test_a_line_on_a_gpu_tells_utilisation_and_memory(told, monkeypatch):
 
 def test_on_a_terminal_the_line_moves_while_a_step_runs(tmp_path, monkeypatch):
     stream, log = Terminal(), MetricsLog(tmp_path / "metrics.jsonl")
-    recorder = Recorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=4)
+    recorder = MetricsRecorder(log, Progress(stream), torch.device("cpu"), flops_per_target=1e6, first=0, last=4)
     recorder.move(1, 0.5)
     assert stream.getvalue() == "", "not more often than someone reads it"
-    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
+    monkeypatch.setattr("lepton.train.progress.MOVES_AFTER", 0.0)
     recorder.move(1, 0.5)
     assert stream.getvalue().startswith("\rstep 1/4 (50%)  ")
     assert stream.getvalue().endswith(" left")
@@ -76,16 +77,16 @@ def test_on_a_terminal_the_line_moves_while_a_step_runs(tmp_path, monkeypatch):
     recorder.close()
 
 
-def test_elsewhere_nothing_moves(told, monkeypatch):
-    monkeypatch.setattr("lepton.train.metrics.MOVES_AFTER", 0.0)
-    recorder, _, shown = told
+def test_elsewhere_nothing_moves(recording, monkeypatch):
+    monkeypatch.setattr("lepton.train.progress.MOVES_AFTER", 0.0)
+    recorder, _, shown = recording
     recorder.move(1, 0.5)
     assert shown() == ""
 
 
 @pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"norm": float("inf")}])
-def test_a_figure_that_is_not_finite_stops(told, bad):
-    recorder, written, _ = told
+def test_a_figure_that_is_not_finite_stops(recording, bad):
+    recorder, written, _ = recording
     add(recorder, 1)
     add(recorder, 2, **bad)
     add(recorder, 3)

@@ -1,4 +1,4 @@
-"""How a run begins: afresh, from a checkpoint's weights, or where a checkpoint left off."""
+"""Where a run starts: afresh, from a checkpoint's weights, or at the step of a checkpoint that it resumes."""
 
 import dataclasses
 import os
@@ -20,23 +20,23 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Start:
-    """All that is decided before the model is built."""
+class StartingPoint:
+    """Everything that is decided before the model is built."""
 
     settings: TrainSettings
     config: LeptonConfig
     size: str | None
     tokenizer: Tokenizer
     weights: dict[str, Any] | None
-    """The model's state_dict to begin with; None: fresh ones."""
+    """Initial state_dict of the model; None: fresh weights."""
     resumed: dict[str, Any] | None
-    """Content of the checkpoint that the run goes on from."""
+    """Content of the checkpoint that the run resumes."""
     path: Path | None = None
-    """Its file."""
+    """File of that checkpoint."""
     other_data: bool = False
     """Whether the user allows other data than the checkpoint's."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of these decisions, a line each."""
+    """Remarks for the user on these decisions, a line each."""
 
     @property
     def step(self) -> int:
@@ -45,19 +45,19 @@ class Start:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the checkpoint says of its data; checkpoints of earlier versions say nothing."""
+        """The checkpoint's record of its data; empty in checkpoints of earlier versions."""
         return _origin(self.resumed) if self.resumed else {}
 
 
 def run_folder(settings: TrainSettings, given: Collection[str]) -> Path:
-    """Return the folder that the run writes to: that of the checkpoint it goes on from, unless another is named."""
+    """Return the folder that the run writes to: that of the resumed checkpoint, unless the user names another."""
     if settings.resume in (None, AUTO) or "checkpoint_dir" in given:
         return Path(settings.checkpoint_dir)
     return Path(settings.resume).parent
 
 
-def begin(settings: TrainSettings, given: Collection[str]) -> Start:
-    """Find what the run starts from and settle its settings; `given` are those that the user chose.
+def find_starting_point(settings: TrainSettings, given: Collection[str]) -> StartingPoint:
+    """Find the checkpoint to start from, if any, and decide the settings; `given` names those that the user chose.
 
     Raises:
         InputError: a checkpoint that is missing, torn or of another shape, or a tokenizer that does not fit.
@@ -72,7 +72,7 @@ def begin(settings: TrainSettings, given: Collection[str]) -> Start:
     size = settings.model_size or DEFAULT_SIZE
     shape = {"eos_id": tokenizer.eos_id, "dense": settings.dense, **settings.overrides}
     notes = [f"no checkpoint in {settings.checkpoint_dir} yet: starting afresh"] if settings.resume else []
-    return _checked(Start(settings, size_config(size, **shape), size, tokenizer, None, None, notes=notes))
+    return _checked(StartingPoint(settings, size_config(size, **shape), size, tokenizer, None, None, notes=notes))
 
 
 def _resume_path(settings: TrainSettings) -> Path | None:
@@ -90,7 +90,7 @@ def _skipped(settings: TrainSettings, path: Path) -> list[str]:
     return [f"skipped {found}: not whole" for step, found in steps if step > chosen]
 
 
-def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Start:
+def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> StartingPoint:
     content = checkpoint.load(path)
     checkpoint.check_run(path, content)
     config = _config_of(content, path)
@@ -117,7 +117,9 @@ def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Star
     if content["optimizer"]["kind"] != settings.optimizer:
         notes.append(f"{settings.optimizer} starts without the momentum of {content['optimizer']['kind']}")
     weights = content["model"]
-    return _checked(Start(settings, config, content["size"], tokenizer, weights, content, path, other_data, notes))
+    return _checked(
+        StartingPoint(settings, config, content["size"], tokenizer, weights, content, path, other_data, notes)
+    )
 
 
 def _origin(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,9 +128,9 @@ def _origin(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_dir(saved: str | None, origin: Mapping[str, Any], path: Path) -> str | None:
-    """Return where the data of a resumed run lie: where they lay, whatever folder the user is in now.
+    """Return the data folder of a resumed run: the absolute path that the checkpoint records.
 
-    If that is gone (the project has moved), what the settings say is tried, relative to the present folder.
+    If that folder is gone (the project has moved), try the one of the settings, relative to the present folder.
     """
     before = str(origin.get("folder", ""))
     if os.path.isdir(before):
@@ -140,20 +142,20 @@ def _data_dir(saved: str | None, origin: Mapping[str, Any], path: Path) -> str |
 
 
 def _names_other_folder(named: str | None, saved: str | None, origin: Mapping[str, Any]) -> bool:
-    """Whether the user points a resumed run at another folder than before: its data are then other ones on purpose."""
+    """Whether the user names another data folder than the checkpoint's: then other data are intended."""
     before = str(origin.get("folder", saved or ""))
     return named != saved and os.path.realpath(named or "") != os.path.realpath(before)
 
 
-def _initialise(settings: TrainSettings, path: Path) -> Start:
+def _initialise(settings: TrainSettings, path: Path) -> StartingPoint:
     content = checkpoint.load(path)
     config = _config_of(content, path)
     _check_size(settings, content.get("size"), config, path)
     if settings.dense and not config.dense:
         raise InputError(f"{path} has dense=False not True: weights with the ideas cannot start the dense baseline")
-    config = config.replace(**settings.overrides)  # what is no shape, such as the window, may change
+    config = config.replace(**settings.overrides)  # fields that are no shapes, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
-    return _checked(Start(settings, config, content.get("size"), tokenizer, content["model"], None))
+    return _checked(StartingPoint(settings, config, content.get("size"), tokenizer, content["model"], None))
 
 
 def _config_of(content: dict[str, Any], path: Path) -> LeptonConfig:
@@ -206,7 +208,7 @@ def _load_tokenizer(settings: TrainSettings) -> Tokenizer:
     return load_tokenizer(settings.tokenizer, beside=beside_train_py)
 
 
-def _checked(start: Start) -> Start:
+def _checked(start: StartingPoint) -> StartingPoint:
     if start.tokenizer.size > start.config.vocab_size:
         raise InputError(
             f"the tokenizer has {start.tokenizer.size} ids and the model's vocabulary {start.config.vocab_size}: "

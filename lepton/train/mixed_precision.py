@@ -1,4 +1,4 @@
-"""Matrices in half precision for a forward and backward pass, made of those that the optimizers update in fp32."""
+"""Mixed precision: passes compute with half-precision copies of the fp32 matrices that the optimizers update."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from lepton.model import Network
 from lepton.model.layers import Linear
 
 
-class WorkingWeights:
-    """Copies of a model's matrices in the dtype of its activations, beside masters in fp32 (Micikevicius et al., 2018).
+class LowPrecisionCopies:
+    """Copies of a model's matrices in the dtype of its activations, beside fp32 masters (Micikevicius et al., 2018).
 
-    Alone a `Linear` casts its matrix wherever it is used, and the gradient back before that is added up. Here all
-    copies are made at once, and a gradient is added up as it is.
+    By itself a `Linear` casts its matrix at each use, and casts each gradient back before it is accumulated. Here all
+    copies are made at once, and gradients are accumulated without a cast.
     """
 
     def __init__(self, model: Network) -> None:
@@ -29,8 +29,8 @@ class WorkingWeights:
             copy.register_post_accumulate_grad_hook(partial(_hand_over, master))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the model compute with copies of its present weights; gradients go to the masters."""
+    def swapped_in(self) -> Iterator[None]:
+        """Let the model compute with copies of its present weights; gradients go to the master weights."""
         if self._copies:
             torch._foreach_copy_([copy.detach() for copy in self._copies], [each.detach() for each in self._masters])
         for copy, master in zip(self._copies, self._masters, strict=True):
@@ -48,7 +48,7 @@ class WorkingWeights:
 
 @torch.no_grad()
 def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
-    """Add the gradient of a copy to its master's."""
+    """Add the gradient of a copy to that of its master weight."""
     assert copy.grad is not None
     if master.grad is None:
         master.grad = copy.grad.to(master.dtype)

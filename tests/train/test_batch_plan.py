@@ -3,7 +3,7 @@ import torch
 
 from lepton.errors import InputError
 from lepton.model.ideas.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
-from lepton.train.thinking import plan_thoughts
+from lepton.train.batch_plan import plan_batch
 from tests.laws.lab import build, text
 
 
@@ -11,9 +11,9 @@ from tests.laws.lab import build, text
 def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
     model, tokens, seen = build("complete"), text(1, rows=rows), set()
     for step in range(200):
-        rounds_B, groups = plan_thoughts(model, tokens, 0, step, 0)
+        rounds_B, groups = plan_batch(model, tokens, 0, step, 0)
         assert (rounds_B > USUAL_ROUNDS).sum() <= late_rows(rows)
-        again_B, again = plan_thoughts(model, tokens, 0, step, 0)
+        again_B, again = plan_batch(model, tokens, 0, step, 0)
         assert torch.equal(rounds_B, again_B)
         assert groups == again
         seen |= set(rounds_B.tolist())
@@ -23,8 +23,8 @@ def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
 @pytest.mark.parametrize("seed", [20241126130100, 2**63, 2**64 - 1])
 def test_every_seed_of_64_bits_plans(seed):
     model, tokens = build("complete"), text(1, rows=4)
-    rounds = [plan_thoughts(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
-    assert rounds == [plan_thoughts(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    rounds = [plan_batch(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
+    assert rounds == [plan_batch(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
     assert len(set(map(tuple, rounds))) > 1
 
 

@@ -1,4 +1,4 @@
-"""What a training batch asks of the ideas beside its tokens: a pure function of seed, step and micro-batch."""
+"""Rounds of thinking and static shapes of a training batch: a pure function of seed, step and micro-batch."""
 
 import torch
 from torch import Tensor
@@ -7,26 +7,24 @@ from lepton.model import Network
 from lepton.model.timeline import Timeline
 
 GROUPS = 4
-"""The usual bound on a row's segments is a multiple of this, and leaves room for so many documents in a row that few
-batches need another one, twice as large: each bound is a CUDA graph of its own."""
+"""The usual bound on the segments of a row is a multiple of this. It leaves room for so many documents per row that few
+batches need the next bound, which is twice as large: each bound needs its own CUDA graph."""
 
 
 def usual_groups(length: int, segment: int) -> int:
-    """Return the bound on the segments that open in a row of `length` targets, unless it holds many documents."""
+    """Return the bound on the segments that open in a row of `length` targets, if it does not hold many documents."""
     return -(-((length + 1) // segment + GROUPS) // GROUPS) * GROUPS
 
 
-def plan_thoughts(
-    model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int
-) -> tuple[Tensor | None, int | None]:
+def plan_batch(model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int) -> tuple[Tensor | None, int | None]:
     """Return the rounds of each row [B], or None without thoughts, and a bound on the segments that open in a row.
 
     Args:
-        model: only its configuration and its ideas are asked.
+        model: only its configuration and its ideas are read.
         tokens_BT: a batch as `Lepton.loss` takes it, on the CPU.
-        seed: of the run.
-        step: of the optimizer.
-        micro: which part of the step's batch.
+        seed: seed of the run.
+        step: optimizer step.
+        micro: number of the micro-batch in its step.
     """
     rows, config = len(tokens_BT), model.config
     nothing = torch.zeros(rows, dtype=torch.int64)

@@ -3,8 +3,8 @@ import pytest
 from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.train import TrainSettings
-from lepton.train.start import begin
+from lepton.train.settings import TrainSettings
+from lepton.train.starting_point import find_starting_point
 from tests.cli.tiny import small_bpe
 from tests.train.small import SHAPE, small_run, small_settings
 
@@ -19,11 +19,11 @@ def run(data, tmp_path_factory):
 
 def started(**settings):
     settings = TrainSettings(**settings)
-    return begin(settings, settings.changed())
+    return find_starting_point(settings, settings.changed())
 
 
 def test_a_fresh_start(data, tmp_path):
-    start = begin(small_settings(data, tmp_path), set())
+    start = find_starting_point(small_settings(data, tmp_path), set())
     assert (start.step, start.weights, start.resumed, start.size) == (0, None, None, "nano")
     assert start.config.width == SHAPE["width"]
     assert start.notes == []
@@ -37,7 +37,7 @@ def test_the_size_is_tiny_without_a_word(tmp_path):
 
 
 def test_the_dense_baseline(data, tmp_path):
-    start = begin(small_settings(data, tmp_path, dense=True, overrides={}), set())
+    start = find_starting_point(small_settings(data, tmp_path, dense=True, overrides={}), set())
     assert start.config.dense
     assert start.config.window is None
 
@@ -61,7 +61,7 @@ def test_auto_is_the_newest_whole_one(run, tmp_path):
     assert start.notes[0] == f"skipped {tmp_path / 'step_8.pt'}: not whole"
 
 
-def test_changes_are_told(run):
+def test_changes_are_reported(run):
     start = started(resume=str(run / "step_4.pt"), lr=1e-3, max_steps=20, optimizer="adamw", seq_len=32)
     assert start.notes[1:] == [
         "changed max_steps: 8 -> 20",
@@ -127,4 +127,4 @@ def test_the_checkpoints_tokenizer_is_used_and_another_one_refused(run, data, tm
 def test_a_tokenizer_larger_than_the_vocabulary(data, tmp_path):
     settings = small_settings(data, tmp_path, overrides={**SHAPE, "vocab_size": 290})
     with pytest.raises(InputError, match="the tokenizer has 300 ids and the model's vocabulary 290"):
-        begin(settings, set())
+        find_starting_point(settings, set())

@@ -8,8 +8,8 @@ import torch
 from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.train.setup import _build_model, _restore, assemble
-from lepton.train.start import begin
+from lepton.train.assembly import _build_model, _restore, assemble
+from lepton.train.starting_point import find_starting_point
 from tests.train.small import small_run, small_settings
 
 
@@ -34,7 +34,7 @@ def damaged(run, tmp_path, place, change):
 
 def resume(data, out, path):
     settings = small_settings(data, out, resume=str(path), max_steps=4)
-    return begin(settings, {"max_steps", "checkpoint_dir"})
+    return find_starting_point(settings, {"max_steps", "checkpoint_dir"})
 
 
 ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
@@ -104,6 +104,6 @@ def test_a_run_starts_from_weights_alone_and_under_another_configuration(run, da
     with pytest.raises(InputError, match=r"w\.safetensors holds weights only: start from it with --init_from"):
         resume(data, tmp_path, tmp_path / "w.safetensors")
     settings = small_settings(data, tmp_path, init_from=str(tmp_path / "w.safetensors"), overrides={"window": 8})
-    built = _build_model(begin(settings, settings.changed()), settings, torch.device("cpu"))
+    built = _build_model(find_starting_point(settings, settings.changed()), settings, torch.device("cpu"))
     assert built.config.window == 8
     assert all(torch.equal(value, built.state_dict()[name]) for name, value in model.state_dict().items())

@@ -10,7 +10,8 @@ import pytest
 
 from lepton import checkpoint
 from lepton.errors import InputError
-from lepton.train import TrainSettings, train
+from lepton.train.settings import TrainSettings
+from lepton.train.trainer import train
 from tests.train.small import metrics_of, small_run
 
 

@@ -1,0 +1,52 @@
+"""The cost of training: floating-point operations counted from shapes, and an estimate of the time they take."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from lepton.model import Network
+from lepton.model.flops import flops_per_token
+from lepton.model.ideas.idea import Work, matrices
+from lepton.runtime.device import synchronize
+from lepton.train.batch_plan import usual_groups
+
+USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
+"""Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
+HOST_SECONDS = 0.006
+"""Time that a GPU's host takes to launch a micro-batch, however small, for estimates."""
+
+
+def training_flops_per_token(model: Network, rows: int, length: int) -> float:
+    """Floating-point operations per target of `rows` of `length` targets, without the optimizer's.
+
+    A backward pass costs each product twice over, once for its input and once for its matrix; where one of the two has
+    no gradient, once. Counted is what runs: all the rounds of thinking that there is room for, and the usual number of
+    segments. What is computed again with `checkpoint_activations` is not counted.
+    """
+    config = model.config
+    groups = usual_groups(length, config.segment)
+    rounds = [idea.think_in_training(rows) for idea in model.ideas.values()]
+    think = next((each for each in rounds if each is not None), None)
+    work = Work(length, groups, think=think, rows=rows)
+    head = matrices(model.head_down) + config.padded_vocab_size * model.embed.embedding_dim
+    extra = sum(idea.extra_training_flops(work, head) for idea in model.ideas.values())
+    return 3 * flops_per_token(model, length, think=think, groups=groups) + extra
+
+
+def training_seconds(flops: float, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return about how long training of so many `flops` takes, from a matrix product timed on the spot."""
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))
+    share = USUAL_SHARE.get(device.type, 0.2) * (2 if (device.type, dtype) == ("cpu", torch.float32) else 1)
+    rate = 2 * size**3 / seconds * share
+    return flops / rate + (0 if device.type == "cpu" else micro_batches * HOST_SECONDS)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return max(time.perf_counter() - start, 1e-9)

@@ -1,0 +1,60 @@
+"""Messages to the user before the first step, and when the GPU's memory is too small."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from lepton.model import Network
+from lepton.runtime.device import device_name, gpu_memory, pick_device, pick_dtype
+from lepton.train.assembly import GRAD_ACCUM, GRAD_ACCUM_CPU, Parts, settle_for_device
+from lepton.train.cost import training_flops_per_token, training_seconds
+from lepton.train.memory_forecast import fitting_flags, predicted_memory
+from lepton.train.progress import duration
+from lepton.train.starting_point import StartingPoint
+
+
+def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) -> None:
+    """Say what is trained on which data, about how long it will take, and which choices were made."""
+    settings, model = parts.settings, parts.model
+    assert settings.grad_accum is not None
+    tokens = settings.batch_size * settings.grad_accum * settings.seq_len
+    left = settings.max_steps - start.step
+    flops = training_flops_per_token(model, settings.batch_size, settings.seq_len) * tokens * left
+    seconds = training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
+    dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
+    name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
+    data = parts.data.train.describe()
+    say(
+        f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens per step; {data}; "
+        f"{left:,} steps in about {duration(seconds)} on {device_name(parts.device)}, {dtype}"
+    )
+    if parts.device.type == "cpu":
+        choices = {"grad_accum": f"--grad_accum {GRAD_ACCUM_CPU} instead of {GRAD_ACCUM}", "compile": "not compiled"}
+        chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
+        if chosen:
+            say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
+    memory = gpu_memory(parts.device)
+    if memory is not None:
+        available, total = memory
+        predicted = predicted_memory(model, settings)
+        say(f"GPU memory: about {predicted / 1e9:.1f} GB of {total / 1e9:.1f} GB")
+        if predicted > available:
+            use = fitting_flags(settings, partial(predicted_memory, model), available)
+            say(f"only {available / 1e9:.1f} GB of it are free, which will hardly do: use {use}")
+    for note in [*start.notes, *parts.data.notes]:
+        say(note)
+
+
+def out_of_memory(start: StartingPoint) -> str:
+    """Return the error message of a run that did not fit on the GPU: what happened, and which flags would fit."""
+    device = pick_device(start.settings.device)
+    settings = settle_for_device(start.settings, device)
+    with torch.device("meta"):
+        model = Network(start.config)
+    model.compute_dtype = pick_dtype(settings.dtype, device)
+    memory = gpu_memory(device)
+    assert memory is not None
+    available, total = memory
+    use = fitting_flags(settings, partial(predicted_memory, model), available)
+    return f"out of GPU memory with --batch_size {settings.batch_size} on {total / 1e9:.0f} GB: use {use}"
