@@ -22,7 +22,7 @@ COMMAND = re.compile(r"^python (?:(train)\.py|-m lepton (\w+))(.*)$", re.MULTILI
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = ["docs/tutorial.md"]
 """Documents whose Python blocks are one script that needs nothing but `checkpoints/final.pt`."""
-INTERNAL = {"__main__", "archive", "cli", "files", "requirements", "runtime", "shapes", "tensors", "values"}
+INTERNAL = {"__main__", "archive", "cli", "files", "presets", "requirements", "runtime", "shapes", "tensors", "values"}
 """Modules of lepton that are no interface for users."""
 
 
