@@ -45,7 +45,8 @@ else:
     print(f"{stats.new_tokens} tokens in {stats.forward_calls} passes through the model")
     print("drafts accepted, by position:", " ".join(f"{share:.0%}" for share in stats.acceptance))
 
-    # A new text begins at position 0. With a memory it still knows what the old one left there.
+    # A new text begins at position 0. A memory brings along what the old text left in it. (A model with little training
+    # makes little of it and may write the same twice.)
     for name, memory in (("without memory", None), ("with memory", memory_file)):
         tokens = model.generate(prompt, **options, memory=memory)
         print(f"a new text {name}:", repr(decode(tokens[len(prompt) :])))
