@@ -8,7 +8,8 @@
 import argparse
 
 from lepton import Lepton
-from lepton.train import TrainSettings, train
+from lepton.train.settings import TrainSettings
+from lepton.train.trainer import train
 
 parser = argparse.ArgumentParser(description="Train a NANO, then continue a text with it.")
 parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: 100)")
