@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lepton
 from lepton.cli.arguments import Parser
 from lepton.cli.main import COMMANDS
 from tests.cli.tiny import save_tiny
@@ -21,6 +22,8 @@ COMMAND = re.compile(r"^python (?:(train)\.py|-m lepton (\w+))(.*)$", re.MULTILI
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN = ["docs/tutorial.md"]
 """Documents whose Python blocks are one script that needs nothing but `checkpoints/final.pt`."""
+INTERNAL = {"__main__", "archive", "cli", "files", "presets", "requirements", "runtime", "shapes", "tensors", "values"}
+"""Modules of lepton that are no interface for users."""
 
 
 def run_python_blocks(path):
@@ -77,11 +80,20 @@ def test_every_link_leads_somewhere(path):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_name_of_the_api_reference_exists():
+def reference():
+    """Return what the API reference documents, by name."""
     names = [name for path in DOCS for name in re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.M)]
-    assert names
-    for name in names:
-        assert pkgutil.resolve_name(name) is not None
+    return {name: pkgutil.resolve_name(name) for name in names}
+
+
+def test_every_name_of_the_api_reference_exists():
+    assert reference()
+
+
+def test_every_public_module_is_in_the_api_reference():
+    homes = {getattr(value, "__module__", None) or value.__name__ for value in reference().values()}
+    modules = {module.name for module in pkgutil.iter_modules(lepton.__path__)}
+    assert modules - INTERNAL - {home.split(".")[1] for home in homes} == set()
 
 
 def test_every_page_is_in_the_navigation_of_the_site():
