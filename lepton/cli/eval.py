@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speculation",
         type=int,
         metavar="N",
-        help="also measure how many tokens a pass of the model gives, on the beginnings of N rows",
+        help="also measure how many tokens per pass of the model gives, on the beginnings of N rows",
     )
     add_json(parser)
 

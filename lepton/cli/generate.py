@@ -165,7 +165,7 @@ def describe(stats: "Stats", seconds: float, *, uncertainty: bool) -> str:
     parts = [speed, f"{stats.forward_calls} passes through the model"]
     if stats.drafted:
         shares = ", ".join(f"{share:.0%}" for share in stats.acceptance)
-        parts += [f"{stats.tokens_per_step:.2f} tokens a pass", f"drafts accepted by position: {shares}"]
+        parts += [f"{stats.tokens_per_step:.2f} tokens per pass", f"drafts accepted by position: {shares}"]
     return "; ".join([*parts, f"mean depth {stats.mean_depth:.2f} blocks"])
 
 

@@ -56,7 +56,7 @@ def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch):
 
 SPEED = r"25 new tokens in \d+\.\d s \(\d+\.\d tokens/s\)"
 FIGURES = (
-    SPEED + r"; \d+ passes through the model; [1-5]\.\d\d tokens a pass; "
+    SPEED + r"; \d+ passes through the model; [1-5]\.\d\d tokens per pass; "
     r"drafts accepted by position: \d+%, \d+%, \d+%, \d+%; mean depth 3\.00 blocks"
 )
 
