@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     seen = collect(model, batches[1], args.max_tokens)
     before = figures(model, seen)
     fitted = calibrate(model, batches[0], args.max_tokens, min_tokens=least)
-    counts = fitted.tokens, len(seen.wrong_N)
+    counts = fitted.tokens, len(seen.wrong_M)
     if min(counts) < least:
         raise InputError(
             f"{what}: {counts[0]:,} tokens to fit on and {counts[1]:,} others to measure, where calibration needs "
@@ -124,9 +124,9 @@ def figures(model: "Lepton", seen: "Outcomes") -> dict[str, float | None]:
     if model.idea("uncertainty") is not None:
         scores = reliability(model, seen).to_dict()["scores"]["uncertainty"]
         table |= {name: scores[name] for name in MEASURED}
-    if model.idea("router") is not None and seen.benefit_N is not None:
-        deep_N = seen.benefit_N > model.idea("router").threshold(0.5).item()
-        table["deep_at_half"] = deep_N.to(torch.float64).mean().item()
+    if model.idea("router") is not None and seen.benefit_M is not None:
+        deep_M = seen.benefit_M > model.idea("router").threshold(0.5).item()
+        table["deep_at_half"] = deep_M.to(torch.float64).mean().item()
     return table
 
 

@@ -83,52 +83,52 @@ def measure_uncertainty(
 def reliability(model: Lepton, seen: Outcomes, temperature: float | None = None) -> Reliability:
     """Score what was collected, under `model`'s present calibration; `temperature` is the one it was collected with."""
     chances = {}
-    if seen.logit_N is not None and model.idea("uncertainty") is not None:
+    if seen.logit_M is not None and model.idea("uncertainty") is not None:
         scale, shift = model.idea("uncertainty").calibration.tolist()
-        chances["uncertainty"] = torch.sigmoid(scale * seen.logit_N + shift)
-    chances["max-probability"] = seen.doubt_N
+        chances["uncertainty"] = torch.sigmoid(scale * seen.logit_M + shift)
+    chances["max-probability"] = seen.doubt_M
     if temperature is not None:
-        chances["scaled max-probability"] = seen.scaled_doubt_N
-    scores = {name: score(chance_N, seen.wrong_N) for name, chance_N in chances.items()}
-    return Reliability(len(seen.wrong_N), seen.wrong_N.mean().item(), temperature, scores)
+        chances["scaled max-probability"] = seen.scaled_doubt_M
+    scores = {name: score(chance_M, seen.wrong_M) for name, chance_M in chances.items()}
+    return Reliability(len(seen.wrong_M), seen.wrong_M.mean().item(), temperature, scores)
 
 
-def score(chance_N: Tensor, wrong_N: Tensor) -> Scores:
+def score(chance_M: Tensor, wrong_M: Tensor) -> Scores:
     """Return all figures of N >= 1 chances in 0..1 against what happened (1 wrong, 0 right)."""
     return Scores(
-        calibration_error(chance_N, wrong_N),
-        brier(chance_N, wrong_N),
-        auroc(chance_N, wrong_N),
-        risk_coverage(chance_N, wrong_N),
+        calibration_error(chance_M, wrong_M),
+        brier(chance_M, wrong_M),
+        auroc(chance_M, wrong_M),
+        risk_coverage(chance_M, wrong_M),
     )
 
 
-def brier(chance_N: Tensor, wrong_N: Tensor) -> float:
+def brier(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Mean squared distance of the chances to what happened (Brier, 1950)."""
-    return (chance_N.double() - wrong_N.double()).square().mean().item()
+    return (chance_M.double() - wrong_M.double()).square().mean().item()
 
 
-def auroc(chance_N: Tensor, wrong_N: Tensor) -> float:
+def auroc(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Chance that a random wrong token has the higher value than a random right one; a tie counts half.
 
     Exact: the Mann-Whitney statistic, by mean ranks. NaN if there is no wrong token or no right one.
     """
-    _, place_N, count_U = chance_N.double().unique(return_inverse=True, return_counts=True)
-    rank_U = count_U.cumsum(0) - (count_U - 1) / 2
-    wrong_N = wrong_N.double()
-    wrongs = wrong_N.sum()
-    above = (rank_U.double()[place_N] * wrong_N).sum() - wrongs * (wrongs + 1) / 2
-    return (above / (wrongs * (len(wrong_N) - wrongs))).item()
+    _, place_M, counts = chance_M.double().unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0) - (counts - 1) / 2
+    wrong_M = wrong_M.double()
+    wrongs = wrong_M.sum()
+    above = (ranks.double()[place_M] * wrong_M).sum() - wrongs * (wrongs + 1) / 2
+    return (above / (wrongs * (len(wrong_M) - wrongs))).item()
 
 
-def risk_coverage(chance_N: Tensor, wrong_N: Tensor) -> float:
+def risk_coverage(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017).
 
     It is the mean, over k = 1 ... N, of the share of wrong among the k least doubted tokens. Equal chances count as
     equally wrong.
     """
-    _, wrong_N = sorted_by_chance(chance_N, wrong_N)
-    return (wrong_N.cumsum(0) / torch.arange(1, len(wrong_N) + 1)).mean().item()
+    _, wrong_M = sorted_by_chance(chance_M, wrong_M)
+    return (wrong_M.cumsum(0) / torch.arange(1, len(wrong_M) + 1)).mean().item()
 
 
 @torch.no_grad()
@@ -145,16 +145,16 @@ def fit_temperature(
     Raises:
         InputError: there is nothing to predict.
     """
-    nats_K = torch.zeros_like(TEMPERATURES)
+    sums = torch.zeros_like(TEMPERATURES)
     tokens = 0
     for part in walk(model, batches, max_tokens=max_tokens, depth=depth, think=think):
         nats = [cross_entropy(part.logits_MV / t, part.target_M, reduction="sum") for t in TEMPERATURES.tolist()]
-        nats_K += torch.stack(nats).cpu().double()
+        sums += torch.stack(nats).cpu().double()
         tokens += len(part.target_M)
     if not tokens:
         raise InputError("the text holds no token to predict: give a longer one")
-    best = min(max(int(nats_K.argmin()), 1), len(nats_K) - 2)
-    left, middle, right = (nats_K[best + shift].item() for shift in (-1, 0, 1))
+    best = min(max(int(sums.argmin()), 1), len(sums) - 2)
+    left, middle, right = (sums[best + shift].item() for shift in (-1, 0, 1))
     bend = left - 2 * middle + right
     shift = (left - right) / (2 * bend) if bend > 0 else 0.0
     ratio = (TEMPERATURES[1] / TEMPERATURES[0]).item()

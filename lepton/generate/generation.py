@@ -71,9 +71,9 @@ class News(NamedTuple):
 class Chunk(NamedTuple):
     """What the trunk made of the newest tokens of each row, the last of which predict the next."""
 
-    hidden_RTD: Tensor
-    signals_RT3: Tensor
-    blocks_RT: Tensor
+    hidden_ATD: Tensor
+    signals_AT3: Tensor
+    blocks_AT: Tensor
     """Blocks that the tokens went through; of a prompt, the sum over its tokens."""
     commit: Callable[[Tensor], State]
     """The state after the first token and that many drafts."""
@@ -164,14 +164,14 @@ class Generation:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws_RX, chunk = self._draws(rows), self._first or self._prefill()
+        draws, chunk = self._draws(rows), self._first or self._prefill()
         self._first = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
-            logits_RTV = self.model.head(chunk.hidden_RTD)
-            trials_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
-            verdict = accept(self._distribution(logits_RTV), drafts.q_RKV, drafts.ids_RK, trials_RK, draws_RX[:, -1])
-            cycle = self._hand_out(rows, chunk, logits_RTV, drafts, verdict)
+            logits_ATV = self.model.head(chunk.hidden_ATD)
+            trials_AY = draws[:, self._drafts : self._drafts + drafts.ids_AY.shape[1]]
+            verdict = accept(self._distribution(logits_ATV), drafts.q_AYV, drafts.ids_AY, trials_AY, draws[:, -1])
+            cycle = self._hand_out(rows, chunk, logits_ATV, drafts, verdict)
             given = [len(each.tokens) for each in cycle]
             self._cycle = Cycle(rows, given, chunk.commit)
             yield cycle
@@ -183,16 +183,16 @@ class Generation:
             for i in set(range(len(rows))) - set(index):
                 self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
-            index_R = torch.tensor(index, device=self._device)
-            token_R = verdict.next_R[index_R]
-            hidden_RD = chunk.hidden_RTD[index_R, verdict.accepted_R[index_R]]
+            index_A = torch.tensor(index, device=self._device)
+            token_A = verdict.next_A[index_A]
+            hidden_AD = chunk.hidden_ATD[index_A, verdict.accepted_A[index_A]]
 
-            draws_RX = self._draws(rows)
+            draws = self._draws(rows)
             if self._drafts:
-                drafts = draft(self.model, hidden_RD, token_R, draws_RX[:, : self._drafts], self._distribution)
+                drafts = draft(self.model, hidden_AD, token_A, draws[:, : self._drafts], self._distribution)
             else:
                 drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
-            chunk = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state.rows(index_R))
+            chunk = self._verify(torch.cat([token_A[:, None], drafts.ids_AY], 1), state.rows(index_A))
 
     def _prefill(self) -> Chunk:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
@@ -227,34 +227,34 @@ class Generation:
         read = state
         # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
-        self._cycle = Cycle(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_R: read)
-        return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
+        self._cycle = Cycle(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_A: read)
+        return Chunk(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_A: read)
 
-    def _verify(self, tokens_RT: Tensor, state: State) -> Chunk:
+    def _verify(self, tokens_AT: Tensor, state: State) -> Chunk:
         """Pass the newest tokens and their drafts through the model."""
-        out = self._pass(tokens_RT, state)
+        out = self._pass(tokens_AT, state)
         self.stats.forward_calls += 1
-        return Chunk(out.hidden, out.signals, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
+        return Chunk(out.hidden, out.signals, out.depth, lambda accepted_A: out.commit(1 + accepted_A))
 
     def _hand_out(
         self,
         rows: Sequence[int],
         chunk: Chunk,
-        logits_RTV: Tensor,
+        logits_ATV: Tensor,
         drafts: Drafts,
         verdict: Verdict,
     ) -> list[News]:
         """Fetch the outcome from the device, cut it where a row ends, and count."""
-        ids_RT = torch.cat([drafts.ids_RK, verdict.next_R[:, None]], 1)
-        ids_RT = ids_RT.scatter(1, verdict.accepted_R[:, None], verdict.next_R[:, None])
-        finite_R = logits_RTV.isfinite().all(-1).all(-1) & drafts.q_RKV.isfinite().all(-1).all(-1)
-        blocks_R = chunk.blocks_RT.sum(1)
+        ids_AT = torch.cat([drafts.ids_AY, verdict.next_A[:, None]], 1)
+        ids_AT = ids_AT.scatter(1, verdict.accepted_A[:, None], verdict.next_A[:, None])
+        finite_A = logits_ATV.isfinite().all(-1).all(-1) & drafts.q_AYV.isfinite().all(-1).all(-1)
+        blocks_A = chunk.blocks_AT.sum(1)
         # The one place of a cycle that waits for the device.
-        outcomes = torch.cat([ids_RT, torch.stack([verdict.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
+        outcomes = torch.cat([ids_AT, torch.stack([verdict.accepted_A, blocks_A, finite_A.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
         if self.options.uncertainty:
             assert self.model.idea("uncertainty") is not None, "the constructor asked"
-            uncertainties = self.model.idea("uncertainty")(chunk.hidden_RTD, logits_RTV, chunk.signals_RT3).tolist()
+            uncertainties = self.model.idea("uncertainty")(chunk.hidden_ATD, logits_ATV, chunk.signals_AT3).tolist()
 
         news = []
         for row, (*ids, accepted, blocks, finite), unsure in zip(rows, outcomes, uncertainties, strict=True):
@@ -270,7 +270,7 @@ class Generation:
                     break
             self.stats.new_tokens += len(tokens)
             if not from_prompt:
-                self.stats.add_cycle(len(tokens), drafted=drafts.ids_RK.shape[1], accepted=accepted)
+                self.stats.add_cycle(len(tokens), drafted=drafts.ids_AY.shape[1], accepted=accepted)
             news.append(News(row, tokens, unsure[: len(tokens)]))
         return news
 

@@ -37,9 +37,9 @@ def attend(
     for block in plan.blocks:
         k, v = _joined(k_BJKH[:, block.entries], slots, 0), _joined(v_BJKH[:, block.entries], slots, 1)
         if (chosen := block.chosen) is None:
-            outputs.append(attend_with_bias(q[:, block.queries], k, v, block.bias_BQX))
+            outputs.append(attend_with_bias(q[:, block.queries], k, v, block.bias_BQJ))
         else:
-            out = attend_with_bias(chosen.pad(q), k[chosen.rows_R], v[chosen.rows_R], block.bias_BQX)
+            out = attend_with_bias(chosen.pad(q), k[chosen.rows_A], v[chosen.rows_A], block.bias_BQJ)
             outputs.append(chosen.unpad(out))
     if len(outputs) == 1:
         return outputs[0]
@@ -69,11 +69,11 @@ def _attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ
     rows, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BJKH.shape[2]
     # The query heads that share a kv head stand below each other: one product for all of them.
-    q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
-    scores_BKGTJ = torch.add(bias_BTJ[:, None, None], scores_BKGTJ, alpha=head_dim**-0.5)
-    out_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
-    return out_BKXH.view(rows, heads, length, head_dim).transpose(1, 2)
+    q = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (q @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
+    scores = torch.add(bias_BTJ[:, None, None], scores, alpha=head_dim**-0.5)
+    out = scores.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
+    return out.view(rows, heads, length, head_dim).transpose(1, 2)
 
 
 def naive_attention(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sees_BTJ: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class Ranges:
         first_BJ, last_BJ = torch.cat([self.first_BJ, first_BC], 1), torch.cat([self.last_BJ, last_BC], 1)
         return Ranges(self.start_BT, first_BJ, last_BJ, self.tokens, self.window)
 
-    def of_rows(self, rows_R: Tensor) -> "Ranges":
+    def of_rows(self, rows_A: Tensor) -> "Ranges":
         """Return those of some rows."""
-        start, first, last = (each.index_select(0, rows_R) for each in (self.start_BT, self.first_BJ, self.last_BJ))
+        start, first, last = (each.index_select(0, rows_A) for each in (self.start_BT, self.first_BJ, self.last_BJ))
         return Ranges(start, first, last, self.tokens, self.window)
 
 

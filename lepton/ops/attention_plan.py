@@ -21,7 +21,7 @@ from lepton.ops.query_blocks import query_blocks
 class Chosen:
     """The chosen queries of a block: M of them, in R rows."""
 
-    rows_R: Tensor
+    rows_A: Tensor
     """The rows that have any."""
     most: int
     """The most that one row has."""
@@ -32,13 +32,13 @@ class Chosen:
 
     def pad(self, q_MNH: Tensor) -> Tensor:
         """Lay the block's queries out as [R, most, N, H]."""
-        padded = q_MNH.new_zeros(len(self.rows_R) * self.most, *q_MNH.shape[1:])
+        padded = q_MNH.new_zeros(len(self.rows_A) * self.most, *q_MNH.shape[1:])
         padded = padded.index_copy(0, self.place_M, q_MNH[self.source])
-        return padded.unflatten(0, (len(self.rows_R), self.most))
+        return padded.unflatten(0, (len(self.rows_A), self.most))
 
-    def unpad(self, out_RQNH: Tensor) -> Tensor:
+    def unpad(self, out_AQNH: Tensor) -> Tensor:
         """Take the block's outputs back out of the padding: [M, N, H]."""
-        return out_RQNH.flatten(0, 1)[self.place_M]
+        return out_AQNH.flatten(0, 1)[self.place_M]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class QueryBlock:
     queries: slice
     entries: slice
     """Of past and chunk; all slots follow."""
-    bias_BQX: Tensor
+    bias_BQJ: Tensor
     """What is added to scores: 0 where a query sees the entry, and the lowest number elsewhere."""
     chosen: Chosen | None = None
     """Where only some queries are computed: which. The bias is then [R, most, X]."""
@@ -63,11 +63,11 @@ class AttentionPlan:
     index_M: Tensor | None = None
     """Each chosen query in the flattened B x T; None where all are computed."""
 
-    def of_rows(self, rows_R: Tensor) -> "AttentionPlan":
+    def of_rows(self, rows_A: Tensor) -> "AttentionPlan":
         """Return the plan of some rows."""
         if self.ranges is not None:
-            return AttentionPlan(self.ranges.of_rows(rows_R), ())
-        blocks = (QueryBlock(b.queries, b.entries, b.bias_BQX.index_select(0, rows_R)) for b in self.blocks)
+            return AttentionPlan(self.ranges.of_rows(rows_A), ())
+        blocks = (QueryBlock(b.queries, b.entries, b.bias_BQJ.index_select(0, rows_A)) for b in self.blocks)
         return AttentionPlan(None, tuple(blocks))
 
     def take(self, x_BT: Tensor) -> Tensor:
@@ -128,20 +128,20 @@ class CausalWindow:
             assert chosen_BT is None
             return AttentionPlan(self.ranges if slots_BTC is None else self.ranges.with_slots(slots_BTC), ())
         blocks = []
-        for queries, entries, mask_BQX in self.masks:
+        for queries, entries, mask_BQJ in self.masks:
             if slots_BTC is not None:
-                mask_BQX = torch.cat([mask_BQX, slots_BTC[:, queries]], 2)
-            blocks.append(QueryBlock(queries, entries, bias(mask_BQX, self.dtype)))
+                mask_BQJ = torch.cat([mask_BQJ, slots_BTC[:, queries]], 2)
+            blocks.append(QueryBlock(queries, entries, bias(mask_BQJ, self.dtype)))
         return AttentionPlan(None, tuple(blocks)) if chosen_BT is None else _of_chosen(blocks, chosen_BT)
 
-    def plan_of_mask(self, sees_BQX: Tensor) -> AttentionPlan:
-        """Return the plan of other queries, such as thoughts', that see what `sees_BQX` says of the chunk's kv entries
+    def plan_of_mask(self, sees_BQJ: Tensor) -> AttentionPlan:
+        """Return the plan of other queries, such as thoughts', that see what `sees_BQJ` says of the chunk's kv entries
         and of slots. Each entry is seen by one run of queries, if by any.
         """
         if self.ranges is not None:
-            return AttentionPlan(Ranges.of_mask(sees_BQX), ())
+            return AttentionPlan(Ranges.of_mask(sees_BQJ), ())
         every = slice(None)
-        return AttentionPlan(None, (QueryBlock(every, every, bias(sees_BQX, self.dtype)),))
+        return AttentionPlan(None, (QueryBlock(every, every, bias(sees_BQJ, self.dtype)),))
 
 
 def visible(position_BT: Tensor, query_BQ: Tensor, entry_J: Tensor, window: int | None) -> Tensor:
@@ -159,12 +159,12 @@ def visible(position_BT: Tensor, query_BQ: Tensor, entry_J: Tensor, window: int 
     return (distance_BQJ >= 0) & (distance_BQJ <= reach_BQ[:, :, None])
 
 
-def bias(mask_BQX: Tensor, dtype: torch.dtype) -> Tensor:
+def bias(mask_BQJ: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is added to scores: 0 where the mask is true, elsewhere so little that no share is left."""
-    entries = mask_BQX.shape[2]
+    entries = mask_BQJ.shape[2]
     # The kernels of GPUs want rows that begin at whole multiples of 16 bytes, and would copy each time what has none.
-    added_BQX = torch.zeros(*mask_BQX.shape[:2], -(-entries // 8) * 8, dtype=dtype, device=mask_BQX.device)
-    return added_BQX[..., :entries].masked_fill_(~mask_BQX, torch.finfo(dtype).min)
+    added_BQJ = torch.zeros(*mask_BQJ.shape[:2], -(-entries // 8) * 8, dtype=dtype, device=mask_BQJ.device)
+    return added_BQJ[..., :entries].masked_fill_(~mask_BQJ, torch.finfo(dtype).min)
 
 
 def _of_chosen(blocks: list[QueryBlock], chosen_BT: Tensor) -> AttentionPlan:
@@ -176,12 +176,12 @@ def _of_chosen(blocks: list[QueryBlock], chosen_BT: Tensor) -> AttentionPlan:
         if not len(row_M):
             continue
         count_B = part_BQ.sum(1)
-        rows_R, most = count_B.nonzero()[:, 0], int(count_B.max())
+        rows_A, most = count_B.nonzero()[:, 0], int(count_B.max())
         order_M = (part_BQ.cumsum(1) - 1)[row_M, query_M]
         place_M = ((count_B > 0).cumsum(0) - 1)[row_M] * most + order_M
-        query_RQ = query_M.new_zeros(len(rows_R) * most).index_copy(0, place_M, query_M).view(len(rows_R), most)
-        chosen = Chosen(rows_R, most, slice(start, start + len(row_M)), place_M)
-        kept.append(QueryBlock(block.queries, block.entries, block.bias_BQX[rows_R[:, None], query_RQ], chosen))
+        query_AQ = query_M.new_zeros(len(rows_A) * most).index_copy(0, place_M, query_M).view(len(rows_A), most)
+        chosen = Chosen(rows_A, most, slice(start, start + len(row_M)), place_M)
+        kept.append(QueryBlock(block.queries, block.entries, block.bias_BQJ[rows_A[:, None], query_AQ], chosen))
         indices.append(row_M * chosen_BT.shape[1] + query_M + block.queries.start)
         start += len(row_M)
     nothing = torch.zeros(0, dtype=torch.int64, device=chosen_BT.device)

@@ -89,21 +89,21 @@ def naive_linear_cross_entropy(
 
 
 def plain_chunk(
-    raw_CV: Tensor, target_C: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
+    raw_OV: Tensor, target_O: Tensor, count: Tensor, vocab_size: int, cap: float, z_weight: float, grads: bool
 ) -> tuple[Tensor, Tensor]:
-    """Losses of a chunk's rows; overwrites `raw_CV` with its gradient if `grads`.
+    """Losses of a chunk's rows; overwrites `raw_OV` with its gradient if `grads`.
 
     Returns:
         Nats and the squared log-normaliser of each position, 0 where there is nothing to predict. The gradient is that
         of the mean loss of `count` valid positions.
     """
-    precise = torch.promote_types(raw_CV.dtype, torch.float32)
-    valid_C = (target_C != IGNORE).to(precise)
-    label_C1 = target_C.clamp(min=0)[:, None]
-    share_C1 = (4 * valid_C / count)[:, None]  # the derivative of tanh is 4 w (1 - w)
-    at_once = max(1, ENTRIES_CPU // raw_CV.shape[1]) if raw_CV.device.type == "cpu" else len(raw_CV)
+    precise = torch.promote_types(raw_OV.dtype, torch.float32)
+    valid_O = (target_O != IGNORE).to(precise)
+    label_O1 = target_O.clamp(min=0)[:, None]
+    share_O1 = (4 * valid_O / count)[:, None]  # the derivative of tanh is 4 w (1 - w)
+    at_once = max(1, ENTRIES_CPU // raw_OV.shape[1]) if raw_OV.device.type == "cpu" else len(raw_OV)
     lse, lead = [], []
-    parts = (each.split(at_once) for each in (raw_CV, label_C1, share_C1))
+    parts = (each.split(at_once) for each in (raw_OV, label_O1, share_O1))
     for some_RV, label_R1, share_R1 in zip(*parts, strict=True):
         # These passes are the cost on a CPU, where a sigmoid is much cheaper than a tanh and a softmax than an
         # exponential: with w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
@@ -118,8 +118,8 @@ def plain_chunk(
             grad_RV = p_RV.mul_((1 + 2 * z_weight * (lse_R1 + cap)) * share_R1)
             grad_RV.scatter_add_(1, label_R1, -share_R1)
             some_RV.copy_(grad_RV.mul_(w_RV.addcmul_(w_RV, w_RV, value=-1)))
-    lse_C, lead_C = torch.cat(lse)[:, 0], torch.cat(lead)[:, 0]
-    return (lse_C - lead_C) * valid_C, (lse_C + cap).square() * valid_C
+    lse_O, lead_O = torch.cat(lse)[:, 0], torch.cat(lead)[:, 0]
+    return (lse_O - lead_O) * valid_O, (lse_O + cap).square() * valid_O
 
 
 def _chunk_size(x_MD: Tensor, rows: int) -> int:
@@ -157,26 +157,26 @@ def _in_chunks(
     size = _chunk_size(x_MD, len(weight_VD))
     for first in range(0, len(x_MD), size):
         rows = slice(first, first + size)
-        x_CD = x_MD[rows]
-        raw_CV = x_CD @ matrix_VD.T
-        nats_M[rows], squares_M[rows] = chunk(raw_CV, target_M[rows], count, *options[:4])
+        x_OD = x_MD[rows]
+        raw_OV = x_OD @ matrix_VD.T
+        nats_M[rows], squares_M[rows] = chunk(raw_OV, target_M[rows], count, *options[:4])
         if grads:  # the logits have become their gradients
-            dx_MD[rows] = raw_CV @ matrix_VD
+            dx_MD[rows] = raw_OV @ matrix_VD
         if weight_grads and accumulates:
-            _accumulate(dweight_VD, raw_CV.T, x_CD, fresh=first == 0)
+            _accumulate(dweight_VD, raw_OV.T, x_OD, fresh=first == 0)
         elif weight_grads:
-            dweight_VD += raw_CV.T @ x_CD
-        del raw_CV  # before the next chunk's logits are made
+            dweight_VD += raw_OV.T @ x_OD
+        del raw_OV  # before the next chunk's logits are made
     return nats_M, squares_M, dx_MD, dweight_VD
 
 
-def _accumulate(total_VD: Tensor, one_VC: Tensor, other_CD: Tensor, *, fresh: bool) -> None:
+def _accumulate(total_VD: Tensor, one_VO: Tensor, other_OD: Tensor, *, fresh: bool) -> None:
     """Add a product of matrices in half precision to a sum in fp32, or start the sum with it if `fresh`.
 
     The product is never rounded, and never stored beside the sum: for a whole vocabulary, adding it takes longer than
     a small chunk's product does.
     """
-    torch.addmm(total_VD, one_VC, other_CD, out_dtype=total_VD.dtype, beta=0 if fresh else 1, out=total_VD)
+    torch.addmm(total_VD, one_VO, other_OD, out_dtype=total_VD.dtype, beta=0 if fresh else 1, out=total_VD)
 
 
 @functools.cache
@@ -203,9 +203,9 @@ def _kernel_chunk() -> Chunk:
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
-    raw_CV = torch.zeros(1, 16, dtype=dtype, device=device)
+    raw_OV = torch.zeros(1, 16, dtype=dtype, device=device)
     zero, one = (torch.full((1,), value, device=device) for value in (0, 1))
-    _kernel_chunk()(raw_CV, zero, one, 16, 15.0, 0.0, True)
+    _kernel_chunk()(raw_OV, zero, one, 16, 15.0, 0.0, True)
 
 
 CROSS_ENTROPY = Kernel("the loss", HALF, _trial)

@@ -54,15 +54,15 @@ class Positions(NamedTuple):
 class Outcomes:
     """What a model said of N positions and what came: fp64 on the CPU."""
 
-    wrong_N: Tensor
+    wrong_M: Tensor
     """1 where the most likely token is not the one that came, else 0."""
-    logit_N: Tensor | None
+    logit_M: Tensor | None
     """Raw logit of the uncertainty head (None without the idea)."""
-    benefit_N: Tensor | None
+    benefit_M: Tensor | None
     """The router's score (None without the idea)."""
-    doubt_N: Tensor
+    doubt_M: Tensor
     """One minus the largest probability."""
-    scaled_doubt_N: Tensor
+    scaled_doubt_M: Tensor
     """The same with the logits divided by a temperature."""
 
 
@@ -96,12 +96,12 @@ def calibrate(
         return Calibration(tokens, None, None)
     outcomes = _joined(model, slices)
     line, quantiles = None, None
-    if model.idea("uncertainty") is not None and outcomes.logit_N is not None:
-        line = fit_line(outcomes.logit_N, outcomes.wrong_N)
+    if model.idea("uncertainty") is not None and outcomes.logit_M is not None:
+        line = fit_line(outcomes.logit_M, outcomes.wrong_M)
         model.idea("uncertainty").calibration.copy_(torch.tensor(line))
-    if model.idea("router") is not None and outcomes.benefit_N is not None:
+    if model.idea("router") is not None and outcomes.benefit_M is not None:
         places = torch.linspace(0, 1, len(model.idea("router").quantiles), dtype=torch.float64)
-        quantiles = outcomes.benefit_N.quantile(places)
+        quantiles = outcomes.benefit_M.quantile(places)
         model.idea("router").quantiles.copy_(quantiles)
     return Calibration(tokens, line, quantiles)
 
@@ -150,12 +150,12 @@ def walk(
         first_B = (batch.lengths - 1).clamp(max=CHUNK).cumsum(0)
         if first_B[-1] >= left:
             batch = Batch(*(part[: int((first_B < left).sum()) + 1] for part in batch))
-        tokens_BN = batch.tokens.to(device)
+        tokens = batch.tokens.to(device)
         counts_B = (batch.lengths - 1).to(device)
         out = out if carry else None
-        for start in range(0, tokens_BN.shape[1] - 1, CHUNK):
-            target_BT = tokens_BN[:, start + 1 : start + 1 + CHUNK]
-            chunk_BT = tokens_BN[:, start : start + target_BT.shape[1]]
+        for start in range(0, tokens.shape[1] - 1, CHUNK):
+            target_BT = tokens[:, start + 1 : start + 1 + CHUNK]
+            chunk_BT = tokens[:, start : start + target_BT.shape[1]]
             here_B = (counts_B - start).clamp(0, chunk_BT.shape[1])
             state = None if out is None else out.state
             out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think)
@@ -181,7 +181,7 @@ def collect(
     depth: float | None = None,
     think: int | None = None,
 ) -> Outcomes:
-    """Return what `model` says of the positions of `batches`; `temperature` is that of `Outcomes.scaled_doubt_N`.
+    """Return what `model` says of the positions of `batches`; `temperature` is that of `Outcomes.scaled_doubt_M`.
 
     Raises:
         InputError: there is nothing to predict.
@@ -217,39 +217,39 @@ def _outcomes(
 
 
 def _joined(model: Lepton, slices: list[Tensor]) -> Outcomes:
-    wrong_N, likely_N, scaled_N, benefit_N, *logit_N = torch.cat(slices, 1)
+    wrong_M, likely_M, scaled_M, benefit_M, *logit_M = torch.cat(slices, 1)
     return Outcomes(
-        wrong_N,
-        logit_N[0] if logit_N else None,
-        benefit_N if model.idea("router") is not None else None,
+        wrong_M,
+        logit_M[0] if logit_M else None,
+        benefit_M if model.idea("router") is not None else None,
         # From the logarithm, for what is left of a probability near 1.
-        -torch.expm1(likely_N),
-        -torch.expm1(scaled_N),
+        -torch.expm1(likely_M),
+        -torch.expm1(scaled_M),
     )
 
 
-def fit_line(logit_N: Tensor, wrong_N: Tensor) -> tuple[float, float]:
+def fit_line(logit_M: Tensor, wrong_M: Tensor) -> tuple[float, float]:
     """Return the scale and shift under which `sigmoid(scale * logit + shift)` fits the outcomes best.
 
     Maximum likelihood by Newton's method in fp64 (Platt, 1999; Lin, Lin and Weng, 2007). Platt's targets, a little
     inside of 0 and 1, keep the line finite where the logits separate the outcomes.
     """
-    wrongs = wrong_N.double().sum()
-    rights = len(wrong_N) - wrongs
-    target_N = torch.where(wrong_N > 0, (wrongs + 1) / (wrongs + 2), 1 / (rights + 2))
-    input_N2 = torch.stack([logit_N.double(), torch.ones_like(target_N)], -1)
+    wrongs = wrong_M.double().sum()
+    rights = len(wrong_M) - wrongs
+    target_M = torch.where(wrong_M > 0, (wrongs + 1) / (wrongs + 2), 1 / (rights + 2))
+    input_M2 = torch.stack([logit_M.double(), torch.ones_like(target_M)], -1)
     neutral_2 = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def cost(line_2: Tensor) -> Tensor:
-        score_N = input_N2 @ line_2
-        return (F.softplus(score_N) - target_N * score_N).sum() + PRIOR / 2 * (line_2 - neutral_2).square().sum()
+        score_M = input_M2 @ line_2
+        return (F.softplus(score_M) - target_M * score_M).sum() + PRIOR / 2 * (line_2 - neutral_2).square().sum()
 
     line_2 = neutral_2
     for _ in range(100):
-        chance_N = torch.sigmoid(input_N2 @ line_2)
-        slope_2 = input_N2.T @ (chance_N - target_N) + PRIOR * (line_2 - neutral_2)
-        weight_N1 = (chance_N * (1 - chance_N))[:, None]
-        curve_22 = input_N2.T @ (weight_N1 * input_N2) + PRIOR * torch.eye(2, dtype=torch.float64)
+        chance_M = torch.sigmoid(input_M2 @ line_2)
+        slope_2 = input_M2.T @ (chance_M - target_M) + PRIOR * (line_2 - neutral_2)
+        weight_M1 = (chance_M * (1 - chance_M))[:, None]
+        curve_22 = input_M2.T @ (weight_M1 * input_M2) + PRIOR * torch.eye(2, dtype=torch.float64)
         step_2 = torch.linalg.solve(curve_22, slope_2)
         while cost(line_2 - step_2) > cost(line_2) and step_2.abs().max() > 1e-12:
             step_2 = step_2 / 2
@@ -260,18 +260,18 @@ def fit_line(logit_N: Tensor, wrong_N: Tensor) -> tuple[float, float]:
     return scale, shift
 
 
-def calibration_error(chance_N: Tensor, wrong_N: Tensor, bins: int = BINS) -> float:
+def calibration_error(chance_M: Tensor, wrong_M: Tensor, bins: int = BINS) -> float:
     """Expected calibration error in 0..1: mean |chance - share of wrong| over bins of equally many positions.
 
     Equal chances count as equally wrong, so the result does not depend on the order of the positions.
     """
-    chance_N, wrong_N = sorted_by_chance(chance_N, wrong_N)
-    parts = zip(chance_N.tensor_split(bins), wrong_N.tensor_split(bins), strict=True)
-    return sum((chance - wrong).sum().abs().item() for chance, wrong in parts) / len(chance_N)
+    chance_M, wrong_M = sorted_by_chance(chance_M, wrong_M)
+    parts = zip(chance_M.tensor_split(bins), wrong_M.tensor_split(bins), strict=True)
+    return sum((chance - wrong).sum().abs().item() for chance, wrong in parts) / len(chance_M)
 
 
-def sorted_by_chance(chance_N: Tensor, wrong_N: Tensor) -> tuple[Tensor, Tensor]:
+def sorted_by_chance(chance_M: Tensor, wrong_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chances in rising order and the outcomes beside them, those of equal chances averaged; fp64."""
-    values_U, place_N, count_U = chance_N.double().unique(return_inverse=True, return_counts=True)
-    share_U = torch.zeros_like(values_U).index_add(0, place_N, wrong_N.double()) / count_U
-    return values_U.repeat_interleave(count_U), share_U.repeat_interleave(count_U)
+    values, place_M, counts = chance_M.double().unique(return_inverse=True, return_counts=True)
+    shares = torch.zeros_like(values).index_add(0, place_M, wrong_M.double()) / counts
+    return values.repeat_interleave(counts), shares.repeat_interleave(counts)

@@ -62,10 +62,10 @@ def idea_figures(model: Lepton, data: ShardedDataset, *, batch_size: int) -> dic
     model.eval()
     if model.idea("uncertainty") is not None:
         outcomes = collect(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
-        assert outcomes.logit_N is not None
+        assert outcomes.logit_M is not None
         scale, shift = model.idea("uncertainty").calibration.double().tolist()
-        chance_N = torch.sigmoid(scale * outcomes.logit_N + shift)
-        figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
+        chance_M = torch.sigmoid(scale * outcomes.logit_M + shift)
+        figures["calibration_error"] = round(calibration_error(chance_M, outcomes.wrong_M), 4)
     if model.idea("drafter") is not None:
         _, stats = generate_with_stats(model, _beginning(data), max_new_tokens=FIGURE_NEW_TOKENS, temperature=0.0)
         figures["tokens_a_cycle"] = round(stats.tokens_a_cycle, 3)

@@ -156,24 +156,24 @@ def test_walking_gives_every_position_once(variant, monkeypatch):
             if model.uncertainty is not None:
                 raw.append(model.uncertainty.logit(out.hidden, out.logits, out.signals)[row, : length - 1])
     logits, targets = torch.cat(logits).detach(), torch.cat(targets)
-    assert len(seen.wrong_N) == sum(int(batch.lengths.sum()) - 2 for batch in batches())
+    assert len(seen.wrong_M) == sum(int(batch.lengths.sum()) - 2 for batch in batches())
 
     def same(got, expected):
         # A walk takes a chunk of all rows and then the next: the positions come in another order.
         assert got.sort().values == pytest.approx(expected.double().sort().values, abs=1e-9)
 
-    same(seen.wrong_N, logits.argmax(-1) != targets)
-    same(seen.doubt_N, 1 - logits.softmax(-1).amax(-1))
-    same(seen.scaled_doubt_N, 1 - (logits / 2).softmax(-1).amax(-1))
-    assert (seen.logit_N is None) == (model.uncertainty is None)
-    assert (seen.benefit_N is None) == (model.router is None)
-    if seen.logit_N is not None:
-        same(seen.logit_N, torch.cat(raw).detach())
+    same(seen.wrong_M, logits.argmax(-1) != targets)
+    same(seen.doubt_M, 1 - logits.softmax(-1).amax(-1))
+    same(seen.scaled_doubt_M, 1 - (logits / 2).softmax(-1).amax(-1))
+    assert (seen.logit_M is None) == (model.uncertainty is None)
+    assert (seen.benefit_M is None) == (model.router is None)
+    if seen.logit_M is not None:
+        same(seen.logit_M, torch.cat(raw).detach())
 
 
 def test_a_limit_is_exact_and_empty_text_is_a_mistake():
     model = build("complete")
-    assert len(collect(model, batches(), 50).wrong_N) == 50
+    assert len(collect(model, batches(), 50).wrong_M) == 50
     assert sum(len(part.target_M) for part in walk(model, batches(), max_tokens=3)) == 3
     with pytest.raises(InputError, match="no token to predict"):
         collect(model, [])
@@ -191,7 +191,7 @@ def test_rows_beyond_the_limit_are_not_computed():
     assert rows == [2]
     whole = collect(model, [batch])
     assert rows == [2, 4]
-    assert limited.doubt_N == pytest.approx(whole.doubt_N[:50], abs=1e-12)
+    assert limited.doubt_M == pytest.approx(whole.doubt_M[:50], abs=1e-12)
 
 
 def test_few_tokens_leave_the_model_as_it_is():
@@ -219,7 +219,7 @@ def test_calibration_lowers_the_error_and_sets_the_quantiles():
     assert fitted.tokens == after.tokens == 2 * (39 + 30)
     assert model.uncertainty.calibration.tolist() == pytest.approx(fitted.line)
     assert all(torch.equal(value, parameters[name]) for name, value in model.named_parameters())
-    benefit = collect(model, batches()).benefit_N
+    benefit = collect(model, batches()).benefit_M
     for depth in (0.25, 0.5, 0.75):
         assert (benefit > model.router.threshold(depth)).double().mean() == pytest.approx(depth, abs=0.01)
     assert calibrate(model, batches(), min_tokens=1).line == pytest.approx(fitted.line)  # it reads the raw logit
@@ -241,8 +241,8 @@ def test_figures_of_both_sources_on_the_same_tokens():
     assert set(report.scores) == {"uncertainty", "max-probability", "scaled max-probability"}
     assert report.scores["max-probability"] == report.scores["scaled max-probability"]
     seen = collect(model, batches())
-    assert report.wrong == seen.wrong_N.mean().item()
-    assert report.scores["max-probability"] == score(seen.doubt_N, seen.wrong_N)
+    assert report.wrong == seen.wrong_M.mean().item()
+    assert report.scores["max-probability"] == score(seen.doubt_M, seen.wrong_M)
     assert report.to_dict()["scores"]["uncertainty"]["auroc"] == report.scores["uncertainty"].auroc
 
 

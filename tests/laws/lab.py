@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict] = {
 CANARIES = ("complete", "dense")
 # Outputs [B, T, ...] of a forward pass that the laws speak of, and what the ideas did on the way.
 OUTPUTS = ("logits", "hidden", "uncertainty", "depth", "signals")
-GIVEN = ("feature_BTX", "signal_BT", "deep_BT")
+GIVEN = ("feature_BTF", "signal_BT", "deep_BT")
 
 
 def once_a_device(make: Callable[..., Lepton]) -> Callable[..., Lepton]:

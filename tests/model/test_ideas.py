@@ -82,13 +82,13 @@ class Echo(Idea):
             means.append(mean_BD)
         means_BXD = torch.stack(means, 1)
         added_BTD = self.out(means_BXD[:, 1:])
-        return Given(added_BTD, feature_BTX=means_BXD[:, 1:], record=EchoRecord(means_BXD))
+        return Given(added_BTD, feature_BTF=means_BXD[:, 1:], record=EchoRecord(means_BXD))
 
     def guess(self, mean_MD):
         return self.ahead(mean_MD)
 
     def losses(self, outcome):
-        feature_BTD = outcome.flow.given[self.name].feature_BTX.detach()
+        feature_BTD = outcome.flow.given[self.name].feature_BTF.detach()
         index_M = picks(outcome.following_BT[:, 1:], 4)
         guess_MD = self.guess(feature_BTD[:, :-1].flatten(0, 1)[index_M])
         return {"echo": (guess_MD - feature_BTD[:, 1:].flatten(0, 1)[index_M]).square().mean()}

@@ -93,7 +93,7 @@ def slow_parts(model, tokens, lengths):
                 if t + i < min(inputs.shape[1], int(lengths[row])) and documents[row, t + i] == documents[row, t]
             ]
             if ahead and t < inputs.shape[1]:
-                said = model.peek.summary(model.peek.hint(flow.given["peek"].inputs_BTX[row, t].detach()))
+                said = model.peek.summary(model.peek.hint(flow.given["peek"].inputs_BTI[row, t].detach()))
                 hints.append(1 - torch.nn.functional.cosine_similarity(said, sum(ahead), dim=-1))
     return {
         "exit": torch.stack(exits).mean(),

@@ -120,37 +120,37 @@ def _gather(value: Tensor, index_BC: Tensor) -> Tensor:
     return value.gather(1, index)
 
 
-def best_of_groups(priority_BE: Tensor, group_BE: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
+def best_of_groups(priority_BJ: Tensor, group_BJ: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the indices [B, G * count] of the `count` highest of each group, oldest first, and which of them exist.
 
     Elements come in order of position; those of lowest possible priority do not take part.
     """
     lowest = torch.iinfo(torch.int64).min
-    group_BE = torch.where(priority_BE > lowest, group_BE, groups)
-    by_priority = priority_BE.argsort(dim=1, descending=True, stable=True)
-    by_group = group_BE.gather(1, by_priority).argsort(dim=1, stable=True)
-    order_BE = by_priority.gather(1, by_group)
-    sorted_group_BE = group_BE.gather(1, order_BE)
-    first_BE = torch.searchsorted(sorted_group_BE, sorted_group_BE)
-    rank_BE = torch.arange(order_BE.shape[1], device=order_BE.device) - first_BE
-    chosen_BE = (rank_BE < count) & (sorted_group_BE < groups)
-    chosen_BE = torch.zeros_like(chosen_BE).scatter(1, order_BE, chosen_BE)
+    group_BJ = torch.where(priority_BJ > lowest, group_BJ, groups)
+    by_priority = priority_BJ.argsort(dim=1, descending=True, stable=True)
+    by_group = group_BJ.gather(1, by_priority).argsort(dim=1, stable=True)
+    order_BJ = by_priority.gather(1, by_group)
+    sorted_group_BJ = group_BJ.gather(1, order_BJ)
+    first_BJ = torch.searchsorted(sorted_group_BJ, sorted_group_BJ)
+    rank_BJ = torch.arange(order_BJ.shape[1], device=order_BJ.device) - first_BJ
+    chosen_BJ = (rank_BJ < count) & (sorted_group_BJ < groups)
+    chosen_BJ = torch.zeros_like(chosen_BJ).scatter(1, order_BJ, chosen_BJ)
     # Each group's chosen, in order of position, fill its places from the left.
-    within_BE = _count_in_group(chosen_BE, group_BE, groups)
-    place_BE = torch.where(chosen_BE, group_BE * count + within_BE, groups * count)
-    rows, elements = order_BE.shape
-    index = torch.zeros(rows, groups * count + 1, dtype=torch.int64, device=order_BE.device)
-    source = torch.arange(elements, device=order_BE.device).expand(rows, -1)
-    filled = torch.zeros_like(index, dtype=torch.bool).scatter(1, place_BE, True)
-    return index.scatter(1, place_BE, source)[:, :-1], filled[:, :-1]
+    within_BJ = _count_in_group(chosen_BJ, group_BJ, groups)
+    place_BJ = torch.where(chosen_BJ, group_BJ * count + within_BJ, groups * count)
+    rows, elements = order_BJ.shape
+    index = torch.zeros(rows, groups * count + 1, dtype=torch.int64, device=order_BJ.device)
+    source = torch.arange(elements, device=order_BJ.device).expand(rows, -1)
+    filled = torch.zeros_like(index, dtype=torch.bool).scatter(1, place_BJ, True)
+    return index.scatter(1, place_BJ, source)[:, :-1], filled[:, :-1]
 
 
-def _count_in_group(chosen_BE: Tensor, group_BE: Tensor, groups: int) -> Tensor:
+def _count_in_group(chosen_BJ: Tensor, group_BJ: Tensor, groups: int) -> Tensor:
     """How many chosen elements of the same group stand before each element. Groups never decrease along the chosen."""
-    before_BE = chosen_BE.cumsum(1) - chosen_BE.long()
-    totals_BG = before_BE.new_zeros(len(before_BE), groups + 1).scatter_add(1, group_BE, chosen_BE.long())
+    before_BJ = chosen_BJ.cumsum(1) - chosen_BJ.long()
+    totals_BG = before_BJ.new_zeros(len(before_BJ), groups + 1).scatter_add(1, group_BJ, chosen_BJ.long())
     starts_BG = totals_BG.cumsum(1) - totals_BG
-    return before_BE - starts_BG.gather(1, group_BE)
+    return before_BJ - starts_BG.gather(1, group_BJ)
 
 
 class Crystals(Idea):
@@ -177,7 +177,7 @@ class Crystals(Idea):
         """Crystals are ranked by numbers that hold a position in 31 bits."""
         ids = (-1, config.vocab_size - 1)
         scores = (-torch.inf, 0)
-        return {"log_score_BC": scores, "position_BC": (EMPTY, LONGEST), "ids_BCX": ids, "ids_BX": ids}
+        return {"log_score_BC": scores, "position_BC": (EMPTY, LONGEST), "ids_BCX": ids, "ids_BR": ids}
 
     def carried(self, past: "Store", fresh: "Store") -> "Store":
         """Return the store as a new stream starts with it."""
@@ -201,12 +201,12 @@ class Crystals(Idea):
         score_BT = F.linear(u_BTD, self.score.weight.to(u_BTD.dtype))[..., 0]
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
         log_score_BT = F.logsigmoid(score_BT.to(precise) + self.score.bias.to(precise))
-        history_BX = torch.cat([past.ids_BX, tokens_BT.long()], 1)
-        ids_BTX = history_BX.unfold(1, CONTEXT, 1)
+        history_BJ = torch.cat([past.ids_BR, tokens_BT.long()], 1)
+        ids_BTX = history_BJ.unfold(1, CONTEXT, 1)
         age_X = torch.arange(CONTEXT - 1, -1, -1, device=tokens_BT.device)
         ids_BTX = ids_BTX.masked_fill(age_X > timeline.position_BT[..., None], -1)
         chunk = Columns(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
-        record = CrystalRecord(self.slots, self.count, past, chunk, history_BX, timeline)
+        record = CrystalRecord(self.slots, self.count, past, chunk, history_BJ, timeline)
         columns, alive_BGC = record.columns(None)
         alive_BTC = _gather(alive_BGC, timeline.group_BT)
         age_BTC = timeline.position_BT[:, :, None] - columns.position_BC[:, None]
@@ -220,7 +220,7 @@ class Store:
 
     kept: Columns
     pending: Columns
-    ids_BX: Tensor
+    ids_BR: Tensor
     """The last 15 ids, -1 before the document."""
 
     outlives_window = True
@@ -234,7 +234,7 @@ class Store:
 
     def cleared(self) -> "Store":
         """Return the store without a crystal."""
-        return Store(self.kept.cleared(), self.pending.cleared(), self.ids_BX)
+        return Store(self.kept.cleared(), self.pending.cleared(), self.ids_BR)
 
     def carried(self, window: int) -> "Store":
         """Return the store as a new stream starts with it: nothing is open, and all of it is out of the window."""
@@ -247,7 +247,7 @@ class Store:
         last_B1 = kept.position_BC.masked_fill(~present_BC, 0).amax(1, keepdim=True)
         position_BC = torch.where(present_BC, kept.position_BC - last_B1 - window, EMPTY)
         kept = Columns(kept.states_BCD, kept.log_score_BC, position_BC, kept.ids_BCX)
-        return Store(kept, self.pending.cleared(), torch.full_like(self.ids_BX, -1))
+        return Store(kept, self.pending.cleared(), torch.full_like(self.ids_BR, -1))
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class CrystalRecord:
     """Crystals that a segment offers."""
     past: Store
     chunk: Columns
-    history_BX: Tensor
+    history_BJ: Tensor
     timeline: Timeline
 
     def columns(self, count_B: Tensor | None) -> tuple[Columns, Tensor]:
@@ -271,19 +271,19 @@ class CrystalRecord:
         length = timeline.group_BT.shape[1]
         groups = timeline.opening_BG.shape[1] + 1
         offered = self.past.pending.join(self.chunk)
-        zeros_BC = torch.zeros_like(self.past.pending.position_BC)
-        group_BE = torch.cat([zeros_BC, timeline.group_BT], 1)
-        document_BE = torch.cat([zeros_BC, timeline.document_BT], 1)
-        priority_BE = offered.priority()
+        zeros_BR = torch.zeros_like(self.past.pending.position_BC)
+        group_BJ = torch.cat([zeros_BR, timeline.group_BT], 1)
+        document_BJ = torch.cat([zeros_BR, timeline.document_BT], 1)
+        priority_BJ = offered.priority()
         if count_B is not None:
             read_BT = torch.arange(length, device=count_B.device) < count_B[:, None]
-            read_BE = torch.cat([torch.ones_like(zeros_BC, dtype=torch.bool), read_BT], 1)
-            priority_BE = priority_BE.masked_fill(~read_BE, torch.iinfo(torch.int64).min)
-        index_BC, filled_BC = best_of_groups(priority_BE, group_BE, groups, count)
+            read_BJ = torch.cat([torch.ones_like(zeros_BR, dtype=torch.bool), read_BT], 1)
+            priority_BJ = priority_BJ.masked_fill(~read_BJ, torch.iinfo(torch.int64).min)
+        index_BC, filled_BC = best_of_groups(priority_BJ, group_BJ, groups, count)
         columns = self.past.kept.join(offered.take(index_BC, filled_BC))
         # Which document each column and each group belongs to, and since which group a column may be in the store.
         slots = self.past.kept.position_BC.shape[1]
-        document_BC = F.pad(document_BE.gather(1, index_BC), (slots, 0))
+        document_BC = F.pad(document_BJ.gather(1, index_BC), (slots, 0))
         opening_BG = timeline.opening_BG
         opened_BG = timeline.document_BT.gather(1, opening_BG.clamp(min=0)).masked_fill(opening_BG < 0, -1)
         document_BG = F.pad(opened_BG, (1, 0))
@@ -312,10 +312,10 @@ class CrystalRecord:
         pending_BC = (
             (place_C >= 0) & (place_C // count == group_B[:, None]) & (columns.position_BC > EMPTY) & goes_on_B1
         )
-        index_BX = count_B[:, None] + torch.arange(CONTEXT - 1, device=count_B.device)
-        in_document_BX = torch.arange(CONTEXT - 1, device=count_B.device) >= CONTEXT - 1 - position_B[:, None]
-        ids_BX = self.history_BX.gather(1, index_BX).masked_fill(~in_document_BX, -1)
-        return Store(_oldest_first(columns, kept_BC, slots), _oldest_first(columns, pending_BC, count), ids_BX)
+        index_BR = count_B[:, None] + torch.arange(CONTEXT - 1, device=count_B.device)
+        in_document_BR = torch.arange(CONTEXT - 1, device=count_B.device) >= CONTEXT - 1 - position_B[:, None]
+        ids_BR = self.history_BJ.gather(1, index_BR).masked_fill(~in_document_BR, -1)
+        return Store(_oldest_first(columns, kept_BC, slots), _oldest_first(columns, pending_BC, count), ids_BR)
 
 
 def _oldest_first(columns: Columns, keep_BC: Tensor, places: int) -> Columns:

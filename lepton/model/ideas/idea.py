@@ -63,11 +63,11 @@ class Given:
     """Added to the stream before the deep blocks."""
     slots: Slots | None = None
     """Key/value slots that the deep blocks see beside their window."""
-    feature_BTX: Tensor | None = None
+    feature_BTF: Tensor | None = None
     """What later ideas may read of it."""
     signal_BT: Tensor | None = None
     """A number that says how the idea fared at each token."""
-    inputs_BTX: Tensor | None = None
+    inputs_BTI: Tensor | None = None
     """What it was made of, where a loss makes it again."""
     deep_BT: Tensor | None = None
     """The tokens that go past the stem."""
@@ -118,7 +118,7 @@ class Flow(Place):
 
     def features(self, *names: str) -> list[Tensor]:
         """Return what these ideas let others read, of those that do."""
-        found = [self.given[name].feature_BTX for name in names if name in self.given]
+        found = [self.given[name].feature_BTF for name in names if name in self.given]
         return [feature for feature in found if feature is not None]
 
     def signals(self, *names: str) -> Tensor:

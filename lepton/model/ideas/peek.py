@@ -78,31 +78,31 @@ class Peek(Idea):
 
     def contribute(self, flow: Flow, past: Any) -> Given:
         """Make the hint of the stem state, the memory's read and the current thought."""
-        inputs_BTX = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
-        hint_BTP = self.hint(inputs_BTX)
-        return Given(added_BTD=self.back(hint_BTP), feature_BTX=hint_BTP, inputs_BTX=inputs_BTX)
+        inputs_BTI = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
+        hint_BTF = self.hint(inputs_BTI)
+        return Given(added_BTD=self.back(hint_BTF), feature_BTF=hint_BTF, inputs_BTI=inputs_BTI)
 
-    def hint(self, inputs_BTX: Tensor) -> Tensor:
+    def hint(self, inputs_BTI: Tensor) -> Tensor:
         """Return the hint [B, T, hint]."""
-        return norm(self.down(F.silu(self.up(inputs_BTX))))
+        return norm(self.down(F.silu(self.up(inputs_BTI))))
 
-    def loss(self, inputs_BTX: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
+    def loss(self, inputs_BTI: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
         """Mean 1 - cosine between what the hint says and the summary, over the tokens that have a future.
 
         `embedded_BTE` are the embeddings of the chunk's own tokens; both arguments are used without gradient.
         """
         target_BTE, has_BT = summary(embedded_BTE.detach().float(), position_BT, self.horizon)
-        said_BTE = self.summary(self.hint(inputs_BTX.detach())).float()
+        said_BTE = self.summary(self.hint(inputs_BTI.detach())).float()
         distance_BT = 1 - F.cosine_similarity(said_BTE, target_BTE, dim=-1)
         return (distance_BT * has_BT).sum() / has_BT.sum().clamp(min=1)
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """What the hint says about the tokens ahead. Padding, at position -1, is none of them."""
-        rows_R = picks(outcome.following_BT[:, 0], ROW_STRIDE)
-        inputs_BTX = outcome.flow.given[self.name].inputs_BTX
-        assert inputs_BTX is not None
-        embedded_RTE, position_RT = outcome.flow.embedded_BTE[rows_R], outcome.position_BT[rows_R]
-        return {"peek": self.loss(inputs_BTX[rows_R], embedded_RTE, position_RT)}
+        rows_A = picks(outcome.following_BT[:, 0], ROW_STRIDE)
+        inputs_BTI = outcome.flow.given[self.name].inputs_BTI
+        assert inputs_BTI is not None
+        embedded_ATE, position_AT = outcome.flow.embedded_BTE[rows_A], outcome.position_BT[rows_A]
+        return {"peek": self.loss(inputs_BTI[rows_A], embedded_ATE, position_AT)}
 
     def flops(self, work: Work) -> float:
         return work.length * (matrices(self) - matrices(self.summary))

@@ -151,13 +151,13 @@ class Room:
     plan: AttentionPlan
     """Of the slots' queries."""
 
-    def of_rows(self, rows_R: Tensor) -> "Room":
+    def of_rows(self, rows_A: Tensor) -> "Room":
         """Return that of some rows."""
         start, each, k, v, cos, sin = (
-            value.index_select(0, rows_R)
+            value.index_select(0, rows_A)
             for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
         )
-        return Room(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_R))
+        return Room(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_A))
 
 
 class Thoughts(Idea):
@@ -193,7 +193,7 @@ class Thoughts(Idea):
         run = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.near, rounds)
         thought_BTD, change_BT = run.read()
         record = ThoughtRecord(run, chunk, past.kv, self.config.window)
-        return Given(slots=run.slots(), feature_BTX=thought_BTD, signal_BT=change_BT, record=record)
+        return Given(slots=run.slots(), feature_BTF=thought_BTD, signal_BT=change_BT, record=record)
 
     def forward(
         self,
@@ -228,11 +228,11 @@ class Thoughts(Idea):
         z_BGSD, change_BG = self._think(room, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
             # A program's shapes cannot depend on what rows want: so many go on, the longest thinkers among them.
-            late_R = each_B.argsort(descending=True)[: late_rows(rows)]
+            late_A = each_B.argsort(descending=True)[: late_rows(rows)]
             late = range(USUAL_ROUNDS, MAX_TRAINING_ROUNDS)
-            z_RGSD, change_RG = (value.index_select(0, late_R) for value in (z_BGSD, change_BG))
-            z_RGSD, change_RG = self._think(room.of_rows(late_R), late, z_RGSD, change_RG)
-            z_BGSD, change_BG = z_BGSD.index_copy(0, late_R, z_RGSD), change_BG.index_copy(0, late_R, change_RG)
+            z_AGSD, change_AG = (value.index_select(0, late_A) for value in (z_BGSD, change_BG))
+            z_AGSD, change_AG = self._think(room.of_rows(late_A), late, z_AGSD, change_AG)
+            z_BGSD, change_BG = z_BGSD.index_copy(0, late_A, z_AGSD), change_BG.index_copy(0, late_A, change_AG)
         active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
         return ThoughtRun(
             torch.cat([first.states_BGSD, z_BGSD * active_BG[..., None, None]], 1),

@@ -67,27 +67,27 @@ class WorkingMemoryConfig(IdeaConfig):
 class WorkingMemoryState:
     """What the working memory keeps of the past."""
 
-    matrix_BHKV: Tensor
+    matrix_BNHU: Tensor
     """A matrix per head, key_dim x value_dim, fp32 or better."""
-    tail_BXC: Tensor
+    tail_BRI: Tensor
     """The last inputs of the convolution."""
 
     outlives_window = True
 
     def cleared(self) -> "WorkingMemoryState":
         """Return the memory of one that has read nothing."""
-        return WorkingMemoryState(torch.zeros_like(self.matrix_BHKV), torch.zeros_like(self.tail_BXC))
+        return WorkingMemoryState(torch.zeros_like(self.matrix_BNHU), torch.zeros_like(self.tail_BRI))
 
 
-def first_tap(conv_CX: Tensor) -> None:
+def first_tap(conv_I4: Tensor) -> None:
     """1 on the token itself and 0 before it: the convolution starts as none."""
-    scaled(conv_CX)  # takes its share of the random numbers, so that a seed gives the weights that it always gave
-    conv_CX.zero_()[:, 0] = 1
+    scaled(conv_I4)  # takes its share of the random numbers, so that a seed gives the weights that it always gave
+    conv_I4.zero_()[:, 0] = 1
 
 
-def spread_decay(bias_H: Tensor) -> None:
+def spread_decay(bias_N: Tensor) -> None:
     """2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
-    bias_H.copy_(torch.linspace(2, 6, len(bias_H)))
+    bias_N.copy_(torch.linspace(2, 6, len(bias_N)))
 
 
 class WorkingMemory(Idea):
@@ -124,12 +124,12 @@ class WorkingMemory(Idea):
 
     def carried(self, past: WorkingMemoryState, fresh: WorkingMemoryState) -> WorkingMemoryState:
         """Return `past` as a new stream starts with it: nothing stands before its first token."""
-        return replace(past, tail_BXC=fresh.tail_BXC)
+        return replace(past, tail_BRI=fresh.tail_BRI)
 
     def contribute(self, flow: Flow, past: WorkingMemoryState) -> Given:
         """Read and write the memory, and add what it answers to the stream."""
-        read_BTM, strength_BT, record = self(flow.u_BTD, past.tail_BXC, past.matrix_BHKV, flow.timeline)
-        return Given(self.out(read_BTM), feature_BTX=read_BTM, signal_BT=strength_BT, record=record)
+        read_BTF, strength_BT, record = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
+        return Given(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, record=record)
 
     def flops(self, work: Work) -> float:
         """Projections, and the products of the chunk form."""
@@ -161,26 +161,26 @@ class WorkingMemory(Idea):
         return {self.title: off}
 
     def forward(
-        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline
+        self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
     ) -> tuple[Tensor, Tensor, "MemoryRecord"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
+        `tail_BRI` holds the convolution's last inputs and `state_BNHU` the memory on entry. Returns the reads
         [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix
         follows.
         """
-        raw_BTC = self.qkv(u_BTD)
-        joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
-        length = raw_BTC.shape[1]
-        mixed_BTC = torch.zeros_like(raw_BTC)
+        raw_BTI = self.qkv(u_BTD)
+        joined_BJI = torch.cat([tail_BRI, raw_BTI], 1)
+        length = raw_BTI.shape[1]
+        mixed_BTI = torch.zeros_like(raw_BTI)
         for distance in range(CONV):
             first = CONV - 1 - distance
             seen_BT1 = (timeline.position_BT >= distance)[..., None]
-            mixed_BTC = (
-                mixed_BTC + joined_BXC[:, first : first + length] * self.conv[:, distance].to(raw_BTC) * seen_BT1
+            mixed_BTI = (
+                mixed_BTI + joined_BJI[:, first : first + length] * self.conv[:, distance].to(raw_BTI) * seen_BT1
             )
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
-        parts = F.silu(mixed_BTC).to(precise).unflatten(-1, (self.heads, -1))
+        parts = F.silu(mixed_BTI).to(precise).unflatten(-1, (self.heads, -1))
         q, k, v = parts.split([self.key_dim, self.key_dim, self.value_dim], -1)
         decay, rate = self.gates(u_BTD).to(precise).chunk(2, -1)
         chunk = min(CHUNK, length)
@@ -192,18 +192,18 @@ class WorkingMemory(Idea):
             _chunks(rate.sigmoid()[..., None], chunk)[..., 0],
             _pad_chunks(timeline.document_BT, chunk),
         )
-        entry_BP = F.pad(writes.document_BPC[:, :-1, -1], (1, 0))
-        reads, entry_BPHKV, end_BHKV = delta_rule(writes, state_BHKV, entry_BP)
-        read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryRecord(writes, entry_BPHKV, end_BHKV, joined_BXC)
-        strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
-        normed_BTHV = F.rms_norm(read_BTHV, read_BTHV.shape[-1:], eps=READ_EPS)
-        return normed_BTHV.flatten(2).to(u_BTD.dtype), strength_BT, run
+        entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
+        reads, entry_BPNHU, end_BNHU = delta_rule(writes, state_BNHU, entry_BP)
+        read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
+        run = MemoryRecord(writes, entry_BPNHU, end_BNHU, joined_BJI)
+        strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
+        normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
+        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, run
 
 
-def _chunks(x_BTHX: Tensor, chunk: int) -> Tensor:
+def _chunks(x: Tensor, chunk: int) -> Tensor:
     """[B, T, H, X] as [B, P, H, C, X]; what fills the last chunk writes nothing and decays nothing."""
-    x = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % chunk))
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
@@ -218,11 +218,11 @@ class MemoryRecord:
     """What a chunk did to the memory: from it the memory after any prefix follows."""
 
     writes: Writes
-    entry_BPHKV: Tensor
+    entry_BPNHU: Tensor
     """The memory on entry to each chunk."""
-    end_BHKV: Tensor
+    end_BNHU: Tensor
     """The memory after the last one."""
-    joined_BXC: Tensor
+    joined_BJI: Tensor
     """Inputs of the convolution, those of the past first."""
 
     def after(self, count_B: Tensor, timeline: Timeline) -> WorkingMemoryState:
@@ -231,23 +231,23 @@ class MemoryRecord:
         rows = torch.arange(len(count_B), device=count_B.device)
         whole_B, rest_B = count_B // chunk, count_B % chunk
         last_B = whole_B.clamp(max=self.writes.k.shape[1] - 1)
-        state_BHKV = torch.where((whole_B > last_B)[:, None, None, None], self.end_BHKV, self.entry_BPHKV[rows, last_B])
+        state_BNHU = torch.where((whole_B > last_B)[:, None, None, None], self.end_BNHU, self.entry_BPNHU[rows, last_B])
         part = Writes(*(value[rows, last_B][:, None] for value in self.writes))
-        written_BC = torch.arange(chunk, device=count_B.device) < rest_B[:, None]
-        final_B1 = part.document_BPC[:, 0].gather(1, (rest_B - 1).clamp(min=0)[:, None])
+        written_BO = torch.arange(chunk, device=count_B.device) < rest_B[:, None]
+        final_B1 = part.document_BPO[:, 0].gather(1, (rest_B - 1).clamp(min=0)[:, None])
         replay = part._replace(
-            log_decay=part.log_decay * written_BC[:, None, None],
-            rate=part.rate * written_BC[:, None, None],
-            document_BPC=torch.where(written_BC, part.document_BPC[:, 0], final_B1)[:, None],
+            log_decay=part.log_decay * written_BO[:, None, None],
+            rate=part.rate * written_BO[:, None, None],
+            document_BPO=torch.where(written_BO, part.document_BPO[:, 0], final_B1)[:, None],
         )
-        entry_B = torch.where(last_B > 0, self.writes.document_BPC[rows, (last_B - 1).clamp(min=0), -1], 0)
+        entry_B = torch.where(last_B > 0, self.writes.document_BPO[rows, (last_B - 1).clamp(min=0), -1], 0)
         # One chunk, and only its state: there is little that kernels could save.
-        _, _, replayed_BHKV = chunked_delta_rule(replay, state_BHKV, entry_B[:, None])
-        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], replayed_BHKV, state_BHKV)
-        state_BHKV = state_BHKV.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
-        index_BX = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
-        tail_BXC = self.joined_BXC.gather(1, index_BX[..., None].expand(-1, -1, self.joined_BXC.shape[2]))
-        in_document_BX = (
+        _, _, replayed_BNHU = chunked_delta_rule(replay, state_BNHU, entry_B[:, None])
+        state_BNHU = torch.where((rest_B > 0)[:, None, None, None], replayed_BNHU, state_BNHU)
+        state_BNHU = state_BNHU.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
+        index_BR = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
+        tail_BRI = self.joined_BJI.gather(1, index_BR[..., None].expand(-1, -1, self.joined_BJI.shape[2]))
+        in_document_BR = (
             torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
         )
-        return WorkingMemoryState(state_BHKV, tail_BXC.where(in_document_BX[..., None], 0))
+        return WorkingMemoryState(state_BNHU, tail_BRI.where(in_document_BR[..., None], 0))

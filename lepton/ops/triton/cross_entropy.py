@@ -90,8 +90,8 @@ def _cross_entropy(
 
 
 def fused_chunk(
-    raw_CV: Tensor,
-    target_C: Tensor,
+    raw_OV: Tensor,
+    target_O: Tensor,
     count: Tensor,
     vocab_size: int,
     cap: float,
@@ -105,18 +105,18 @@ def fused_chunk(
     The arguments are not looked at on the host, so a launch can be captured in a CUDA graph. A target is `ignore` or
     below `vocab_size`; any other is read out of bounds.
     """
-    rows, columns = raw_CV.shape
-    assert raw_CV.is_contiguous()
-    nats_C = torch.empty(rows, dtype=torch.float32, device=raw_CV.device)
-    squares_C = torch.empty_like(nats_C)
+    rows, columns = raw_OV.shape
+    assert raw_OV.is_contiguous()
+    nats_O = torch.empty(rows, dtype=torch.float32, device=raw_OV.device)
+    squares_O = torch.empty_like(nats_O)
     block = min(BLOCK, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(raw_CV):  # Triton launches on the current device
+    with torch.cuda.device_of(raw_OV):  # Triton launches on the current device
         _cross_entropy[(rows,)](
-            raw_CV,
-            target_C.contiguous(),
+            raw_OV,
+            target_O.contiguous(),
             count,
-            nats_C,
-            squares_C,
+            nats_O,
+            squares_O,
             z_weight,
             vocab_size=vocab_size,
             columns=columns,
@@ -126,4 +126,4 @@ def fused_chunk(
             BLOCK=block,
             num_warps=max(1, block // COLUMNS_A_WARP),
         )
-    return nats_C, squares_C
+    return nats_O, squares_O
