@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "errors": set(),
     "requirements": set(),
+    "shapes": set(),
     "ops": {"errors"},
     "files": {"errors"},
     "config": {"errors"},

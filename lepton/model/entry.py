@@ -24,20 +24,21 @@ MAX_ROWS = 1 << 16
 """Sequences of a state."""
 
 
-def fresh_state(model: "Lepton", rows: int, *, room: bool = True) -> State:
+def fresh_state(model: "Lepton", rows: int, *, allocate: bool = True) -> State:
     """Return the state of `rows` sequences that have read nothing, on the model's device.
 
-    Without `room` there are no places for remembered tokens and crystals: the same past, with no masked zeros to attend
+    Without `allocate` there are no places for remembered tokens and crystals: the same past, with no masked zeros to attend
     to.
     """
     config, device, dtype = model.config, model.embed.weight.device, model.dtype
     counter = torch.zeros(rows, dtype=torch.int64, device=device)
     stem, deep = (
-        KVCache.fresh(config, len(blocks), rows, dtype, device, room=room) for blocks in (model.stem, model.blocks)
+        KVCache.fresh(config, len(blocks), rows, dtype, device, allocate=allocate)
+        for blocks in (model.stem, model.blocks)
     )
-    parts = {name: idea.fresh(rows, dtype, device, room=room) for name, idea in model.ideas.items()}
+    parts = {name: idea.fresh(rows, dtype, device, allocate=allocate) for name, idea in model.ideas.items()}
     kept = {name: part for name, part in parts.items() if part is not None}
-    return State(counter, counter, stem, deep, *of_parts(kept, Origin(model) if room else None))
+    return State(counter, counter, stem, deep, *of_parts(kept, Origin(model) if allocate else None))
 
 
 def with_memory(model: "Lepton", state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:
@@ -160,7 +161,7 @@ def checked(
     rows, length = tokens.shape
     call = checked_call(model, rows, depth, think)
     if state is None:
-        state = fresh_state(model, rows, room=False)
+        state = fresh_state(model, rows, allocate=False)
     else:
         check_state(model, state, rows)
     whole_rows = torch.full((rows,), length, device=tokens.device)

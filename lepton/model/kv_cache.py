@@ -22,10 +22,10 @@ class KVCache:
 
     @staticmethod
     def fresh(
-        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool
+        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool
     ) -> "KVCache":
-        """Return the cache of sequences that have read nothing; without `room` it has no entries."""
-        entries = entries_after(config.window, 0) if room else 0
+        """Return the cache of sequences that have read nothing; without `allocate` it has no entries."""
+        entries = entries_after(config.window, 0) if allocate else 0
         nothing = torch.zeros(rows, layers, entries, config.kv_heads, config.head_dim, dtype=dtype, device=device)
         return KVCache(nothing, nothing)
 

@@ -19,7 +19,7 @@ from lepton.model.block import Block
 from lepton.model.checks import whole
 from lepton.model.entry import MAX_ROWS, checked, checked_for_loss, fresh_state, with_memory
 from lepton.model.flops import flops_per_token
-from lepton.model.ideas.idea import Call, Flow, Idea, Place
+from lepton.model.ideas.idea import Call, ChunkInputs, Flow, Idea
 from lepton.model.kv_cache import KeysValues, KVCache, entries_after
 from lepton.model.layers import Linear, norm
 from lepton.model.objective import Loss, objective
@@ -185,19 +185,19 @@ class Lepton(nn.Module):
         tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
         place = self._place(tokens, past, call, opens, groups)
         x_BTD = norm(self.embed_up(place.embedded_BTE))
-        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.near.plan())
-        flow = Flow.behind_stem(place, h_BTD)
+        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.causal.plan())
+        flow = Flow.after_stem(place, h_BTD)
         records: dict[str, Any] = {}
         for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
             given = idea.contribute(flow, past.part(name))
-            flow = flow.joined_by(name, given)
-            records |= {} if given.record is None else {name: given.record}
+            flow = flow.plus(name, given)
+            records |= {} if given.update is None else {name: given.update}
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for _, idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
         chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
-        return Output(norm(x_BTD), None, None, blocks_BT, flow.passed(), lengths, chunk)
+        return Output(norm(x_BTD), None, None, blocks_BT, flow.without_slots(), lengths, chunk)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of states that `trunk` returned, in fp32 or better."""
@@ -233,7 +233,7 @@ class Lepton(nn.Module):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> Place:
+    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> ChunkInputs:
         """Say where the tokens of a chunk stand and what they see, and embed them."""
         config = self.config
         timeline = Timeline.read(
@@ -254,7 +254,7 @@ class Lepton(nn.Module):
             routed=call.depth < 1,
         )
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
-        return Place(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
+        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
 
     def _run(
         self,

@@ -2,11 +2,9 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t
 
-`naive_delta_rule` says what it computes, `chunked_delta_rule` computes it in PyTorch. Two parts are sequential: the
-substitution within a chunk, row after row, and the state, chunk after chunk. In fp32 on a GPU each of them is an
-operator with a Triton kernel and a gradient; the rest is products of all chunks at once, the same in both forms.
-
-Shapes: B rows, P chunks of C tokens, H heads, K key dim, V value dim, X = V + K.
+`naive_delta_rule` is the slow reference, `chunked_delta_rule` the fast form in PyTorch. Two parts are sequential: the
+triangular solve within a chunk, row after row, and the recurrence of the state over chunks. In fp32 on a GPU each of
+them is an operator with a Triton kernel and a gradient. The rest are batched matrix products, the same in both forms.
 """
 
 from typing import Any, NamedTuple
@@ -18,36 +16,36 @@ from torch.utils.flop_counter import register_flop_formula
 from lepton.ops.kernels import Kernel
 
 CHUNK = 64
-"""Tokens of a chunk, for the kernels; what is shorter is one chunk."""
+"""Tokens per chunk. A shorter sequence is one chunk, which the Triton kernels do not take."""
 
 
 class Writes(NamedTuple):
-    """What tokens do to the memory, chunk by chunk."""
+    """Inputs of the delta rule: what each token reads and writes, in chunks."""
 
     q: Tensor
-    """[B, P, H, C, K]"""
+    """Queries [B, P, N, O, H]."""
     k: Tensor
-    """[B, P, H, C, K]"""
+    """Keys [B, P, N, O, H], of norm 1."""
     v: Tensor
-    """[B, P, H, C, V]"""
+    """Values [B, P, N, O, U]."""
     log_decay: Tensor
-    """log a, [B, P, H, C]"""
+    """log a, [B, P, N, O]."""
     rate: Tensor
-    """b, [B, P, H, C]"""
+    """b, [B, P, N, O]: the step size of the write, 0..1."""
     document_BPO: Tensor
-    """Ordinal of the token's document: a new one starts with an empty memory."""
+    """Ordinal of the token's document. Each document starts with an empty memory."""
 
 
 def delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the memory over P chunks.
 
     Args:
-        writes: what the tokens do.
-        state_BNHU: the memory on entry, fp32 or better.
-        entry_document_BP: the document that the state on entry to each chunk belongs to.
+        writes: the tokens' inputs.
+        state_BNHU: the memory before the first chunk, fp32 or better.
+        entry_document_BP: the document of the token before each chunk, whose memory the chunk starts with.
 
     Returns:
-        The reads o [B, P, H, C, V], the state on entry to each chunk [B, P, H, K, V], and the one after the last.
+        The reads o [B, P, N, O, U], the state before each chunk [B, P, N, H, U], and the state after the last.
     """
     if writes.k.shape[-2] == CHUNK and DELTA_RULE.works(state_BNHU.device, state_BNHU.dtype, *state_BNHU.shape[2:]):
         return delta_rule_in_kernels(writes, state_BNHU, entry_document_BP)
@@ -76,8 +74,8 @@ def naive_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tens
 def chunked_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `delta_rule`, in PyTorch.
 
-    The part of a chunk that does not depend on the state is solved for all chunks at once, by substitution: inverting
-    by repeated squaring explodes in fp32 on repeated tokens.
+    The part of a chunk that does not depend on the state is a triangular system, solved for all chunks at once by
+    substitution. Inverting the matrix by repeated squaring overflows fp32 on repeated tokens.
     """
     mix, given, inside, g, into = _prepare(writes, entry_document_BP)
     one = torch.eye(mix.shape[-1], dtype=mix.dtype, device=mix.device)
@@ -96,7 +94,7 @@ def delta_rule_in_kernels(
     writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `delta_rule`, with the kernels: fp32, chunks of `CHUNK`."""
-    q, k, v = (part.contiguous() for part in writes[:3])  # heads apart, as products of batches need them
+    q, k, v = (part.contiguous() for part in writes[:3])  # as batched matrix products need them
     mix, given, inside, g, into = _prepare(writes._replace(q=q, k=k, v=v), entry_document_BP)
     solved, _ = _solve(mix, given)
     written, entry, end = _carry(solved, into, g[..., -1], state_BNHU)
@@ -116,22 +114,22 @@ def _trial(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> 
 
 
 DELTA_RULE = Kernel("the memory", (torch.float32,), _trial)
-"""Asked with key dim and value dim."""
+"""`DELTA_RULE.works(device, dtype, key_dim, value_dim)`."""
 
 
 class _Chunks(NamedTuple):
     """The part of the computation that does not depend on the state."""
 
     mix_BPNOO: Tensor
-    """How much a token's write takes from what those before it in its chunk write; 0 on and above the diagonal."""
+    """Effect of earlier writes of the chunk on a token's write; 0 on and above the diagonal."""
     given: Tensor
-    """Right-hand sides, values and behind them keys, of the system whose matrix is identity plus mix."""
+    """Right-hand sides [B, P, N, O, U + H] (scaled values, then keys) of the system with the matrix identity + mix."""
     inside_BPNOO: Tensor
-    """How much a token reads of what each of its chunk writes."""
+    """Weights with which a token reads the writes of its chunk."""
     g_BPNO: Tensor
-    """What is left of the state on entry when a token reads; 0 in another document."""
+    """Decay of the state before the chunk when a token reads; 0 in another document."""
     into_BPNOH: Tensor
-    """Keys under which writes are in the state at the chunk's end."""
+    """Decayed keys with which writes enter the state after the chunk."""
 
 
 def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
@@ -152,7 +150,10 @@ def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
 
 @torch.library.custom_op("lepton::solve_unit_lower", mutates_args=())
 def _solve(mix_BPNOO: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the system whose matrix is identity plus mix; return the inverse too. As a solve, it counts no FLOPs."""
+    """Solve the system with the matrix identity + mix; return the solution and the inverse.
+
+    Like PyTorch's triangular solve, it counts no FLOPs.
+    """
     from lepton.ops.triton import delta_rule
 
     inverse_BPNOO = delta_rule.invert(mix_BPNOO.contiguous())
@@ -191,9 +192,10 @@ _solve.register_autograd(_differentiate_solved, setup_context=_keep_solved)
 
 @torch.library.custom_op("lepton::carry_state", mutates_args=())
 def _carry(solved: Tensor, into_BPNOH: Tensor, decay_BPN: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry the state from chunk to chunk: written = u - w state, next = decay state + into' written.
+    """The recurrence over chunks: written = u - w state, next state = decay state + into' written.
 
-    Returns what chunks write, the state on entry to each, and the one after the last.
+    `solved` is [B, P, N, O, U + H], u and then w. Returns what each chunk writes, the state before each, and the state
+    after the last.
     """
     from lepton.ops.triton import delta_rule
 
@@ -222,7 +224,10 @@ def _carry_backward(
     entry_BPNHU: Tensor,
     ends: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what `_carry` reads; `ends` says how many of the first and the last state take part."""
+    """Gradients of the inputs of `_carry`.
+
+    `ends` is for FLOP counts alone: whether the first state needs a gradient, plus whether the last one has one.
+    """
     from lepton.ops.triton import delta_rule
 
     return delta_rule.backward(
@@ -277,12 +282,12 @@ _carry.register_autograd(_differentiate_carried, setup_context=_keep_carried)
 
 @register_flop_formula(torch.ops.lepton.carry_state)
 def _flops(solved: Any, into: Any, decay: Any, state: Any, *_args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Two products a chunk."""
+    """Two matrix products per chunk."""
     return int(2 * 2 * solved[0] * solved[1] * solved[2] * solved[3] * state[2] * state[3])
 
 
 @register_flop_formula(torch.ops.lepton.carry_state_backward)
 def _flops_backward(written: Any, entry: Any, end: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Four products a chunk, less two at each end that takes no part, as `chunked_delta_rule` computes."""
+    """Four products per chunk, as in `chunked_delta_rule`: two fewer for a first or last state without a gradient."""
     products = 4 * written[1] - 2 * (2 - args[-1])
     return int(2 * products * written[0] * written[2] * written[3] * end[2] * end[3])

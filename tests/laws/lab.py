@@ -92,7 +92,7 @@ def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True)
 def views(out: Output) -> dict[str, Tensor]:
     """Every output by its name, without those of ideas that are off."""
     found = {name: getattr(out, name) for name in OUTPUTS}
-    for idea, given in out.flow.given.items():
+    for idea, given in out.flow.contributions.items():
         found |= {f"{idea}: {name}": getattr(given, name) for name in GIVEN}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.model.ideas.working_memory import MemoryRecord
+from lepton.model.ideas.working_memory import MemoryUpdate
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
 from tests.laws.lab import EOS, build, text
@@ -55,7 +55,7 @@ def remember(model, device, length):
 
     def run(forward):
         reads, strength, record = forward(states, tail, state, timeline)
-        assert isinstance(record, MemoryRecord)
+        assert isinstance(record, MemoryUpdate)
         after = record.after(counts, timeline)
         whole = record.after(torch.full_like(counts, 64), timeline)
         outputs = [reads, after.tail_BRI, after.matrix_BNHU, whole.tail_BRI, whole.matrix_BNHU]

@@ -70,7 +70,7 @@ def test_blocks_show_what_the_reference_shows(length, past, window, slots):
     assert torch.equal(seen(near.plan(sees), length, mask.shape[2]), mask)
     queries = torch.randint(length, (2, 5))
     for row in range(2):
-        assert torch.equal(near.seen_by(queries)[row], mask[row, queries[row], : past + length])
+        assert torch.equal(near.mask_of(queries)[row], mask[row, queries[row], : past + length])
 
 
 @pytest.mark.parametrize("slots", [0, 1, 40])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
 from lepton.model.attention import Slots
-from lepton.model.ideas.idea import LONGEST, Flow, Given, Idea, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import LONGEST, Contribution, Flow, Idea, Work, matrices, segment_within_window
 from lepton.model.layers import norm
 from lepton.model.parameters import BIAS, SCORE
 from lepton.model.timeline import Timeline
@@ -71,7 +71,7 @@ class Crystal(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Columns:
+class RatedTokens:
     """Some crystals of each row, [B, C, ...]. Empty places come last and hold zeros, position `EMPTY` and ids -1."""
 
     states_BCD: Tensor
@@ -80,17 +80,17 @@ class Columns:
     ids_BCX: Tensor
 
     @staticmethod
-    def empty(rows: int, count: int, width: int, dtype: torch.dtype, device: torch.device) -> "Columns":
+    def empty(rows: int, count: int, width: int, dtype: torch.dtype, device: torch.device) -> "RatedTokens":
         """No crystals in `count` places."""
         precise = torch.promote_types(dtype, torch.float32)
-        return Columns(
+        return RatedTokens(
             torch.zeros(rows, count, width, dtype=dtype, device=device),
             torch.zeros(rows, count, dtype=precise, device=device),
             torch.full((rows, count), EMPTY, device=device),
             torch.full((rows, count, CONTEXT), -1, device=device),
         )
 
-    def take(self, index_BC: Tensor, keep_BC: Tensor) -> "Columns":
+    def take(self, index_BC: Tensor, keep_BC: Tensor) -> "RatedTokens":
         """Return the columns `index_BC`; those that are not kept become empty."""
         values = [_gather(getattr(self, field.name), index_BC) for field in fields(self)]
         blanks = (0, 0, EMPTY, -1)
@@ -98,13 +98,13 @@ class Columns:
             value.masked_fill(~keep_BC.view(*keep_BC.shape, *[1] * (value.dim() - 2)), blank)
             for value, blank in zip(values, blanks, strict=True)
         ]
-        return Columns(*kept)
+        return RatedTokens(*kept)
 
-    def join(self, other: "Columns") -> "Columns":
+    def join(self, other: "RatedTokens") -> "RatedTokens":
         """Return both side by side."""
-        return Columns(*(torch.cat([getattr(part, f.name) for part in (self, other)], 1) for f in fields(self)))
+        return RatedTokens(*(torch.cat([getattr(part, f.name) for part in (self, other)], 1) for f in fields(self)))
 
-    def cleared(self) -> "Columns":
+    def cleared(self) -> "RatedTokens":
         """Return as many empty places."""
         nothing_BC = torch.zeros_like(self.position_BC)
         return self.take(nothing_BC, nothing_BC.bool())
@@ -167,10 +167,10 @@ class Crystals(Idea):
         self.window, self.slots, self.count = config.window, own.slots, own.per_segment
         self.score = nn.Linear(config.width, 1)
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> "Store":
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> "Store":
         width = self.score.in_features
-        kept = Columns.empty(rows, self.slots if room else 0, width, dtype, device)
-        pending = Columns.empty(rows, self.count, width, dtype, device)
+        kept = RatedTokens.empty(rows, self.slots if allocate else 0, width, dtype, device)
+        pending = RatedTokens.empty(rows, self.count, width, dtype, device)
         return Store(kept, pending, torch.full((rows, CONTEXT - 1), -1, device=device))
 
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
@@ -183,10 +183,10 @@ class Crystals(Idea):
         """Return the store as a new stream starts with it."""
         return past.carried(self.window)
 
-    def contribute(self, flow: Flow, past: "Store") -> Given:
+    def contribute(self, flow: Flow, past: "Store") -> Contribution:
         """Rate the tokens, and show the crystals that have left the window."""
         slots, record = self(flow.h_BTD, flow.u_BTD, flow.tokens_BT, past, flow.timeline)
-        return Given(slots=slots, record=record)
+        return Contribution(slots=slots, update=record)
 
     def slots_of(self, groups: int) -> int:
         return (groups + 1) * self.count
@@ -196,7 +196,7 @@ class Crystals(Idea):
 
     def forward(
         self, h_BTD: Tensor, u_BTD: Tensor, tokens_BT: Tensor, past: "Store", timeline: Timeline
-    ) -> tuple[Slots, "CrystalRecord"]:
+    ) -> tuple[Slots, "CrystalUpdate"]:
         """Rate the stem states `h_BTD` (normed: `u_BTD`) and lay out the columns that the deep blocks see."""
         score_BT = F.linear(u_BTD, self.score.weight.to(u_BTD.dtype))[..., 0]
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
@@ -205,8 +205,8 @@ class Crystals(Idea):
         ids_BTX = history_BJ.unfold(1, CONTEXT, 1)
         age_X = torch.arange(CONTEXT - 1, -1, -1, device=tokens_BT.device)
         ids_BTX = ids_BTX.masked_fill(age_X > timeline.position_BT[..., None], -1)
-        chunk = Columns(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
-        record = CrystalRecord(self.slots, self.count, past, chunk, history_BJ, timeline)
+        chunk = RatedTokens(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
+        record = CrystalUpdate(self.slots, self.count, past, chunk, history_BJ, timeline)
         columns, alive_BGC = record.columns(None)
         alive_BTC = _gather(alive_BGC, timeline.group_BT)
         age_BTC = timeline.position_BT[:, :, None] - columns.position_BC[:, None]
@@ -218,8 +218,8 @@ class Crystals(Idea):
 class Store:
     """The crystals of the past: those kept, the open segment's best so far, and the last token ids."""
 
-    kept: Columns
-    pending: Columns
+    kept: RatedTokens
+    pending: RatedTokens
     ids_BR: Tensor
     """The last 15 ids, -1 before the document."""
 
@@ -246,12 +246,12 @@ class Store:
         present_BC = kept.position_BC > EMPTY
         last_B1 = kept.position_BC.masked_fill(~present_BC, 0).amax(1, keepdim=True)
         position_BC = torch.where(present_BC, kept.position_BC - last_B1 - window, EMPTY)
-        kept = Columns(kept.states_BCD, kept.log_score_BC, position_BC, kept.ids_BCX)
+        kept = RatedTokens(kept.states_BCD, kept.log_score_BC, position_BC, kept.ids_BCX)
         return Store(kept, self.pending.cleared(), torch.full_like(self.ids_BR, -1))
 
 
 @dataclass(frozen=True)
-class CrystalRecord:
+class CrystalUpdate:
     """A chunk's candidates, from which the store after any prefix follows."""
 
     slots: int
@@ -259,11 +259,11 @@ class CrystalRecord:
     count: int
     """Crystals that a segment offers."""
     past: Store
-    chunk: Columns
+    chunk: RatedTokens
     history_BJ: Tensor
     timeline: Timeline
 
-    def columns(self, count_B: Tensor | None) -> tuple[Columns, Tensor]:
+    def columns(self, count_B: Tensor | None) -> tuple[RatedTokens, Tensor]:
         """Return all columns [kept; best of group 0, 1, ...] of the first `count_B` tokens (None: all), and which of
         them are in the store while each group is open: alive [B, G, C].
         """
@@ -318,12 +318,12 @@ class CrystalRecord:
         return Store(_oldest_first(columns, kept_BC, slots), _oldest_first(columns, pending_BC, count), ids_BR)
 
 
-def _oldest_first(columns: Columns, keep_BC: Tensor, places: int) -> Columns:
+def _oldest_first(columns: RatedTokens, keep_BC: Tensor, places: int) -> RatedTokens:
     """Return the kept columns in order of position, then empty places, `places` in all."""
     missing = places - columns.position_BC.shape[1]
     if missing > 0:
         rows, _, width = columns.states_BCD.shape
-        blank = Columns.empty(rows, missing, width, columns.states_BCD.dtype, columns.states_BCD.device)
+        blank = RatedTokens.empty(rows, missing, width, columns.states_BCD.dtype, columns.states_BCD.device)
         columns, keep_BC = columns.join(blank), F.pad(keep_BC, (0, missing))
     position_BC = torch.where(keep_BC, columns.position_BC, torch.iinfo(torch.int64).max)
     index_BC = position_BC.argsort(dim=1, stable=True)[:, :places]

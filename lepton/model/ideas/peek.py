@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Flow, Given, Idea, Outcome, Switch, Work, matrices, picks, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Outcome, Switch, Work, matrices, picks, replaced
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import FEED, MATRIX
 
@@ -76,11 +76,11 @@ class Peek(Idea):
         self.summary = Linear(own.width, config.embed_rank or config.width)
         self.horizon = own.horizon
 
-    def contribute(self, flow: Flow, past: Any) -> Given:
+    def contribute(self, flow: Flow, past: Any) -> Contribution:
         """Make the hint of the stem state, the memory's read and the current thought."""
         inputs_BTI = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
         hint_BTF = self.hint(inputs_BTI)
-        return Given(added_BTD=self.back(hint_BTF), feature_BTF=hint_BTF, inputs_BTI=inputs_BTI)
+        return Contribution(added_BTD=self.back(hint_BTF), feature_BTF=hint_BTF, inputs_BTI=inputs_BTI)
 
     def hint(self, inputs_BTI: Tensor) -> Tensor:
         """Return the hint [B, T, hint]."""
@@ -99,7 +99,7 @@ class Peek(Idea):
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """What the hint says about the tokens ahead. Padding, at position -1, is none of them."""
         rows_A = picks(outcome.following_BT[:, 0], ROW_STRIDE)
-        inputs_BTI = outcome.flow.given[self.name].inputs_BTI
+        inputs_BTI = outcome.flow.contributions[self.name].inputs_BTI
         assert inputs_BTI is not None
         embedded_ATE, position_AT = outcome.flow.embedded_BTE[rows_A], outcome.position_BT[rows_A]
         return {"peek": self.loss(inputs_BTI[rows_A], embedded_ATE, position_AT)}

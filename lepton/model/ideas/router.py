@@ -22,8 +22,8 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
+    Contribution,
     Flow,
-    Given,
     Idea,
     Outcome,
     Switch,
@@ -76,7 +76,7 @@ class RouterState:
 
 
 @dataclass(frozen=True)
-class RouterRecord:
+class RouterUpdate:
     """The running count of a chunk, from which the state after any prefix follows."""
 
     taken_BT: Tensor
@@ -117,17 +117,17 @@ class Router(Idea):
         probability = torch.linspace(0, 1, QUANTILES).clamp(1e-3, 1 - 1e-3)
         self.quantiles.copy_(2**0.5 * torch.erfinv(2 * probability - 1))
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> RouterState:
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> RouterState:
         return RouterState(torch.zeros(rows, dtype=torch.int64, device=device))
 
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         return {"taken_B": (0, self.window)}
 
-    def contribute(self, flow: Flow, past: RouterState) -> Given:
+    def contribute(self, flow: Flow, past: RouterState) -> Contribution:
         """Choose the tokens that go deep."""
         benefit_BT = self.score(flow.u_BTD)
         deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
-        return Given(signal_BT=benefit_BT, deep_BT=deep_BT, record=RouterRecord(taken_BT, past, self.window))
+        return Contribution(signal_BT=benefit_BT, deep_BT=deep_BT, update=RouterUpdate(taken_BT, past, self.window))
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Send the tokens that stopped after the stem through the exit."""
@@ -143,7 +143,7 @@ class Router(Idea):
         target_M = outcome.following_BT.flatten()[index_M]
         early_MD = self.exit(flow.x_BTD.flatten(0, 1)[index_M])
         exit_loss, early_nats_M = outcome.frozen_loss(early_MD, target_M)
-        benefit_BT = flow.given[self.name].signal_BT
+        benefit_BT = flow.contributions[self.name].signal_BT
         assert benefit_BT is not None
         valid_M = target_M >= 0
         saved_M = (early_nats_M - outcome.nats_M[index_M]).clamp(-5, 5)

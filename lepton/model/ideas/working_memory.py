@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Flow, Given, Idea, Switch, Work, matrices, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, replaced
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
 from lepton.model.timeline import Timeline
@@ -117,7 +117,7 @@ class WorkingMemory(Idea):
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
         self.out = Linear(self.heads * self.value_dim, config.width)
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> WorkingMemoryState:
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> WorkingMemoryState:
         precise = torch.promote_types(dtype, torch.float32)
         matrix = torch.zeros(rows, self.heads, self.key_dim, self.value_dim, dtype=precise, device=device)
         return WorkingMemoryState(matrix, torch.zeros(rows, CONV - 1, self.channels, dtype=dtype, device=device))
@@ -126,10 +126,10 @@ class WorkingMemory(Idea):
         """Return `past` as a new stream starts with it: nothing stands before its first token."""
         return replace(past, tail_BRI=fresh.tail_BRI)
 
-    def contribute(self, flow: Flow, past: WorkingMemoryState) -> Given:
+    def contribute(self, flow: Flow, past: WorkingMemoryState) -> Contribution:
         """Read and write the memory, and add what it answers to the stream."""
         read_BTF, strength_BT, record = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
-        return Given(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, record=record)
+        return Contribution(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, update=record)
 
     def flops(self, work: Work) -> float:
         """Projections, and the products of the chunk form."""
@@ -162,7 +162,7 @@ class WorkingMemory(Idea):
 
     def forward(
         self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
-    ) -> tuple[Tensor, Tensor, "MemoryRecord"]:
+    ) -> tuple[Tensor, Tensor, "MemoryUpdate"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
         `tail_BRI` holds the convolution's last inputs and `state_BNHU` the memory on entry. Returns the reads
@@ -195,7 +195,7 @@ class WorkingMemory(Idea):
         entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
         reads, entry_BPNHU, end_BNHU = delta_rule(writes, state_BNHU, entry_BP)
         read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryRecord(writes, entry_BPNHU, end_BNHU, joined_BJI)
+        run = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
         normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
         return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, run
@@ -214,7 +214,7 @@ def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MemoryRecord:
+class MemoryUpdate:
     """What a chunk did to the memory: from it the memory after any prefix follows."""
 
     writes: Writes

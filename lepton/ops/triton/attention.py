@@ -1,12 +1,11 @@
-"""Attention whose masks are runs of queries, forward and backward, without a matrix of scores in memory.
+"""Attention for masks that are ranges of queries, forward and backward, without a matrix of scores in memory.
 
-Flash attention (Dao, 2023) in three kernels. A kv entry is seen from query `first` up to, not including, query `last`.
-The first entries may be the queries' own tokens: then a query sees those from `start` up to itself, which says the same
-the other way round. So a program knows from a few integers which blocks it can skip, of other documents and of what
-lies behind the window, and a pair's mask is one comparison.
+Flash attention (Dao, 2023) in three kernels. The queries from `first` to `last`, exclusive, attend to a kv entry. Entries of the chunk's own tokens come first; for them, `start` of each query is the same mask by query: it attends to
+the tokens from `start` up to itself. From these integers a program knows which blocks of other documents and outside
+the window it can skip, and the mask of a pair is one comparison.
 
-Scores must be bounded, as they are with queries and keys that are normed: then no maximum is needed before they are
-exponentiated. Arithmetic between the products is in fp32. Shapes: M rows (queries) and X kv entries of a block.
+Scores must be bounded, as they are with normed queries and keys: then no maximum is subtracted before the exponential.
+Arithmetic between matrix products is in fp32. In a kernel, Q and J are the queries and kv entries of a block.
 """
 
 import math
@@ -19,10 +18,12 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: queries and kv entries of a block, warps, and loads in flight."""
+    """How a kernel splits its work."""
 
     rows: int
+    """Queries per block."""
     entries: int
+    """kv entries per block."""
     warps: int
     stages: int
 
@@ -34,13 +35,13 @@ TO_ENTRIES = Blocks(64, 64, 4, 3)
 
 @triton.jit
 def _within(index, begin, count):
-    """Whether begin <= index < begin + count: as unsigned numbers, one comparison."""
+    """Whether begin <= index < begin + count, in one comparison of unsigned numbers."""
     return (index - begin).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _any_seen(first_J, last_J, begin, count: tl.constexpr):
-    """Whether any of these entries is seen by any of `count` queries from `begin` on."""
+def _any_visible(first_J, last_J, begin, count: tl.constexpr):
+    """Whether any of `count` queries from `begin` on attends to any of these entries."""
     return tl.max(((first_J < begin + count) & (last_J > begin) & (last_J > first_J)).to(tl.int32)) > 0
 
 
@@ -60,7 +61,7 @@ def _forward(
     place_QH = row_Q[:, None] * (HEADS * WIDTH) + h
     q_QH = tl.load(q_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
     start_Q = tl.load(start_ptr + batch * length + row_Q, mask=row_Q < length, other=length)
-    seen_Q = row_Q + 1 - start_Q
+    count_Q = row_Q + 1 - start_Q
     sum_Q = tl.zeros([ROWS], tl.float32)
     out_QH = tl.zeros([ROWS, WIDTH], tl.float32)
     lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
@@ -69,7 +70,7 @@ def _forward(
         place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
         k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
         score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
-        visible_QJ = _within(entry_J[None, :], start_Q[:, None], seen_Q[:, None])
+        visible_QJ = _within(entry_J[None, :], start_Q[:, None], count_Q[:, None])
         p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale), 0.0)
         sum_Q += tl.sum(p_QJ, 1)
         v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
@@ -80,8 +81,8 @@ def _forward(
             place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
             first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
             last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
-            # Most slots are seen by few blocks of queries: thoughts by their segment's, crystals by late ones.
-            if _any_seen(first_J, last_J, begin, ROWS):
+            # Few blocks of queries attend to a slot: thoughts are visible in their segment, crystals late in a row.
+            if _any_visible(first_J, last_J, begin, ROWS):
                 k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
                 score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
                 visible_QJ = _within(row_Q[:, None], first_J[None, :], (last_J - first_J)[None, :])
@@ -102,7 +103,7 @@ def _to_queries(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries; leaves in `mean` what `_to_entries` needs too: a query's mean gradient of its shares."""
+    """Gradients of queries. Also stores each query's sum of out * grad in `mean`, which `_to_entries` needs."""
     batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     q_place = (batch.to(tl.int64) * length * HEADS + head) * WIDTH
     kv_place = (batch.to(tl.int64) * entries * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
@@ -118,7 +119,7 @@ def _to_queries(
     tl.store(mean_ptr + row_place, mean_Q, mask=row_Q < length)
     norm_Q = tl.load(norm_ptr + row_place, mask=row_Q < length, other=0.0)
     start_Q = tl.load(start_ptr + batch * length + row_Q, mask=row_Q < length, other=length)
-    seen_Q = row_Q + 1 - start_Q
+    count_Q = row_Q + 1 - start_Q
     dq_QH = tl.zeros([ROWS, WIDTH], tl.float32)
     lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
     for left in range(lowest, tl.minimum(begin + ROWS, tokens), ENTRIES):
@@ -128,7 +129,7 @@ def _to_queries(
         v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
         score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
         dp_QJ = tl.dot(grad_QH, tl.trans(v_JH), input_precision=EXACT)
-        visible_QJ = _within(entry_J[None, :], start_Q[:, None], seen_Q[:, None])
+        visible_QJ = _within(entry_J[None, :], start_Q[:, None], count_Q[:, None])
         p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale - norm_Q[:, None]), 0.0)
         ds_QJ = p_QJ * (dp_QJ - mean_Q[:, None])
         dq_QH = tl.dot(ds_QJ.to(k_JH.dtype), k_JH, dq_QH, input_precision=EXACT)
@@ -138,7 +139,7 @@ def _to_queries(
             place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
             first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
             last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
-            if _any_seen(first_J, last_J, begin, ROWS):
+            if _any_visible(first_J, last_J, begin, ROWS):
                 k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
                 v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
                 score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
@@ -147,7 +148,7 @@ def _to_queries(
                 p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale - norm_Q[:, None]), 0.0)
                 ds_QJ = p_QJ * (dp_QJ - mean_Q[:, None])
                 dq_QH = tl.dot(ds_QJ.to(k_JH.dtype), k_JH, dq_QH, input_precision=EXACT)
-    dq_QH *= scale * 0.6931471805599453  # the scale is that of powers of 2
+    dq_QH *= scale * 0.6931471805599453  # the scale is for powers of 2
     tl.store(dq_ptr + place_QH, dq_QH.to(dq_ptr.dtype.element_ty), mask=row_Q[:, None] < length)
 
 
@@ -158,7 +159,7 @@ def _to_entries(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, of all query heads that they serve. Tokens' entries and slots' share no block."""
+    """Gradients of keys and values, summed over their query heads. A block holds either tokens or slots."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     group: tl.constexpr = HEADS // KV_HEADS
     token_blocks = tl.cdiv(tokens, ENTRIES)
@@ -174,7 +175,7 @@ def _to_entries(
     v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < limit, other=0.0)
     first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < limit, other=length)
     last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < limit, other=0)
-    seen_J = tl.maximum(last_J - first_J, 0)
+    count_J = tl.maximum(last_J - first_J, 0)
     lowest = tl.min(first_J) // ROWS * ROWS
     blocks = tl.maximum(tl.cdiv(tl.max(last_J) - lowest, ROWS), 0)
     dk_JH = tl.zeros([ENTRIES, WIDTH], tl.float32)
@@ -189,7 +190,7 @@ def _to_entries(
         norm_Q = tl.load(norm_ptr + row_place, mask=row_Q < length, other=0.0)
         mean_Q = tl.load(mean_ptr + row_place, mask=row_Q < length, other=0.0)
         score_JQ = tl.dot(k_JH, tl.trans(q_QH), input_precision=EXACT)
-        visible_JQ = _within(row_Q[None, :], first_J[:, None], seen_J[:, None])
+        visible_JQ = _within(row_Q[None, :], first_J[:, None], count_J[:, None])
         p_JQ = tl.where(visible_JQ, tl.exp2(score_JQ * scale - norm_Q[None, :]), 0.0)
         dv_JH = tl.dot(p_JQ.to(grad_QH.dtype), grad_QH, dv_JH, input_precision=EXACT)
         dp_JQ = tl.dot(v_JH, tl.trans(grad_QH), input_precision=EXACT)
@@ -214,7 +215,7 @@ def _options(q_BTNH: Tensor, k_BJKH: Tensor, blocks: Blocks) -> dict[str, object
 
 
 def _scale(q_BTNH: Tensor) -> float:
-    """Of scores whose powers of 2, not e, are taken."""
+    """Scale of scores whose exponential is a power of 2, not e."""
     return q_BTNH.shape[3] ** -0.5 * math.log2(math.e)
 
 
@@ -228,9 +229,9 @@ def forward(
     tokens: int,
     blocks: Blocks = FORWARD,
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs [B, T, N, H] and the logarithms to base 2 of the softmax's sums [B, N, T].
+    """Return the outputs [B, T, N, H] and the base-2 logarithms of the softmax's denominators [B, N, T].
 
-    All tensors are contiguous. The first `tokens` kv entries, either T or 0, are the queries' own tokens.
+    All tensors are contiguous. The first `tokens` kv entries, either T or 0, are the chunk's own tokens.
     """
     rows, length, heads, _ = q_BTNH.shape
     entries = k_BJKH.shape[1]

@@ -1,9 +1,8 @@
-"""The sequential parts of the gated delta rule: substitution within a chunk, and the state from chunk to chunk.
+"""The sequential parts of the gated delta rule: the triangular solve within a chunk, and the recurrence over chunks.
 
-Everything is fp32 and stays it between the products too, because the state is a sum over the whole past. The state's
-products are as precise as `torch.backends.cuda.matmul.fp32_precision` says. Shapes:
-P chunks of C = 64 tokens, H heads, K keys, V values of a program's block of columns, S terms of a product at a time;
-R rows of a block of the inverse.
+All tensors are fp32, because the state is a sum over the whole past. The products of the recurrence have the precision
+of `torch.backends.cuda.matmul.fp32_precision`. A kernel's program computes a block of the values (`Columns`): in a
+kernel U is the width of that block.
 """
 
 from typing import NamedTuple
@@ -14,30 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 SIZE = 64
-"""Tokens of a chunk."""
+"""Tokens per chunk (O)."""
 SLICE = 16
-"""Terms of a product at a time: as many as registers hold of both sides. 64 of them spill on an H100 or H200."""
+"""Terms of a matrix product that are loaded at a time, so that both factors fit into registers. 64 spill on an H100."""
 STAGES = 5
-"""Slices of 64 terms that are on their way at once, and one: all, so that a product waits once."""
+"""Pipeline stages: all slices of 64 terms, and one more, so that a product waits for memory once."""
 INVERT_WARPS = 2
 
 
 class Columns(NamedTuple):
-    """How a kernel cuts the values, none of which needs another: columns of a block, and warps."""
+    """How a kernel splits the values, which do not depend on each other."""
 
     size: int
+    """Values per program."""
     warps: int
 
 
 MANY = Columns(32, 4)
 FEW = Columns(16, 4)
-"""Where blocks of `MANY` would leave much of a GPU idle: 132 multiprocessors in an H100 or H200."""
+"""For few rows: with `MANY` there would be too few programs for a GPU (132 multiprocessors in an H100)."""
 ENOUGH = 256
+"""Programs from which on `MANY` is used."""
 
 
 @triton.jit
 def _row(inverse, block_ptr, i, SIZE: tl.constexpr):
-    """Put in row `i` of the inverse, less the identity, of a block whose rows before are there."""
+    """Compute row `i` of the inverse of a 16 x 16 block, without the identity, from the rows before it."""
     r = tl.arange(0, 16)
     mix = tl.load(block_ptr + i * SIZE + r, mask=r < i, other=0.0)
     row = -mix - tl.sum(mix[:, None] * inverse, 0)
@@ -46,9 +47,10 @@ def _row(inverse, block_ptr, i, SIZE: tl.constexpr):
 
 @triton.jit
 def _invert(mix_ptr, inverse_ptr, SIZE: tl.constexpr):
-    """Invert identity plus mix: blocks on the diagonal by substitution, those below as products with them.
+    """Invert identity + mix in 16 x 16 blocks: on the diagonal by substitution, below it by matrix products.
 
-    Block (i, j) of the inverse is -D_i times the sum over j <= l < i of block (i, l) of mix and (l, j) of the inverse.
+    Block (i, j) of the inverse is -D_i times the sum over j <= l < i of mix (i, l) times inverse (l, j), where D_i is
+    the inverse's block on the diagonal.
     """
     place = tl.program_id(0).to(tl.int64) * SIZE * SIZE
     mix_ptr += place
@@ -108,7 +110,7 @@ def _forward(
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A state has no rows to index: what a product needs slice by slice it loads from where the state is stored."""
+    """The recurrence. Registers cannot be indexed, so slices of the state are loaded from where it has been stored."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
     batch, head = row // HEADS, row % HEADS
     c, key, s = tl.arange(0, SIZE), tl.arange(0, KEYS), tl.arange(0, SLICE)
@@ -125,7 +127,7 @@ def _forward(
         written_place = written_ptr + place * (SIZE * VALUES)
         tl.store(entry_place + at_HU, state_HU)
         less_OU = -tl.load(solved_place + v[None, :])
-        tl.debug_barrier()  # every thread has stored what others load
+        tl.debug_barrier()  # wait until all threads have stored what others load
         for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             w_slice = tl.load(solved_place + VALUES + first + s[None, :])
             state_slice = tl.load(entry_place + first * VALUES + at_slice)
@@ -147,7 +149,7 @@ def _backward(
     HEADS: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, COLUMNS: tl.constexpr,
     SLICE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of u, of the state after each chunk and on entry, and each block of columns' part of the decays'."""
+    """Gradients of u, of the states after each chunk and before the first, and this program's part of the decays'."""
     row, part = tl.program_id(0) // (VALUES // COLUMNS), tl.program_id(0) % (VALUES // COLUMNS)
     batch, head = row // HEADS, row % HEADS
     c, key, s = tl.arange(0, SIZE), tl.arange(0, KEYS), tl.arange(0, SLICE)
@@ -168,7 +170,7 @@ def _backward(
         entry_HU = tl.load(entry_ptr + at_state + at_HU)
         tl.store(decay_grad_ptr + part.to(tl.int64) * places + place, tl.sum(tl.sum(entry_HU * grad_HU, 1), 0))
         u_grad_OU = tl.load(written_grad_ptr + place * (SIZE * VALUES) + c[:, None] * VALUES + v[None, :])
-        tl.debug_barrier()  # every thread has stored what others load
+        tl.debug_barrier()  # wait until all threads have stored what others load
         for first in tl.range(0, KEYS, SLICE, num_stages=STAGES):
             into_slice = tl.load(into_place + first + s[None, :])
             grad_slice = tl.load(after_grad_ptr + at_state + first * VALUES + at_slice)
@@ -185,7 +187,7 @@ def _backward(
 
 
 def invert(mix_BPNOO: Tensor) -> Tensor:
-    """Return the inverse of identity plus what is below the diagonal; the rest is not read."""
+    """Return the inverse of identity + mix; only what is below the diagonal of mix is read."""
     assert mix_BPNOO.shape[-1] == SIZE
     assert mix_BPNOO.is_contiguous()
     inverse_BPNOO = torch.empty_like(mix_BPNOO)
@@ -211,16 +213,16 @@ def _options(state_BNHU: Tensor, columns: Columns) -> dict[str, int | str]:
         "STAGES": STAGES,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": columns.warps,
-        "num_stages": 1,  # beyond a product nothing is loaded ahead: what one turn stores, the next loads
+        "num_stages": 1,  # no loads ahead of the loop over chunks, which loads what it stored
     }
 
 
 def forward(
     solved: Tensor, into_BPNOH: Tensor, decay_BPN: Tensor, state_BNHU: Tensor, columns: Columns | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the chunks write [B, P, H, C, V], the state on entry to each [B, P, H, K, V] and the last one.
+    """Return what each chunk writes, the state before each, and the state after the last.
 
-    All tensors are contiguous; `solved` holds u and behind it w.
+    All tensors are contiguous; `solved` is [B, P, N, O, U + H], u and then w.
     """
     rows, chunks, heads, size, _ = solved.shape
     keys, values = state_BNHU.shape[2:]
@@ -247,9 +249,9 @@ def backward(
     entry_BPNHU: Tensor,
     columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what `forward` reads.
+    """Gradients of the inputs of `forward`.
 
-    The kernel goes back from chunk to chunk. The products that wait for nothing follow, for all chunks at once.
+    The kernel runs backwards over the chunks. Products that need no recurrence follow for all chunks at once.
     """
     rows, chunks, heads, _, values = written_BPNOU.shape
     columns = columns or _cut(rows * heads, values)
