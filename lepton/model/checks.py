@@ -1,4 +1,4 @@
-"""Checks of what callers pass: numbers and tensors of integers. What cannot be used raises InputError."""
+"""Checks of arguments: numbers and tensors of integers. They raise InputError."""
 
 import math
 from numbers import Integral, Real
@@ -14,11 +14,11 @@ INTEGERS = {
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 }
 SEEDS = (-(1 << 63), (1 << 64) - 1)
-"""Every seed of 64 bits, with or without a sign."""
+"""Least and largest seed: 64 bits, signed or unsigned."""
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:
-    """Return `value`, a whole number (no bool) in `low`..`high`, as an int; `note` ends the message of the error."""
+    """Return `value` as an int; InputError if it is no whole number in `low`..`high`. `note` ends the message."""
     whole_number = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole_number or value < low or (high is not None and value > high):
         range_ = f"at least {low}" if high is None else f"in {low}..{high}"
@@ -27,7 +27,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None, note: str = 
 
 
 def real(value: Any) -> float:
-    """Return `value` as a float; NaN, which lies in no range, where it is no real number or none that a float holds."""
+    """Return `value` as a float; NaN, which is in no range, if it is no real number or too large for a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:
@@ -37,7 +37,7 @@ def real(value: Any) -> float:
 
 
 def check_range(values: Tensor, low: int, high: int, what: str) -> None:
-    """Raise InputError for a value outside low..high. Only on a CPU: elsewhere looking would wait for the device."""
+    """Raise InputError for a value outside low..high. Checked on a CPU only: a GPU would have to synchronise."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
@@ -45,7 +45,10 @@ def check_range(values: Tensor, low: int, high: int, what: str) -> None:
 
 
 def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str, meaning: str) -> Tensor:
-    """Return `value` as int64 if it is a tensor of integers of this shape on this device; `meaning` says of what."""
+    """Return `value` as int64; InputError if it is no tensor of integers of this shape on this device.
+
+    `name` and `meaning` are for the message.
+    """
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS or value.shape != shape:
         raise InputError(f"{name} must hold {meaning}, as a tensor of integers {list(shape)}, not {_kind(value)}")
     check_device(value, device, name)
@@ -53,7 +56,7 @@ def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str
 
 
 def check_device(value: Tensor, device: torch.device, name: str) -> None:
-    """Raise InputError for a tensor on another device than the model's."""
+    """Raise InputError for a tensor that is not on the model's device."""
     if value.device != device:
         raise InputError(f"{name}: on {value.device}, the model is on {device}; give {name}.to('{device}')")
 

@@ -27,8 +27,8 @@ MAX_ROWS = 1 << 16
 def fresh_state(model: "Lepton", rows: int, *, allocate: bool = True) -> State:
     """Return the state of `rows` sequences that have read nothing, on the model's device.
 
-    Without `allocate` there are no places for remembered tokens and crystals: the same past, with no masked zeros to attend
-    to.
+    Without `allocate` there are no entries for remembered tokens and crystals. The state means the same, but a pass
+    attends to no masked zeros.
     """
     config, device, dtype = model.config, model.embed.weight.device, model.dtype
     counter = torch.zeros(rows, dtype=torch.int64, device=device)

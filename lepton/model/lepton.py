@@ -187,15 +187,15 @@ class Lepton(nn.Module):
         x_BTD = norm(self.embed_up(place.embedded_BTE))
         h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.causal.plan())
         flow = Flow.after_stem(place, h_BTD)
-        records: dict[str, Any] = {}
+        updates: dict[str, Any] = {}
         for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
             given = idea.contribute(flow, past.part(name))
             flow = flow.plus(name, given)
-            records |= {} if given.update is None else {name: given.update}
+            updates |= {} if given.update is None else {name: given.update}
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for _, idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
-        chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
+        chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(norm(x_BTD), None, None, blocks_BT, flow.without_slots(), lengths, chunk)
 

@@ -150,10 +150,10 @@ def _in_chunks(
     matrix_VE = weight_VE.to(x_ME.dtype)
     nats_M = torch.empty(len(x_ME), dtype=precise, device=x_ME.device)
     squares_M = torch.empty_like(nats_M)
-    dx_ME = torch.empty_like(x_ME) if grads else x_ME.new_empty(0)
+    dx = torch.empty_like(x_ME) if grads else x_ME.new_empty(0)
     accumulates &= len(x_ME) > 0  # without positions nothing would write to it
     start = torch.empty_like if accumulates else torch.zeros_like
-    dweight_VE = start(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
+    dweight = start(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
     size = _chunk_size(x_ME, len(weight_VE))
     for first in range(0, len(x_ME), size):
         rows = slice(first, first + size)
@@ -161,13 +161,13 @@ def _in_chunks(
         raw_OV = x_OE @ matrix_VE.T
         nats_M[rows], squares_M[rows] = chunk(raw_OV, target_M[rows], count, *options[:4])
         if grads:  # the logits have become their gradients
-            dx_ME[rows] = raw_OV @ matrix_VE
+            dx[rows] = raw_OV @ matrix_VE
         if weight_grads and accumulates:
-            _accumulate(dweight_VE, raw_OV.T, x_OE, fresh=first == 0)
+            _accumulate(dweight, raw_OV.T, x_OE, fresh=first == 0)
         elif weight_grads:
-            dweight_VE += raw_OV.T @ x_OE
+            dweight += raw_OV.T @ x_OE
         del raw_OV  # before the next chunk's logits are made
-    return nats_M, squares_M, dx_ME, dweight_VE
+    return nats_M, squares_M, dx, dweight
 
 
 def _accumulate(total_VE: Tensor, one_VO: Tensor, other_OE: Tensor, *, fresh: bool) -> None:
@@ -238,9 +238,9 @@ def _(x_ME: Tensor, weight_VE: Tensor, *options: Any) -> tuple[Tensor, Tensor, T
     *_, grads, weight_grads = options
     precise = torch.promote_types(x_ME.dtype, torch.float32)
     nats_M = x_ME.new_empty(len(x_ME), dtype=precise)
-    dx_ME = torch.empty_like(x_ME) if grads else x_ME.new_empty(0)
-    dweight_VE = torch.empty_like(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
-    return nats_M, torch.empty_like(nats_M), dx_ME, dweight_VE
+    dx = torch.empty_like(x_ME) if grads else x_ME.new_empty(0)
+    dweight = torch.empty_like(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
+    return nats_M, torch.empty_like(nats_M), dx, dweight
 
 
 @register_flop_formula(torch.ops.lepton.in_kernel_chunks)
@@ -257,16 +257,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = (target_M != IGNORE).sum().clamp(min=1)
         given = (x_ME, weight_VE, target_M, count)
         if in_kernel:
-            nats_M, squares_M, dx_ME, dweight_VE = _in_kernel_chunks(*given, *options)
+            nats_M, squares_M, dx, dweight = _in_kernel_chunks(*given, *options)
         else:
-            nats_M, squares_M, dx_ME, dweight_VE = _in_chunks(plain_chunk, *given, _Options(*options))
+            nats_M, squares_M, dx, dweight = _in_chunks(plain_chunk, *given, _Options(*options))
         ce, z = nats_M.sum() / count, squares_M.sum() / count
-        ctx.save_for_backward(dx_ME, dweight_VE)
+        ctx.save_for_backward(dx, dweight)
         ctx.mark_non_differentiable(ce, z, nats_M)
         return ce + _Options(*options).z_weight * z, ce, z, nats_M
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_parts: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ME, dweight_VE = ctx.saved_tensors
-        dweight_VE = dweight_VE * grad if ctx.needs_input_grad[1] else None
-        return dx_ME * grad.to(dx_ME.dtype), dweight_VE, None, *[None] * (1 + len(_Options._fields))
+        dx, dweight = ctx.saved_tensors
+        dweight = dweight * grad if ctx.needs_input_grad[1] else None
+        return dx * grad.to(dx.dtype), dweight, None, *[None] * (1 + len(_Options._fields))

@@ -35,8 +35,8 @@ class Kernel:
                 self._results[key] = self.try_out(*key)
             return self._results[key]
 
-        # Dynamo calls it while tracing and treats the result as a constant. That needs a function whose arguments are
-        # constants, so it is no method. `torch.compiler.assume_constant_result` sets the same mark, but would import the whole compiler.
+        # Dynamo calls it while tracing and treats the result as a constant. That needs a function of constants, so this
+        # is no method. `torch.compiler.assume_constant_result` sets the same mark, but would import the whole compiler.
         works._dynamo_marked_constant = True  # type: ignore[attr-defined]
         self.works = works
         """Called with (device, dtype, *sizes): whether the kernels work there. Warns if they should and do not. `sizes`

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many."""
 SIGNALS = ("router", "thoughts", "memory")
-"""Ideas whose signals the uncertainty reads: expected benefit of depth, last change of the thoughts, size of what is read
-from the memory."""
+"""Ideas whose signals the uncertainty reads: expected benefit of depth, last change of the thoughts, size of the
+memory's read."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 

@@ -1,9 +1,9 @@
-"""Working memory: a matrix a head that every token writes to and reads from (gated delta rule, Yang et al. 2024).
+"""Working memory: a matrix per head that every token writes to and reads from (gated delta rule, Yang et al. 2024).
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. `lepton/ops/delta_rule.py` computes it. All of it runs
-in fp32 or better, because the state is a sum over the whole past.
+A token reads after it has written. At the end of a document the state is masked, not decayed to 0.
+`lepton/ops/delta_rule.py` computes the rule, in fp32 or better, because the state is a sum over the whole past.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,14 @@ from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 
 CONV = 4
+"""Width of the causal convolution."""
 READ_EPS = 1e-2
-"""Added to the mean square of a read before it is normed: about that of a weak one. With next to nothing there, what is
-small for want of an answer would be made as large as any, its rounding and its gradient with it."""
+"""Epsilon of the norm of reads, about the mean square of a weak one. With a smaller one, reads of an empty memory would
+be scaled up to unit size, and their rounding errors and gradients with them."""
 
 
 HEADS = {"nano": 2, "micro": 3, "tiny": 4, "small": 4, "medium": 6, "large": 6, "xl": 8, "xxl": 8}
-"""By size."""
+"""Heads of each size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,11 @@ class WorkingMemoryConfig(IdeaConfig):
     """The working memory."""
 
     heads: int = 4
-    """Heads, each with a matrix of its own."""
+    """Heads, each with its own matrix."""
     key_dim: int = 64
-    """Width of its keys."""
+    """Width of a head's keys and queries."""
     value_dim: int = 128
-    """Width of its values."""
+    """Width of a head's values."""
 
     name = "memory"
     most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096}
@@ -65,33 +66,33 @@ class WorkingMemoryConfig(IdeaConfig):
 
 @dataclass(frozen=True)
 class WorkingMemoryState:
-    """What the working memory keeps of the past."""
+    """The state of the working memory."""
 
     matrix_BNHU: Tensor
-    """A matrix per head, key_dim x value_dim, fp32 or better."""
+    """A matrix per head, fp32 or better."""
     tail_BRI: Tensor
-    """The last inputs of the convolution."""
+    """The last R = 3 inputs of the convolution."""
 
     outlives_window = True
 
     def cleared(self) -> "WorkingMemoryState":
-        """Return the memory of one that has read nothing."""
+        """Return an empty memory."""
         return WorkingMemoryState(torch.zeros_like(self.matrix_BNHU), torch.zeros_like(self.tail_BRI))
 
 
 def first_tap(conv_I4: Tensor) -> None:
-    """1 on the token itself and 0 before it: the convolution starts as none."""
-    scaled(conv_I4)  # takes its share of the random numbers, so that a seed gives the weights that it always gave
+    """Fill with 1 for the token itself and 0 for those before it: the convolution starts as the identity."""
+    scaled(conv_I4)  # draws as many random numbers as ever, so that a seed gives the same weights as before
     conv_I4.zero_()[:, 0] = 1
 
 
 def spread_decay(bias_N: Tensor) -> None:
-    """2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
+    """Fill with 2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
     bias_N.copy_(torch.linspace(2, 6, len(bias_N)))
 
 
 class WorkingMemory(Idea):
-    """Projections, short convolution and gates around the delta rule."""
+    """Projections, causal convolution and gates around the delta rule."""
 
     name = "memory"
     title = "working memory"
@@ -123,16 +124,16 @@ class WorkingMemory(Idea):
         return WorkingMemoryState(matrix, torch.zeros(rows, CONV - 1, self.channels, dtype=dtype, device=device))
 
     def carried(self, past: WorkingMemoryState, fresh: WorkingMemoryState) -> WorkingMemoryState:
-        """Return `past` as a new stream starts with it: nothing stands before its first token."""
+        """Return `past` without inputs of the convolution: a new stream has no tokens before its first."""
         return replace(past, tail_BRI=fresh.tail_BRI)
 
     def contribute(self, flow: Flow, past: WorkingMemoryState) -> Contribution:
-        """Read and write the memory, and add what it answers to the stream."""
-        read_BTF, strength_BT, record = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
-        return Contribution(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, update=record)
+        """Read and write the memory, and add a projection of the reads to the stream."""
+        read_BTF, strength_BT, update = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
+        return Contribution(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, update=update)
 
     def flops(self, work: Work) -> float:
-        """Projections, and the products of the chunk form."""
+        """Projections, and the matrix products of the delta rule in chunks."""
         chunk = min(CHUNK, work.length)
         padded = -(-work.length // chunk) * chunk
         inside = 2 * chunk * self.key_dim + chunk * self.value_dim
@@ -140,16 +141,16 @@ class WorkingMemory(Idea):
         return work.length * matrices(self) + padded * self.heads * (inside + across)
 
     def kept_bytes(self, work: Work) -> float:
-        """Nearly all in fp32."""
+        """Most activations are fp32."""
         chunk, keys, values = min(CHUNK, work.length), self.key_dim, self.value_dim
-        # After the convolution, solved, values and reads, keys and queries; then chunk x chunk, and a state per chunk.
+        # Outputs of the convolution, solutions, values and reads, keys and queries; then matrices and states of chunks.
         squares, states = (4, 2) if work.half else (10, 4)
         precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
         precise += squares * chunk + states * keys * values // chunk
         return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values))
 
     def switches(self) -> dict[str, Switch]:
-        """Off, its values are zero, and so is all that is read from it."""
+        """Off: values are zero, so all reads are."""
 
         @contextmanager
         def off(model: Any) -> Iterator[dict[str, Any]]:
@@ -165,9 +166,8 @@ class WorkingMemory(Idea):
     ) -> tuple[Tensor, Tensor, "MemoryUpdate"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BRI` holds the convolution's last inputs and `state_BNHU` the memory on entry. Returns the reads
-        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix
-        follows.
+        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
+        mean square of the raw reads [B, T], and the update of the state.
         """
         raw_BTI = self.qkv(u_BTD)
         joined_BJI = torch.cat([tail_BRI, raw_BTI], 1)
@@ -195,19 +195,20 @@ class WorkingMemory(Idea):
         entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
         reads, entry_BPNHU, end_BNHU = delta_rule(writes, state_BNHU, entry_BP)
         read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
+        update = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
         normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
-        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, run
+        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, X] as [B, P, H, C, X]; what fills the last chunk writes nothing and decays nothing."""
+    """Split [B, T, N, ...] into chunks [B, P, N, O, ...], padded with zeros, which change nothing in the memory."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
+    """Split into chunks [B, P, O], padded with each row's last value."""
     missing = -document_BT.shape[1] % chunk
     padded = torch.cat([document_BT, document_BT[:, -1:].expand(-1, missing)], 1)
     return padded.unflatten(1, (-1, chunk))
@@ -215,18 +216,18 @@ def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MemoryUpdate:
-    """What a chunk did to the memory: from it the memory after any prefix follows."""
+    """The writes of a chunk, from which the memory after any number of its tokens follows."""
 
     writes: Writes
     entry_BPNHU: Tensor
-    """The memory on entry to each chunk."""
+    """The memory before each chunk of the delta rule."""
     end_BNHU: Tensor
     """The memory after the last one."""
     joined_BJI: Tensor
-    """Inputs of the convolution, those of the past first."""
+    """Inputs of the convolution: those before the chunk, then the chunk's."""
 
     def after(self, count_B: Tensor, timeline: Timeline) -> WorkingMemoryState:
-        """Return the memory once the first `count_B` tokens are read."""
+        """Return the state after the first `count_B` tokens, by replaying the last writes on the memory before them."""
         chunk = self.writes.k.shape[-2]
         rows = torch.arange(len(count_B), device=count_B.device)
         whole_B, rest_B = count_B // chunk, count_B % chunk
@@ -241,7 +242,7 @@ class MemoryUpdate:
             document_BPO=torch.where(written_BO, part.document_BPO[:, 0], final_B1)[:, None],
         )
         entry_B = torch.where(last_B > 0, self.writes.document_BPO[rows, (last_B - 1).clamp(min=0), -1], 0)
-        # One chunk, and only its state: there is little that kernels could save.
+        # A single chunk of which only the state is needed: the Triton kernels would save little.
         _, _, replayed_BNHU = chunked_delta_rule(replay, state_BNHU, entry_B[:, None])
         state_BNHU = torch.where((rest_B > 0)[:, None, None, None], replayed_BNHU, state_BNHU)
         state_BNHU = state_BNHU.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)

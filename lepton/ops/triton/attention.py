@@ -1,8 +1,9 @@
 """Attention for masks that are ranges of queries, forward and backward, without a matrix of scores in memory.
 
-Flash attention (Dao, 2023) in three kernels. The queries from `first` to `last`, exclusive, attend to a kv entry. Entries of the chunk's own tokens come first; for them, `start` of each query is the same mask by query: it attends to
-the tokens from `start` up to itself. From these integers a program knows which blocks of other documents and outside
-the window it can skip, and the mask of a pair is one comparison.
+Flash attention (Dao, 2023) in three kernels. The queries from `first` to `last`, exclusive, attend to a kv entry.
+Entries of the chunk's own tokens come first; for them, `start` is the same mask by query: a query attends to the tokens
+from `start` up to itself. From these integers a program knows which blocks it can skip, those of other documents and
+those outside the window, and the mask of a pair is one comparison.
 
 Scores must be bounded, as they are with normed queries and keys: then no maximum is subtracted before the exponential.
 Arithmetic between matrix products is in fp32. In a kernel, Q and J are the queries and kv entries of a block.
