@@ -1,6 +1,6 @@
 """How far a model's doubt can be trusted: the uncertainty head beside the largest probability, on the same tokens.
 
-All figures are pure functions of N chances of being wrong and of what happened.
+All figures are pure functions of M chances of being wrong and of what happened.
 """
 
 import math
@@ -94,7 +94,7 @@ def reliability(model: Lepton, seen: Outcomes, temperature: float | None = None)
 
 
 def score(chance_M: Tensor, wrong_M: Tensor) -> Scores:
-    """Return all figures of N >= 1 chances in 0..1 against what happened (1 wrong, 0 right)."""
+    """Return all figures of M >= 1 chances in 0..1 against what happened (1 wrong, 0 right)."""
     return Scores(
         calibration_error(chance_M, wrong_M),
         brier(chance_M, wrong_M),
@@ -124,7 +124,7 @@ def auroc(chance_M: Tensor, wrong_M: Tensor) -> float:
 def risk_coverage(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017).
 
-    It is the mean, over k = 1 ... N, of the share of wrong among the k least doubted tokens. Equal chances count as
+    It is the mean, over k = 1 ... M, of the share of wrong among the k least doubted tokens. Equal chances count as
     equally wrong.
     """
     _, wrong_M = sorted_by_chance(chance_M, wrong_M)

@@ -1,7 +1,7 @@
 """Which drafts stand: speculative sampling (Leviathan et al. 2023) as arithmetic on probabilities.
 
-Shapes: R rows, K drafts, T = K + 1 places, V vocabulary. The draft at place i was drawn from q_i; the model itself says
-p_i there, and p_K behind the last draft.
+Shapes: A rows, Y drafts, T = Y + 1 places, V vocabulary. The draft at place i was drawn from q_i; the model itself says
+p_i there, and p_Y after the last draft.
 """
 
 from typing import NamedTuple

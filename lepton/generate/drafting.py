@@ -1,6 +1,6 @@
 """Drafting: the model's recurrent cell guesses what follows the newest token.
 
-Shapes: R rows, K drafts, V vocabulary, W tokens that the cell can propose, D and E widths of states and embeddings.
+Shapes: A rows, Y drafts, V vocabulary, Z tokens that the cell can propose, D and E widths of states and embeddings.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def draft(
     draws_AY: Tensor,
     distribution: Callable[[Tensor], Tensor],
 ) -> Drafts:
-    """Draft K tokens after `token_A`, which the model drew from its state `hidden_AD`.
+    """Draft Y tokens after `token_A`, which the model drew from its state `hidden_AD`.
 
     `distribution` makes probabilities of the cell's logits, `draws_AY` are uniform numbers in [0, 1).
     """

@@ -2,7 +2,7 @@
 
 Nothing is computed twice. Decoding one token at a time is the same cycle with no drafts.
 
-Shapes: B rows of the call, R rows still running, K drafts, T = K + 1 tokens of a verification, D width, V vocabulary.
+Shapes: B rows of the call, A rows still running, Y drafts, T = Y + 1 tokens of a verification, D width, V vocabulary.
 """
 
 import secrets
@@ -279,9 +279,9 @@ class Generation:
         return len(new) >= self.options.max_new_tokens or any(new[-len(stop) :] == stop for stop in self._stops)
 
     def _draws(self, rows: Sequence[int]) -> Tensor:
-        """Uniform numbers for a cycle: K to draft by, K to accept by, and one for the token behind [R, 2 * K + 1].
+        """Uniform numbers for a cycle: Y to draft by, Y to accept by, and one for the token behind [A, 2 * Y + 1].
 
-        K is what the model drafts at most, so that what a row draws depends on nothing but itself.
+        Y is what the model drafts at most, so that what a row draws depends on nothing but itself.
         """
         count = 2 * self._drafts + 1
         draws = [[self._streams[row].random() for _ in range(count)] for row in rows]

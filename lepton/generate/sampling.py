@@ -1,6 +1,6 @@
 """Sampling as pure functions: logits to probabilities, and probabilities with a uniform number to a token.
 
-Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
+Shapes: A rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
 """
 
 import math
@@ -66,7 +66,7 @@ def _ranked(p: Tensor, top_p: float, top_k: int | None) -> Tensor:
 
 
 def sample(weights_AV: Tensor, uniforms_A: Tensor) -> Tensor:
-    """Return a token a row [R] by inverting the cumulative distribution at `uniforms_A`, numbers in [0, 1).
+    """Return a token per row [A] by inverting the cumulative distribution at `uniforms_A`, numbers in [0, 1).
 
     The weights need not sum to 1. A token of weight 0 is never returned.
     """

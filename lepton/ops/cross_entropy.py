@@ -42,10 +42,8 @@ class _Options(NamedTuple):
     vocab_size: int
     cap: float
     z_weight: float
-    grads: bool
-    """Whether the gradient of the head's inputs is needed."""
-    weight_grads: bool
-    """Whether that of its weights is."""
+    gradients: int
+    """Gradients that are needed: 0 none, 1 of the head's inputs, 2 of its weights too."""
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -70,9 +68,8 @@ def linear_cross_entropy(
         The differentiable loss; then, detached, the mean cross-entropy in nats, the z term, and the cross-entropy of
         each position [M], 0 for positions without a loss.
     """
-    weight_grads = torch.is_grad_enabled() and weight_VE.requires_grad
-    grads = (torch.is_grad_enabled() and x_ME.requires_grad) or weight_grads
-    options = _Options(vocab_size, cap, z_weight, grads, weight_grads)
+    gradients = 2 if weight_VE.requires_grad else int(x_ME.requires_grad)
+    options = _Options(vocab_size, cap, z_weight, gradients if torch.is_grad_enabled() else 0)
     in_kernel = CROSS_ENTROPY.works(x_ME.device, x_ME.dtype)
     return _LinearCrossEntropy.apply(x_ME, weight_VE, target_M, in_kernel, *options)
 
@@ -145,7 +142,7 @@ def _in_chunks(
 
     `accumulates`: sum the head's gradient over chunks with `_accumulate`.
     """
-    grads, weight_grads = options.grads, options.weight_grads
+    grads, weight_grads = options.gradients > 0, options.gradients > 1
     precise = torch.promote_types(x_ME.dtype, torch.float32)
     matrix_VE = weight_VE.to(x_ME.dtype)
     nats_M = torch.empty(len(x_ME), dtype=precise, device=x_ME.device)
@@ -159,7 +156,7 @@ def _in_chunks(
         rows = slice(first, first + size)
         x_OE = x_ME[rows]
         raw_OV = x_OE @ matrix_VE.T
-        nats_M[rows], squares_M[rows] = chunk(raw_OV, target_M[rows], count, *options[:4])
+        nats_M[rows], squares_M[rows] = chunk(raw_OV, target_M[rows], count, *options[:3], grads)
         if grads:  # the logits have become their gradients
             dx[rows] = raw_OV @ matrix_VE
         if weight_grads and accumulates:
@@ -220,33 +217,32 @@ def _in_kernel_chunks(
     vocab_size: int,
     cap: float,
     z_weight: float,
-    grads: bool,
-    weight_grads: bool,
+    gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_in_chunks` with the Triton kernel.
 
     It is one operator for the compiler, because the kernel works in place: a compiler that looked inside would copy the
     logits.
     """
-    options = _Options(vocab_size, cap, z_weight, grads, weight_grads)
-    accumulates = weight_grads and _accumulates(x_ME.device, x_ME.dtype)
+    options = _Options(vocab_size, cap, z_weight, gradients)
+    accumulates = gradients > 1 and _accumulates(x_ME.device, x_ME.dtype)
     return _in_chunks(_kernel_chunk(), x_ME, weight_VE, target_M, count, options, accumulates)
 
 
 @_in_kernel_chunks.register_fake
 def _(x_ME: Tensor, weight_VE: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, grads, weight_grads = options
+    gradients = options[-1]
     precise = torch.promote_types(x_ME.dtype, torch.float32)
     nats_M = x_ME.new_empty(len(x_ME), dtype=precise)
-    dx = torch.empty_like(x_ME) if grads else x_ME.new_empty(0)
-    dweight = torch.empty_like(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
+    dx = torch.empty_like(x_ME) if gradients > 0 else x_ME.new_empty(0)
+    dweight = torch.empty_like(weight_VE, dtype=precise) if gradients > 1 else nats_M.new_empty(0)
     return nats_M, torch.empty_like(nats_M), dx, dweight
 
 
 @register_flop_formula(torch.ops.lepton.in_kernel_chunks)
 def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """One matrix product for the logits, and one for each gradient."""
-    return 2 * x[0] * x[1] * weight[0] * (1 + args[-2] + args[-1])
+    return 2 * x[0] * x[1] * weight[0] * (1 + args[-1])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -5,7 +5,7 @@ uncertainty head into a chance (Platt, 1999), and the router's table of quantile
 score. The first half of the validation split is for that; the second is left for measuring, so no figure is taken
 where it was fitted.
 
-Shapes: B rows, T tokens of a chunk, D width, V vocabulary; M positions of a slice, N in all.
+Shapes: B rows, T tokens of a chunk, D width, V vocabulary; M positions.
 """
 
 import math
@@ -52,7 +52,7 @@ class Positions(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model said of N positions and what came: fp64 on the CPU."""
+    """What a model said of M positions and what came: fp64 on the CPU."""
 
     wrong_M: Tensor
     """1 where the most likely token is not the one that came, else 0."""
@@ -247,10 +247,10 @@ def fit_line(logit_M: Tensor, wrong_M: Tensor) -> tuple[float, float]:
     line_2 = neutral_2
     for _ in range(100):
         chance_M = torch.sigmoid(input_M2 @ line_2)
-        slope_2 = input_M2.T @ (chance_M - target_M) + PRIOR * (line_2 - neutral_2)
+        gradient_2 = input_M2.T @ (chance_M - target_M) + PRIOR * (line_2 - neutral_2)
         weight_M1 = (chance_M * (1 - chance_M))[:, None]
         curve_22 = input_M2.T @ (weight_M1 * input_M2) + PRIOR * torch.eye(2, dtype=torch.float64)
-        step_2 = torch.linalg.solve(curve_22, slope_2)
+        step_2 = torch.linalg.solve(curve_22, gradient_2)
         while cost(line_2 - step_2) > cost(line_2) and step_2.abs().max() > 1e-12:
             step_2 = step_2 / 2
         line_2 = line_2 - step_2

@@ -77,6 +77,12 @@ def test_files_from_before_there_were_hashes_load(model, path):
     assert_states(expected, model.load_state(changed(path, "phase_B", lambda value: value)), "as it was")
 
 
+def test_shape_letters_at_the_end_of_names_do_not_matter(model, path):
+    expected, tensors = model.load_state(path), load_file(path)
+    save_file({f"{name.rpartition('_')[0]}_{'X' * value.dim()}": value for name, value in tensors.items()}, path)
+    assert_states(expected, model.load_state(path), "with other letters")
+
+
 @pytest.mark.parametrize("kind", ["state", "memory"])
 @torch.no_grad()
 def test_other_weights_are_refused_unless_asked_for(model, tmp_path, kind):

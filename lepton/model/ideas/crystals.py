@@ -280,17 +280,17 @@ class CrystalUpdate:
         length = timeline.group_BT.shape[1]
         groups = timeline.opening_BG.shape[1] + 1
         # The R = `count` pending tokens belong to the segment and the document that are open before the chunk.
-        offered = self.past.pending.join(self.chunk)
+        rated = self.past.pending.join(self.chunk)
         zeros_BR = torch.zeros_like(self.past.pending.position_BC)
         group_BJ = torch.cat([zeros_BR, timeline.group_BT], 1)
         document_BJ = torch.cat([zeros_BR, timeline.document_BT], 1)
-        priority_BJ = offered.priority()
+        priority_BJ = rated.priority()
         if count_B is not None:
             read_BT = torch.arange(length, device=count_B.device) < count_B[:, None]
             read_BJ = torch.cat([torch.ones_like(zeros_BR, dtype=torch.bool), read_BT], 1)
             priority_BJ = priority_BJ.masked_fill(~read_BJ, torch.iinfo(torch.int64).min)
         index, filled = best_of_groups(priority_BJ, group_BJ, groups, count)
-        entries = self.past.kept.join(offered.take(index, filled))
+        entries = self.past.kept.join(rated.take(index, filled))
         # The document of each entry and each segment, and the first segment during which an entry may be a crystal.
         slots = self.past.kept.position_BC.shape[1]
         document_BC = F.pad(document_BJ.gather(1, index), (slots, 0))

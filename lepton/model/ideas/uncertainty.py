@@ -47,11 +47,11 @@ def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.detach()
     likely = logits.argmax(-1)
     place = torch.arange(logits.shape[-1], device=logits.device)
-    behind = logits - logits.amax(-1, keepdim=True)
-    others = behind.masked_fill(place == likely[..., None], float("-inf"))
+    relative = logits - logits.amax(-1, keepdim=True)
+    others = relative.masked_fill(place == likely[..., None], float("-inf"))
     odds = others.exp()  # of each other token, relative to the most likely one
     against = odds.sum(-1)
-    entropy = against.log1p() - (odds * behind).sum(-1) / (1 + against)
+    entropy = against.log1p() - (odds * relative).sum(-1) / (1 + against)
     features = torch.stack([against.log().clamp(-LOG_ODDS, LOG_ODDS), entropy, -others.amax(-1)], -1)
     return features, likely
 

@@ -228,7 +228,6 @@ def forward(
     first_BJ: Tensor,
     last_BJ: Tensor,
     tokens: int,
-    blocks: Blocks = FORWARD,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs [B, T, N, H] and the base-2 logarithms of the softmax's denominators [B, N, T].
 
@@ -239,9 +238,9 @@ def forward(
     out_BTNH = torch.empty_like(q_BTNH)
     norm_BNT = torch.empty(rows, heads, length, dtype=torch.float32, device=q_BTNH.device)
     with torch.cuda.device_of(q_BTNH):  # Triton launches on the current device
-        _forward[(triton.cdiv(length, blocks.rows), rows * heads)](
+        _forward[(triton.cdiv(length, FORWARD.rows), rows * heads)](
             q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, length, tokens, entries,
-            _scale(q_BTNH), SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, blocks),
+            _scale(q_BTNH), SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, FORWARD),
         )  # fmt: skip
     return out_BTNH, norm_BNT
 
@@ -257,8 +256,6 @@ def backward(
     out_BTNH: Tensor,
     norm_BNT: Tensor,
     tokens: int,
-    to_queries: Blocks = TO_QUERIES,
-    to_entries: Blocks = TO_ENTRIES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the outputs."""
     rows, length, heads, _ = q_BTNH.shape
@@ -267,13 +264,13 @@ def backward(
     mean_BNT = torch.empty_like(norm_BNT)
     scale = _scale(q_BTNH)
     with torch.cuda.device_of(q_BTNH):
-        _to_queries[(triton.cdiv(length, to_queries.rows), rows * heads)](
+        _to_queries[(triton.cdiv(length, TO_QUERIES.rows), rows * heads)](
             q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, grad_BTNH, mean_BNT, dq_BTNH,
-            length, tokens, entries, scale, SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, to_queries),
+            length, tokens, entries, scale, SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, TO_QUERIES),
         )  # fmt: skip
-        size = to_entries.entries
+        size = TO_ENTRIES.entries
         _to_entries[(triton.cdiv(tokens, size) + triton.cdiv(entries - tokens, size), rows * kv_heads)](
             q_BTNH, k_BJKH, v_BJKH, first_BJ, last_BJ, norm_BNT, grad_BTNH, mean_BNT, dk_BJKH, dv_BJKH,
-            length, tokens, entries, scale, **_options(q_BTNH, k_BJKH, to_entries),
+            length, tokens, entries, scale, **_options(q_BTNH, k_BJKH, TO_ENTRIES),
         )  # fmt: skip
     return dq_BTNH, dk_BJKH, dv_BJKH
