@@ -119,6 +119,7 @@ class RatedTokens:
 
 
 def _gather(value: Tensor, index_BC: Tensor) -> Tensor:
+    """Return `value` [B, entries, ...] at the entries with indices `index_BC`."""
     index = index_BC.view(*index_BC.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
     return value.gather(1, index)
 
