@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lepton import shapes
+from lepton import Lepton, shapes
 from lepton.config import LeptonConfig
-from lepton.model import Lepton
 from lepton.shapes import LETTERS
 
 PACKAGE = Path(shapes.__file__).parent

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import torch
-from lepton.model.factory import size_config
 
+from lepton import Lepton
 from lepton import config as configuration
-from lepton.model import Lepton
+from lepton.model.size_config import size_config
 from tests.laws.lab import build, text
 
 
