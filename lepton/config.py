@@ -34,13 +34,13 @@ class IdeaConfig:
     name: ClassVar[str]
     """The idea's attribute in the model, and its name in checkpoints, overrides and on the command line."""
     reads_top: ClassVar[bool] = False
-    """Whether it reads the top states, and takes no part in the pass before them."""
+    """Whether it reads the last hidden states, instead of contributing to the pass."""
     most: ClassVar[Mapping[str, int]] = {}
-    """Largest value of each field that decides a size; see `MOST`."""
+    """Largest value of each field that is a size; see `MOST`."""
     flat: ClassVar[Mapping[str, str]] = {}
-    """Fields by the names that they had when a configuration was flat; checkpoints from then still load."""
+    """For configurations of before, which were flat: their names, and the fields of today."""
     flat_switch: ClassVar[str] = ""
-    """The name in a flat configuration whose value 0 or False left the idea out."""
+    """The flat name whose value 0 or False means that the idea is left out."""
 
     def __post_init__(self) -> None:
         _check_fields(self, self.most, f"{self.name}.")
@@ -53,12 +53,12 @@ class IdeaConfig:
         raise NotImplementedError
 
     def feature_width(self, config: "LeptonConfig") -> int:
-        """Return the width of the feature that later ideas can read of it; 0: there is none."""
+        """Return the width of its `Contribution.feature_BTF`; 0: it has none."""
         return 0
 
     @classmethod
     def preset(cls, size: str, width: int) -> Self:
-        """Return what the named size, of this width, uses."""
+        """Return the configuration for one of the eight sizes, of this width."""
         return cls()
 
     def at_least(self, low: int, *names: str) -> None:
@@ -69,11 +69,11 @@ class IdeaConfig:
 
 
 IDEAS: dict[str, type[IdeaConfig]] = {}
-"""Every registered idea by its name, in the order of the flow."""
+"""Every registered idea by its name, in the order in which they run."""
 
 
 def register(*ideas: type[IdeaConfig]) -> None:
-    """Make ideas known to `LeptonConfig.from_dict` and `LeptonConfig.replace`, at the end of the flow."""
+    """Make ideas known to `LeptonConfig.from_dict` and `LeptonConfig.replace`. They run after earlier ones."""
     IDEAS.update({idea.name: idea for idea in ideas})
 
 
@@ -113,7 +113,7 @@ class LeptonConfig:
     """Whether the last coordinate of each head carries the bias of slots' attention scores, rather than a number of
     the token's own."""
     ideas: tuple[IdeaConfig, ...] = ()
-    """The ideas, in the order of the flow."""
+    """The ideas, in the order in which they run."""
 
     def __post_init__(self) -> None:
         _check_fields(self, MOST)

@@ -95,7 +95,7 @@ def test_depth_is_a_knob(trained):
     assert (shallow.logits - full.logits).abs().mean() > 1e-2
     assert 0.2 < (half.depth == 7).float().mean() < 0.7
     # It chooses by its scores; what they are worth is measured against a random choice (lepton eval --ablate).
-    benefit = full.flow.given["router"].signal_BT
+    benefit = full.flow.contributions["router"].signal_BT
     assert benefit[half.depth == 7].mean() > benefit[half.depth == 2].mean()
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import those that stand in a line above it. `data` and `checkpoint` know of no model, evaluation of no
 # training; generation and training meet in `cli` alone.
 FLOORS = (
-    ("errors", "requirements"),
+    ("errors", "requirements", "shapes"),
     ("files", "values"),
     ("config", "archive", "tensors", "ops"),
     ("presets", "checkpoint", "data", "runtime"),

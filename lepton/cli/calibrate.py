@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = collect_outcomes(model, batches[1], args.max_tokens)
     before = figures(model, outcomes)
     fitted = calibrate(model, batches[0], args.max_tokens, min_tokens=least)
-    counts = fitted.tokens, len(outcomes.wrong_N)
+    counts = fitted.tokens, len(outcomes.wrong_M)
     if min(counts) < least:
         raise InputError(
             f"{what}: {counts[0]:,} tokens to fit on and {counts[1]:,} others to measure, where calibration needs "
@@ -126,9 +126,9 @@ def figures(model: "Network", outcomes: "Outcomes") -> dict[str, float | None]:
     if model.idea("uncertainty") is not None:
         scores = reliability(model, outcomes).to_dict()["scores"]["uncertainty"]
         table |= {name: scores[name] for name in MEASURED}
-    if model.idea("router") is not None and outcomes.router_score_N is not None:
-        deep_N = outcomes.router_score_N > model.idea("router").threshold(0.5).item()
-        table["deep_at_half"] = deep_N.to(torch.float64).mean().item()
+    if model.idea("router") is not None and outcomes.router_score_M is not None:
+        deep_M = outcomes.router_score_M > model.idea("router").threshold(0.5).item()
+        table["deep_at_half"] = deep_M.to(torch.float64).mean().item()
     return table
 
 

@@ -62,42 +62,42 @@ def calibrate(
     if model.idea("router") is None and model.idea("uncertainty") is None:
         return Calibration(0, None, None)
     outcomes = collect_outcomes(model, batches, max_tokens, allow_none=True)
-    tokens = len(outcomes.wrong_N)
+    tokens = len(outcomes.wrong_M)
     if tokens < max(min_tokens, 1):
         return Calibration(tokens, None, None)
     line, quantiles = None, None
-    if model.idea("uncertainty") is not None and outcomes.uncertainty_logit_N is not None:
-        line = fit_line(outcomes.uncertainty_logit_N, outcomes.wrong_N)
+    if model.idea("uncertainty") is not None and outcomes.uncertainty_logit_M is not None:
+        line = fit_line(outcomes.uncertainty_logit_M, outcomes.wrong_M)
         model.idea("uncertainty").calibration.copy_(torch.tensor(line))
-    if model.idea("router") is not None and outcomes.router_score_N is not None:
+    if model.idea("router") is not None and outcomes.router_score_M is not None:
         places = torch.linspace(0, 1, len(model.idea("router").quantiles), dtype=torch.float64)
-        quantiles = outcomes.router_score_N.quantile(places)
+        quantiles = outcomes.router_score_M.quantile(places)
         model.idea("router").quantiles.copy_(quantiles)
     return Calibration(tokens, line, quantiles)
 
 
-def fit_line(logit_N: Tensor, wrong_N: Tensor) -> tuple[float, float]:
+def fit_line(logit_M: Tensor, wrong_M: Tensor) -> tuple[float, float]:
     """Return the scale and shift under which `sigmoid(scale * logit + shift)` fits the outcomes best.
 
     Maximum likelihood by Newton's method in fp64 (Platt, 1999; Lin, Lin and Weng, 2007). Platt's targets, a little
     inside of 0 and 1, keep the line finite where the logits separate the outcomes.
     """
-    wrongs = wrong_N.double().sum()
-    rights = len(wrong_N) - wrongs
-    target_N = torch.where(wrong_N > 0, (wrongs + 1) / (wrongs + 2), 1 / (rights + 2))
-    input_N2 = torch.stack([logit_N.double(), torch.ones_like(target_N)], -1)
+    wrongs = wrong_M.double().sum()
+    rights = len(wrong_M) - wrongs
+    target_M = torch.where(wrong_M > 0, (wrongs + 1) / (wrongs + 2), 1 / (rights + 2))
+    input_M2 = torch.stack([logit_M.double(), torch.ones_like(target_M)], -1)
     neutral_2 = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def cost(line_2: Tensor) -> Tensor:
-        score_N = input_N2 @ line_2
-        return (F.softplus(score_N) - target_N * score_N).sum() + PRIOR / 2 * (line_2 - neutral_2).square().sum()
+        score_M = input_M2 @ line_2
+        return (F.softplus(score_M) - target_M * score_M).sum() + PRIOR / 2 * (line_2 - neutral_2).square().sum()
 
     line_2 = neutral_2
     for _ in range(100):
-        chance_N = torch.sigmoid(input_N2 @ line_2)
-        gradient_2 = input_N2.T @ (chance_N - target_N) + PRIOR * (line_2 - neutral_2)
-        weight_N1 = (chance_N * (1 - chance_N))[:, None]
-        hessian_22 = input_N2.T @ (weight_N1 * input_N2) + PRIOR * torch.eye(2, dtype=torch.float64)
+        chance_M = torch.sigmoid(input_M2 @ line_2)
+        gradient_2 = input_M2.T @ (chance_M - target_M) + PRIOR * (line_2 - neutral_2)
+        weight_M1 = (chance_M * (1 - chance_M))[:, None]
+        hessian_22 = input_M2.T @ (weight_M1 * input_M2) + PRIOR * torch.eye(2, dtype=torch.float64)
         step_2 = torch.linalg.solve(hessian_22, gradient_2)
         while cost(line_2 - step_2) > cost(line_2) and step_2.abs().max() > 1e-12:
             step_2 = step_2 / 2
@@ -122,16 +122,16 @@ def fit_temperature(
     Raises:
         InputError: there is nothing to predict.
     """
-    nats_K = torch.zeros_like(TEMPERATURES)
+    sums = torch.zeros_like(TEMPERATURES)
     tokens = 0
     for part in iterate_positions(model, batches, max_tokens=max_tokens, depth=depth, think=think):
         nats = [F.cross_entropy(part.logits_MV / t, part.target_M, reduction="sum") for t in TEMPERATURES.tolist()]
-        nats_K += torch.stack(nats).cpu().double()
+        sums += torch.stack(nats).cpu().double()
         tokens += len(part.target_M)
     if not tokens:
         raise InputError("the text holds no token to predict: give a longer one")
-    best = min(max(int(nats_K.argmin()), 1), len(nats_K) - 2)
-    left, middle, right = (nats_K[best + shift].item() for shift in (-1, 0, 1))
+    best = min(max(int(sums.argmin()), 1), len(sums) - 2)
+    left, middle, right = (sums[best + shift].item() for shift in (-1, 0, 1))
     curvature = left - 2 * middle + right
     shift = (left - right) / (2 * curvature) if curvature > 0 else 0.0
     ratio = (TEMPERATURES[1] / TEMPERATURES[0]).item()

@@ -3,7 +3,7 @@
 The first half of a validation split is for fitting and the second for measuring, so that no figure is taken from text
 that something was fitted on.
 
-Shapes: B rows, T tokens of a chunk, D width, V vocabulary; M positions of a slice, N in all.
+Shapes: B rows, T tokens of a chunk, D width, V vocabulary; M positions.
 """
 
 import math
@@ -45,15 +45,15 @@ class Positions(NamedTuple):
 class Outcomes:
     """Predictions of a model at N positions beside the next tokens: fp64 on the CPU."""
 
-    wrong_N: Tensor
+    wrong_M: Tensor
     """1 where the most likely token is not the next token of the text, else 0."""
-    uncertainty_logit_N: Tensor | None
+    uncertainty_logit_M: Tensor | None
     """Raw logit of the uncertainty head (None without the idea)."""
-    router_score_N: Tensor | None
+    router_score_M: Tensor | None
     """Score of the router (None without the idea)."""
-    least_confidence_N: Tensor
+    least_confidence_M: Tensor
     """One minus the largest probability."""
-    scaled_least_confidence_N: Tensor
+    scaled_least_confidence_M: Tensor
     """The same with the logits divided by a temperature."""
 
 
@@ -107,12 +107,12 @@ def iterate_positions(
         first_B = (batch.lengths - 1).clamp(max=CHUNK).cumsum(0)
         if first_B[-1] >= left:
             batch = Batch(*(part[: int((first_B < left).sum()) + 1] for part in batch))
-        tokens_BN = batch.tokens.to(device)
+        tokens = batch.tokens.to(device)
         counts_B = (batch.lengths - 1).to(device)
         out = out if carry else None
-        for start in range(0, tokens_BN.shape[1] - 1, CHUNK):
-            target_BT = tokens_BN[:, start + 1 : start + 1 + CHUNK]
-            chunk_BT = tokens_BN[:, start : start + target_BT.shape[1]]
+        for start in range(0, tokens.shape[1] - 1, CHUNK):
+            target_BT = tokens[:, start + 1 : start + 1 + CHUNK]
+            chunk_BT = tokens[:, start : start + target_BT.shape[1]]
             here_B = (counts_B - start).clamp(0, chunk_BT.shape[1])
             state = None if out is None else out.state
             out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think)
@@ -143,7 +143,7 @@ def collect_outcomes(
 
     Args:
         allow_none: whether the batches may hold nothing to predict (N = 0).
-        temperature: that of `Outcomes.scaled_least_confidence_N`.
+        temperature: that of `Outcomes.scaled_least_confidence_M`.
 
     Raises:
         InputError: there is nothing to predict.
@@ -161,14 +161,14 @@ def collect_outcomes(
         if uncertainty is not None:
             rows.append(uncertainty.logit(part.hidden_MD, logits_MV, part.signals_M3))
         figures.append(torch.stack(rows).cpu().double())
-    wrong_N, log_max_N, scaled_log_max_N, score_N, *logit_N = torch.cat(figures, 1)
-    if not len(wrong_N) and not allow_none:
+    wrong_M, log_max_M, scaled_log_max_M, score_M, *logit_M = torch.cat(figures, 1)
+    if not len(wrong_M) and not allow_none:
         raise InputError("the text holds no token to predict: give a longer one")
     return Outcomes(
-        wrong_N,
-        logit_N[0] if logit_N else None,
-        score_N if model.idea("router") is not None else None,
+        wrong_M,
+        logit_M[0] if logit_M else None,
+        score_M if model.idea("router") is not None else None,
         # From the logarithm: 1 - p loses the digits of what is left of a probability near 1.
-        -torch.expm1(log_max_N),
-        -torch.expm1(scaled_log_max_N),
+        -torch.expm1(log_max_M),
+        -torch.expm1(scaled_log_max_M),
     )

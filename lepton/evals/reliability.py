@@ -80,66 +80,66 @@ def measure_uncertainty(
 def reliability(model: Network, outcomes: Outcomes, temperature: float | None = None) -> Reliability:
     """Score `outcomes` under `model`'s present calibration; `temperature` is that of their scaled probabilities."""
     chances = {}
-    if outcomes.uncertainty_logit_N is not None and model.idea("uncertainty") is not None:
+    if outcomes.uncertainty_logit_M is not None and model.idea("uncertainty") is not None:
         scale, shift = model.idea("uncertainty").calibration.tolist()
-        chances["uncertainty"] = torch.sigmoid(scale * outcomes.uncertainty_logit_N + shift)
-    chances["max-probability"] = outcomes.least_confidence_N
+        chances["uncertainty"] = torch.sigmoid(scale * outcomes.uncertainty_logit_M + shift)
+    chances["max-probability"] = outcomes.least_confidence_M
     if temperature is not None:
-        chances["scaled max-probability"] = outcomes.scaled_least_confidence_N
-    scores = {name: score(chance_N, outcomes.wrong_N) for name, chance_N in chances.items()}
-    return Reliability(len(outcomes.wrong_N), outcomes.wrong_N.mean().item(), temperature, scores)
+        chances["scaled max-probability"] = outcomes.scaled_least_confidence_M
+    scores = {name: score(chance_M, outcomes.wrong_M) for name, chance_M in chances.items()}
+    return Reliability(len(outcomes.wrong_M), outcomes.wrong_M.mean().item(), temperature, scores)
 
 
-def score(chance_N: Tensor, wrong_N: Tensor) -> Scores:
-    """Return all scores of N >= 1 chances in 0..1."""
+def score(chance_M: Tensor, wrong_M: Tensor) -> Scores:
+    """Return all scores of M >= 1 chances in 0..1."""
     return Scores(
-        calibration_error(chance_N, wrong_N),
-        brier(chance_N, wrong_N),
-        auroc(chance_N, wrong_N),
-        risk_coverage(chance_N, wrong_N),
+        calibration_error(chance_M, wrong_M),
+        brier(chance_M, wrong_M),
+        auroc(chance_M, wrong_M),
+        risk_coverage(chance_M, wrong_M),
     )
 
 
-def brier(chance_N: Tensor, wrong_N: Tensor) -> float:
+def brier(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Mean squared distance of the chances to the outcomes (Brier, 1950)."""
-    return (chance_N.double() - wrong_N.double()).square().mean().item()
+    return (chance_M.double() - wrong_M.double()).square().mean().item()
 
 
-def auroc(chance_N: Tensor, wrong_N: Tensor) -> float:
+def auroc(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Probability that a random wrong token has a larger chance than a random right one; a tie counts half.
 
     Exact: the Mann-Whitney statistic, by mean ranks. NaN if there is no wrong token or no right one.
     """
-    _, place_N, count_U = chance_N.double().unique(return_inverse=True, return_counts=True)
-    rank_U = count_U.cumsum(0) - (count_U - 1) / 2
-    wrong_N = wrong_N.double()
-    wrongs = wrong_N.sum()
-    above = (rank_U.double()[place_N] * wrong_N).sum() - wrongs * (wrongs + 1) / 2
-    return (above / (wrongs * (len(wrong_N) - wrongs))).item()
+    _, place_M, counts = chance_M.double().unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0) - (counts - 1) / 2
+    wrong_M = wrong_M.double()
+    wrongs = wrong_M.sum()
+    above = (ranks.double()[place_M] * wrong_M).sum() - wrongs * (wrongs + 1) / 2
+    return (above / (wrongs * (len(wrong_M) - wrongs))).item()
 
 
-def risk_coverage(chance_N: Tensor, wrong_N: Tensor) -> float:
+def risk_coverage(chance_M: Tensor, wrong_M: Tensor) -> float:
     """Area under the risk-coverage curve (Geifman and El-Yaniv, 2017).
 
-    It is the mean, over k = 1 ... N, of the share of wrong tokens among the k smallest chances. Equal chances count as
+    It is the mean, over k = 1 ... M, of the share of wrong tokens among the k smallest chances. Equal chances count as
     equally wrong.
     """
-    _, wrong_N = sorted_by_chance(chance_N, wrong_N)
-    return (wrong_N.cumsum(0) / torch.arange(1, len(wrong_N) + 1)).mean().item()
+    _, wrong_M = sorted_by_chance(chance_M, wrong_M)
+    return (wrong_M.cumsum(0) / torch.arange(1, len(wrong_M) + 1)).mean().item()
 
 
-def calibration_error(chance_N: Tensor, wrong_N: Tensor, bins: int = BINS) -> float:
+def calibration_error(chance_M: Tensor, wrong_M: Tensor, bins: int = BINS) -> float:
     """Expected calibration error in 0..1: mean |chance - share of wrong| over bins of equally many positions.
 
     Equal chances count as equally wrong, so the result does not depend on the order of the positions.
     """
-    chance_N, wrong_N = sorted_by_chance(chance_N, wrong_N)
-    parts = zip(chance_N.tensor_split(bins), wrong_N.tensor_split(bins), strict=True)
-    return sum((chance - wrong).sum().abs().item() for chance, wrong in parts) / len(chance_N)
+    chance_M, wrong_M = sorted_by_chance(chance_M, wrong_M)
+    parts = zip(chance_M.tensor_split(bins), wrong_M.tensor_split(bins), strict=True)
+    return sum((chance - wrong).sum().abs().item() for chance, wrong in parts) / len(chance_M)
 
 
-def sorted_by_chance(chance_N: Tensor, wrong_N: Tensor) -> tuple[Tensor, Tensor]:
+def sorted_by_chance(chance_M: Tensor, wrong_M: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chances in rising order and the outcomes beside them, those of equal chances averaged; fp64."""
-    values_U, place_N, count_U = chance_N.double().unique(return_inverse=True, return_counts=True)
-    share_U = torch.zeros_like(values_U).index_add(0, place_N, wrong_N.double()) / count_U
-    return values_U.repeat_interleave(count_U), share_U.repeat_interleave(count_U)
+    values, place_M, counts = chance_M.double().unique(return_inverse=True, return_counts=True)
+    shares = torch.zeros_like(values).index_add(0, place_M, wrong_M.double()) / counts
+    return values.repeat_interleave(counts), shares.repeat_interleave(counts)

@@ -2,7 +2,7 @@
 
 Nothing is computed twice. Decoding one token at a time is the same step with no drafts.
 
-Shapes: B rows of the call, R rows still running, K drafts, T = K + 1 tokens of a verification, D width, V vocabulary.
+Shapes: B rows of the call, A rows still running, Y drafts, T = Y + 1 tokens of a verification, D width, V vocabulary.
 """
 
 import secrets
@@ -45,9 +45,9 @@ class RowOutput(NamedTuple):
 class Verified(NamedTuple):
     """Outputs of the trunk for the newest token of each row and its drafts; each predicts the token after it."""
 
-    hidden_RTD: Tensor
-    signals_RT3: Tensor
-    blocks_RT: Tensor
+    hidden_ATD: Tensor
+    signals_AT3: Tensor
+    blocks_AT: Tensor
     """Blocks that the tokens went through; of a prompt, the sum over its tokens."""
     commit: Callable[[Tensor], State]
     """The state after the first token and that many drafts."""
@@ -140,15 +140,15 @@ class Generation:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws_RX, verified = self._draws(rows), self._first or self._prefill()
+        draws, verified = self._draws(rows), self._first or self._prefill()
         self._first = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
-            logits_RTV = self.model.head(verified.hidden_RTD)
-            uniforms_RK = draws_RX[:, self._drafts : self._drafts + drafts.ids_RK.shape[1]]
-            p_RTV = self._distribution(logits_RTV)
-            acceptance = accept(p_RTV, drafts.q_RKV, drafts.ids_RK, uniforms_RK, draws_RX[:, -1])
-            outputs = self._outputs(rows, verified, logits_RTV, drafts, acceptance)
+            logits_ATV = self.model.head(verified.hidden_ATD)
+            uniforms_AY = draws[:, self._drafts : self._drafts + drafts.ids_AY.shape[1]]
+            p_ATV = self._distribution(logits_ATV)
+            acceptance = accept(p_ATV, drafts.q_AYV, drafts.ids_AY, uniforms_AY, draws[:, -1])
+            outputs = self._outputs(rows, verified, logits_ATV, drafts, acceptance)
             counts = [len(each.tokens) for each in outputs]
             self._step = Step(rows, counts, verified.commit)
             yield outputs
@@ -160,16 +160,16 @@ class Generation:
             for i in set(range(len(rows))) - set(index):
                 self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
-            index_R = torch.tensor(index, device=self._device)
-            token_R = acceptance.next_R[index_R]
-            hidden_RD = verified.hidden_RTD[index_R, acceptance.accepted_R[index_R]]
+            index_A = torch.tensor(index, device=self._device)
+            token_A = acceptance.next_A[index_A]
+            hidden_AD = verified.hidden_ATD[index_A, acceptance.accepted_A[index_A]]
 
-            draws_RX = self._draws(rows)
+            draws = self._draws(rows)
             if self._drafts:
-                drafts = draft(self.model, hidden_RD, token_R, draws_RX[:, : self._drafts], self._distribution)
+                drafts = draft(self.model, hidden_AD, token_A, draws[:, : self._drafts], self._distribution)
             else:
                 drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
-            verified = self._verify(torch.cat([token_R[:, None], drafts.ids_RK], 1), state.rows(index_R))
+            verified = self._verify(torch.cat([token_A[:, None], drafts.ids_AY], 1), state.rows(index_A))
 
     def _prefill(self) -> Verified:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
@@ -204,34 +204,34 @@ class Generation:
         read = state
         # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
-        self._step = Step(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_R: read)
-        return Verified(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_R: read)
+        self._step = Step(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_A: read)
+        return Verified(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_A: read)
 
-    def _verify(self, tokens_RT: Tensor, state: State) -> Verified:
+    def _verify(self, tokens_AT: Tensor, state: State) -> Verified:
         """Pass the newest tokens and their drafts through the model."""
-        out = self._pass(tokens_RT, state)
+        out = self._pass(tokens_AT, state)
         self.stats.forward_calls += 1
-        return Verified(out.hidden, out.signals, out.depth, lambda accepted_R: out.commit(1 + accepted_R))
+        return Verified(out.hidden, out.signals, out.depth, lambda accepted_A: out.commit(1 + accepted_A))
 
     def _outputs(
         self,
         rows: Sequence[int],
         verified: Verified,
-        logits_RTV: Tensor,
+        logits_ATV: Tensor,
         drafts: Drafts,
         acceptance: Acceptance,
     ) -> list[RowOutput]:
         """Fetch the outcome from the device, cut it where a row ends, and count."""
-        ids_RT = torch.cat([drafts.ids_RK, acceptance.next_R[:, None]], 1)
-        ids_RT = ids_RT.scatter(1, acceptance.accepted_R[:, None], acceptance.next_R[:, None])
-        finite_R = logits_RTV.isfinite().all(-1).all(-1) & drafts.q_RKV.isfinite().all(-1).all(-1)
-        blocks_R = verified.blocks_RT.sum(1)
+        ids_AT = torch.cat([drafts.ids_AY, acceptance.next_A[:, None]], 1)
+        ids_AT = ids_AT.scatter(1, acceptance.accepted_A[:, None], acceptance.next_A[:, None])
+        finite_A = logits_ATV.isfinite().all(-1).all(-1) & drafts.q_AYV.isfinite().all(-1).all(-1)
+        blocks_A = verified.blocks_AT.sum(1)
         # The one place of a step that waits for the device.
-        outcomes = torch.cat([ids_RT, torch.stack([acceptance.accepted_R, blocks_R, finite_R.long()], 1)], 1).tolist()
+        outcomes = torch.cat([ids_AT, torch.stack([acceptance.accepted_A, blocks_A, finite_A.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
         if self._uncertainty:
             head = self.model.idea("uncertainty")
-            uncertainties = head(verified.hidden_RTD, logits_RTV, verified.signals_RT3).tolist()
+            uncertainties = head(verified.hidden_ATD, logits_ATV, verified.signals_AT3).tolist()
 
         outputs = []
         for row, (*ids, accepted, blocks, finite), unsure in zip(rows, outcomes, uncertainties, strict=True):
@@ -247,7 +247,7 @@ class Generation:
                     break
             self.stats.new_tokens += len(tokens)
             if not from_prompt:
-                self.stats.add_step(len(tokens), drafted=drafts.ids_RK.shape[1], accepted=accepted)
+                self.stats.add_step(len(tokens), drafted=drafts.ids_AY.shape[1], accepted=accepted)
             outputs.append(RowOutput(row, tokens, unsure[: len(tokens)]))
         return outputs
 
@@ -256,9 +256,9 @@ class Generation:
         return len(new) >= self.options.max_new_tokens or any(new[-len(stop) :] == stop for stop in self._stops)
 
     def _draws(self, rows: Sequence[int]) -> Tensor:
-        """Uniform numbers for a step: K to draft by, K to accept by, and one for the token behind [R, 2 * K + 1].
+        """Uniform numbers for a step: Y to draft by, Y to accept by, and one for the token behind [A, 2 * Y + 1].
 
-        K is what the model drafts at most, so that what a row draws depends on nothing but itself.
+        Y is what the model drafts at most, so that what a row draws depends on nothing but itself.
         """
         count = 2 * self._drafts + 1
         draws = [[self._streams[row].random() for _ in range(count)] for row in rows]

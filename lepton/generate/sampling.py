@@ -1,6 +1,6 @@
 """Sampling as pure functions: logits to probabilities, and probabilities with a uniform number to a token.
 
-Shapes: R rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
+Shapes: A rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
 """
 
 import random
@@ -51,17 +51,17 @@ def _ranked(p: Tensor, top_p: float, top_k: int | None) -> Tensor:
     return p.sort(-1, descending=True).values
 
 
-def sample(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """Return a token a row [R] by inverting the cumulative distribution at `uniforms_R`, numbers in [0, 1).
+def sample(weights_AV: Tensor, uniforms_A: Tensor) -> Tensor:
+    """Return a token per row [A] by inverting the cumulative distribution at `uniforms_A`, numbers in [0, 1).
 
     The weights need not sum to 1. A token of weight 0 is never returned.
     """
-    cumulative_RV = weights_RV.cumsum(-1)
-    total_R1 = cumulative_RV[:, -1:].contiguous()
-    index_R1 = torch.searchsorted(cumulative_RV, uniforms_R.to(total_R1)[:, None] * total_R1, right=True)
-    last_R1 = torch.searchsorted(cumulative_RV, total_R1)  # the last possible token: a product rounded up stops there
+    cumulative_AV = weights_AV.cumsum(-1)
+    total_A1 = cumulative_AV[:, -1:].contiguous()
+    index_A1 = torch.searchsorted(cumulative_AV, uniforms_A.to(total_A1)[:, None] * total_A1, right=True)
+    last_A1 = torch.searchsorted(cumulative_AV, total_A1)  # the last possible token: a product rounded up stops there
     # Of weights that are no numbers nothing can be drawn; the index stays one, for the caller to find out.
-    return torch.minimum(index_R1, last_R1)[:, 0].clamp(max=weights_RV.shape[-1] - 1)
+    return torch.minimum(index_A1, last_A1)[:, 0].clamp(max=weights_AV.shape[-1] - 1)
 
 
 def random_stream(seed: int, row: int) -> random.Random:

@@ -85,7 +85,7 @@ def checked(
     rows, length = tokens.shape
     call = checked_call(model, rows, depth, think)
     if state is None:
-        state = fresh_state(model, rows, room=False)
+        state = fresh_state(model, rows, allocate=False)
     else:
         check_state(model, state, rows)
     whole_rows = torch.full((rows,), length, device=tokens.device)

@@ -1,4 +1,4 @@
-"""The attention layer: QK-normed, grouped-query, rotary on half of each head, over a sliding window and slots."""
+"""The attention layer: grouped-query attention over a window and slots, QK-norm, rotary on half of each head."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,23 @@ from lepton.ops.attention_plan import AttentionPlan
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotation angles of some tokens, for the first half of each head (Su et al., 2021)."""
+    """Rotary position embedding of some tokens, for the first half of each head (Su et al., 2021)."""
 
     cos: Tensor
-    """[..., 1, head_dim / 4], in front the shape of the tokens."""
+    """Cosines [..., 1, head_dim / 4], where ... is the shape of the tokens."""
     sin: Tensor
+    """Sines, of the same shape."""
 
     @staticmethod
     def at(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> "Rotary":
-        """Angles of positions of any shape, computed in fp64: at a million tokens fp32 is off by 0.016 rad."""
+        """Return that of positions [...]. Angles are fp64: at position 1,000,000 fp32 is wrong by 0.016 rad."""
         pairs = head_dim // 4
         exponent = torch.arange(pairs, dtype=torch.float64, device=position.device) / pairs
         angle = (position[..., None].double() * base**-exponent)[..., None, :]
         return Rotary(angle.cos().to(dtype), angle.sin().to(dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate the first half of each head of `x` [..., heads, head_dim]; the second half stays position-free."""
+        """Rotate the first half of each head of `x` [..., heads, head_dim]; the second half has no position."""
         pairs = self.cos.shape[-1]
         first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
         return torch.cat(
@@ -40,18 +41,18 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Slots:
-    """Slots (crystals, thoughts): kv entries that are no tokens, of which a query may see some beside its window."""
+    """Slots (crystals, thoughts): kv entries in addition to those of tokens."""
 
     states_BCD: Tensor
-    """The states that keys and values are projected from, normed."""
+    """Normed states, from which keys and values are projected."""
     mask_BTC: Tensor
-    """Which token sees which slot."""
+    """Bool: the slots that each token attends to."""
     bias_BC: Tensor
-    """Added to the attention scores of a slot."""
+    """Added to the attention scores of each slot."""
 
     @staticmethod
     def join(*given: "Slots | None") -> "Slots | None":
-        """Return all slots that are given, side by side."""
+        """Return the slots of all arguments, concatenated; None: there are none."""
         parts = [part for part in given if part is not None]
         if not parts:
             return None
@@ -63,11 +64,10 @@ class Slots:
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer. Its past is an argument.
+    """The projections of one attention layer. The kv cache is an argument.
 
-    With `config.slot_bias` the last coordinate of each head carries the bias of slots: a constant in queries, the bias
-    in slots' keys, zero in tokens' keys. So it is part of the product of queries and keys, every attention kernel takes
-    it, and its gradient needs no mask of its own.
+    With `config.slot_bias` the last coordinate of each head adds the bias of slots to the scores: it is a constant in
+    queries, the bias in keys of slots, 0 in keys of tokens. So every attention kernel can compute it, and its gradient.
     """
 
     declares = {"q.weight": MATRIX, "k.weight": MATRIX, "v.weight": MATRIX, "out.weight": ZERO_MATRIX}
@@ -82,22 +82,22 @@ class Attention(nn.Module):
         self.out = Linear(config.heads * config.head_dim, config.width)
 
     def query(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """Queries [..., N, H] of normed states [..., D]."""
+        """Return queries [..., N, H] of normed states [..., D]."""
         return self._as_query(self.q(x), rotary)
 
     def key_value(self, x: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., K, H] of normed states [..., D].
+        """Return keys and values [..., K, H] of normed states [..., D].
 
-        Without a rotary they are those of slots: keys are normed like a token's and then zero in the rotary half,
-        so that they match the same at every position and nothing extrapolates. `bias` [...] is added to their scores.
+        Without `rotary` they are those of slots: after the norm, keys are set to 0 in the rotary half, so scores do not
+        depend on positions. `bias` [...] is added to their scores.
         """
         k, v = products(x, self.k, self.v)
         return self._as_key(k, rotary, bias), self._as_value(v)
 
-    def query_key_value(self, x: Tensor, here: Rotary, keys_here: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`query` and `key_value` of the same states."""
+    def query_key_value(self, x: Tensor, rotary: Rotary, key_rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the same states; see `query` and `key_value`."""
         q, k, v = products(x, self.q, self.k, self.v)
-        return self._as_query(q, here), self._as_key(k, keys_here), self._as_value(v)
+        return self._as_query(q, rotary), self._as_key(k, key_rotary), self._as_value(v)
 
     def _as_query(self, q: Tensor, rotary: Rotary) -> Tensor:
         q = rotary.rotate(norm(q.unflatten(-1, (self.heads, self.head_dim))))
@@ -119,20 +119,21 @@ class Attention(nn.Module):
     def forward(
         self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, plan: AttentionPlan, slots: Slots | None = None
     ) -> Tensor:
-        """Return what attention adds to the residual stream, [B, T, D] or of chosen tokens [M, D].
+        """Return the output of the layer, [B, T, D], or [M, D] if the plan computes only some tokens.
 
-        `q` are the queries [..., N, H] that the plan computes, `k_BJKH` and `v_BJKH` are those of past and chunk.
+        `q` are the queries [..., N, H] of these tokens, `k_BJKH` and `v_BJKH` keys and values of remembered
+        tokens and chunk.
         """
-        if slots is None or not len(q):  # where no token is chosen, slots need no keys
+        if slots is None or not len(q):  # without queries, slots need no keys
             return self.out(attend(q, k_BJKH, v_BJKH, plan).flatten(-2))
         keys_values = self.key_value(slots.states_BCD, None, slots.bias_BC)
         return self.out(attend(q, k_BJKH, v_BJKH, plan, keys_values).flatten(-2))
 
 
 def _ending_in(x: Tensor, last: Tensor) -> Tensor:
-    """Heads [..., N, H] with `last` [...] in place of their last coordinate.
+    """Return heads [..., N, H] with `last` [...] as their last coordinate.
 
-    Not by `F.pad`: of what the same kernel has just stored, PyTorch 2.11's compiler for GPUs pads nothing
+    It does not use `F.pad`: PyTorch 2.11's Inductor drops the padded constant if the same kernel produces the tensor
     (pytorch/pytorch#189895).
     """
     is_last_H = torch.arange(x.shape[-1], device=x.device) == x.shape[-1] - 1

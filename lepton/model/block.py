@@ -14,10 +14,10 @@ from lepton.ops.attention_plan import AttentionPlan
 
 
 class SquaredReLU(torch.autograd.Function):
-    """``relu(x) ** 2``, which keeps its result alone for the backward pass: its gradient is twice the root of that.
+    """``relu(x) ** 2``. For the backward pass it keeps only its output y, since the derivative is 2 sqrt(y).
 
-    The product that follows keeps the same. With `x` as well an MLP would keep nearly twice as much. Nothing is done in
-    place: where that is, PyTorch 2.11's compiler loses the gradient.
+    The matrix product that follows keeps y anyway; keeping `x` too would nearly double the memory of an MLP. No
+    operation is in place: PyTorch 2.11's compiler would lose the gradient.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream. Norms have no gains."""
+    """Attention, then MLP, each added to the residual stream. Norms have no weights."""
 
     def __init__(self, config: LeptonConfig, ffn: int | None = None) -> None:
         super().__init__()
@@ -63,10 +63,17 @@ class Block(nn.Module):
         plan: AttentionPlan,
         slots: Slots | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the new residual stream, and the chunk's keys and values [B, T, K, H].
+        """Return the residual stream after the block, and the chunk's keys and values [B, T, K, H].
 
-        Only the tokens that the plan chooses are computed; the others keep their state, and serve keys and values made
-        of it.
+        If the plan computes only some tokens, the others leave unchanged; their keys and values are computed from their
+        unchanged states.
+
+        Args:
+            x_BTD: residual stream before the block.
+            past: keys and values [B, R, K, H] of remembered tokens.
+            rotary: rotary angles of the chunk's tokens.
+            plan: the attention mask.
+            slots: kv entries in addition to those of tokens.
         """
         normed_BTD = norm(x_BTD)
         if plan.index_M is None:

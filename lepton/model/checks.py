@@ -1,4 +1,4 @@
-"""Checks of the tensors of integers that callers pass. What cannot be used raises InputError."""
+"""Checks of arguments that are tensors of integers. They raise InputError."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ INTEGERS = {
 
 
 def check_range(values: Tensor, low: int, high: int, what: str) -> None:
-    """Raise InputError for a value outside low..high. Only on a CPU: elsewhere looking would wait for the device."""
+    """Raise InputError for a value outside low..high. Checked on a CPU only: a GPU would have to synchronise."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
@@ -22,7 +22,10 @@ def check_range(values: Tensor, low: int, high: int, what: str) -> None:
 
 
 def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str, meaning: str) -> Tensor:
-    """Return `value` as int64 if it is a tensor of integers of this shape on this device; `meaning` says of what."""
+    """Return `value` as int64; InputError if it is no tensor of integers of this shape on this device.
+
+    `name` and `meaning` are for the message.
+    """
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS or value.shape != shape:
         raise InputError(f"{name} must hold {meaning}, as a tensor of integers {list(shape)}, not {_kind(value)}")
     check_device(value, device, name)
@@ -30,7 +33,7 @@ def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str
 
 
 def check_device(value: Tensor, device: torch.device, name: str) -> None:
-    """Raise InputError for a tensor on another device than the model's."""
+    """Raise InputError for a tensor that is not on the model's device."""
     if value.device != device:
         raise InputError(f"{name}: on {value.device}, the model is on {device}; give {name}.to('{device}')")
 

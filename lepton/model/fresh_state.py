@@ -19,20 +19,21 @@ MAX_ROWS = 1 << 16
 """Sequences of a state."""
 
 
-def fresh_state(model: Modules, rows: int, *, room: bool = True) -> State:
+def fresh_state(model: Modules, rows: int, *, allocate: bool = True) -> State:
     """Return the state of `rows` sequences that have read nothing, on the model's device.
 
-    Without `room` there are no places for remembered tokens and crystals: the same past, with no masked zeros to attend
-    to.
+    Without `allocate` there are no entries for remembered tokens and crystals. The state means the same, but a pass
+    attends to no masked zeros.
     """
     config, device, dtype = model.config, model.device, model.dtype
     counter = torch.zeros(rows, dtype=torch.int64, device=device)
     stem, deep = (
-        KVCache.fresh(config, len(blocks), rows, dtype, device, room=room) for blocks in (model.stem, model.blocks)
+        KVCache.fresh(config, len(blocks), rows, dtype, device, allocate=allocate)
+        for blocks in (model.stem, model.blocks)
     )
-    parts = {name: idea.fresh(rows, dtype, device, room=room) for name, idea in model.ideas.items()}
+    parts = {name: idea.fresh(rows, dtype, device, allocate=allocate) for name, idea in model.ideas.items()}
     kept = {name: part for name, part in parts.items() if part is not None}
-    return State(counter, counter, stem, deep, *of_parts(kept, Origin(model) if room else None))
+    return State(counter, counter, stem, deep, *of_parts(kept, Origin(model) if allocate else None))
 
 
 def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:

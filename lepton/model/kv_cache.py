@@ -1,4 +1,4 @@
-"""The keys and values of the tokens that a chunk may still attend to, as a value."""
+"""The kv cache: keys and values of remembered tokens, as an immutable value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from lepton.config import LeptonConfig
 from lepton.model.timeline import Timeline
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of a chunk or a past in one layer, [B, ..., K, H] each."""
+"""Keys and values of one layer, [B, ..., K, H] each."""
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the last R tokens, oldest first, of L layers; zeros from before the document."""
+    """Keys and values of the last R tokens in L layers, oldest first. Entries from before the document are 0."""
 
     keys_BLRKH: Tensor
     values_BLRKH: Tensor
 
     @staticmethod
     def fresh(
-        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool
+        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool
     ) -> "KVCache":
-        """Return the cache of sequences that have read nothing; without `room` it has no entries."""
-        entries = entries_after(config.window, 0) if room else 0
+        """Return the cache of `rows` sequences that have read nothing; without `allocate`, R is 0."""
+        entries = entries_after(config.window, 0) if allocate else 0
         nothing = torch.zeros(rows, layers, entries, config.kv_heads, config.head_dim, dtype=dtype, device=device)
         return KVCache(nothing, nothing)
 
     @property
     def entries(self) -> int:
-        """Entries of a layer."""
+        """R: entries per layer."""
         return self.keys_BLRKH.shape[2]
 
     def layer(self, index: int) -> KeysValues:
@@ -39,7 +39,7 @@ class KVCache:
         return self.keys_BLRKH[:, index], self.values_BLRKH[:, index]
 
     def after(self, chunk: Sequence[KeysValues], count_B: Tensor, timeline: Timeline, window: int | None) -> "KVCache":
-        """Return the cache once the first `count_B` tokens of a chunk are read, `chunk` being those of each layer."""
+        """Return the cache after the first `count_B` tokens of a chunk with keys and values `chunk` in each layer."""
         position_B = timeline.position_after(count_B)
         entries = entries_after(window, int(position_B.max()) if window is None else 0)
         keys, values = (torch.stack(each, 1) for each in zip(*chunk, strict=True))
@@ -50,18 +50,18 @@ class KVCache:
 
 
 def entries_after(window: int | None, position: int) -> int:
-    """Return the entries that a layer keeps at a position: all tokens but one of a window, or the whole document."""
+    """Return the entries per layer at a position: `window` - 1, or without a window one per token of the document."""
     return position if window is None else window - 1
 
 
-def _advance(past_BLRKH: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, entries: int) -> Tensor:
-    """Return the last `entries` entries that end with the first `count_B` tokens of the chunk.
+def _advance(past: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, entries: int) -> Tensor:
+    """Return the last R = `entries` entries up to the first `count_B` tokens of the chunk, [B, L, R, K, H].
 
-    Entries from before the current document, of which `position_B` tokens are read, become zeros.
+    `past` are the entries before the chunk; their number may differ. Entries from before the current document, of which
+    `position_B` tokens have been read, become 0.
     """
-    joined_BLJKH = torch.cat([past_BLRKH, chunk_BLTKH], 2)
-    past = past_BLRKH.shape[2]
-    source_BR = torch.arange(past - entries, past, device=count_B.device) + count_B[:, None]
+    joined_BLJKH = torch.cat([past, chunk_BLTKH], 2)
+    source_BR = torch.arange(past.shape[2] - entries, past.shape[2], device=count_B.device) + count_B[:, None]
     in_document_BR = torch.arange(entries, device=count_B.device) >= entries - position_B[:, None]
     index_B1R11 = source_BR.clamp(min=0)[:, None, :, None, None]
     _, layers, _, heads, width = joined_BLJKH.shape

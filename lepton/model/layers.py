@@ -1,4 +1,4 @@
-"""Layers that everything is built of: the norm, and matrices without bias."""
+"""Basic layers: the norm, and linear layers without bias."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ NORM_EPS = 1e-6
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm without gains, over the last dimension (Zhang and Sennrich, 2019)."""
+    """RMSNorm over the last dimension, without weights (Zhang and Sennrich, 2019)."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
 class Linear(nn.Linear):
-    """A matrix without bias that computes in its input's dtype; the parameter keeps its own."""
+    """A linear layer without bias that computes in the dtype of its input, whatever the dtype of its weight."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -25,9 +25,9 @@ class Linear(nn.Linear):
 
 
 def products(x: Tensor, *linears: Linear) -> Sequence[Tensor]:
-    """Apply some matrices to the same states.
+    """Apply several linear layers to the same input.
 
-    With gradients it is one product, so that the gradient of `x` is written once, and not once per matrix and summed.
+    With gradients it is one matrix product, so that the gradient of `x` is written once instead of once per layer.
     """
     if not torch.is_grad_enabled():
         return [linear(x) for linear in linears]

@@ -15,7 +15,7 @@ from lepton.model.arguments import checked, checked_for_loss
 from lepton.model.attention import Rotary, Slots
 from lepton.model.flops import flops_per_token
 from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
-from lepton.model.ideas.idea import Call, Flow, Idea, Place
+from lepton.model.ideas.idea import Call, ChunkInputs, Flow, Idea
 from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.layers import norm
 from lepton.model.modules import Modules
@@ -99,19 +99,19 @@ class Network(Modules):
         tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
         place = self._place(tokens, past, call, opens, groups)
         x_BTD = norm(self.embed_up(place.embedded_BTE))
-        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.near.plan())
-        flow = Flow.behind_stem(place, h_BTD)
-        records: dict[str, Any] = {}
+        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.causal.plan())
+        flow = Flow.after_stem(place, h_BTD)
+        updates: dict[str, Any] = {}
         for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
             given = idea.contribute(flow, past.part(name))
-            flow = flow.joined_by(name, given)
-            records |= {} if given.record is None else {name: given.record}
+            flow = flow.plus(name, given)
+            updates |= {} if given.update is None else {name: given.update}
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for _, idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
-        chunk = Chunk(past, flow.timeline, stem, deep, records, self.config.window, Origin(self))
+        chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
-        return Output(norm(x_BTD), None, None, blocks_BT, flow.passed(), lengths, chunk)
+        return Output(norm(x_BTD), None, None, blocks_BT, flow.without_slots(), lengths, chunk)
 
     def loss(
         self,
@@ -140,7 +140,7 @@ class Network(Modules):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> Place:
+    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> ChunkInputs:
         """Say where the tokens of a chunk stand and what they see, and embed them."""
         config = self.config
         timeline = Timeline.read(
@@ -161,7 +161,7 @@ class Network(Modules):
             routed=call.depth < 1,
         )
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
-        return Place(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
+        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
 
     def _run(
         self,

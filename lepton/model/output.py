@@ -1,4 +1,4 @@
-"""What a forward pass returns: the predictions, and the chunk from which the state after any prefix of it follows."""
+"""What a pass returns: predictions, and what `commit` needs to compute the state after any number of its tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,25 +19,26 @@ from lepton.model.weights import Origin
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a pass leaves of its tokens: `commit` makes the new state of it."""
+    """Everything from which `commit` computes the new state."""
 
     past: State
+    """The state before the chunk."""
     timeline: Timeline
     stem: Sequence[KeysValues]
-    """Keys and values of each block of the stem."""
+    """Keys and values of the chunk in each block of the stem."""
     deep: Sequence[KeysValues]
-    """Of each block behind it."""
-    records: dict[str, Any]
-    """Of the ideas that keep something, by their names."""
+    """The same in each deep block."""
+    updates: dict[str, Any]
+    """`Contribution.update` of the ideas that have state, by their names."""
     window: int | None
     origin: Origin | None
-    """The weights of the pass."""
+    """The weights that computed it."""
 
 
 def commit(chunk: Chunk, count_B: Tensor) -> State:
     """Return the state after the first `count_B` tokens of each row of a chunk."""
     past, timeline = chunk.past, chunk.timeline
-    parts = {name: record.after(count_B, timeline) for name, record in chunk.records.items()}
+    parts = {name: update.after(count_B, timeline) for name, update in chunk.updates.items()}
     return State(
         timeline.position_after(count_B),
         timeline.phase_after(count_B),
@@ -50,42 +51,41 @@ def commit(chunk: Chunk, count_B: Tensor) -> State:
 @as_pytree
 @dataclass(frozen=True)
 class Output:
-    """Results of one chunk. `commit` and `state` compute the state only when they are asked for."""
+    """Results of one chunk. States are computed when `commit` or `state` is called."""
 
     hidden: Tensor
-    """Normed last states [B, T, width], the input of the head."""
+    """Last hidden states, normed [B, T, width]: the input of the head."""
     logits: Tensor | None
     """Next-token logits [B, T, vocab_size], fp32 (None from `Lepton.trunk`)."""
     uncertainty: Tensor | None
-    """Chance in 0..1, [B, T], that the most likely next token is wrong (None without the idea, or from `trunk`)."""
+    """Chance in 0..1 that the most likely next token is wrong, [B, T] (None without the idea, or from `trunk`)."""
     depth: Tensor
-    """Blocks that each token went through, int64 [B, T]."""
+    """Number of blocks that computed each token, int64 [B, T]."""
     flow: Flow
-    """What the ideas read and gave."""
+    """What the ideas read and contributed."""
     lengths: Tensor
-    """Tokens of each row that are not padding, [B]."""
+    """Number of tokens of each row that are no padding, [B]."""
     chunk: Chunk
-    """What the state is made of."""
+    """What `commit` needs."""
 
     @property
     def signals(self) -> Tensor:
-        """What `SIGNALS` names, [B, T, 3]: benefit of depth, change of the thoughts, strength of the memory."""
+        """The signals of the ideas in `SIGNALS`, [B, T, 3]; see there."""
         return self.flow.signals(*SIGNALS)
 
     def commit(self, count_B: Tensor, *, keep_graph: bool = False) -> State:
         """Return the state after the first `count_B` tokens of each row.
 
-        The chunk's length is prefill, a row's own length skips its right padding, 1 + accepted is the
-        verification of drafts, and 0 leaves a row as it was.
+        A count of T is prefill. A row's length leaves out its right padding. 1 + accepted drafts is a verification, and
+        0 keeps the state of the row.
 
         Args:
             count_B: integers [B], each in 0..T.
-            keep_graph: whether gradients flow through the state into this chunk, as backpropagation through time wants
-                it. A stream of such states keeps the activations of all its chunks in memory. Without it the state
-                is a plain value, whatever the mode of autograd.
+            keep_graph: whether gradients flow through the state into this chunk, for backpropagation through time. A
+                stream of such states keeps the activations of all its chunks. Otherwise the state is detached.
 
         Raises:
-            InputError: `count_B` has not one entry for each row, or (seen on a CPU) a count is out of range.
+            InputError: `count_B` has not one entry per row, or a count is out of range (checked on a CPU).
         """
         rows = f"a count for each of {len(self.lengths)} rows"
         count_B = integers(count_B, tuple(self.lengths.shape), self.lengths.device, "commit", rows)
@@ -95,7 +95,7 @@ class Output:
 
     @property
     def state(self) -> State:
-        """The state after every token that is not padding, without a graph; see `commit`."""
+        """The state after all tokens that are no padding, detached; see `commit`."""
         return self._after(self.lengths, False)
 
     def _after(self, count_B: Tensor, keep_graph: bool) -> State:

@@ -1,8 +1,8 @@
-"""What a module declares of its parameters: what they start from, and what trains them.
+"""Initial value and optimizer group of parameters, which each module declares for its own.
 
-A module that owns parameters names each of them in its table `declares`, by its name inside the module; ``*`` stands
-for any part of a name. `declared` puts the tables of a model together and refuses a parameter that no table names, or
-that two do.
+A module that owns parameters has a table `declares`, with an entry for each by its name inside the module; ``*`` in a
+name matches anything. `declared` collects the tables of a model. It refuses a parameter that no entry names, or more
+than one.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Declared:
-    """Initial value and training of a parameter."""
+    """Initial value and optimizer group of a parameter."""
 
     initial: Callable[[Tensor], object]
-    """Fills the parameter in place, from torch's global generator."""
+    """Fills the parameter in place; random values are from torch's global generator."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Muon is for matrices that map hidden states to hidden states."""
+    """Muon is for matrices between hidden states."""
     rate: float = 1
-    """How much faster it learns than its optimizer's rate says."""
+    """Factor on the optimizer's learning rate."""
     decays: bool = True
-    """Whether it shrinks by weight decay."""
+    """Whether weight decay applies."""
     auxiliary: bool = False
-    """Whether only auxiliary losses reach it. Its gradient is clipped apart, which leaves the trunk alone."""
+    """Whether its gradient comes from auxiliary losses alone. It is then clipped separately from the trunk's."""
 
     def but(self, **changes: object) -> "Declared":
         """Return a copy with `changes`."""
@@ -40,39 +40,39 @@ Declarations = Mapping[str, Declared]
 
 
 def scaled(matrix: Tensor) -> None:
-    """Normal with std 1/sqrt(inputs): unit scale in, unit scale out."""
+    """Fill with a normal of standard deviation 1 / sqrt(inputs), which preserves the scale of its input."""
     nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
 
 
 def normal(std: float) -> Callable[[Tensor], object]:
-    """Return what fills with a normal of this standard deviation."""
+    """Return a function that fills with a normal of this standard deviation."""
     return partial(nn.init.normal_, std=std)
 
 
 MATRIX = Declared(scaled)
 """A matrix between hidden states."""
 ZERO_MATRIX = Declared(nn.init.zeros_)
-"""A matrix that leads back into the stream, and starts by adding nothing."""
+"""A matrix whose output is added to the residual stream; it starts at 0."""
 FEED = ZERO_MATRIX.but(rate=0.1)
-"""A zero matrix that leads into the stream of the deep blocks. At the full rate the quick gains of memory and hint
-keep these blocks from learning the same and then more (docs/log.md, 2026-11-26)."""
+"""A zero matrix with which an idea adds to the stream before the deep blocks. At the full rate, early gains of memory
+and hint keep these blocks from learning the same and more (docs/log.md, 2026-11-26)."""
 SCORE = Declared(scaled, optimizer="adamw")
-"""A matrix of few rows: scores, gates."""
+"""A matrix with few rows: scores, gates."""
 EMBEDDING_MATRIX = SCORE.but(rate=10)
-"""A projection of the embedding. The embedding and its projections learn ten times as fast as AdamW's other parameters:
-Adam's step does not depend on the size of a weight, and these start at 0.02, tied to the head; at 6e-4 they lag far
-behind the matrices (docs/log.md, 2026-11-22)."""
+"""A projection of the embedding. The embedding and its projections learn ten times as fast as AdamW's other parameters.
+Adam's step does not depend on the size of a weight. They start at 0.02, tied to the head; at 6e-4 they learn far more
+slowly than the matrices (docs/log.md, 2026-11-22)."""
 EMBEDDING = Declared(normal(0.02), optimizer="adamw", rate=10, decays=False)
-"""The tied embedding: logits start small, and the input is normed."""
+"""The embedding, which is also the head: small, so that logits start small. The blocks' input is normed."""
 BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)
 """A vector that starts at zero."""
 
 
 def declared(model: nn.Module) -> dict[str, Declared]:
-    """Return the declaration of every parameter of `model` by its name, in the model's order.
+    """Return the entry of every parameter of `model`, by name, in the order of the model.
 
     Raises:
-        TypeError: a parameter that no module's `declares` names, or that two entries name.
+        TypeError: no entry names a parameter, or more than one does.
     """
     found: dict[str, list[Declared]] = {name: [] for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
@@ -90,10 +90,10 @@ def declared(model: nn.Module) -> dict[str, Declared]:
 
 @torch.no_grad()
 def initialise(model: nn.Module) -> None:
-    """Give every parameter its declared initial value, and every buffer the one that its module's `reset` gives."""
+    """Set every parameter to its declared initial value, and every buffer by the `reset` of its module."""
     entries = declared(model)
     if any(parameter.is_meta for parameter in model.parameters()):
-        return  # there is no memory for values
+        return  # on the meta device there are no values
     for name, parameter in model.named_parameters():
         entries[name].initial(parameter)
     for module in model.modules():

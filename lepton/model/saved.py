@@ -1,5 +1,6 @@
 """Reading what `State.save` and `Memory.save` wrote: everything in it is checked before a model goes on from it."""
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,8 +25,8 @@ def read_part(model: Modules, path: str | Path, like: Part, *, any_weights: bool
             unless `any_weights`, other weights have made.
     """
     found, metadata = tensors.read(path, "file")
-    found = _renamed(model, found)
     wanted, kind = flatten(like), "state" if isinstance(like, State) else "state.memory"
+    found = _relettered(_renamed(model, found), wanted)
     if other := sorted(wanted.keys() ^ found.keys()):
         raise InputError(f"{path}: not the {kind} of this model; '{other[0]}' does not agree")
     with naming(path):
@@ -61,6 +62,17 @@ def _renamed(model: Modules, found: dict[str, Tensor]) -> dict[str, Tensor]:
         before = next((each for each in old if name.startswith(each)), None)
         renamed[name if before is None else old[before] + name.removeprefix(before)] = value
     return renamed
+
+
+def _relettered(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the shape letters that `wanted` has at the end of their names: older files have others."""
+    present = {_without_letters(name): name for name in wanted}
+    renamed = {name: present.get(_without_letters(name), name) for name in found}
+    return {name if renamed[name] in found else renamed[name]: value for name, value in found.items()}
+
+
+def _without_letters(name: str) -> str:
+    return re.sub("_[A-Z0-9]+$", "", name)
 
 
 def _sized(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The past of a batch of sequences, as a value: `forward` reads it and returns a new one."""
+"""The state of a batch of sequences, an immutable value: `forward` takes one and returns a new one."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from lepton.model.weights import Origin
 
 Part = TypeVar("Part")
 WEIGHTS = "weights"
-"""Key of the fingerprint of the weights in a file's metadata."""
+"""Key of the weights' fingerprint in the metadata of a state file."""
 
 
 @dataclass
 class Memory:
-    """What outlives the window: the states of the ideas that remember. Iterating gives each `Crystal`, oldest first.
+    """The part of a state that outlives the window: the states of working memory and crystals.
 
-    The rest of a state is never changed in place; `clear` is the one exception, and it is the user who asks for it.
+    Iteration yields each `Crystal`, oldest first. `clear` is the only function that changes a state in place.
     """
 
     parts: dict[str, Any]
-    """By the ideas' names."""
+    """States of ideas by their names."""
     origin: Origin | None = None
-    """The weights that made it, which `save` notes in the file."""
+    """The weights that computed it; `save` writes their fingerprint."""
 
     def __iter__(self) -> Iterator[Any]:
         for part in self.parts.values():
@@ -39,36 +39,36 @@ class Memory:
                 yield from part
 
     def clear(self) -> None:
-        """Forget everything, in this state."""
+        """Empty it, in place."""
         for name, part in self.parts.items():
             self.parts[name] = part.cleared()
 
     def save(self, path: str | Path) -> None:
-        """Write the memory alone to a safetensors file; `Lepton.new_state` takes it into a new conversation."""
+        """Write the memory alone to a safetensors file, for `Lepton.new_state`."""
         _write(self, self.origin, path, "memory")
 
 
 @as_pytree
 @dataclass(frozen=True)
 class State:
-    """What the model keeps of the tokens it has read, a row for each sequence.
+    """What the model keeps of the tokens that it has read, one row per sequence.
 
-    Preallocated: its size does not depend on how much was read (law 9). The dense baseline is the exception:
-    it attends to the whole document, so its caches grow with it.
+    Its size does not depend on the number of tokens (law 9), except in the dense baseline, which attends to the whole
+    document, so that its kv cache grows.
     """
 
     position_B: Tensor
-    """Tokens read of the current document; 0 means that the next token starts one."""
+    """Position of the next token in its document; 0: it starts one."""
     phase_B: Tensor
-    """Tokens since the segment opened, modulo its length; 0 means that the next token opens one."""
+    """Tokens since the segment opened, modulo its length; 0: the next token opens one."""
     stem: KVCache
-    """Of the blocks of the stem."""
+    """kv cache of the stem."""
     deep: KVCache
-    """Of the blocks behind it."""
+    """kv cache of the deep blocks."""
     ideas: dict[str, Any]
-    """What each idea keeps, by its name, but for what `memory` holds."""
+    """States of ideas by their names, without those in `memory`."""
     memory: Memory
-    """What outlives the window."""
+    """The states that outlive the window."""
 
     @property
     def batch_size(self) -> int:
@@ -81,13 +81,14 @@ class State:
         return sum(value.nbytes for value in flatten(self).values())
 
     def part(self, name: str) -> Any:
-        """Return what the idea called `name` keeps; None: nothing."""
+        """Return the state of the idea `name`; None: it has none."""
         return self.memory.parts.get(name, self.ideas.get(name))
 
     def rows(self, index: Tensor) -> "State":
-        """Return the state of the rows `index` (int64 [n]), in that order; a row may appear more than once.
+        """Return the state of the rows `index` (int64, one dimension), in that order; a row may appear more than once.
 
-        Raises InputError on a CPU for a row that there is not.
+        Raises:
+            InputError: there is no such row (checked on a CPU).
         """
         try:
             return rebuild(self, lambda _name, value: value[index])
@@ -96,12 +97,12 @@ class State:
 
     @staticmethod
     def join(parts: "Sequence[State]") -> "State":
-        """Return the rows of several states of one model as one state, in their order."""
+        """Return one state with the rows of several states of one model."""
         flat = [flatten(part) for part in parts]
 
         def stack(name: str, value: Tensor) -> Tensor:
             values = [each[name] for each in flat]
-            if name.endswith("_BLRKH"):  # without a window each keeps as many entries as it has read
+            if name.endswith("_BLRKH"):  # without a window, R differs
                 most = max(each.shape[2] for each in values)
                 values = [F.pad(each, (0, 0, 0, 0, most - each.shape[2], 0)) for each in values]
             return torch.cat(values)
@@ -109,18 +110,18 @@ class State:
         return rebuild(parts[0], stack)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file; `Lepton.load_state` goes on from it in another process."""
+        """Write the state to a safetensors file, for `Lepton.load_state`."""
         _write(self, self.memory.origin, path, "state")
 
 
 def of_parts(parts: Mapping[str, Any], origin: Origin | None) -> tuple[dict[str, Any], Memory]:
-    """Return what ideas keep as `State.ideas` and `State.memory` hold it."""
+    """Split the states of ideas into `State.ideas` and `State.memory`."""
     lasting = {name: part for name, part in parts.items() if getattr(part, "outlives_window", False)}
     return {name: part for name, part in parts.items() if name not in lasting}, Memory(lasting, origin)
 
 
 def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested dataclasses by their dotted names; what is in a dict goes by its key."""
+    """Return the tensors of nested dataclasses by dotted names, such as ``stem.keys_BLRKH``; in a dict, by keys."""
     found: dict[str, Tensor] = {}
     values = (
         part if isinstance(part, dict) else {each.name: getattr(part, each.name) for each in dataclasses.fields(part)}
@@ -136,7 +137,7 @@ def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
-    """Return nested dataclasses with `change(dotted name, tensor)` in each tensor's place."""
+    """Return nested dataclasses in which each tensor is replaced by `change(dotted name, tensor)`."""
 
     def renewed(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -151,7 +152,7 @@ def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "
 
 def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:
     weights = origin.fingerprint() if origin is not None else None
-    # Clones, since the format takes no memory that two tensors share.
+    # Clones, because safetensors refuses tensors that share memory.
     values = {name: value.detach().clone() for name, value in flatten(part).items()}
     try:
         tensors.write(path, values, {"kind": kind} | ({WEIGHTS: weights} if weights else {}))

@@ -1,9 +1,6 @@
-"""Where the tokens of a chunk stand: positions, documents, segments.
+"""Positions, documents and segments of the tokens of a chunk.
 
-Shape suffixes here and in the whole package:
-B rows, T tokens of the chunk, R remembered tokens before it (the past), J = R + T kv entries in all,
-D width, N query heads, K key/value heads, H head width, L blocks, V vocabulary; G segments of the chunk, the one that
-is open on entry first; S thought slots of a group; C slots beside the tokens; M positions picked from B x T.
+The letters of shape suffixes, here and in the whole package, are in `lepton/shapes.py`.
 """
 
 from dataclasses import dataclass
@@ -17,25 +14,26 @@ from lepton.model.checks import check_range
 
 @dataclass(frozen=True)
 class Timeline:
-    """Integers only; nothing here depends on a parameter."""
+    """Positions, documents and segments of a chunk: integers that depend on the tokens alone."""
 
     position_BT: Tensor
-    """Tokens of its own document that stand before each token."""
+    """Position of each token: the number of tokens before it in its own document."""
     ends_BT: Tensor
-    """Whether the token ends its document (it is `eos_id`); it still belongs to it."""
+    """Whether the token is `eos_id`, the last token of its document."""
     document_BT: Tensor
-    """Ordinal of the token's document in the chunk; 0 continues the past."""
+    """Ordinal of the token's document in the chunk. 0 is the document that is open before the chunk."""
     since_BT: Tensor
-    """Tokens since the last document start or requested opening."""
+    """Tokens since the start of the document or the last requested opening of a segment."""
     group_BT: Tensor
-    """Ordinal of the token's segment in the chunk; 0 is the one that is open on entry."""
+    """Ordinal of the token's segment in the chunk. 0 is the segment that is open before the chunk."""
     opening_BG: Tensor
-    """Index of the token that opens each new segment (groups 1, 2, ...), -1 where a row has fewer."""
+    """Index of the token that opens each new segment (1, 2, ...), -1 in rows that have fewer."""
     start_B: Tensor
-    """Position of the chunk's first token: how many tokens of its document the past already holds."""
+    """Position of the chunk's first token."""
     phase_B: Tensor
-    """Tokens since the opening, modulo `segment`, on entry; 0 means that the first token opens a segment."""
+    """`since_BT` of the first token, modulo `segment`; 0: it opens a segment."""
     segment: int
+    """Tokens per segment."""
 
     @staticmethod
     def read(
@@ -48,9 +46,19 @@ class Timeline:
         opens_BT: Tensor | None = None,
         groups: int | None = None,
     ) -> "Timeline":
-        """Place a chunk that continues a document of which `start_B` tokens have been read.
+        """Return the timeline of a chunk.
 
-        `opens_BT` requests openings. `groups` bounds the new segments of a row, for static shapes; None counts them.
+        Args:
+            tokens_BT: token ids.
+            start_B: position of the first token.
+            phase_B: tokens since a segment opened, modulo `segment`, before the first token.
+            eos_id: id that ends a document.
+            segment: tokens per segment.
+            opens_BT: bool, tokens that open a segment in addition; None: none.
+            groups: bound of the new segments per row, for static shapes; None counts them, synchronising with a GPU.
+
+        Raises:
+            InputError: a row has more new segments than `groups` (checked on a CPU).
         """
         index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         ends_BT = tokens_BT == eos_id
@@ -63,7 +71,7 @@ class Timeline:
             groups = int(group_BT[:, -1].max())
         else:
             check_range(group_BT[:, -1], 0, groups, "more segments than `groups` allows:")
-        # Tokens beyond the bound would be left without a group: the extra column catches what does not open.
+        # Tokens that open no segment, and segments beyond the bound, write to an extra column, which is dropped.
         target_BT = torch.where(open_BT, group_BT - 1, groups).clamp(max=groups)
         opening_BG = torch.full((len(start_B), groups + 1), -1, device=index_T.device)
         opening_BG = opening_BG.scatter(1, target_BT, index_T.expand_as(target_BT))[:, :groups]
@@ -72,24 +80,24 @@ class Timeline:
         )
 
     def at(self, value_BT: Tensor, count_B: Tensor, before: Tensor | int) -> Tensor:
-        """Return `value_BT` of each row's last of `count_B` tokens, or `before` where there is none."""
+        """Return `value_BT` at the last of each row's first `count_B` tokens, or `before` if `count_B` is 0."""
         last_B = value_BT.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
         return torch.where(count_B > 0, last_B, before)
 
     def ended(self, count_B: Tensor) -> Tensor:
-        """Return whether the last of each row's `count_B` tokens ended its document, so that nothing of it goes on."""
+        """Return whether the last of each row's first `count_B` tokens ends its document."""
         return self.at(self.ends_BT.long(), count_B, 0) > 0
 
     def position_after(self, count_B: Tensor) -> Tensor:
-        """Return the position [B] that the next token has once the first `count_B` tokens are read."""
+        """Return the position [B] of the token after the first `count_B` tokens."""
         return torch.where(self.ended(count_B), 0, self.at(self.position_BT + 1, count_B, self.start_B))
 
     def phase_after(self, count_B: Tensor) -> Tensor:
-        """Return the phase [B] of the next token once the first `count_B` tokens are read."""
+        """Return the phase [B] of the token after the first `count_B` tokens."""
         return torch.where(self.ended(count_B), 0, self.at((self.since_BT + 1) % self.segment, count_B, self.phase_B))
 
 
 def _since(restart_BT: Tensor, index_T: Tensor, before_B: Tensor) -> Tensor:
-    """Tokens since the last restart of the row, or since `before_B` tokens before the chunk."""
+    """Return the tokens since the last restart of the row; without one, `before_B` more than since the first token."""
     last_BT = torch.where(restart_BT, index_T, -1).cummax(1).values
     return torch.where(last_BT >= 0, index_T - last_BT, before_B[:, None] + index_T)

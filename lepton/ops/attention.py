@@ -1,7 +1,4 @@
-"""Softmax attention as an `AttentionPlan` lays it out. `naive_attention` says what it computes.
-
-Shapes: B rows, T queries, J kv entries, N query heads, K kv heads, H head dim, M chosen queries.
-"""
+"""Softmax attention with the mask of an `AttentionPlan`. `naive_attention` is the slow reference."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +8,8 @@ from lepton.ops.attention_kernel import attend_in_ranges
 from lepton.ops.attention_plan import AttentionPlan
 
 PRODUCT_ENTRIES = 1024
-"""Up to so many kv entries a CPU keeps the scores of all pairs, twice as fast in training as its fused attention;
-beyond, they would take more memory than all else."""
+"""Largest number of kv entries for which a CPU keeps the matrix of scores. In training that is twice as fast as fused
+attention, but the scores of longer inputs would need more memory than everything else."""
 
 
 def attend(
@@ -21,12 +18,12 @@ def attend(
     """Softmax attention of a chunk's queries.
 
     Args:
-        q: queries [B, T, N, H], or [M, N, H] where the plan chooses some. N is a multiple of K: each kv head serves
-            N / K query heads. Queries and keys must be normed: the kernel relies on bounded scores.
-        k_BJKH: keys of past and chunk.
+        q: queries [B, T, N, H], or [M, N, H] where the plan computes some of them. N is a multiple of K: each kv head
+            serves N / K query heads. Queries and keys must be normed: the Triton kernel needs bounded scores.
+        k_BJKH: keys of remembered tokens and chunk.
         v_BJKH: their values.
-        plan: which of them, and of the slots, each query sees. Each sees at least one.
-        slots: keys and values of the slots [B, C, K, H], if the plan has any.
+        plan: the mask. Each query attends to at least one entry.
+        slots: keys and values of the slots [B, C, K, H], if the plan has slots.
 
     Returns:
         Outputs of the shape of `q`.
@@ -37,9 +34,9 @@ def attend(
     for block in plan.blocks:
         k, v = _joined(k_BJKH[:, block.entries], slots, 0), _joined(v_BJKH[:, block.entries], slots, 1)
         if (chosen := block.chosen) is None:
-            outputs.append(attend_with_bias(q[:, block.queries], k, v, block.bias_BQX))
+            outputs.append(attend_with_bias(q[:, block.queries], k, v, block.bias_BQJ))
         else:
-            out = attend_with_bias(chosen.pad(q), k[chosen.rows_R], v[chosen.rows_R], block.bias_BQX)
+            out = attend_with_bias(chosen.pad(q), k[chosen.rows_A], v[chosen.rows_A], block.bias_BQJ)
             outputs.append(chosen.unpad(out))
     if len(outputs) == 1:
         return outputs[0]
@@ -47,12 +44,12 @@ def attend(
 
 
 def _joined(tokens_BJKH: Tensor, slots: tuple[Tensor, Tensor] | None, which: int) -> Tensor:
-    """Keys (0) or values (1) of tokens and, behind them, of slots."""
+    """Return the keys (`which` = 0) or values (1) of tokens, followed by those of slots."""
     return tokens_BJKH if slots is None else torch.cat([tokens_BJKH, slots[which]], 1)
 
 
 def attend_with_bias(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ: Tensor) -> Tensor:
-    """Softmax attention [B, T, N, H] with `bias_BTJ` added to the scores of all heads."""
+    """Softmax attention [B, T, N, H] with the additive mask `bias_BTJ`, the same for all heads."""
     if q_BTNH.device.type == "cpu" and k_BJKH.shape[1] <= PRODUCT_ENTRIES:
         return _attend_by_products(q_BTNH, k_BJKH, v_BJKH, bias_BTJ)
     group = q_BTNH.shape[2] // k_BJKH.shape[2]
@@ -65,27 +62,27 @@ def attend_with_bias(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ: T
 
 
 def _attend_by_products(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, bias_BTJ: Tensor) -> Tensor:
-    """The same with the scores of all pairs in memory, in q's dtype; a softmax computes in fp32 or better."""
+    """As `attend_with_bias`, with the scores in memory, in the queries' dtype. Softmax computes in fp32 or better."""
     rows, length, heads, head_dim = q_BTNH.shape
     kv_heads = k_BJKH.shape[2]
-    # The query heads that share a kv head stand below each other: one product for all of them.
-    q_BKXH = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    scores_BKGTJ = (q_BKXH @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
-    scores_BKGTJ = torch.add(bias_BTJ[:, None, None], scores_BKGTJ, alpha=head_dim**-0.5)
-    out_BKXH = scores_BKGTJ.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
-    return out_BKXH.view(rows, heads, length, head_dim).transpose(1, 2)
+    # One matrix product for all query heads that share a kv head: [B, K, N / K * T, H].
+    q = q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = (q @ k_BJKH.permute(0, 2, 3, 1)).unflatten(2, (-1, length))
+    scores = torch.add(bias_BTJ[:, None, None], scores, alpha=head_dim**-0.5)
+    out = scores.softmax(-1).flatten(2, 3) @ v_BJKH.transpose(1, 2)
+    return out.view(rows, heads, length, head_dim).transpose(1, 2)
 
 
-def naive_attention(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, sees_BTJ: Tensor) -> Tensor:
-    """Softmax attention [B, T, N, H], one query and one head after the other; a slow reference."""
+def naive_attention(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, mask_BTJ: Tensor) -> Tensor:
+    """Softmax attention [B, T, N, H] with a bool mask, one query and head at a time; a slow reference."""
     rows, length, heads, head_dim = q_BTNH.shape
     group = heads // k_BJKH.shape[2]
     outputs = []
     for b in range(rows):
         for t in range(length):
-            seen = sees_BTJ[b, t].nonzero()[:, 0]
+            visible = mask_BTJ[b, t].nonzero()[:, 0]
             for n in range(heads):
-                keys, values = k_BJKH[b, seen, n // group], v_BJKH[b, seen, n // group]
-                shares = (keys @ q_BTNH[b, t, n] / head_dim**0.5).softmax(0)
-                outputs.append(shares @ values)
+                keys, values = k_BJKH[b, visible, n // group], v_BJKH[b, visible, n // group]
+                weights = (keys @ q_BTNH[b, t, n] / head_dim**0.5).softmax(0)
+                outputs.append(weights @ values)
     return torch.stack(outputs).view(rows, length, heads, head_dim)

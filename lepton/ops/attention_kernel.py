@@ -1,9 +1,7 @@
-"""Attention in one Triton kernel, for masks in which each kv entry is seen by one run of consecutive queries.
+"""Attention in a Triton kernel, for masks in which the queries that attend to a kv entry are consecutive.
 
-That holds for a chunk without a past. The tokens of a window and a document lie next to each other. A crystal is seen
-from when its token has left the window until better ones push it out, a thought while its segment is open.
-
-Shapes: B rows, T queries, J kv entries, C slots, N query heads, K kv heads, H head dim.
+Every chunk without remembered tokens has such a mask: a token is visible until the window or the document ends, a
+crystal from when its token leaves the window until better crystals replace it, a thought while its segment is open.
 """
 
 from dataclasses import dataclass
@@ -19,59 +17,60 @@ from lepton.ops.query_blocks import computed_pairs
 
 @dataclass(frozen=True)
 class Ranges:
-    """Which queries see which kv entries, int32."""
+    """An attention mask as ranges, int32. The kv entries of the chunk's own tokens come first, then those of slots."""
 
     start_BT: Tensor
-    """The first of the queries' own tokens that each query sees; it sees all from there up to itself."""
+    """For each query, the first token that it attends to; it attends to all from there up to itself."""
     first_BJ: Tensor
-    """The first query that sees a kv entry, of a token or, behind the tokens, of a slot."""
+    """For each kv entry, the first query that attends to it."""
     last_BJ: Tensor
-    """One more than the last query that sees it; equal to the first where none does."""
+    """One more than the last such query; equal to the first where there is none."""
     tokens: int
-    """How many of the kv entries belong to the queries' own tokens: all but the slots, or none."""
+    """Number of kv entries that belong to the chunk's own tokens: T, or 0 where queries are no tokens."""
     window: int | None
+    """Largest number of tokens that a query attends to; None: no limit. Only FLOP counts read it."""
 
     @staticmethod
     def causal(position_BT: Tensor, window: int | None) -> "Ranges":
-        """Return the ranges of a chunk without a past; a token sees what `attention_plan.visible` says."""
+        """Return the causal mask of a chunk without remembered tokens, as `attention_plan.visible` defines it."""
         reach_BT = position_BT if window is None else position_BT.clamp(max=window - 1)
         index_T = torch.arange(reach_BT.shape[1], device=reach_BT.device)
         start_BT = index_T - reach_BT
         first_BJ = index_T.expand_as(start_BT).contiguous()
-        # Starts never decrease, so a token is seen by all from itself until the first that starts behind it.
+        # Starts never decrease, so the queries that attend to a token end before the first that starts after it.
         last_BJ = torch.searchsorted(start_BT, first_BJ, right=True)
         return Ranges(start_BT.int(), first_BJ.int(), last_BJ.int(), len(index_T), window)
 
     @staticmethod
-    def of_mask(sees_BTC: Tensor) -> "Ranges":
-        """Return the ranges of kv entries none of which belongs to the queries' own tokens."""
-        first_BC, last_BC = runs(sees_BTC)
-        start_BT = torch.zeros(sees_BTC.shape[:2], dtype=torch.int32, device=sees_BTC.device)
+    def of_mask(mask_BTC: Tensor) -> "Ranges":
+        """Return the ranges of a bool mask over slots alone: the queries are no tokens of the chunk."""
+        first_BC, last_BC = runs(mask_BTC)
+        start_BT = torch.zeros(mask_BTC.shape[:2], dtype=torch.int32, device=mask_BTC.device)
         return Ranges(start_BT, first_BC, last_BC, 0, None)
 
-    def with_slots(self, sees_BTC: Tensor) -> "Ranges":
-        """Return these ranges and, behind them, those of slots."""
-        first_BC, last_BC = runs(sees_BTC)
+    def with_slots(self, mask_BTC: Tensor) -> "Ranges":
+        """Return these ranges, followed by those of slots with a bool mask."""
+        first_BC, last_BC = runs(mask_BTC)
         first_BJ, last_BJ = torch.cat([self.first_BJ, first_BC], 1), torch.cat([self.last_BJ, last_BC], 1)
         return Ranges(self.start_BT, first_BJ, last_BJ, self.tokens, self.window)
 
-    def of_rows(self, rows_R: Tensor) -> "Ranges":
-        """Return those of some rows."""
-        start, first, last = (each.index_select(0, rows_R) for each in (self.start_BT, self.first_BJ, self.last_BJ))
+    def of_rows(self, rows_A: Tensor) -> "Ranges":
+        """Return the ranges of the rows with indices `rows_A`."""
+        start, first, last = (each.index_select(0, rows_A) for each in (self.start_BT, self.first_BJ, self.last_BJ))
         return Ranges(start, first, last, self.tokens, self.window)
 
 
-def runs(sees_BTC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first query that sees each slot and one more than the last, int32; T twice where none does."""
-    count_BC = sees_BTC.sum(1)
-    first_BC = torch.where(count_BC > 0, sees_BTC.int().argmax(1), sees_BTC.shape[1])
+def runs(mask_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first query that attends to each slot, and one more than the last, int32; T twice if there is none."""
+    count_BC = mask_BTC.sum(1)
+    first_BC = torch.where(count_BC > 0, mask_BTC.int().argmax(1), mask_BTC.shape[1])
     return first_BC.int(), (first_BC + count_BC).int()
 
 
 def attend_in_ranges(q_BTNH: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, ranges: Ranges) -> Tensor:
     """Softmax attention [B, T, N, H]. Each kv head serves N / K query heads.
 
-    Queries and keys are normed, so that scores are bounded, and every query sees a kv entry.
+    Queries and keys must be normed, so that scores are bounded, and every query must attend to a kv entry.
     """
     given = (q_BTNH.contiguous(), k_BJKH.contiguous(), v_BJKH.contiguous())
     out_BTNH, _ = _attend(*given, ranges.start_BT, ranges.first_BJ, ranges.last_BJ, ranges.tokens, ranges.window)
@@ -85,7 +84,7 @@ def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
 
 
 ATTENTION = Kernel("attention", HALF, _trial)
-"""Asked with the head dim."""
+"""`ATTENTION.works(device, dtype, head_dim)`."""
 
 
 @torch.library.custom_op("lepton::attend_in_ranges", mutates_args=())
@@ -150,17 +149,17 @@ _attend.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _pairs(q: Any, k: Any, tokens: int, window: int | None) -> int:
-    """Pairs of a query and a kv entry that are computed where a document fills its row."""
+    """Return the number of scores that are computed if each row is one document."""
     return int(q[0] * q[2] * (q[1] * (k[1] - tokens) + computed_pairs(tokens, window)))
 
 
 @register_flop_formula(torch.ops.lepton.attend_in_ranges)
 def _flops(q: Any, k: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Scores and outputs."""
+    """Two products: scores and outputs."""
     return 2 * 2 * q[3] * _pairs(q, k, *args[-2:])
 
 
 @register_flop_formula(torch.ops.lepton.attend_in_ranges_backward)
 def _flops_backward(grad: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Two gradients of each of the two products; what is computed again does not count."""
+    """Two gradients of each of the two products. Recomputed scores do not count."""
     return 4 * 2 * q[3] * _pairs(q, k, *args[-2:])

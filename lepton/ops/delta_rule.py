@@ -2,11 +2,9 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t
 
-`naive_delta_rule` says what it computes, `chunked_delta_rule` computes it in PyTorch. Two parts are sequential: the
-substitution within a chunk, row after row, and the state, chunk after chunk. In fp32 on a GPU each of them is an
-operator with a Triton kernel and a gradient; the rest is products of all chunks at once, the same in both forms.
-
-Shapes: B rows, P chunks of C tokens, H heads, K key dim, V value dim, X = V + K.
+`naive_delta_rule` is the slow reference, `chunked_delta_rule` the fast form in PyTorch. Two parts are sequential: the
+triangular solve within a chunk, row after row, and the recurrence of the state over chunks. In fp32 on a GPU each of
+them is an operator with a Triton kernel and a gradient. The rest are batched matrix products, the same in both forms.
 """
 
 from typing import Any, NamedTuple
@@ -18,72 +16,72 @@ from torch.utils.flop_counter import register_flop_formula
 from lepton.ops.kernels import Kernel
 
 CHUNK = 64
-"""Tokens of a chunk, for the kernels; what is shorter is one chunk."""
+"""Tokens per chunk. A shorter sequence is one chunk, which the Triton kernels do not take."""
 
 
 class Writes(NamedTuple):
-    """What tokens do to the memory, chunk by chunk."""
+    """Inputs of the delta rule: what each token reads and writes, in chunks."""
 
     q: Tensor
-    """[B, P, H, C, K]"""
+    """Queries [B, P, N, O, H]."""
     k: Tensor
-    """[B, P, H, C, K]"""
+    """Keys [B, P, N, O, H], of norm 1."""
     v: Tensor
-    """[B, P, H, C, V]"""
+    """Values [B, P, N, O, U]."""
     log_decay: Tensor
-    """log a, [B, P, H, C]"""
+    """log a, [B, P, N, O]."""
     rate: Tensor
-    """b, [B, P, H, C]"""
-    document_BPC: Tensor
-    """Ordinal of the token's document: a new one starts with an empty memory."""
+    """b, [B, P, N, O]: the step size of the write, 0..1."""
+    document_BPO: Tensor
+    """Ordinal of the token's document. Each document starts with an empty memory."""
 
 
-def delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run the memory over P chunks.
 
     Args:
-        writes: what the tokens do.
-        state_BHKV: the memory on entry, fp32 or better.
-        entry_document_BP: the document that the state on entry to each chunk belongs to.
+        writes: the tokens' inputs.
+        state_BNHU: the memory before the first chunk, fp32 or better.
+        entry_document_BP: the document of the token before each chunk, whose memory the chunk starts with.
 
     Returns:
-        The reads o [B, P, H, C, V], the state on entry to each chunk [B, P, H, K, V], and the one after the last.
+        The reads o [B, P, N, O, U], the state before each chunk [B, P, N, H, U], and the state after the last.
     """
-    if writes.k.shape[-2] == CHUNK and DELTA_RULE.works(state_BHKV.device, state_BHKV.dtype, *state_BHKV.shape[2:]):
-        return delta_rule_in_kernels(writes, state_BHKV, entry_document_BP)
-    return chunked_delta_rule(writes, state_BHKV, entry_document_BP)
+    if writes.k.shape[-2] == CHUNK and DELTA_RULE.works(state_BNHU.device, state_BNHU.dtype, *state_BNHU.shape[2:]):
+        return delta_rule_in_kernels(writes, state_BNHU, entry_document_BP)
+    return chunked_delta_rule(writes, state_BNHU, entry_document_BP)
 
 
-def naive_delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def naive_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `delta_rule`, token by token; a slow reference."""
     chunks, size = writes.k.shape[1], writes.k.shape[3]
     reads, entries, document_B = [], [], entry_document_BP[:, 0]
     for p in range(chunks):
-        entries.append(state_BHKV)
+        entries.append(state_BNHU)
         for c in range(size):
             q, k, v, log_decay, rate = (part[:, p, :, c] for part in writes[:5])
-            fresh_B = writes.document_BPC[:, p, c] != document_B
-            document_B = writes.document_BPC[:, p, c]
-            state_BHKV = torch.where(fresh_B[:, None, None, None], 0, state_BHKV)
-            state_BHKV = log_decay.exp()[..., None, None] * state_BHKV
-            known = torch.einsum("bhkv,bhk->bhv", state_BHKV, k)
-            state_BHKV = state_BHKV + torch.einsum("bhk,bhv->bhkv", k, rate[..., None] * (v - known))
-            reads.append(torch.einsum("bhkv,bhk->bhv", state_BHKV, q))
-    reads_BPHCV = torch.stack(reads, 2).unflatten(2, (chunks, size)).transpose(1, 2)
-    return reads_BPHCV, torch.stack(entries, 1), state_BHKV
+            fresh_B = writes.document_BPO[:, p, c] != document_B
+            document_B = writes.document_BPO[:, p, c]
+            state_BNHU = torch.where(fresh_B[:, None, None, None], 0, state_BNHU)
+            state_BNHU = log_decay.exp()[..., None, None] * state_BNHU
+            known = torch.einsum("bhkv,bhk->bhv", state_BNHU, k)
+            state_BNHU = state_BNHU + torch.einsum("bhk,bhv->bhkv", k, rate[..., None] * (v - known))
+            reads.append(torch.einsum("bhkv,bhk->bhv", state_BNHU, q))
+    reads_BPNOU = torch.stack(reads, 2).unflatten(2, (chunks, size)).transpose(1, 2)
+    return reads_BPNOU, torch.stack(entries, 1), state_BNHU
 
 
-def chunked_delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `delta_rule`, in PyTorch.
 
-    The part of a chunk that does not depend on the state is solved for all chunks at once, by substitution: inverting
-    by repeated squaring explodes in fp32 on repeated tokens.
+    The part of a chunk that does not depend on the state is a triangular system, solved for all chunks at once by
+    substitution. Inverting the matrix by repeated squaring overflows fp32 on repeated tokens.
     """
     mix, given, inside, g, into = _prepare(writes, entry_document_BP)
     one = torch.eye(mix.shape[-1], dtype=mix.dtype, device=mix.device)
     solved = torch.linalg.solve_triangular(mix + one, given, upper=False, unitriangular=True)
     u, w = solved.split([writes.v.shape[-1], writes.k.shape[-1]], -1)
-    reads, states = [], [state_BHKV]
+    reads, states = [], [state_BNHU]
     for p in range(mix.shape[1]):
         state = states[-1]
         written = u[:, p] - w[:, p] @ state
@@ -93,13 +91,13 @@ def chunked_delta_rule(writes: Writes, state_BHKV: Tensor, entry_document_BP: Te
 
 
 def delta_rule_in_kernels(
-    writes: Writes, state_BHKV: Tensor, entry_document_BP: Tensor
+    writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `delta_rule`, with the kernels: fp32, chunks of `CHUNK`."""
-    q, k, v = (part.contiguous() for part in writes[:3])  # heads apart, as products of batches need them
+    q, k, v = (part.contiguous() for part in writes[:3])  # as batched matrix products need them
     mix, given, inside, g, into = _prepare(writes._replace(q=q, k=k, v=v), entry_document_BP)
     solved, _ = _solve(mix, given)
-    written, entry, end = _carry(solved, into, g[..., -1], state_BHKV)
+    written, entry, end = _carry(solved, into, g[..., -1], state_BNHU)
     before = (g[..., None] * q) @ entry
     reads = torch.baddbmm(*(part.flatten(0, 2) for part in (before, inside, written)))
     return reads.view_as(v), entry, end
@@ -116,62 +114,65 @@ def _trial(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> 
 
 
 DELTA_RULE = Kernel("the memory", (torch.float32,), _trial)
-"""Asked with key dim and value dim."""
+"""`DELTA_RULE.works(device, dtype, key_dim, value_dim)`."""
 
 
 class _Chunks(NamedTuple):
     """The part of the computation that does not depend on the state."""
 
-    mix_BPHCC: Tensor
-    """How much a token's write takes from what those before it in its chunk write; 0 on and above the diagonal."""
-    given_BPHCX: Tensor
-    """Right-hand sides, values and behind them keys, of the system whose matrix is identity plus mix."""
-    inside_BPHCC: Tensor
-    """How much a token reads of what each of its chunk writes."""
-    g_BPHC: Tensor
-    """What is left of the state on entry when a token reads; 0 in another document."""
-    into_BPHCK: Tensor
-    """Keys under which writes are in the state at the chunk's end."""
+    mix_BPNOO: Tensor
+    """Effect of earlier writes of the chunk on a token's write; 0 on and above the diagonal."""
+    given: Tensor
+    """Right-hand sides [B, P, N, O, U + H] (scaled values, then keys) of the system with the matrix identity + mix."""
+    inside_BPNOO: Tensor
+    """Weights with which a token reads the writes of its chunk."""
+    g_BPNO: Tensor
+    """Decay of the state before the chunk when a token reads; 0 in another document."""
+    into_BPNOH: Tensor
+    """Decayed keys with which writes enter the state after the chunk."""
 
 
 def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
-    q, k, v, log_decay, rate, document_BPC = writes
+    q, k, v, log_decay, rate, document_BPO = writes
     low = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
-    same_BPCC = (document_BPC[:, :, :, None] == document_BPC[:, :, None, :]) & low
+    same_BPOO = (document_BPO[:, :, :, None] == document_BPO[:, :, None, :]) & low
     log_g = log_decay.cumsum(-1)
-    ratio = (log_g[..., :, None] - log_g[..., None, :]).masked_fill(~same_BPCC[:, :, None], float("-inf")).exp()
-    enters_BPC = document_BPC == entry_document_BP[:, :, None]
-    g = log_g.exp() * enters_BPC[:, :, None]
+    ratio = (log_g[..., :, None] - log_g[..., None, :]).masked_fill(~same_BPOO[:, :, None], float("-inf")).exp()
+    enters_BPO = document_BPO == entry_document_BP[:, :, None]
+    g = log_g.exp() * enters_BPO[:, :, None]
     mix = (rate[..., None] * (k @ k.mT) * ratio).tril(-1)
     given = torch.cat([rate[..., None] * v, (rate * g)[..., None] * k], -1)
     inside = (q @ k.mT) * ratio
-    stays_BPC = document_BPC == document_BPC[:, :, -1:]
-    to_end = (log_g[..., -1:] - log_g).exp() * stays_BPC[:, :, None]
+    stays_BPO = document_BPO == document_BPO[:, :, -1:]
+    to_end = (log_g[..., -1:] - log_g).exp() * stays_BPO[:, :, None]
     return _Chunks(mix, given, inside, g, k * to_end[..., None])
 
 
 @torch.library.custom_op("lepton::solve_unit_lower", mutates_args=())
-def _solve(mix_BPHCC: Tensor, given_BPHCX: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the system whose matrix is identity plus mix; return the inverse too. As a solve, it counts no FLOPs."""
+def _solve(mix_BPNOO: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the system with the matrix identity + mix; return the solution and the inverse.
+
+    Like PyTorch's triangular solve, it counts no FLOPs.
+    """
     from lepton.ops.triton import delta_rule
 
-    inverse_BPHCC = delta_rule.invert(mix_BPHCC.contiguous())
-    return inverse_BPHCC @ given_BPHCX, inverse_BPHCC
+    inverse_BPNOO = delta_rule.invert(mix_BPNOO.contiguous())
+    return inverse_BPNOO @ given, inverse_BPNOO
 
 
 @_solve.register_fake
-def _(mix_BPHCC: Tensor, given_BPHCX: Tensor) -> tuple[Tensor, Tensor]:
-    return given_BPHCX.new_empty(given_BPHCX.shape), mix_BPHCC.new_empty(mix_BPHCC.shape)
+def _(mix_BPNOO: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    return given.new_empty(given.shape), mix_BPNOO.new_empty(mix_BPNOO.shape)
 
 
 @torch.library.custom_op("lepton::solve_unit_lower_transposed", mutates_args=())
-def _solve_transposed(inverse_BPHCC: Tensor, grad_BPHCX: Tensor) -> Tensor:
-    return inverse_BPHCC.mT @ grad_BPHCX
+def _solve_transposed(inverse_BPNOO: Tensor, grad: Tensor) -> Tensor:
+    return inverse_BPNOO.mT @ grad
 
 
 @_solve_transposed.register_fake
-def _(inverse_BPHCC: Tensor, grad_BPHCX: Tensor) -> Tensor:
-    return grad_BPHCX.new_empty(grad_BPHCX.shape)
+def _(inverse_BPNOO: Tensor, grad: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape)
 
 
 def _keep_solved(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -180,62 +181,64 @@ def _keep_solved(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_solved(ctx: Any, grad_BPHCX: Tensor, _inverse: None) -> tuple[Tensor, Tensor]:
-    solved_BPHCX, inverse_BPHCC = ctx.saved_tensors
-    given_grad_BPHCX = _solve_transposed(inverse_BPHCC, grad_BPHCX)
-    return -(given_grad_BPHCX @ solved_BPHCX.mT).tril(-1), given_grad_BPHCX
+def _differentiate_solved(ctx: Any, grad: Tensor, _inverse: None) -> tuple[Tensor, Tensor]:
+    solved, inverse_BPNOO = ctx.saved_tensors
+    given_grad = _solve_transposed(inverse_BPNOO, grad)
+    return -(given_grad @ solved.mT).tril(-1), given_grad
 
 
 _solve.register_autograd(_differentiate_solved, setup_context=_keep_solved)
 
 
 @torch.library.custom_op("lepton::carry_state", mutates_args=())
-def _carry(
-    solved_BPHCX: Tensor, into_BPHCK: Tensor, decay_BPH: Tensor, state_BHKV: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry the state from chunk to chunk: written = u - w state, next = decay state + into' written.
+def _carry(solved: Tensor, into_BPNOH: Tensor, decay_BPN: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence over chunks: written = u - w state, next state = decay state + into' written.
 
-    Returns what chunks write, the state on entry to each, and the one after the last.
+    `solved` is [B, P, N, O, U + H], u and then w. Returns what each chunk writes, the state before each, and the state
+    after the last.
     """
     from lepton.ops.triton import delta_rule
 
     return delta_rule.forward(
-        solved_BPHCX.contiguous(), into_BPHCK.contiguous(), decay_BPH.contiguous(), state_BHKV.contiguous()
+        solved.contiguous(), into_BPNOH.contiguous(), decay_BPN.contiguous(), state_BNHU.contiguous()
     )
 
 
 @_carry.register_fake
-def _(solved_BPHCX: Tensor, into: Tensor, decay: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    keys, values = state_BHKV.shape[2:]
-    written_BPHCV = solved_BPHCX.new_empty(*solved_BPHCX.shape[:4], values)
-    entry_BPHKV = solved_BPHCX.new_empty(*solved_BPHCX.shape[:3], keys, values)
-    return written_BPHCV, entry_BPHKV, state_BHKV.new_empty(state_BHKV.shape)
+def _(solved: Tensor, into: Tensor, decay: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = state_BNHU.shape[2:]
+    written_BPNOU = solved.new_empty(*solved.shape[:4], values)
+    entry_BPNHU = solved.new_empty(*solved.shape[:3], keys, values)
+    return written_BPNOU, entry_BPNHU, state_BNHU.new_empty(state_BNHU.shape)
 
 
 @torch.library.custom_op("lepton::carry_state_backward", mutates_args=())
 def _carry_backward(
-    written_grad_BPHCV: Tensor,
-    entry_grad_BPHKV: Tensor,
-    end_grad_BHKV: Tensor,
-    solved_BPHCX: Tensor,
-    into_BPHCK: Tensor,
-    decay_BPH: Tensor,
-    written_BPHCV: Tensor,
-    entry_BPHKV: Tensor,
+    written_grad_BPNOU: Tensor,
+    entry_grad_BPNHU: Tensor,
+    end_grad_BNHU: Tensor,
+    solved: Tensor,
+    into_BPNOH: Tensor,
+    decay_BPN: Tensor,
+    written_BPNOU: Tensor,
+    entry_BPNHU: Tensor,
     ends: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what `_carry` reads; `ends` says how many of the first and the last state take part."""
+    """Gradients of the inputs of `_carry`.
+
+    `ends` is for FLOP counts alone: whether the first state needs a gradient, plus whether the last one has one.
+    """
     from lepton.ops.triton import delta_rule
 
     return delta_rule.backward(
-        written_grad_BPHCV.contiguous(),
-        entry_grad_BPHKV.contiguous(),
-        end_grad_BHKV.contiguous(),
-        solved_BPHCX.contiguous(),
-        into_BPHCK.contiguous(),
-        decay_BPH.contiguous(),
-        written_BPHCV,
-        entry_BPHKV,
+        written_grad_BPNOU.contiguous(),
+        entry_grad_BPNHU.contiguous(),
+        end_grad_BNHU.contiguous(),
+        solved.contiguous(),
+        into_BPNOH.contiguous(),
+        decay_BPN.contiguous(),
+        written_BPNOU,
+        entry_BPNHU,
     )
 
 
@@ -243,19 +246,19 @@ def _carry_backward(
 def _(
     written_grad: Tensor,
     entry_grad: Tensor,
-    end_grad_BHKV: Tensor,
-    solved_BPHCX: Tensor,
-    into_BPHCK: Tensor,
-    decay_BPH: Tensor,
+    end_grad_BNHU: Tensor,
+    solved: Tensor,
+    into_BPNOH: Tensor,
+    decay_BPN: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    given = (solved_BPHCX, into_BPHCK, decay_BPH, end_grad_BHKV)
+    given = (solved, into_BPNOH, decay_BPN, end_grad_BNHU)
     return tuple(part.new_empty(part.shape) for part in given)
 
 
 def _keep_carried(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    written_BPHCV, entry_BPHKV, _ = output
-    ctx.save_for_backward(*inputs[:3], written_BPHCV, entry_BPHKV)
+    written_BPNOU, entry_BPNHU, _ = output
+    ctx.save_for_backward(*inputs[:3], written_BPNOU, entry_BPNHU)
     ctx.to_state, ctx.state_shape = ctx.needs_input_grad[3], inputs[3].shape
     ctx.set_materialize_grads(False)
 
@@ -263,15 +266,15 @@ def _keep_carried(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Te
 def _differentiate_carried(
     ctx: Any, written_grad: Tensor | None, entry_grad: Tensor | None, end_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    written_BPHCV, entry_BPHKV = ctx.saved_tensors[-2:]
-    *gradients, state_grad_BHKV = _carry_backward(
-        torch.zeros_like(written_BPHCV) if written_grad is None else written_grad,
-        torch.zeros_like(entry_BPHKV) if entry_grad is None else entry_grad,
-        entry_BPHKV.new_zeros(ctx.state_shape) if end_grad is None else end_grad,
+    written_BPNOU, entry_BPNHU = ctx.saved_tensors[-2:]
+    *gradients, state_grad_BNHU = _carry_backward(
+        torch.zeros_like(written_BPNOU) if written_grad is None else written_grad,
+        torch.zeros_like(entry_BPNHU) if entry_grad is None else entry_grad,
+        entry_BPNHU.new_zeros(ctx.state_shape) if end_grad is None else end_grad,
         *ctx.saved_tensors,
         ctx.to_state + (end_grad is not None),
     )
-    return *gradients, state_grad_BHKV if ctx.to_state else None
+    return *gradients, state_grad_BNHU if ctx.to_state else None
 
 
 _carry.register_autograd(_differentiate_carried, setup_context=_keep_carried)
@@ -279,12 +282,12 @@ _carry.register_autograd(_differentiate_carried, setup_context=_keep_carried)
 
 @register_flop_formula(torch.ops.lepton.carry_state)
 def _flops(solved: Any, into: Any, decay: Any, state: Any, *_args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Two products a chunk."""
+    """Two matrix products per chunk."""
     return int(2 * 2 * solved[0] * solved[1] * solved[2] * solved[3] * state[2] * state[3])
 
 
 @register_flop_formula(torch.ops.lepton.carry_state_backward)
 def _flops_backward(written: Any, entry: Any, end: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Four products a chunk, less two at each end that takes no part, as `chunked_delta_rule` computes."""
+    """Four products per chunk, as in `chunked_delta_rule`: two fewer for a first or last state without a gradient."""
     products = 4 * written[1] - 2 * (2 - args[-1])
     return int(2 * products * written[0] * written[2] * written[3] * end[2] * end[3])

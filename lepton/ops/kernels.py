@@ -1,4 +1,4 @@
-"""Whether a Triton kernel works on a device: asked here, for every kernel alike."""
+"""Whether a Triton kernel works on a device, found by trying it once."""
 
 import importlib.util
 import warnings
@@ -13,12 +13,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Kernel:
-    """A Triton kernel, or some that run together, of which a trial shows whether they work.
+    """One or several Triton kernels of an operation. A trial run decides whether they are used.
 
     Args:
-        what: what runs slower without it, for the warning.
-        dtypes: the dtypes that it computes in.
-        trial: runs it once, forward and backward, on (device, dtype, sizes).
+        what: name of the operation, for the warning.
+        dtypes: dtypes that the kernels compute in.
+        trial: runs them once, forward and backward; called with (device, dtype, *sizes).
     """
 
     def __init__(self, what: str, dtypes: tuple[torch.dtype, ...], trial: Callable[..., object]) -> None:
@@ -35,22 +35,21 @@ class Kernel:
                 self._results[key] = self.try_out(*key)
             return self._results[key]
 
-        # The compiler calls it while it traces and takes the result for a constant, which it can where all arguments
-        # are constants; so it is no method. The mark is what `torch.compiler.assume_constant_result` sets, which would
-        # import the whole compiler for it.
+        # Dynamo calls it while tracing and treats the result as a constant. That needs a function of constants, so this
+        # is no method. `torch.compiler.assume_constant_result` sets the same mark, but would import the whole compiler.
         works._dynamo_marked_constant = True  # type: ignore[attr-defined]
         self.works = works
-        """Whether it works on (device, dtype, sizes); a warning says so where it should and does not. `sizes` are
-        lengths that its blocks span: powers of two, 16 or more."""
+        """Called with (device, dtype, *sizes): whether the kernels work there. Warns if they should and do not. `sizes`
+        are lengths of their blocks; the kernels need powers of two, at least 16."""
 
     def try_out(self, *where: Any) -> bool:
-        """Run the trial; return whether it succeeds, and warn if it does not."""
+        """Run the trial on (device, dtype, *sizes); return whether it succeeds, and warn if it does not."""
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # the first caller may be generating
+            with torch.inference_mode(False), torch.enable_grad():  # the first caller may be in inference mode
                 self._trial(*where)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # compilers fail in many ways; none of them should stop a run that works without
+        except Exception as error:  # a compiler can fail in many ways; the run works without it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"{self.what} runs slower: Triton cannot build its kernels here ({reason})", stacklevel=3)
             return False

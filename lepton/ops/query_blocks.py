@@ -1,12 +1,15 @@
 """How attention without a kernel splits the queries of a long chunk, and how many pairs it computes."""
 
 BLOCK = 128
-"""Queries of a block. Each block takes only the keys and values that one of its queries can see: so with a window a
-chunk costs time and memory linear in its length, and without one half of the square."""
+"""Queries per block. A block computes scores only with the kv entries that one of its queries can attend to. With a
+window, time and memory are then linear in the length of a chunk; without one, half of all pairs are computed."""
 
 
 def query_blocks(chunk: int, past: int, window: int | None) -> list[tuple[int, int, int, int]]:
-    """Split `chunk` queries after `past` kv entries: (first query, last, first kv entry, last), the last excluded."""
+    """Split `chunk` queries that follow `past` kv entries into blocks.
+
+    Returns (first query, end, first kv entry, end) of each block; the ends are exclusive.
+    """
     if chunk <= 2 * BLOCK:
         return [(0, chunk, 0, past + chunk)]
     blocks = []
@@ -18,5 +21,5 @@ def query_blocks(chunk: int, past: int, window: int | None) -> list[tuple[int, i
 
 
 def computed_pairs(chunk: int, window: int | None) -> int:
-    """Return the pairs of a query and a kv entry whose scores are computed for a chunk without a past."""
+    """Return the number of scores that are computed for a chunk without remembered tokens, in one row and head."""
     return sum((last - first) * (right - left) for first, last, left, right in query_blocks(chunk, 0, window))

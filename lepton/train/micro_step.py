@@ -26,7 +26,7 @@ WARM_UP = 2
 class Inputs:
     """What a micro-batch is, on the device."""
 
-    tokens_BX: Tensor
+    tokens: Tensor
     lengths_B: Tensor
     think_B: Tensor | None
     share: Tensor
@@ -128,7 +128,7 @@ class MicroStep:
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
         with _products(self._model), self._copies.swapped_in():
-            loss = self._model.loss(inputs.tokens_BX, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
+            loss = self._model.loss(inputs.tokens, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
         terms = torch.stack([term.float() for term in loss.parts.values()])
@@ -138,7 +138,7 @@ class MicroStep:
 
     def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
         """Run a micro-batch of this shape without adding anything; return the inputs that its graph will read."""
-        idle = Inputs(inputs.tokens_BX, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
+        idle = Inputs(inputs.tokens, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

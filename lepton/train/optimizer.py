@@ -75,20 +75,20 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def orthogonal(
-    stack_NRC: Tensor, dtype: torch.dtype, coefficients: tuple[float, float, float], steps: int, eps: float
+    stack: Tensor, dtype: torch.dtype, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
     """Return about the nearest orthogonal matrix of each of a stack, by Newton-Schulz iterations in `dtype`.
 
     Singular values come out between about 0.5 and 1.5, which serves as well as exactly 1.
     """
     a, b, c = coefficients
-    wide = stack_NRC.shape[1] <= stack_NRC.shape[2]
-    x = (stack_NRC if wide else stack_NRC.mT).to(dtype)
+    wide = stack.shape[1] <= stack.shape[2]
+    x = (stack if wide else stack.mT).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(stack_NRC.dtype)
+    return (x if wide else x.mT).to(stack.dtype)
 
 
 class Optimizers:

@@ -64,10 +64,10 @@ def idea_figures(model: Network, data: ShardedDataset, *, batch_size: int) -> di
     model.eval()
     if model.idea("uncertainty") is not None:
         outcomes = collect_outcomes(model, evaluation_batches(data, batch_size, FIGURE_TOKENS), FIGURE_TOKENS)
-        assert outcomes.uncertainty_logit_N is not None
+        assert outcomes.uncertainty_logit_M is not None
         scale, shift = model.idea("uncertainty").calibration.double().tolist()
-        chance_N = torch.sigmoid(scale * outcomes.uncertainty_logit_N + shift)
-        figures["calibration_error"] = round(calibration_error(chance_N, outcomes.wrong_N), 4)
+        chance_M = torch.sigmoid(scale * outcomes.uncertainty_logit_M + shift)
+        figures["calibration_error"] = round(calibration_error(chance_M, outcomes.wrong_M), 4)
     if model.idea("drafter") is not None:
         stats = complete(model, beginning(data), FIGURE_NEW_TOKENS, temperature=0.0).stats
         figures["tokens_per_step"] = round(stats.tokens_per_step, 3)

@@ -18,13 +18,13 @@ def test_the_memory_file_is_made_used_and_updated(saved, tmp_path):
     first = run_json(*words, "--prompt", "The fox jumps over the lazy dog.")
     assert first["text"] == expected(saved, first["prompt"], seed=3, max_new_tokens=20)
     kept = model.new_state(1, memory=path).memory
-    assert kept.parts["memory"].matrix_BHKV.any()
+    assert kept.parts["memory"].matrix_BNHU.any()
     second = run_json(*words, "--prompt", "Ein Käse")
     tokens, state = model.generate_with_state(tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
     assert second["tokens"] == tokens[-20:]
     assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=20), "the memory matters"
-    again = model.new_state(1, memory=path).part("memory").matrix_BHKV
-    torch.testing.assert_close(again, state.part("memory").matrix_BHKV)
+    again = model.new_state(1, memory=path).part("memory").matrix_BNHU
+    torch.testing.assert_close(again, state.part("memory").matrix_BNHU)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
@@ -38,7 +38,7 @@ def test_a_text_can_be_remembered_without_generating(saved, tmp_path):
         opens = torch.arange(len(ids))[None] == len(ids) - 1
         read = model(torch.tensor([ids]), opens=opens).state
     torch.testing.assert_close(
-        model.new_state(1, memory=path).part("memory").matrix_BHKV, read.part("memory").matrix_BHKV
+        model.new_state(1, memory=path).part("memory").matrix_BNHU, read.part("memory").matrix_BNHU
     )
 
 
@@ -60,7 +60,7 @@ def test_ctrl_c_keeps_what_was_read_and_a_fault_what_was_there(saved, tmp_path, 
     assert leaving(KeyboardInterrupt(), 7) == INTERRUPTED
     state = model.generate_with_state(tokenizer.encode("fox "), 7, seed=1)[1]
     torch.testing.assert_close(
-        model.new_state(1, memory=path).part("memory").matrix_BHKV, state.part("memory").matrix_BHKV
+        model.new_state(1, memory=path).part("memory").matrix_BNHU, state.part("memory").matrix_BNHU
     )
     before = path.read_bytes()
     assert leaving(InputError("fault"), 7) == 2

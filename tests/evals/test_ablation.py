@@ -59,12 +59,12 @@ def test_an_error_inside_leaves_no_trace_either(idea):
 def test_what_the_switches_switch_off():
     model, tokens = build("complete"), text(2, documents=False)
     with without(model, "working memory"):
-        assert not model(tokens).flow.given["memory"].feature_BTX.any()
+        assert not model(tokens).flow.contributions["memory"].feature_BTF.any()
     with without(model, "crystals"):
         out = model(tokens)
         assert not list(out.state.memory)
     with without(model, "thoughts") as options:
-        assert not model(tokens, **options).flow.given["thoughts"].feature_BTX.any()
+        assert not model(tokens, **options).flow.contributions["thoughts"].feature_BTF.any()
     with without(model, "depth 0") as options:
         assert (model(tokens, **options).depth == model.config.stem_layers).all()
     depths = []
@@ -75,7 +75,7 @@ def test_what_the_switches_switch_off():
     assert 0.3 < (depths[0] != depths[1]).float().mean() < 0.7
     with without(model, "peek"):
         flow, plain = model(tokens).flow, build("complete")(tokens).flow
-        assert torch.equal(flow.given["peek"].feature_BTX, plain.given["peek"].feature_BTX)
+        assert torch.equal(flow.contributions["peek"].feature_BTF, plain.contributions["peek"].feature_BTF)
         assert not torch.equal(flow.x_BTD, plain.x_BTD)
 
 

@@ -79,7 +79,7 @@ def test_calibration_lowers_the_error_and_sets_the_quantiles():
     assert fitted.tokens == after.tokens == 2 * (39 + 30)
     assert model.uncertainty.calibration.tolist() == pytest.approx(fitted.line)
     assert all(torch.equal(value, parameters[name]) for name, value in model.named_parameters())
-    benefit = collect_outcomes(model, batches()).router_score_N
+    benefit = collect_outcomes(model, batches()).router_score_M
     for depth in (0.25, 0.5, 0.75):
         assert (benefit > model.router.threshold(depth)).double().mean() == pytest.approx(depth, abs=0.01)
     assert calibrate(model, batches(), min_tokens=1).line == pytest.approx(fitted.line)  # it reads the raw logit

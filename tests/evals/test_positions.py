@@ -26,28 +26,28 @@ def test_every_position_comes_once(variant, monkeypatch):
             if model.uncertainty is not None:
                 raw.append(model.uncertainty.logit(out.hidden, out.logits, out.signals)[row, : length - 1])
     logits, targets = torch.cat(logits).detach(), torch.cat(targets)
-    assert len(outcomes.wrong_N) == sum(int(batch.lengths.sum()) - 2 for batch in batches())
+    assert len(outcomes.wrong_M) == sum(int(batch.lengths.sum()) - 2 for batch in batches())
 
     def same(got, expected):
         # Positions come chunk by chunk over all rows, so in another order than here.
         assert got.sort().values == pytest.approx(expected.double().sort().values, abs=1e-9)
 
-    same(outcomes.wrong_N, logits.argmax(-1) != targets)
-    same(outcomes.least_confidence_N, 1 - logits.softmax(-1).amax(-1))
-    same(outcomes.scaled_least_confidence_N, 1 - (logits / 2).softmax(-1).amax(-1))
-    assert (outcomes.uncertainty_logit_N is None) == (model.uncertainty is None)
-    assert (outcomes.router_score_N is None) == (model.router is None)
-    if outcomes.uncertainty_logit_N is not None:
-        same(outcomes.uncertainty_logit_N, torch.cat(raw).detach())
+    same(outcomes.wrong_M, logits.argmax(-1) != targets)
+    same(outcomes.least_confidence_M, 1 - logits.softmax(-1).amax(-1))
+    same(outcomes.scaled_least_confidence_M, 1 - (logits / 2).softmax(-1).amax(-1))
+    assert (outcomes.uncertainty_logit_M is None) == (model.uncertainty is None)
+    assert (outcomes.router_score_M is None) == (model.router is None)
+    if outcomes.uncertainty_logit_M is not None:
+        same(outcomes.uncertainty_logit_M, torch.cat(raw).detach())
 
 
 def test_a_limit_is_exact_and_empty_text_is_a_mistake():
     model = build("complete")
-    assert len(collect_outcomes(model, batches(), 50).wrong_N) == 50
+    assert len(collect_outcomes(model, batches(), 50).wrong_M) == 50
     assert sum(len(part.target_M) for part in iterate_positions(model, batches(), max_tokens=3)) == 3
     with pytest.raises(InputError, match="no token to predict"):
         collect_outcomes(model, [])
-    assert len(collect_outcomes(model, [], allow_none=True).wrong_N) == 0
+    assert len(collect_outcomes(model, [], allow_none=True).wrong_M) == 0
 
 
 def test_rows_beyond_the_limit_are_not_computed():
@@ -60,7 +60,7 @@ def test_rows_beyond_the_limit_are_not_computed():
     assert rows == [2]
     whole = collect_outcomes(model, [batch])
     assert rows == [2, 4]
-    assert limited.least_confidence_N == pytest.approx(whole.least_confidence_N[:50], abs=1e-12)
+    assert limited.least_confidence_M == pytest.approx(whole.least_confidence_M[:50], abs=1e-12)
 
 
 @pytest.mark.parametrize("row_count", [1, 2, 3, 7])

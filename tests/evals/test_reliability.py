@@ -91,6 +91,6 @@ def test_figures_of_both_sources_on_the_same_tokens():
     assert set(report.scores) == {"uncertainty", "max-probability", "scaled max-probability"}
     assert report.scores["max-probability"] == report.scores["scaled max-probability"]
     outcomes = collect_outcomes(model, batches())
-    assert report.wrong == outcomes.wrong_N.mean().item()
-    assert report.scores["max-probability"] == score(outcomes.least_confidence_N, outcomes.wrong_N)
+    assert report.wrong == outcomes.wrong_M.mean().item()
+    assert report.scores["max-probability"] == score(outcomes.least_confidence_M, outcomes.wrong_M)
     assert report.to_dict()["scores"]["uncertainty"]["auroc"] == report.scores["uncertainty"].auroc

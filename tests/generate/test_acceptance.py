@@ -38,11 +38,11 @@ def test_one_draft_by_exact_integration(seed, zeros):
         if q[d] == 0:
             continue
         n = len(trials)
-        p_RTV = torch.stack([p, p]).expand(n, -1, -1)
-        verdict = accept(p_RTV, q.expand(n, 1, V), torch.full((n, 1), d), trials[:, None], draws)
-        first = torch.where(verdict.accepted_R > 0, d, verdict.next_R)
+        p_ATV = torch.stack([p, p]).expand(n, -1, -1)
+        verdict = accept(p_ATV, q.expand(n, 1, V), torch.full((n, 1), d), trials[:, None], draws)
+        first = torch.where(verdict.accepted_A > 0, d, verdict.next_A)
         total += q[d] * first.bincount(minlength=V) / n
-        assert verdict.accepted_R.double().mean() == pytest.approx(min(1, float(p[d] / q[d])), abs=0.003)
+        assert verdict.accepted_A.double().mean() == pytest.approx(min(1, float(p[d] / q[d])), abs=0.003)
     torch.testing.assert_close(total, p, rtol=0, atol=0.006)
     assert not total[p == 0].any(), "what p excludes is never returned"
 
@@ -60,19 +60,19 @@ def test_a_chain_of_drafts_has_the_joint_distribution_of_p():
     def code(ids):
         return (ids * V ** torch.arange(ids.shape[1] - 1, -1, -1)).sum(1)
 
-    p_RTV, q_RKV = [table(p, 0)[code(paths)]], []
+    p_ATV, q_AYV = [table(p, 0)[code(paths)]], []
     for i in range(places):
-        q_RKV.append(table(q, i)[code(paths)])
-        paths = torch.cat([paths, torch.multinomial(q_RKV[-1], 1)], 1)
-        p_RTV.append(table(p, i + 1)[code(paths)])
-    verdict = accept(torch.stack(p_RTV, 1), torch.stack(q_RKV, 1), paths, uniform[:, :places], uniform[:, -1])
-    assert set(verdict.accepted_R.tolist()) == set(range(places + 1))
+        q_AYV.append(table(q, i)[code(paths)])
+        paths = torch.cat([paths, torch.multinomial(q_AYV[-1], 1)], 1)
+        p_ATV.append(table(p, i + 1)[code(paths)])
+    verdict = accept(torch.stack(p_ATV, 1), torch.stack(q_AYV, 1), paths, uniform[:, :places], uniform[:, -1])
+    assert set(verdict.accepted_A.tolist()) == set(range(places + 1))
     # The first token, and the second where there is one: a row that kept at least one draft says both.
-    first = torch.where(verdict.accepted_R > 0, paths[:, 0], verdict.next_R)
-    second = torch.where(verdict.accepted_R > 1, paths[:, 1], verdict.next_R)
+    first = torch.where(verdict.accepted_A > 0, paths[:, 0], verdict.next_A)
+    second = torch.where(verdict.accepted_A > 1, paths[:, 1], verdict.next_A)
     assert_frequencies(first.bincount(minlength=V), p[()])
     for token in range(V):
-        kept = (verdict.accepted_R > 0) & (paths[:, 0] == token)
+        kept = (verdict.accepted_A > 0) & (paths[:, 0] == token)
         if kept.any():
             assert_frequencies(second[kept].bincount(minlength=V), p[(token,)])
 
@@ -110,8 +110,8 @@ def test_a_place_without_a_draft_ends_the_row():
     q[1, 1] = 0
     zeros = torch.zeros(3, 2, dtype=torch.float64)
     verdict = accept(p, q, torch.ones(3, 2, dtype=torch.int64), zeros, torch.full((3,), 0.6, dtype=torch.float64))
-    assert verdict.accepted_R.tolist() == [0, 1, 2]
-    assert verdict.next_R.tolist() == [2, 2, 2], "drawn from all of p"
+    assert verdict.accepted_A.tolist() == [0, 1, 2]
+    assert verdict.next_A.tolist() == [2, 2, 2], "drawn from all of p"
 
 
 def test_no_drafts_is_plain_sampling():
@@ -127,4 +127,4 @@ def test_a_rest_lost_to_rounding_falls_back_to_p():
     q[0, 0, 0] = q[0, 0, 1] = 0.5 + 2**-53
     trial = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
     verdict = accept(p, q, torch.tensor([[0]]), trial, torch.tensor([0.9], dtype=torch.float64))
-    assert verdict.next_R.tolist() == [1]
+    assert verdict.next_A.tolist() == [1]

@@ -121,10 +121,10 @@ def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
 
 def test_a_memory_is_not_changed_by_being_used(model):
     kept = model.generate_with_state(PROMPT, 4, **SAMPLED)[1].memory
-    matrix, crystals = kept.parts["memory"].matrix_BHKV.clone(), list(kept)
+    matrix, crystals = kept.parts["memory"].matrix_BNHU.clone(), list(kept)
     state = model.new_state(2, memory=kept)
     state.memory.clear()
-    assert torch.equal(kept.parts["memory"].matrix_BHKV, matrix)
+    assert torch.equal(kept.parts["memory"].matrix_BNHU, matrix)
     assert list(kept) == crystals
 
 
@@ -151,7 +151,7 @@ OTHER = {"window": 12}
             r"differs in .memory\.crystals",
         ),
         (lambda model: {"state": build("no thoughts").new_state(1)}, "of another model"),
-        (lambda model: {"state": build("complete", memory_heads=1).new_state(1)}, "its .memory.memory.matrix_BHKV"),
+        (lambda model: {"state": build("complete", memory_heads=1).new_state(1)}, "its .memory.memory.matrix_BNHU"),
         (lambda model: {"state": build("complete", dtype=torch.float32).new_state(1)}, "torch.float32 on cpu"),
         (lambda model: {"memory": model.new_state(3).memory}, r"3 rows; give new_state\(3\), not 1"),
         (

@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict] = {
 CANARIES = ("complete", "dense")
 # Outputs [B, T, ...] of a forward pass that the laws speak of, and what the ideas did on the way.
 OUTPUTS = ("logits", "hidden", "uncertainty", "depth", "signals")
-GIVEN = ("feature_BTX", "signal_BT", "deep_BT")
+GIVEN = ("feature_BTF", "signal_BT", "deep_BT")
 
 
 def once_a_device(make: Callable[..., Lepton]) -> Callable[..., Lepton]:
@@ -92,7 +92,7 @@ def text(seed: int, rows: int = 2, length: int = LENGTH, documents: bool = True)
 def views(out: Output) -> dict[str, Tensor]:
     """Every output by its name, without those of ideas that are off."""
     found = {name: getattr(out, name) for name in OUTPUTS}
-    for idea, given in out.flow.given.items():
+    for idea, given in out.flow.contributions.items():
         found |= {f"{idea}: {name}": getattr(given, name) for name in GIVEN}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -82,7 +82,7 @@ def test_clearing_forgets():
     state, other = model(tokens).state, model(tokens).state
     state.memory.clear()
     assert list(state.memory) == []
-    assert not state.part("memory").matrix_BHKV.any()
+    assert not state.part("memory").matrix_BNHU.any()
     assert list(other.memory) != []
     difference = model(tokens[:, :5], state).logits - model(tokens[:, :5], other).logits
     assert difference.abs().max() > 1e-6
@@ -141,7 +141,7 @@ def test_only_the_memory_goes_into_a_new_conversation(tmp_path):
     state.memory.save(tmp_path / "memory.safetensors")
     fresh = model.new_state(2, memory=tmp_path / "memory.safetensors")
     assert fresh.position_B.tolist() == [0, 0]
-    assert_close(state.part("memory").matrix_BHKV, fresh.part("memory").matrix_BHKV, "working memory")
+    assert_close(state.part("memory").matrix_BNHU, fresh.part("memory").matrix_BNHU, "working memory")
     carried = list(fresh.memory)
     assert all(crystal.position <= -IDEAS["window"] for crystal in carried)
     assert {tuple(c.tokens) for c in carried} & {tuple(c.tokens) for c in state.memory}

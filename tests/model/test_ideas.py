@@ -15,7 +15,7 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
 from lepton.evals.ablation import ablate, without
 from lepton.model.flops import flops_per_token
-from lepton.model.ideas.idea import Given, Idea, matrices, picks
+from lepton.model.ideas.idea import Contribution, Idea, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import FEED, MATRIX, declared
 from lepton.model.size_config import size_config
@@ -71,7 +71,7 @@ class Echo(Idea):
         self.out = Linear(config.width, config.width)
         self.ahead = Linear(config.width, config.width)
 
-    def fresh(self, rows, dtype, device, *, room):
+    def fresh(self, rows, dtype, device, *, allocate):
         return EchoState(torch.zeros(rows, self.out.in_features, dtype=dtype, device=device))
 
     def contribute(self, flow, past):
@@ -82,13 +82,13 @@ class Echo(Idea):
             means.append(mean_BD)
         means_BXD = torch.stack(means, 1)
         added_BTD = self.out(means_BXD[:, 1:])
-        return Given(added_BTD, feature_BTX=means_BXD[:, 1:], record=EchoRecord(means_BXD))
+        return Contribution(added_BTD, feature_BTF=means_BXD[:, 1:], update=EchoRecord(means_BXD))
 
     def guess(self, mean_MD):
         return self.ahead(mean_MD)
 
     def losses(self, outcome):
-        feature_BTD = outcome.flow.given[self.name].feature_BTX.detach()
+        feature_BTD = outcome.flow.contributions[self.name].feature_BTF.detach()
         index_M = picks(outcome.following_BT[:, 1:], 4)
         guess_MD = self.guess(feature_BTD[:, :-1].flatten(0, 1)[index_M])
         return {"echo": (guess_MD - feature_BTD[:, 1:].flatten(0, 1)[index_M]).square().mean()}

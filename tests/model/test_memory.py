@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.model.ideas.working_memory import MemoryRecord
+from lepton.model.ideas.working_memory import MemoryUpdate
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
 from tests.laws.lab import EOS, build, text
@@ -19,7 +19,7 @@ def test_constant_text_keeps_the_model_finite_for_long():
         out = model(tokens, state)
         state = out.state
         assert out.logits.isfinite().all()
-    assert state.part("memory").matrix_BHKV.abs().max() < 1e3
+    assert state.part("memory").matrix_BNHU.abs().max() < 1e3
 
 
 def reach(model, tokens: torch.Tensor) -> list[int]:
@@ -55,10 +55,10 @@ def remember(model, device, length):
 
     def run(forward):
         reads, strength, record = forward(states, tail, state, timeline)
-        assert isinstance(record, MemoryRecord)
+        assert isinstance(record, MemoryUpdate)
         after = record.after(counts, timeline)
         whole = record.after(torch.full_like(counts, 64), timeline)
-        outputs = [reads, after.tail_BXC, after.matrix_BHKV, whole.tail_BXC, whole.matrix_BHKV]
+        outputs = [reads, after.tail_BRI, after.matrix_BNHU, whole.tail_BRI, whole.matrix_BNHU]
         leaves = [states, tail, state, *(each for name, each in memory.named_parameters() if "out" not in name)]
         return [*outputs, strength], gradients(outputs, leaves)
 

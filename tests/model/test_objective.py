@@ -65,7 +65,7 @@ def slow_parts(model, tokens, lengths):
             logits = model.config.logit_cap * torch.tanh(logits / model.config.logit_cap)
             exits.append(torch.nn.functional.cross_entropy(logits, target))
             saved = (exits[-1] - nats(out.hidden[row, t], target)).detach().clamp(-5, 5)
-            routes.append((flow.given["router"].signal_BT[row, t] - saved) ** 2)
+            routes.append((flow.contributions["router"].signal_BT[row, t] - saved) ** 2)
 
     drafter = model.drafter
     proposals, drafts = drafter.ids.tolist(), [[] for _ in range(drafter.count)]
@@ -93,7 +93,7 @@ def slow_parts(model, tokens, lengths):
                 if t + i < min(inputs.shape[1], int(lengths[row])) and documents[row, t + i] == documents[row, t]
             ]
             if ahead and t < inputs.shape[1]:
-                said = model.peek.summary(model.peek.hint(flow.given["peek"].inputs_BTX[row, t].detach()))
+                said = model.peek.summary(model.peek.hint(flow.contributions["peek"].inputs_BTI[row, t].detach()))
                 hints.append(1 - torch.nn.functional.cosine_similarity(said, sum(ahead), dim=-1))
     return {
         "exit": torch.stack(exits).mean(),

@@ -51,10 +51,10 @@ def lay_out(position, window, past=0, routed=False):
 
 def seen(plan, length, entries):
     """The mask that the biases of a plan's blocks stand for."""
-    rows, slots = plan.blocks[0].bias_BQX.shape[0], entries - plan.blocks[-1].entries.stop
+    rows, slots = plan.blocks[0].bias_BQJ.shape[0], entries - plan.blocks[-1].entries.stop
     mask = torch.zeros(rows, length, entries, dtype=torch.bool)
     for block in plan.blocks:
-        of_block = block.bias_BQX == 0
+        of_block = block.bias_BQJ == 0
         tokens = block.entries.stop - block.entries.start
         mask[:, block.queries, block.entries] = of_block[:, :, :tokens]
         mask[:, block.queries, entries - slots :] = of_block[:, :, tokens:]
@@ -70,7 +70,7 @@ def test_blocks_show_what_the_reference_shows(length, past, window, slots):
     assert torch.equal(seen(near.plan(sees), length, mask.shape[2]), mask)
     queries = torch.randint(length, (2, 5))
     for row in range(2):
-        assert torch.equal(near.seen_by(queries)[row], mask[row, queries[row], : past + length])
+        assert torch.equal(near.mask_of(queries)[row], mask[row, queries[row], : past + length])
 
 
 @pytest.mark.parametrize("slots", [0, 1, 40])
@@ -108,7 +108,7 @@ def test_rows_can_be_picked_in_either_form(monkeypatch):
     position, _, mask = example(8, 4, 3, rows=3)
     rows = torch.tensor([2, 0])
     blocks = lay_out(position, 4).plan_of_mask(mask).of_rows(rows)
-    assert torch.equal(blocks.blocks[0].bias_BQX == 0, mask[rows])
+    assert torch.equal(blocks.blocks[0].bias_BQJ == 0, mask[rows])
     force(monkeypatch, ATTENTION)
     ranges = lay_out(position, 4).plan_of_mask(mask).of_rows(rows).ranges
     expected = Ranges.of_mask(mask[rows])

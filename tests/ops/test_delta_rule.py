@@ -27,7 +27,7 @@ def writes(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Writes, torch
 
 def entry_documents(made: Writes) -> torch.Tensor:
     """The state on entry to a chunk is of the document of the token before it; the first, of document 0."""
-    return F.pad(made.document_BPC[:, :-1, -1], (1, 0))
+    return F.pad(made.document_BPO[:, :-1, -1], (1, 0))
 
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
@@ -44,7 +44,7 @@ def test_the_gradients_agree():
     inputs = [value.detach().requires_grad_() for value in (*made[:5], state)]
     results = []
     for form in (delta_rule, naive_delta_rule):
-        outputs = form(Writes(*inputs[:5], made.document_BPC), inputs[5], entry_documents(made))
+        outputs = form(Writes(*inputs[:5], made.document_BPO), inputs[5], entry_documents(made))
         weights = [torch.linspace(-1, 1, each.numel()).view_as(each) for each in outputs]
         total = sum((each * weight).sum() for each, weight in zip(outputs, weights, strict=True))
         results.append(torch.autograd.grad(total, inputs))

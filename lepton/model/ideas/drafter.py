@@ -1,8 +1,8 @@
-"""Speculative drafts: a small recurrent cell guesses the next tokens one after the other, for the model to verify.
+"""Speculative drafts: a small recurrent cell predicts the next tokens one by one, and the model verifies them.
 
-The cell starts from the (detached) top state and is fed the embedding of the token just drafted (EAGLE, 2024;
-recurrent drafter, 2024). It proposes only frequent tokens; what it cannot propose is reached through the residual of
-the acceptance rule, so the output distribution stays exact. The trunk and the embedding never pay for it.
+The cell starts from the last hidden state, detached, and reads the embedding of the token just drafted (EAGLE, 2024;
+recurrent drafter, 2024). It proposes only frequent tokens. Other tokens come from the residual distribution of the
+acceptance rule, so the output distribution stays exact. Trunk and embedding get no gradient from its loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,11 +21,11 @@ from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 FADE = 0.8
-"""Weight of each drafted token's loss against the one before it."""
+"""Weight of a draft's loss, relative to the draft before it."""
 STRIDE = 4
-"""One position in so many teaches the drafter."""
+"""The loss uses one position in this many."""
 WIDTHS = {"nano": 128, "micro": 192, "tiny": 256, "small": 256, "medium": 256, "large": 384, "xl": 512, "xxl": 512}
-"""Of the cell, by size."""
+"""Width of the cell of each size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class DrafterConfig(IdeaConfig):
     """The cell that drafts tokens for speculative decoding."""
 
     count: int = 4
-    """Tokens drafted at once."""
+    """Tokens drafted before a verification."""
     width: int = 256
     """Width of the cell."""
     vocab: int = 4096
-    """Frequent tokens that it can propose."""
+    """Number of tokens that it can propose, the most frequent ones."""
 
     name = "drafter"
     most = {"count": 64, "width": 1 << 15, "vocab": 1 << 21}
@@ -59,7 +59,7 @@ class DrafterConfig(IdeaConfig):
 
 
 class Drafter(Idea):
-    """The cell, its way in and its way out to the rows of the shared embedding that it may propose."""
+    """The cell, its input projections, and its output projection to the width of the embedding."""
 
     name = "drafter"
     compiled = ("loss",)
@@ -79,11 +79,11 @@ class Drafter(Idea):
         self.up = Linear(2 * width, 2 * width)
         self.down = Linear(2 * width, width)
         self.leave = Linear(width, embedding)
-        # Which tokens can be proposed, most frequent first; training sets them from its data.
+        # The tokens that can be proposed, most frequent first; set from the training data.
         self.register_buffer("ids", torch.empty(own.vocab, dtype=torch.int64))
 
     def reset(self) -> None:
-        """Propose the first ids: byte-pair ids come by frequency."""
+        """Propose the first ids: those of byte-pair tokens are sorted by frequency."""
         self.ids.copy_(torch.arange(self.vocab_size))
 
     def check_buffers(self, found: Mapping[str, Any], config: LeptonConfig) -> None:
@@ -96,43 +96,46 @@ class Drafter(Idea):
         self.ids.copy_(counts_V().argsort(descending=True, stable=True)[: self.vocab_size])
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """Return the cell's state [..., W] at top states [..., D]."""
+        """Return the cell's first state [..., W] for hidden states [..., D]."""
         return norm(self.enter(hidden.detach()))
 
     def step(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return the state after one more token, given its embedding [..., E]."""
+        """Return the cell's state after one more token with embedding [..., E]."""
         entered = torch.cat([state, norm(self.token(norm(embedded.detach())))], -1)
         return norm(state + self.down(F.relu(self.up(entered)).square()))
 
     def rows(self, embedding: nn.Embedding) -> Tensor:
-        """The embeddings of the tokens that can be proposed, without gradient."""
+        """Return the embeddings [Z, E] of the tokens that can be proposed, without gradient."""
         return embedding.weight.detach()[self.ids]
 
-    def logits(self, state: Tensor, rows_VE: Tensor) -> Tensor:
-        """Logits over `ids`, in fp32 or better."""
-        raw = self.leave(state) @ rows_VE.to(state.dtype).T
+    def logits(self, state: Tensor, rows_ZE: Tensor) -> Tensor:
+        """Return the logits [..., Z] of the tokens `ids`, in fp32 or better, for states [..., W] of the cell."""
+        raw = self.leave(state) @ rows_ZE.to(state.dtype).T
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.cap * torch.tanh(raw / self.cap)
 
-    def loss(self, hidden_MD: Tensor, following_MX: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Faded mean cross-entropy of the drafts at M positions.
+    def loss(self, hidden_MD: Tensor, read_MY: Tensor, target_MY: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Return the mean cross-entropy of the drafts after M positions, weighted by `FADE`.
 
-        `following_MX` are the 1 + `count` tokens after each position, `IGNORE` beyond its document; the first was
-        sampled by the model itself, each next one is what the cell should have drafted.
+        Args:
+            hidden_MD: hidden states at the positions.
+            read_MY: the token that the cell reads before each draft; the first is the next token, which the model
+                itself predicts. Negative: there is none.
+            target_MY: the token that each draft should be; negative: there is none.
+            embedding: the model's.
         """
-        rows_VE = self.rows(embedding).to(hidden_MD.dtype)  # once, and not with each draft
-        place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_VE.device)
-        place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_VE.device))
-        known_MX = following_MX.clamp(min=0)
-        target_MX = torch.where(following_MX >= 0, place_V[known_MX], IGNORE)
-        state_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_VE.device), 0.0
+        rows_ZE = self.rows(embedding).to(hidden_MD.dtype)  # once for all drafts
+        place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_ZE.device)
+        place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_ZE.device))
+        target_MY = torch.where(target_MY >= 0, place_V[target_MY.clamp(min=0)], IGNORE)
+        state_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_ZE.device), 0.0
         for i in range(self.count):
-            embedded_ME = F.embedding(known_MX[:, i], embedding.weight.detach()).to(state_MW.dtype)
+            embedded_ME = F.embedding(read_MY[:, i].clamp(min=0), embedding.weight.detach()).to(state_MW.dtype)
             state_MW = self.step(state_MW, embedded_ME)
             loss, *_ = linear_cross_entropy(
                 self.leave(state_MW),
-                rows_VE,
-                target_MX[:, i + 1],
+                rows_ZE,
+                target_MY[:, i],
                 vocab_size=self.vocab_size,
                 cap=self.cap,
                 z_weight=0.0,
@@ -141,20 +144,20 @@ class Drafter(Idea):
         return total / weights
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """What the cell drafts after a quarter of the positions."""
+        """The loss at a quarter of the positions."""
         following_BT, position_BT = outcome.following_BT, outcome.position_BT
-        following = []
+        ahead = []
         for i in range(self.count + 1):
             # The token i + 1 after each position, if it is in the chunk and the same document.
             token_BT = F.pad(following_BT[:, i:], (0, min(i, following_BT.shape[1])), value=IGNORE)
             if i:
                 place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
                 token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
-            following.append(token_BT)
-        following_MX = torch.stack(following, -1).flatten(0, 1)
+            ahead.append(token_BT)
         index_M = picks(following_BT, STRIDE)
+        tokens = torch.stack(ahead, -1).flatten(0, 1)[index_M]
         hidden_MD = outcome.hidden_BTD.flatten(0, 1)[index_M]
-        return {"draft": self.loss(hidden_MD, following_MX[index_M], outcome.model.embed)}
+        return {"draft": self.loss(hidden_MD, tokens[:, :-1], tokens[:, 1:], outcome.model.embed)}
 
     def extra_training_flops(self, work: Work, head: int) -> float:
         step = 2 * matrices(self.token) + 3 * matrices(self.up, self.down, self.leave)
@@ -162,9 +165,9 @@ class Drafter(Idea):
         return 2 * (2 * matrices(self.enter) + self.count * step) / STRIDE
 
     def kept_bytes(self, work: Work) -> float:
-        """Four steps at a quarter of the positions."""
+        """The steps of the cell at sampled positions."""
         return work.itemsize * work.length * (self.leave.out_features + 9 * self.leave.in_features)
 
     def switches(self) -> dict[str, Switch]:
-        """None: without drafts the model predicts the same."""
+        """None: the predictions do not depend on it."""
         return {}

@@ -1,13 +1,22 @@
-"""What an idea is: a module, and everything that the rest of the package has to know of it.
+"""The contract of an idea: a module of the model, and everything that the rest of the package has to know about it.
 
-An idea reads the states that the stem makes of a chunk (and what the ideas before it gave), and gives something to the
-pass: a vector added to the stream, key/value slots that the deep blocks see, which tokens go deep, a feature or a
-signal for later ideas. What it keeps of the past is its own part of the state. An idea of the other kind reads the top
-state: it takes no part in the pass, and learns from losses of its own.
+There are two kinds. An idea *in the pass* runs once per chunk, between the stem and the deep blocks: its `contribute`
+reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may add a vector to the
+residual stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep
+state. An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the
+last hidden states, and generation calls it by name.
 
-Everything else that runs over ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs,
-the forecast of memory, what is compiled, what can be switched off. So a new idea is one file with a configuration and a
-module, and its line in `lepton/model/ideas/__init__.py`.
+Everything else that concerns ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs, the
+forecast of GPU memory, compilation, ablation, state files. So a new idea is one file with a configuration and a module,
+and a line in `lepton/model/ideas/__init__.py`. docs/add_an_idea.md is the guide.
+
+`Idea` is what to implement. The other classes are what its methods receive and return:
+
+    ChunkInputs   a chunk before the first block
+    Flow          the same after the stem, with what the ideas have contributed so far
+    Contribution  what one idea returns to the pass
+    Outcome       a training batch after the pass, from which ideas compute their losses
+    Work          a workload, for which ideas count FLOPs and bytes
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,162 +39,167 @@ from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import linear_cross_entropy
 
 OUTCOME_STRIDE = 32
-"""One position in so many shows the ideas that predict outcomes what came of a prediction."""
-
+"""Losses that need logits look at one position in this many."""
 SIGNALS = ("router", "thoughts", "memory")
-"""Ideas whose signals the uncertainty reads: benefit of depth, change of the thoughts, strength of the memory's
-answer."""
+"""Ideas whose signals the uncertainty reads: expected benefit of depth, last change of the thoughts, size of the
+memory's read."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 
 
 class Host(nn.Module):
-    """The model that an idea is built into, as far as ideas look at it."""
+    """The model that an idea belongs to: what ideas may use of it."""
 
     config: LeptonConfig
     embed: nn.Embedding
     head_down: nn.Module
-    """From the width to that of the embedding."""
+    """Projection from the model's width to that of the embedding."""
 
     def without(self, name: str) -> AbstractContextManager[dict[str, Any]]:
-        """Leave the idea called `name` out inside the block."""
+        """Run without the idea `name` inside the block."""
         raise NotImplementedError
 
 
 Switch = Callable[[Host], AbstractContextManager[dict[str, Any]]]
-"""Switches an idea off inside a block, without changing a parameter, and yields the arguments of the calls in it."""
+"""A context manager that switches an idea off without changing parameters. It yields keyword arguments, such as
+``think=0``, with which the model must be called inside."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a caller asks of a pass."""
+    """Options of a pass."""
 
     depth: float = 1.0
-    """Share of the tokens allowed past the stem."""
+    """Share of the tokens that may go through the deep blocks."""
     think: int | Tensor | None = None
-    """Rounds of thinking, for all rows or for each; None is the model's own number."""
+    """Rounds of thinking, for all rows or per row (int [B]); None is the configuration's number."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """What an idea gives to a pass. All that is left at None is not there."""
+class Contribution:
+    """What an idea returns to the pass. None means that there is no such part."""
 
     added_BTD: Tensor | None = None
-    """Added to the stream before the deep blocks."""
+    """Added to the residual stream before the deep blocks."""
     slots: Slots | None = None
-    """Key/value slots that the deep blocks see beside their window."""
-    feature_BTX: Tensor | None = None
-    """What later ideas may read of it."""
+    """Extra keys and values for the deep blocks."""
+    feature_BTF: Tensor | None = None
+    """Features that later ideas may read. The configuration's `feature_width` is F."""
     signal_BT: Tensor | None = None
-    """A number that says how the idea fared at each token."""
-    inputs_BTX: Tensor | None = None
-    """What it was made of, where a loss makes it again."""
+    """One number per token for the uncertainty, if the idea is one of `SIGNALS`."""
+    inputs_BTI: Tensor | None = None
+    """Inputs of the idea, if its loss computes the idea again."""
     deep_BT: Tensor | None = None
-    """The tokens that go past the stem."""
-    record: Any = None
-    """A dataclass whose `after(count_B, timeline)` is the idea's part of the state after so many tokens."""
+    """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
+    update: Any = None
+    """How the idea's state changes with this chunk: an object with `after(count_B, timeline)`, which returns the state
+    after the first `count_B` tokens of each row. None: the idea has no state."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A chunk before any layer: its tokens, and where they stand."""
+class ChunkInputs:
+    """A chunk before the first block."""
 
     call: Call
     tokens_BT: Tensor
     embedded_BTE: Tensor
     """Token embeddings."""
     timeline: Timeline
+    """Positions, documents and segments of the tokens."""
     rotary: Rotary
-    near: CausalWindow
-    """What the tokens see of past and chunk."""
+    """Rotary angles of the tokens."""
+    causal: CausalWindow
+    """Attention mask of the tokens, without slots."""
 
 
 @dataclass(frozen=True)
-class Flow(Place):
-    """A chunk on its way from the stem to the deep blocks: what ideas read, and what they have given so far."""
+class Flow(ChunkInputs):
+    """A chunk between the stem and the deep blocks, with the contributions of the ideas that have run so far."""
 
     h_BTD: Tensor
-    """The stream behind the stem."""
+    """Residual stream after the stem."""
     u_BTD: Tensor
-    """The same, normed."""
+    """The same, normed. This is what ideas read."""
     x_BTD: Tensor
-    """The stream with what the ideas have added to it so far; at the end it enters the deep blocks."""
-    given: Mapping[str, Given] = field(default_factory=dict)
-    """By the names of the ideas, in order; without what is in the stream, and without records."""
+    """`h_BTD` plus what ideas have added so far. The deep blocks start from the final sum."""
+    contributions: Mapping[str, Contribution] = field(default_factory=dict)
+    """By name of the idea, in order; without `added_BTD`, which is in the stream, and without `update`."""
 
     @staticmethod
-    def behind_stem(place: Place, h_BTD: Tensor) -> "Flow":
-        """Return the flow as the first idea finds it."""
-        return Flow(**vars(place), h_BTD=h_BTD, u_BTD=norm(h_BTD), x_BTD=h_BTD)
+    def after_stem(inputs: ChunkInputs, h_BTD: Tensor) -> "Flow":
+        """Return the flow that the first idea receives."""
+        return Flow(**vars(inputs), h_BTD=h_BTD, u_BTD=norm(h_BTD), x_BTD=h_BTD)
 
-    def joined_by(self, name: str, given: Given) -> "Flow":
-        """Return the flow with what one more idea gives."""
+    def plus(self, name: str, given: Contribution) -> "Flow":
+        """Return the flow with the contribution of the idea `name`."""
         x_BTD = self.x_BTD if given.added_BTD is None else self.x_BTD + given.added_BTD
-        return replace(self, x_BTD=x_BTD, given={**self.given, name: replace(given, added_BTD=None, record=None)})
+        kept = replace(given, added_BTD=None, update=None)
+        return replace(self, x_BTD=x_BTD, contributions={**self.contributions, name: kept})
 
-    def passed(self) -> "Flow":
-        """Return the flow without what only the deep blocks look at."""
-        return replace(self, given={name: replace(given, slots=None) for name, given in self.given.items()})
+    def without_slots(self) -> "Flow":
+        """Return the flow without slots, which only the deep blocks need."""
+        kept = {name: replace(each, slots=None) for name, each in self.contributions.items()}
+        return replace(self, contributions=kept)
 
     def features(self, *names: str) -> list[Tensor]:
-        """Return what these ideas let others read, of those that do."""
-        found = [self.given[name].feature_BTX for name in names if name in self.given]
+        """Return the features [B, T, F] of those of these ideas that have any."""
+        found = [self.contributions[name].feature_BTF for name in names if name in self.contributions]
         return [feature for feature in found if feature is not None]
 
     def signals(self, *names: str) -> Tensor:
-        """Return the signals of these ideas [B, T, number of names] in fp32 or better, zero for one that has none."""
+        """Return the signals of these ideas [B, T, number of names], detached, fp32 or better; 0 for one without."""
         nothing_BT = torch.zeros_like(self.u_BTD[..., 0], dtype=torch.promote_types(self.u_BTD.dtype, torch.float32))
-        found = [self.given[name].signal_BT if name in self.given else None for name in names]
+        found = [self.contributions[name].signal_BT if name in self.contributions else None for name in names]
         return torch.stack([nothing_BT if each is None else each.to(nothing_BT) for each in found], -1).detach()
 
     @cached_property
     def slots(self) -> Slots | None:
-        """The slots of all ideas, side by side, those of the later ideas first."""
-        return Slots.join(*(given.slots for given in reversed([*self.given.values()])))
+        """The slots of all ideas, concatenated, those of later ideas first; None: there are none."""
+        return Slots.join(*(each.slots for each in reversed([*self.contributions.values()])))
 
     @cached_property
     def deep_BT(self) -> Tensor:
-        """The tokens that go past the stem: those that every idea with a say in it sends on."""
+        """Bool: the tokens that go through the deep blocks."""
         deep_BT = torch.ones_like(self.timeline.ends_BT)
-        for given in self.given.values():
-            if given.deep_BT is not None:
-                deep_BT = deep_BT & given.deep_BT
+        for each in self.contributions.values():
+            if each.deep_BT is not None:
+                deep_BT = deep_BT & each.deep_BT
         return deep_BT
 
     @cached_property
     def plan(self) -> AttentionPlan:
-        """What the tokens see in the deep blocks."""
+        """Attention mask of the deep blocks."""
         chosen_BT = self.deep_BT if self.call.depth < 1 else None
-        return self.near.plan(self.slots.mask_BTC if self.slots else None, chosen_BT)
+        return self.causal.plan(self.slots.mask_BTC if self.slots else None, chosen_BT)
 
 
 @dataclass
 class Outcome:
-    """A chunk after the pass, and what really came: what the losses of ideas are made of."""
+    """A training batch after the pass: predictions and the tokens that really followed."""
 
     model: Host
     hidden_BTD: Tensor
-    """Normed top states."""
+    """Last hidden states, normed: the inputs of the head."""
     flow: Flow
     following_BT: Tensor
     """The token after each, `IGNORE` where there is none."""
     position_BT: Tensor
-    """Place in its document of each token, -1 in padding."""
+    """Position of each token in its document, -1 in padding."""
     nats_M: Tensor
-    """Loss of each of the B x T predictions."""
+    """Cross-entropy of each of the B x T predictions."""
 
     @cached_property
     def sampled_M(self) -> Tensor:
-        """The positions of the flattened batch that are compared with what came."""
+        """Indices in B x T of the positions at which losses may compute logits: one in `OUTCOME_STRIDE`."""
         return picks(self.following_BT, OUTCOME_STRIDE)
 
     @cached_property
     def rows_VE(self) -> Tensor:
-        """The rows of the head, without gradient, in the dtype of the activations."""
+        """The embedding without gradient, in the dtype of the activations."""
         return self.model.embed.weight.detach().to(self.hidden_BTD.dtype)
 
     def frozen_loss(self, x_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of states, differentiable in them and not in the head, and the nats of each position."""
+        """Return the mean cross-entropy of hidden states and the nats of each; the head gets no gradient."""
         model, x = self.model, norm(x_MD)
         if isinstance(model.head_down, nn.Linear):
             x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
@@ -200,147 +214,171 @@ class Outcome:
         return loss, nats_M
 
 
-def picks(tokens_BT: Tensor, stride: int) -> Tensor:
-    """Every `stride`-th position of the flattened batch, from a start that depends on the batch alone."""
-    stride = min(stride, tokens_BT.numel())
-    count = tokens_BT.numel() // stride
-    return tokens_BT.sum() % stride + stride * torch.arange(count, device=tokens_BT.device)
+def picks(tokens: Tensor, stride: int) -> Tensor:
+    """Return the indices of every `stride`-th element of `tokens`, flattened, from a start that depends on its values.
+
+    So which positions are sampled is a pure function of the batch.
+    """
+    stride = min(stride, tokens.numel())
+    count = tokens.numel() // stride
+    return tokens.sum() % stride + stride * torch.arange(count, device=tokens.device)
 
 
 @dataclass(frozen=True)
 class Work:
-    """A pass over a fresh sequence of one document, for counting what it costs."""
+    """A pass over one document from its beginning, for counting its cost per row."""
 
     length: int
     """Tokens."""
     groups: int
-    """Segments that there is room for."""
+    """Segments that tensors have space for: at least those that open."""
     depth: float = 1.0
+    """Share of the tokens that go through the deep blocks."""
     think: float | None = None
+    """Rounds of thinking; None is the configuration's number."""
     rows: int = 1
-    """Rows of a batch in training."""
+    """Rows of the batch, in training."""
     itemsize: int = 4
-    """Bytes of an activation."""
+    """Bytes per element of an activation."""
 
     @property
     def half(self) -> bool:
-        """Whether activations are in half precision, for which there are kernels."""
+        """Whether activations are in half precision, which Triton kernels need."""
         return self.itemsize < 4
 
 
 class Idea(nn.Module):
-    """A module of the model that owns itself. What an idea does not need of this it leaves as it is."""
+    """Base class of an idea. Only `name`, `declares` and, in the pass, `contribute` are required."""
+
+    # What it is called, and what trains it.
 
     name: ClassVar[str]
-    """Its attribute in the model, and the beginning of its parameters' names."""
+    """The attribute of the model that holds it, and the prefix of its parameters' names."""
     title: ClassVar[str] = ""
-    """What tables call it, where that is not its name."""
+    """Its name in tables, if that is not `name`."""
     declares: Declarations = {}
+    """Initial value and optimizer group of each of its parameters; see `lepton.model.parameters`."""
     loss_weights: ClassVar[Mapping[str, float]] = {}
-    """Weight of each of its losses in the sum."""
+    """Weight of each of its losses in the training loss."""
     compiled: ClassVar[tuple[str, ...]] = ()
-    """Its functions that are compiled for training; they take tensors and plain values."""
+    """Names of its methods that are compiled for training. Their arguments are tensors, dataclasses of tensors and
+    plain values."""
     opens: ClassVar[bool] = False
-    """Whether something happens where a segment opens, so that shapes depend on how many do."""
-
+    """Whether it computes something for each segment that opens, so that shapes depend on the number of segments."""
     old_names: ClassVar[Mapping[str, str]] = {}
-    """How names of its part of the state began in older files, and how they begin now."""
+    """For state files of before: prefixes of names of its tensors, and what replaces them."""
 
-    def contribute(self, flow: Flow, past: Any) -> Given:
-        """Return what it gives to a pass, `past` being its part of the state on entry."""
+    # The pass.
+
+    def contribute(self, flow: Flow, past: Any) -> Contribution:
+        """Return its contribution to the pass over a chunk.
+
+        `past` is its state before the chunk, None if it has none. The contribution must be causal: no value at a token
+        may depend on later tokens.
+        """
         raise NotImplementedError(f"{type(self).__name__} reads the top states")
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
-        """Return the last states, those of the tokens changed that did not go deep."""
+        """Return the residual stream after the deep blocks; it may change the tokens that skipped them."""
         return x_BTD
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> Any:
-        """Return its part of the state of `rows` sequences that have read nothing; None: it keeps nothing.
+    # Its state: a dataclass of tensors with one row per sequence.
+    # If the dataclass has a true class attribute `outlives_window`, it is part of `state.memory`; it then also has a
+    # method `cleared()`, which returns it empty.
 
-        Without `room` no places are laid out for what is remembered later.
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> Any:
+        """Return the state of `rows` sequences that have read nothing; None: it has no state.
+
+        Without `allocate`, dimensions that hold past tokens may have size 0: such a state is read once and dropped.
         """
         return None
 
-    def check_buffers(self, found: Mapping[str, Any], config: LeptonConfig) -> None:
-        """Raise InputError for values of its buffers in a model's weights `found` that it cannot have."""
-
-    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
-        """Return the least and the largest value of fields of its part of the state; a file may not exceed them."""
-        return {}
-
     def carried(self, past: Any, fresh: Any) -> Any:
-        """Return its part of a memory as a new stream starts with it; `fresh` is that of a stream without a memory.
+        """Return the state `past` of another stream as a new stream starts with it; `fresh` is an empty state.
 
-        Only asked of an idea whose part of the state has a true `outlives_window`.
+        Called only for states that outlive the window.
         """
         return past
 
-    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """Return its losses by their names in `loss_weights`. None of them moves the trunk."""
+    def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
+        """Return the least and the largest value of fields of its state, which are checked in files."""
         return {}
 
+    def check_buffers(self, found: Mapping[str, Any], config: LeptonConfig) -> None:
+        """Raise InputError if the weights `found`, by name, have buffers of this idea with impossible values."""
+
+    # Training.
+
+    def losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Return its losses, by their names in `loss_weights`. Their gradients must stop at its own parameters."""
+        return {}
+
+    def sampled_logits(self) -> bool:
+        """Return whether its losses compute logits at `Outcome.sampled_M`."""
+        return False
+
+    def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
+        """Set buffers from the training data. `counts_V()` returns how often each token occurs in it."""
+
+    def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the rounds of thinking of each row of a training batch, int [rows]; None: it does not think."""
+        return None
+
+    def check_rounds(self, think_B: Tensor) -> None:
+        """Raise InputError for rounds of thinking per row that it cannot compute."""
+
+    # Costs.
+
     def slots_of(self, groups: int) -> int:
-        """Return how many slots it gives to a fresh sequence with room for `groups` segments."""
+        """Return the number of its slots in a fresh sequence with space for `groups` segments."""
         return 0
 
     def flops(self, work: Work) -> float:
-        """Return the multiply-adds of its matrix products in a pass, the slots' in the deep blocks left out."""
+        """Return the multiply-adds of its matrix products in a pass over a row; those of its slots count elsewhere."""
         return 0
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """Return what a training step costs per token beyond three passes, in FLOPs: losses, gradients that stop.
+        """Return the FLOPs per token of a training step, less three times those of a pass.
 
-        `head` are the multiply-adds of the model's head for one position.
+        Losses add to it, stopped gradients make it smaller. `head` are the multiply-adds of the model's head per token.
         """
         return 0
 
     def kept_bytes(self, work: Work) -> float:
-        """Return about how many bytes of activations it keeps of a row of a batch for the backward pass."""
+        """Return about how many bytes of activations per row it keeps for the backward pass."""
         return 0
 
-    def sampled_logits(self) -> bool:
-        """Return whether its losses look at logits of sampled positions."""
-        return False
+    def think_in_training(self, rows: int) -> float | None:
+        """Return the mean rounds of thinking that are computed per row in a training batch; None: it does not think."""
+        return None
+
+    # How it is switched off at run time.
 
     def switches(self) -> dict[str, Switch]:
-        """Return the ways to switch it off at run time, by what a table calls them."""
+        """Return ways to switch it off, by their names in tables. By default the model runs as if built without it."""
         return {self.title or self.name: lambda model: model.without(self.name)}
-
-    def think_in_training(self, rows: int) -> float | None:
-        """Return the rounds that are computed for a row of a training batch of `rows`, on average."""
-        return None
-
-    def check_rounds(self, think_B: Tensor) -> None:
-        """Raise InputError for rounds of thinking per row that it cannot do."""
-
-    def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor | None:
-        """Return the rounds of thinking of each row of a training batch, [rows]; None: it does not think."""
-        return None
-
-    def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
-        """Take what it needs of how often each token occurs in the training data; `counts_V()` counts."""
 
 
 def segment_within_window(config: LeptonConfig) -> None:
-    """Raise InputError unless what a segment opens or closes is in sight of all of it."""
+    """Raise InputError if a segment is longer than the attention window."""
     if config.window is not None and config.segment > config.window:
         raise InputError(f"segment={config.segment}: must not be longer than window={config.window}")
 
 
 def matrices(*modules: nn.Module | None) -> int:
-    """Entries of the matrices in some modules: their multiply-adds per token."""
+    """Return the number of weights in all linear layers of some modules, which is their multiply-adds per token."""
     parts = (part for module in modules if module is not None for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
 
 
 def children(model: nn.Module) -> Iterator[Idea]:
-    """Yield the ideas of a model in the order in which they were built."""
+    """Yield the ideas of a model, in the order of construction."""
     return (module for module in model.children() if isinstance(module, Idea))
 
 
 @contextmanager
 def replaced(parameter: Tensor, value: Tensor) -> Iterator[None]:
-    """Let `parameter` hold `value` for a while; its own tensor is put aside, not written to."""
+    """Let `parameter` have the value `value` inside the block, without writing to its tensor."""
     own = parameter.data
     parameter.data = value
     try:

@@ -1,9 +1,9 @@
-"""Future peek: a predicted hint about what comes. It reads the past; the future appears only in its loss.
+"""Future peek: a hint about the next tokens, predicted from the past. The future itself appears only in its loss.
 
-The hint is a small MLP of the stem state, the memory's read and the current thought, and feeds back through a
-projection that starts at zero. It is taught to point at a summary of the next tokens, the very next one excluded,
-that a right-to-left pass over the embeddings makes. That loss stops at the hint's inputs: it shapes the hint and
-costs the trunk nothing.
+The hint is the output of a small MLP, which reads the stem state, the memory's read and the current thoughts. A
+projection that starts at zero adds it to the residual stream. Its loss compares it with a summary of the tokens ahead,
+the next one excluded: a right-to-left sum of their embeddings. The gradient of this loss stops at the MLP's inputs, so
+it does not change the trunk.
 """
 
 from collections.abc import Iterator
@@ -16,26 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Flow, Given, Idea, Outcome, Switch, Work, matrices, picks, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Outcome, Switch, Work, matrices, picks, replaced
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import FEED, MATRIX
 
 FADE = 0.8
-"""A token's share in the summary, against that of the token before it."""
+"""Weight of a token in the summary, relative to the token before it."""
 ROW_STRIDE = 4
-"""One row in so many teaches the hint, whose summary needs neighbours."""
+"""The loss uses one row in this many, and all its tokens, because a summary needs consecutive ones."""
 SOURCES = ("memory", "thoughts")
-"""Ideas whose features the hint reads beside the stem state."""
+"""Ideas whose features the hint reads, in addition to the stem state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeekConfig(IdeaConfig):
-    """The hint about what comes."""
+    """Future peek."""
 
     width: int = 64
     """Width of the hint."""
     horizon: int = 8
-    """Tokens ahead that the hint is taught to summarise, the next one excluded."""
+    """Last token of the summary, counted from the current one. The first is token 2."""
 
     name = "peek"
     most = {"width": 1 << 15, "horizon": 1024}
@@ -44,7 +44,7 @@ class PeekConfig(IdeaConfig):
 
     def check(self, config: LeptonConfig) -> None:
         self.at_least(1, "width")
-        self.at_least(2, "horizon")  # the next token is no part of the hint
+        self.at_least(2, "horizon")  # the next token is not in the summary
 
     def build(self, config: LeptonConfig) -> "Peek":
         features = [part.feature_width(config) for name in SOURCES if (part := config.idea(name)) is not None]
@@ -56,7 +56,7 @@ class PeekConfig(IdeaConfig):
 
 
 class Peek(Idea):
-    """The hint, its way back into the stream, and what reads the summary off it."""
+    """The hint, its projection into the stream, and the projection that the loss compares with the summary."""
 
     name = "peek"
     compiled = ("loss",)
@@ -76,33 +76,33 @@ class Peek(Idea):
         self.summary = Linear(own.width, config.embed_rank or config.width)
         self.horizon = own.horizon
 
-    def contribute(self, flow: Flow, past: Any) -> Given:
-        """Make the hint of the stem state, the memory's read and the current thought."""
-        inputs_BTX = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
-        hint_BTP = self.hint(inputs_BTX)
-        return Given(added_BTD=self.back(hint_BTP), feature_BTX=hint_BTP, inputs_BTX=inputs_BTX)
+    def contribute(self, flow: Flow, past: Any) -> Contribution:
+        """Compute the hint and add it to the stream."""
+        inputs_BTI = torch.cat([flow.u_BTD, *flow.features(*SOURCES)], -1)
+        hint_BTF = self.hint(inputs_BTI)
+        return Contribution(added_BTD=self.back(hint_BTF), feature_BTF=hint_BTF, inputs_BTI=inputs_BTI)
 
-    def hint(self, inputs_BTX: Tensor) -> Tensor:
-        """Return the hint [B, T, hint]."""
-        return norm(self.down(F.silu(self.up(inputs_BTX))))
+    def hint(self, inputs_BTI: Tensor) -> Tensor:
+        """Return the hint [B, T, F]."""
+        return norm(self.down(F.silu(self.up(inputs_BTI))))
 
-    def loss(self, inputs_BTX: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
-        """Mean 1 - cosine between what the hint says and the summary, over the tokens that have a future.
+    def loss(self, inputs_BTI: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
+        """Return the mean of 1 - cosine(projected hint, summary), over the tokens that have a summary.
 
-        `embedded_BTE` are the embeddings of the chunk's own tokens; both arguments are used without gradient.
+        `embedded_BTE` are the embeddings of the tokens. Neither argument gets a gradient.
         """
         target_BTE, has_BT = summary(embedded_BTE.detach().float(), position_BT, self.horizon)
-        said_BTE = self.summary(self.hint(inputs_BTX.detach())).float()
-        distance_BT = 1 - F.cosine_similarity(said_BTE, target_BTE, dim=-1)
+        predicted_BTE = self.summary(self.hint(inputs_BTI.detach())).float()
+        distance_BT = 1 - F.cosine_similarity(predicted_BTE, target_BTE, dim=-1)
         return (distance_BT * has_BT).sum() / has_BT.sum().clamp(min=1)
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """What the hint says about the tokens ahead. Padding, at position -1, is none of them."""
-        rows_R = picks(outcome.following_BT[:, 0], ROW_STRIDE)
-        inputs_BTX = outcome.flow.given[self.name].inputs_BTX
-        assert inputs_BTX is not None
-        embedded_RTE, position_RT = outcome.flow.embedded_BTE[rows_R], outcome.position_BT[rows_R]
-        return {"peek": self.loss(inputs_BTX[rows_R], embedded_RTE, position_RT)}
+        """The loss on some rows. Padding has position -1 and is in no summary."""
+        rows_A = picks(outcome.following_BT[:, 0], ROW_STRIDE)
+        inputs_BTI = outcome.flow.contributions[self.name].inputs_BTI
+        assert inputs_BTI is not None
+        embedded_ATE, position_AT = outcome.flow.embedded_BTE[rows_A], outcome.position_BT[rows_A]
+        return {"peek": self.loss(inputs_BTI[rows_A], embedded_ATE, position_AT)}
 
     def flops(self, work: Work) -> float:
         return work.length * (matrices(self) - matrices(self.summary))
@@ -111,11 +111,11 @@ class Peek(Idea):
         return 2 * (2 * matrices(self.up) + 3 * matrices(self.down, self.summary)) / ROW_STRIDE
 
     def kept_bytes(self, work: Work) -> float:
-        """Its inputs, and the states that the hint is added to."""
+        """Its inputs, and the stream before and after the hint is added."""
         return work.itemsize * work.length * (2 * self.up.in_features + 2 * self.back.out_features)
 
     def switches(self) -> dict[str, Switch]:
-        """Off, the hint is not fed back."""
+        """Off: the hint is not added to the stream."""
 
         @contextmanager
         def off(model: Any) -> Iterator[dict[str, Any]]:
@@ -126,9 +126,10 @@ class Peek(Idea):
 
 
 def summary(embedded_BTE: Tensor, position_BT: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Faded sum of the normed embeddings 2 .. horizon tokens ahead in the same document, and where there is any.
+    """Return the summary of the tokens ahead [B, T, E], and where there is one, bool [B, T].
 
-    Read from the right: each step to the left fades what is already there.
+    It is the sum of the normed embeddings of the tokens 2 .. horizon ahead in the same document, each weighted by
+    `FADE` relative to the one before it.
     """
     length = position_BT.shape[1]
     normed = norm(embedded_BTE)
@@ -136,7 +137,7 @@ def summary(embedded_BTE: Tensor, position_BT: Tensor, horizon: int) -> tuple[Te
     has_BT = torch.zeros_like(position_BT, dtype=torch.bool)
     for ahead in range(min(horizon, length - 1), 1, -1):
         same_BT = torch.zeros_like(has_BT)
-        # In the same document exactly if the position grew by as much as the index.
+        # Two tokens are in the same document exactly if their positions differ by as much as their indices.
         same_BT[:, : length - ahead] = position_BT[:, ahead:] == position_BT[:, : length - ahead] + ahead
         shifted = F.pad(normed[:, ahead:], (0, 0, 0, ahead))
         total = FADE * total + shifted * same_BT[..., None]

@@ -1,11 +1,11 @@
-"""Sparse depth routing: which tokens go past the stem, and how the others leave.
+"""Sparse depth routing: which tokens go through the deep blocks, and how the others reach the head.
 
-One score a token, read off the stem state: the nats that depth is expected to save. With a depth in 0..1, a token
-wants to go on if its score is above the quantile that leaves that share. Whether it does is decided by a running count:
-in each window of a document exactly the share, rounded, goes, and within it the count may run ahead of the share or
-fall behind it by a quarter of a window. So the knob means the same compute for every text. It is causal, with no top-k
-over a sequence and no statistics of a batch. Router and exit learn from stopped gradients, so the trunk never pays for
-them.
+One score per token, computed from the stem state, predicts by how many nats the deep blocks lower the loss. With a
+depth in 0..1, a token is a candidate for the deep blocks if its score is above the quantile of that share. A running
+count decides: in each window of a document exactly that share of tokens, rounded, goes deep. Within the window the
+count may be ahead or behind by a quarter of the window. So a depth means the same compute for every text. The choice is
+causal: there is no top-k over a sequence, and no statistic of a batch. Router and exit learn from stopped gradients, so
+they do not change the trunk.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
+    Contribution,
     Flow,
-    Given,
     Idea,
     Outcome,
     Switch,
@@ -36,20 +36,21 @@ from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
 from lepton.model.timeline import Timeline
 
 SLACK = 1 / 4
-"""Part of a window by which the count may run ahead or fall behind, since hard tokens come in bursts."""
+"""Part of a window by which the count may be ahead or behind, because hard tokens come in bursts."""
 QUANTILES = 65
+"""Entries of the table of quantiles."""
 DEPTHS = (0.75, 0.5, 0.0)
 """Depths that an ablation measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(IdeaConfig):
-    """Which tokens stop after the stem, and how they leave."""
+    """Depth routing."""
 
     exit_width: int = 384
-    """Hidden width of the adapter through which easy tokens leave."""
+    """Hidden width of the exit, the MLP of tokens that skip the deep blocks."""
     window: int = 64
-    """Tokens over which the share of deep tokens is kept."""
+    """Tokens in which the share of deep tokens is exact."""
 
     name = "router"
     most = {"exit_width": 1 << 18, "window": 1 << 20}
@@ -69,28 +70,28 @@ class RouterConfig(IdeaConfig):
 
 @dataclass(frozen=True)
 class RouterState:
-    """What the router keeps of the past."""
+    """The state of the router."""
 
     taken_B: Tensor
-    """Tokens of the current window that went deep."""
+    """Number of tokens of the current window that went deep."""
 
 
 @dataclass(frozen=True)
-class RouterRecord:
-    """The running count of a chunk, from which the state after any prefix follows."""
+class RouterUpdate:
+    """The running count over a chunk, from which the state after any number of its tokens follows."""
 
     taken_BT: Tensor
     past: RouterState
     window: int
 
     def after(self, count_B: Tensor, timeline: Timeline) -> RouterState:
-        """Return the count once the first `count_B` tokens are read."""
+        """Return the count after the first `count_B` tokens."""
         inside_B = timeline.position_after(count_B) % self.window > 0
         return RouterState(timeline.at(self.taken_BT, count_B, self.past.taken_B) * inside_B)
 
 
 class Router(Idea):
-    """The score, the table of its quantiles, and the exit of easy tokens."""
+    """The score, the table of its quantiles, and the exit."""
 
     name = "router"
     loss_weights = {"exit": 0.1, "router": 0.1}
@@ -113,24 +114,24 @@ class Router(Idea):
         self.register_buffer("quantiles", torch.empty(QUANTILES))
 
     def reset(self) -> None:
-        """Take the quantiles of unit normal scores, which is what the initial weights make of normed states."""
+        """Set the quantiles to those of a standard normal, the scores of an untrained model."""
         probability = torch.linspace(0, 1, QUANTILES).clamp(1e-3, 1 - 1e-3)
         self.quantiles.copy_(2**0.5 * torch.erfinv(2 * probability - 1))
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> RouterState:
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> RouterState:
         return RouterState(torch.zeros(rows, dtype=torch.int64, device=device))
 
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         return {"taken_B": (0, self.window)}
 
-    def contribute(self, flow: Flow, past: RouterState) -> Given:
+    def contribute(self, flow: Flow, past: RouterState) -> Contribution:
         """Choose the tokens that go deep."""
         benefit_BT = self.score(flow.u_BTD)
         deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
-        return Given(signal_BT=benefit_BT, deep_BT=deep_BT, record=RouterRecord(taken_BT, past, self.window))
+        return Contribution(signal_BT=benefit_BT, deep_BT=deep_BT, update=RouterUpdate(taken_BT, past, self.window))
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
-        """Send the tokens that stopped after the stem through the exit."""
+        """Apply the exit to the tokens that skipped the deep blocks."""
         if call.depth >= 1:
             return x_BTD
         index_M = (~deep_BT).flatten().nonzero()[:, 0]
@@ -138,15 +139,15 @@ class Router(Idea):
         return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """The exit's own prediction, and the score against the nats that depth saved, at sampled positions."""
+        """At sampled positions: the loss of predictions through the exit, and the squared error of the score."""
         index_M, flow = outcome.sampled_M, outcome.flow
         target_M = outcome.following_BT.flatten()[index_M]
-        early_MD = self.exit(flow.x_BTD.flatten(0, 1)[index_M])
-        exit_loss, early_nats_M = outcome.frozen_loss(early_MD, target_M)
-        benefit_BT = flow.given[self.name].signal_BT
+        exit_MD = self.exit(flow.x_BTD.flatten(0, 1)[index_M])
+        exit_loss, exit_nats_M = outcome.frozen_loss(exit_MD, target_M)
+        benefit_BT = flow.contributions[self.name].signal_BT
         assert benefit_BT is not None
         valid_M = target_M >= 0
-        saved_M = (early_nats_M - outcome.nats_M[index_M]).clamp(-5, 5)
+        saved_M = (exit_nats_M - outcome.nats_M[index_M]).clamp(-5, 5)
         error_M = (benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
         return {"exit": exit_loss, "router": error_M.sum() / valid_M.sum().clamp(min=1)}
 
@@ -154,7 +155,7 @@ class Router(Idea):
         return work.length * (matrices(self.benefit) + (1 - work.depth) * matrices(self.exit_up, self.exit_down))
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """The score reads stopped gradients; the exit and two heads run at sampled positions."""
+        """Score and exit give no gradient to their inputs; the exit and two heads run at sampled positions."""
         sampled = 2 * (2 * matrices(self.exit_up) + 3 * matrices(self.exit_down) + 2 * head) / OUTCOME_STRIDE
         return sampled - 2 * matrices(self.benefit)
 
@@ -162,33 +163,33 @@ class Router(Idea):
         return True
 
     def switches(self) -> dict[str, Switch]:
-        """Depths, and half depth with tokens drawn at random: the difference is what the router's choice is worth."""
+        """Some depths, and half depth with random tokens, which shows what the router's choice is worth."""
         return {f"depth {depth:g}": partial(_at_depth, depth=depth) for depth in DEPTHS[:2]} | {
             "depth 0.5 at random": partial(_at_random, self),
             "depth 0": partial(_at_depth, depth=0.0),
         }
 
     def score(self, u_BTD: Tensor) -> Tensor:
-        """Nats [..., ] that going deep is expected to save, of normed stem states, in fp32 or better."""
+        """Return the nats [...] by which deep blocks should lower the loss, given normed stem states [..., D]."""
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
         raw = F.linear(u_BTD.detach(), self.benefit.weight.to(u_BTD.dtype))[..., 0]
         return raw.to(precise) + self.benefit.bias.to(precise)
 
     def exit(self, x: Tensor) -> Tensor:
-        """Return the last state of tokens that stop after the stem. No gradient flows on."""
+        """Return the last hidden state of tokens that skip the deep blocks. The input gets no gradient."""
         x = x.detach()
         return x + self.exit_down(F.relu(self.exit_up(norm(x))).square())
 
     def threshold(self, depth: float) -> Tensor:
-        """The score above which a share `depth` of tokens lies, interpolated in the table."""
+        """Return the score that a share `depth` of tokens exceeds, interpolated in the table."""
         place = (1 - depth) * (QUANTILES - 1)
         left = min(int(place), QUANTILES - 2)
         return torch.lerp(self.quantiles[left], self.quantiles[left + 1], place - left)
 
     def choose(self, score_BT: Tensor, depth: float, taken_B: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
-        """Return which tokens go deep [B, T], and how many up to each of them did in its window [B, T].
+        """Return which tokens go deep [B, T], bool, and the running count of them in the window [B, T].
 
-        `taken_B` is that count on entry.
+        `taken_B` is the count before the chunk.
         """
         place_BT = timeline.position_BT % self.window
         if depth >= 1:
@@ -197,8 +198,8 @@ class Router(Idea):
             return torch.zeros_like(score_BT, dtype=torch.bool), torch.zeros_like(place_BT)
         wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)).long()
         least_BT, most_BT = self.bounds(depth, place_BT.device)[:, place_BT]
-        # The count after a token is clamp(count before + wants, least, most). Such steps make such steps when joined,
-        # (add, low, high) each, so the count after every token is a scan; where a window begins, no past counts.
+        # The count after a token is clamp(count before + wants, least, most). Two such steps in sequence have the same
+        # form, so an associative scan computes all counts. At the first token of a window the count before is 0.
         begins_BT = place_BT == 0
         start_BT = wants_BT.clamp(least_BT, most_BT)
         low_BT = torch.where(begins_BT, start_BT, least_BT)
@@ -208,7 +209,7 @@ class Router(Idea):
         return count_BT > before_BT, count_BT
 
     def bounds(self, depth: float, device: torch.device) -> Tensor:
-        """The least and the most tokens [2, window] that may have gone deep up to each place of a window."""
+        """Return the bounds [2, window] of the running count after each token of a window."""
         place = torch.arange(self.window, device=device)
         share = depth * (place + 1).double()
         slack, whole = max(2, int(SLACK * self.window)), round(depth * self.window)
@@ -221,7 +222,7 @@ def running_clamp(add_BT: Tensor, low_BT: Tensor, high_BT: Tensor, start_B: Tens
     """Return x_t = clamp(x_(t-1) + add_t, low_t, high_t) for all t at once, with x_(-1) = `start_B`: [B, T]."""
     distance = 1
     while distance < add_BT.shape[1]:
-        # Join each step with the one that ends where it begins: clamp(clamp(x + a, l, h) + add, low, high).
+        # Compose each step with the one before it: clamp(clamp(x + a, low, high) + add, least, most).
         a, low, high = (value[:, :-distance] for value in (add_BT, low_BT, high_BT))
         add, least, most = (value[:, distance:] for value in (add_BT, low_BT, high_BT))
         joined = (add + a, (low + add).clamp(least, most), (high + add).clamp(least, most))
@@ -240,7 +241,7 @@ def _at_depth(model: Any, depth: float) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _at_random(router: Router, model: Any) -> Iterator[dict[str, Any]]:
-    """Let the router's scores be uniform in 0..1: far digits of a projection of each state, the same on any path."""
+    """Replace the router's scores by pseudo-random numbers in 0..1 that are a function of the state alone."""
     direction_D = torch.randn(router.benefit.in_features, generator=torch.Generator().manual_seed(0))
 
     def score(u_BTD: Tensor) -> Tensor:

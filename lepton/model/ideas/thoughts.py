@@ -1,9 +1,10 @@
-"""Thought tokens: a group of latent tokens opens every segment, thinks in a loop, and never appears in the output.
+"""Thought tokens: latent vectors that are computed when a segment opens, and never appear in the output.
 
-A group starts from learned vectors and the stem state of the token that opens the segment. In each round one tied
-block lets its slots attend to each other and to the window of stem states up to and including that token, which is
-also the first that sees the group: so the thoughts of an answer can influence its first token. Looped tied blocks
-(Universal Transformer, 2018; Saunshi et al. 2025), input re-injected and normed in each round.
+The thoughts of a segment, a group, start from learned vectors and the stem state of the token that opens the segment.
+In each round one block, the same in all rounds, lets them attend to each other and to the window of stem states up to
+and including the opening token. The initial vectors are added again and the sum is normed in each round. The opening
+token is also the first that attends to the group, so the thoughts can influence the first generated token after a
+prompt. Looped blocks: Universal Transformer (2018), Saunshi et al. (2025).
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import check_range
-from lepton.model.ideas.idea import Flow, Given, Idea, Switch, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
 from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, SCORE, normal
@@ -27,22 +28,23 @@ from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 
 TRAINING_ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
-"""In training each row draws its rounds from these, so that any number works afterwards, and none at all. Mostly it is
-the usual number: drawing all of them alike may cost it (docs/log.md). More goes to `late_rows` rows at most."""
+"""In training the rounds of each row are drawn from these, so that any number works afterwards, also 0. Most draws are
+the usual number, because drawing all numbers equally often may make it worse (docs/log.md)."""
 USUAL_ROUNDS = 2
+"""Rounds that all rows of a training batch can have. At most `late_rows` rows have more."""
 MAX_TRAINING_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThoughtsConfig(IdeaConfig):
-    """Thoughts that open each segment."""
+    """Thought tokens."""
 
     count: int = 4
-    """Thought tokens of a group."""
+    """Thought tokens per segment."""
     ffn: int = 768
     """Hidden width of the thinking block's MLP."""
     rounds: int = 2
-    """Rounds of thinking, where a call does not say."""
+    """Rounds of thinking, if a call gives none."""
 
     name = "thoughts"
     most = {"count": 1024, "ffn": 1 << 18, "rounds": 256}
@@ -67,42 +69,42 @@ class ThoughtsConfig(IdeaConfig):
 
 @dataclass(frozen=True)
 class Group:
-    """The thoughts of the segment that is open at the end of a chunk."""
+    """The thoughts of the segment that is open after a chunk."""
 
     states_BSD: Tensor
     active_B: Tensor
-    """Whether anything was thought; without rounds a group is invisible."""
+    """Whether there were any rounds; otherwise no token attends to the group."""
     change_B: Tensor
-    """How far the last round moved the thoughts."""
+    """Root mean square of the change in the last round."""
 
 
 @dataclass(frozen=True)
 class ThoughtState:
-    """What the thoughts keep of the past."""
+    """The state of the thoughts."""
 
     kv: KVCache
-    """What the thinking block attends to."""
+    """Keys and values of the thinking block."""
     group: Group
 
 
 @dataclass(frozen=True)
-class ThoughtRecord:
-    """A chunk's groups, and what the thinking block made of its tokens."""
+class ThoughtUpdate:
+    """The groups of a chunk, and the keys and values of its tokens in the thinking block."""
 
-    run: "ThoughtRun"
+    groups: "Groups"
     chunk: KeysValues
     past: KVCache
     window: int | None
 
     def after(self, count_B: Tensor, timeline: Timeline) -> ThoughtState:
-        """Return the state once the first `count_B` tokens are read."""
+        """Return the state after the first `count_B` tokens."""
         kv = self.past.after([self.chunk], count_B, timeline, self.window)
-        return ThoughtState(kv, self.run.after(count_B))
+        return ThoughtState(kv, self.groups.after(count_B))
 
 
 @dataclass(frozen=True)
-class ThoughtRun:
-    """The groups of a chunk, the one open on entry first: [B, G, ...]."""
+class Groups:
+    """All groups of a chunk, [B, G, ...]. The first is that of the segment that is open before the chunk."""
 
     states_BGSD: Tensor
     active_BG: Tensor
@@ -110,7 +112,7 @@ class ThoughtRun:
     timeline: Timeline
 
     def after(self, count_B: Tensor) -> Group:
-        """Return the open group once the first `count_B` tokens are read."""
+        """Return the open group after the first `count_B` tokens."""
         rows = torch.arange(len(count_B), device=count_B.device)
         group_B = self.timeline.at(self.timeline.group_BT, count_B, 0)
         goes_on_B = ~self.timeline.ended(count_B)
@@ -121,16 +123,16 @@ class ThoughtRun:
         )
 
     def slots(self) -> Slots:
-        """Return the slots that the deep blocks see: each token sees the group of its own segment."""
+        """Return the slots for the deep blocks: each token attends to the group of its own segment."""
         rows, groups, slots, _ = self.states_BGSD.shape
         group_G = torch.arange(groups, device=self.active_BG.device)
-        sees_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
+        mask_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
         states_BCD = norm(self.states_BGSD.flatten(1, 2))
         bias_BC = torch.zeros(rows, groups * slots, device=states_BCD.device)
-        return Slots(states_BCD, sees_BTG.repeat_interleave(slots, 2), bias_BC)
+        return Slots(states_BCD, mask_BTG.repeat_interleave(slots, 2), bias_BC)
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return, for each token, the mean of its group [B, T, D] (normed; zeros without one) and its change [B, T]."""
+        """Return for each token the normed mean of its group [B, T, D] (0 without rounds), and its change [B, T]."""
         mean_BGD = norm(self.states_BGSD.mean(2)) * self.active_BG[..., None]
         group_BT = self.timeline.group_BT
         mean_BTD = mean_BGD.gather(1, group_BT[..., None].expand(-1, -1, mean_BGD.shape[-1]))
@@ -138,30 +140,32 @@ class ThoughtRun:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the thoughts of a chunk begin with, and what they look at in every round."""
+class ThinkingInputs:
+    """What is the same in all rounds of a chunk."""
 
     start_BGSD: Tensor
+    """Initial thoughts."""
     each_B: Tensor
     """Rounds of each row."""
     k_BJKH: Tensor
+    """Keys of remembered tokens and chunk in the thinking block."""
     v_BJKH: Tensor
     here: Rotary
-    """Of the opening tokens."""
+    """Rotary angles of the opening tokens."""
     plan: AttentionPlan
-    """Of the slots' queries."""
+    """Attention mask of the thoughts."""
 
-    def of_rows(self, rows_R: Tensor) -> "Room":
-        """Return that of some rows."""
+    def of_rows(self, rows_A: Tensor) -> "ThinkingInputs":
+        """Return the inputs of the rows with indices `rows_A`."""
         start, each, k, v, cos, sin = (
-            value.index_select(0, rows_R)
+            value.index_select(0, rows_A)
             for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
         )
-        return Room(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_R))
+        return ThinkingInputs(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_A))
 
 
 class Thoughts(Idea):
-    """Learned vectors, the projection of the opening token, and the block that thinks."""
+    """Initial vectors, the projection of the opening token, and the thinking block."""
 
     name = "thoughts"
     opens = True
@@ -176,24 +180,24 @@ class Thoughts(Idea):
         self.opening = Linear(config.width, config.width)
         self.block = Block(config, own.ffn)
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> ThoughtState:
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> ThoughtState:
         nothing = torch.zeros(rows, *self.start.shape, dtype=dtype, device=device)
         inactive = torch.zeros(rows, dtype=torch.bool, device=device)
         group = Group(nothing, inactive, torch.zeros(rows, dtype=dtype, device=device))
-        return ThoughtState(KVCache.fresh(self.config, 1, rows, dtype, device, room=room), group)
+        return ThoughtState(KVCache.fresh(self.config, 1, rows, dtype, device, allocate=allocate), group)
 
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         return {"active_B": (0, 1), "change_B": (0, torch.inf)}
 
-    def contribute(self, flow: Flow, past: ThoughtState) -> Given:
-        """Think at every opening; each token sees the thoughts of its own segment."""
+    def contribute(self, flow: Flow, past: ThoughtState) -> Contribution:
+        """Compute a group for each segment that opens; each token attends to the group of its own segment."""
         chunk = self.block.attention.key_value(flow.u_BTD, flow.rotary)
         k_BJKH, v_BJKH = (torch.cat(pair, 1) for pair in zip(past.kv.layer(0), chunk, strict=True))
         rounds = self.rounds if flow.call.think is None else flow.call.think
-        run = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.near, rounds)
-        thought_BTD, change_BT = run.read()
-        record = ThoughtRecord(run, chunk, past.kv, self.config.window)
-        return Given(slots=run.slots(), feature_BTX=thought_BTD, signal_BT=change_BT, record=record)
+        groups = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
+        thought_BTD, change_BT = groups.read()
+        update = ThoughtUpdate(groups, chunk, past.kv, self.config.window)
+        return Contribution(slots=groups.slots(), feature_BTF=thought_BTD, signal_BT=change_BT, update=update)
 
     def forward(
         self,
@@ -203,71 +207,81 @@ class Thoughts(Idea):
         past: Group,
         rotary: Rotary,
         timeline: Timeline,
-        near: CausalWindow,
+        causal: CausalWindow,
         rounds: int | Tensor,
-    ) -> ThoughtRun:
-        """Think at every opening of the chunk.
+    ) -> Groups:
+        """Compute the groups of a chunk.
 
-        `u_BTD` are the normed stem states, `k_BJKH` and `v_BJKH` what this module's block made of those of past and
-        chunk, and `near` says what the chunk's tokens see. `rounds` is one number for all, or a tensor [B] as training
-        has it: at most `USUAL_ROUNDS`, but for `late_rows` rows at most `MAX_TRAINING_ROUNDS`.
+        Args:
+            u_BTD: normed stem states.
+            k_BJKH: keys of remembered tokens and chunk in the thinking block.
+            v_BJKH: their values.
+            past: the group that is open before the chunk.
+            rotary: rotary angles of the chunk's tokens.
+            timeline: its segments.
+            causal: its attention mask.
+            rounds: one number for all rows, or an int tensor [B] in training: at most `USUAL_ROUNDS`, in `late_rows`
+                rows at most `MAX_TRAINING_ROUNDS`.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
-        first = ThoughtRun(past.states_BSD[:, None], past.active_B[:, None], past.change_B[:, None], timeline)
+        first = Groups(past.states_BSD[:, None], past.active_B[:, None], past.change_B[:, None], timeline)
         if groups == 0:
             return first
         index_BG = opening_BG.clamp(min=0)
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
         here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
-        plan = near.plan_of_mask(self._mask(opening_BG, near))
+        plan = causal.plan_of_mask(self._mask(opening_BG, causal))
         each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
-        room = Room(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
+        inputs = ThinkingInputs(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
         usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
-        z_BGSD, change_BG = self._think(room, range(usual), z_BGSD, change_BG)
+        z_BGSD, change_BG = self._think(inputs, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
-            # A program's shapes cannot depend on what rows want: so many go on, the longest thinkers among them.
-            late_R = each_B.argsort(descending=True)[: late_rows(rows)]
+            # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, go on.
+            late_A = each_B.argsort(descending=True)[: late_rows(rows)]
             late = range(USUAL_ROUNDS, MAX_TRAINING_ROUNDS)
-            z_RGSD, change_RG = (value.index_select(0, late_R) for value in (z_BGSD, change_BG))
-            z_RGSD, change_RG = self._think(room.of_rows(late_R), late, z_RGSD, change_RG)
-            z_BGSD, change_BG = z_BGSD.index_copy(0, late_R, z_RGSD), change_BG.index_copy(0, late_R, change_RG)
+            z_AGSD, change_AG = (value.index_select(0, late_A) for value in (z_BGSD, change_BG))
+            z_AGSD, change_AG = self._think(inputs.of_rows(late_A), late, z_AGSD, change_AG)
+            z_BGSD, change_BG = z_BGSD.index_copy(0, late_A, z_AGSD), change_BG.index_copy(0, late_A, change_AG)
         active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
-        return ThoughtRun(
+        return Groups(
             torch.cat([first.states_BGSD, z_BGSD * active_BG[..., None, None]], 1),
             torch.cat([first.active_BG, active_BG], 1),
             torch.cat([first.change_BG, change_BG * active_BG], 1),
             timeline,
         )
 
-    def _think(self, room: "Room", rounds: range, z_BGSD: Tensor, change_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the thoughts through some rounds, and each row through those below its own number."""
+    def _think(self, inputs: ThinkingInputs, rounds: range, z_BGSD: Tensor, change_BG: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute some rounds; return thoughts and their change. A row ignores rounds beyond its own number."""
         for round_ in rounds:
-            thought_BGSD = self._round(norm(z_BGSD + room.start_BGSD), room)
-            on_B = round_ < room.each_B
+            thought_BGSD = self._round(norm(z_BGSD + inputs.start_BGSD), inputs)
+            on_B = round_ < inputs.each_B
             moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
             change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
             z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
         return z_BGSD, change_BG
 
-    def _mask(self, opening_BG: Tensor, near: CausalWindow) -> Tensor:
-        """Each slot sees what its opening token sees, if there is one, and its own group: [B, G * S, J + G * S]."""
+    def _mask(self, opening_BG: Tensor, causal: CausalWindow) -> Tensor:
+        """Return the bool mask [B, Q, J + Q] of Q = G x S thoughts.
+
+        A thought attends to what its opening token attends to, if there is such a token, and to its own group.
+        """
         slots = len(self.start)
-        window_BGJ = near.seen_by(opening_BG.clamp(min=0)) & (opening_BG >= 0)[..., None]
+        window_BGJ = causal.mask_of(opening_BG.clamp(min=0)) & (opening_BG >= 0)[..., None]
         group_Q = torch.arange(opening_BG.shape[1], device=opening_BG.device).repeat_interleave(slots)
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
 
-    def _round(self, z_BGSD: Tensor, room: "Room") -> Tensor:
-        """One pass of the tied block over all groups; returns normed thoughts of the same shape."""
+    def _round(self, z_BGSD: Tensor, inputs: ThinkingInputs) -> Tensor:
+        """Run the thinking block over all groups; return normed thoughts."""
         attention = self.block.attention
-        # Queries stand at the opening token, so that they can look for what is near; keys of slots are position-free.
+        # Queries have the position of the opening token, so they can prefer near tokens. Keys of slots have none.
         slots = z_BGSD.shape[2]
-        place = Rotary(room.here.cos.repeat_interleave(slots, 1), room.here.sin.repeat_interleave(slots, 1))
+        place = Rotary(inputs.here.cos.repeat_interleave(slots, 1), inputs.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
         q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
-        out_BQNH = attend(q_BQNH, room.k_BJKH, room.v_BJKH, room.plan, (own_k, own_v))
+        out_BQNH = attend(q_BQNH, inputs.k_BJKH, inputs.v_BJKH, inputs.plan, (own_k, own_v))
         z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
@@ -278,7 +292,7 @@ class Thoughts(Idea):
         check_range((think_B > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
 
     def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor:
-        """Draw the rounds of each row. Every row can have the usual number, a few can have more."""
+        """Draw the rounds of each row; in all but `late_rows` rows at most the usual number."""
         rounds_B = torch.tensor(TRAINING_ROUNDS)[torch.randint(len(TRAINING_ROUNDS), (rows,), generator=generator)]
         rounds_B[(rounds_B > USUAL_ROUNDS).nonzero()[late_rows(rows) :]] = USUAL_ROUNDS
         return rounds_B
@@ -287,7 +301,7 @@ class Thoughts(Idea):
         return (groups + 1) * len(self.start)
 
     def flops(self, work: Work) -> float:
-        """The tokens' keys and values, the openings, and each round over all groups."""
+        """Keys and values of the tokens, the projection of opening tokens, and the rounds over all groups."""
         config, attention = self.config, self.block.attention
         slots = work.groups * len(self.start)
         rounds = self.rounds if work.think is None else work.think
@@ -296,7 +310,7 @@ class Thoughts(Idea):
         return keys_values + work.groups * matrices(self.opening) + rounds * a_round
 
     def kept_bytes(self, work: Work) -> float:
-        """Each round lays keys and values out anew."""
+        """Each round concatenates its own keys and values with those of the tokens, and keeps them."""
         config = self.config
         slots = work.groups * len(self.start)
         heads = config.kv_heads if work.half else config.heads
@@ -307,7 +321,7 @@ class Thoughts(Idea):
         return training_rounds(rows)
 
     def switches(self) -> dict[str, Switch]:
-        """Off, no rounds are run, and no group is visible."""
+        """Off: no rounds, so no token attends to a group."""
 
         @contextmanager
         def off(model: Any) -> Iterator[dict[str, Any]]:
@@ -317,16 +331,16 @@ class Thoughts(Idea):
 
 
 def training_rounds(rows: int) -> float:
-    """Return the rounds that a row of a training batch is computed for, on average: there is room for so many."""
+    """Return the mean number of rounds that are computed per row of a training batch, whatever is drawn."""
     return USUAL_ROUNDS + (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(rows) / rows
 
 
 def late_rows(rows: int) -> int:
-    """How many of so many rows can think for more than `USUAL_ROUNDS` in training."""
+    """Return how many of so many rows can have more than `USUAL_ROUNDS` in training."""
     return max(1, rows // 8)
 
 
-def _at(x_BT: Tensor, index_BG: Tensor) -> Tensor:
-    """Return `x_BT` [B, T, ...] at the tokens `index_BG`."""
-    index = index_BG.view(*index_BG.shape, *[1] * (x_BT.dim() - 2)).expand(-1, -1, *x_BT.shape[2:])
-    return x_BT.gather(1, index)
+def _at(x: Tensor, index_BG: Tensor) -> Tensor:
+    """Return `x` [B, T, ...] at the tokens with indices `index_BG`."""
+    index = index_BG.view(*index_BG.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)

@@ -1,8 +1,9 @@
 """Uncertainty: the chance, for each token, that the model's most likely next token is wrong.
 
-A small head on stopped features: what the prediction looks like (largest probability, entropy, lead over the second),
-and what the model knows beside it (top state, expected benefit of depth, how much the thoughts still moved, how
-strongly the memory answered). Trained by the true outcomes, calibrated on a split of its own.
+A small head reads features without gradient: of the prediction (largest probability, entropy, margin over the second
+token), the last hidden state, and the signals of three ideas (expected benefit of depth, last change of the thoughts,
+size of the memory's read). It learns from whether the most likely token was right, and is calibrated on a separate
+split.
 """
 
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from lepton.ops.cross_entropy import soft_cap
 
 FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
+"""Width of its hidden layer."""
 LOG_ODDS = 15.0
-"""Bound of the log-odds that a prediction shows: further out a chance is 0 or 1 in fp32."""
+"""Bound of the log-odds of a prediction: beyond it, a probability is 0 or 1 in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UncertaintyConfig(IdeaConfig):
-    """The estimate of the chance that the model is wrong; it has no fields."""
+    """Uncertainty; it has no fields."""
 
     name = "uncertainty"
     reads_top = True
@@ -36,26 +38,26 @@ class UncertaintyConfig(IdeaConfig):
 
 
 def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the prediction looks like [..., 3], without gradient, and the most likely next token [...].
+    """Return features of a prediction [..., 3], without gradient, and the most likely next token [...].
 
-    The former are the log-odds that this token is wrong, entropy, and lead over the second. `logits` are [..., V]; all
-    in nats. Nothing is sorted, and what is as large as the logits is made only to be summed up: a compiler stores none
-    of it.
+    The features are the log-odds that this token is wrong, the entropy, and the margin over the second token, in nats.
+    `logits` are [..., V]. Nothing is sorted, and everything of the size of the logits goes into a sum, so a compiler
+    stores none of it.
     """
     logits = logits.detach()
     likely = logits.argmax(-1)
     place = torch.arange(logits.shape[-1], device=logits.device)
-    behind = logits - logits.amax(-1, keepdim=True)
-    others = behind.masked_fill(place == likely[..., None], float("-inf"))
-    odds = others.exp()  # of each other token against the most likely
+    relative = logits - logits.amax(-1, keepdim=True)
+    others = relative.masked_fill(place == likely[..., None], float("-inf"))
+    odds = others.exp()  # of each other token, relative to the most likely one
     against = odds.sum(-1)
-    entropy = against.log1p() - (odds * behind).sum(-1) / (1 + against)
-    shown = torch.stack([against.log().clamp(-LOG_ODDS, LOG_ODDS), entropy, -others.amax(-1)], -1)
-    return shown, likely
+    entropy = against.log1p() - (odds * relative).sum(-1) / (1 + against)
+    features = torch.stack([against.log().clamp(-LOG_ODDS, LOG_ODDS), entropy, -others.amax(-1)], -1)
+    return features, likely
 
 
 class Uncertainty(Idea):
-    """The log-odds that the prediction shows, plus what an MLP adds to them, and the line that calibrates the sum."""
+    """The log-odds of the prediction plus an MLP's correction, calibrated by a line."""
 
     name = "uncertainty"
     compiled = ("loss",)
@@ -82,38 +84,38 @@ class Uncertainty(Idea):
         self.calibration.copy_(torch.tensor([1.0, 0.0]))
 
     def logit(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
-        """Raw logit [...] of being wrong. `signals` [..., 3]: benefit of depth, thought change, memory strength."""
-        shown, _ = prediction_features(logits)
-        return self._logit(hidden, shown, signals)
+        """Return the logit [...] of being wrong, not calibrated; `signals` are those of `SIGNALS`, [..., 3]."""
+        features, _ = prediction_features(logits)
+        return self._logit(hidden, features, signals)
 
     def forward(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
-        """Calibrated chance [...] in 0..1 that the most likely token is wrong."""
+        """Return the calibrated chance [...] in 0..1 that the most likely token is wrong."""
         scale, shift = self.calibration.to(logits.dtype)
         return torch.sigmoid(scale * self.logit(hidden, logits, signals) + shift)
 
     def loss(self, hidden_MD: Tensor, raw_MV: Tensor, signals_M3: Tensor, target_M: Tensor) -> Tensor:
-        """Mean binary cross-entropy against what happened; positions with a negative `target_M` do not count.
+        """Return the mean binary cross-entropy of being wrong, over the positions with a `target_M` of at least 0.
 
-        `raw_MV` are the products that the head makes logits of, for the vocabulary with its padding.
+        `raw_MV` are logits before the soft cap, for the vocabulary with its padding.
         """
         raw_MV = raw_MV.detach()[:, : self.vocab_size]
         logits_MV = soft_cap(raw_MV.to(torch.promote_types(raw_MV.dtype, torch.float32)), self.cap)
-        shown_M3, likely_M = prediction_features(logits_MV)
+        features_M3, likely_M = prediction_features(logits_MV)
         wrong_M = (likely_M != target_M).to(logits_MV.dtype)
-        logit_M = self._logit(hidden_MD, shown_M3, signals_M3)
+        logit_M = self._logit(hidden_MD, features_M3, signals_M3)
         each_M = F.binary_cross_entropy_with_logits(logit_M, wrong_M, reduction="none")
         valid_M = target_M >= 0
         return (each_M * valid_M).sum() / valid_M.sum().clamp(min=1)
 
-    def _logit(self, hidden: Tensor, shown: Tensor, signals: Tensor) -> Tensor:
-        features = torch.cat([shown, signals.detach().to(shown.dtype)], -1)
+    def _logit(self, hidden: Tensor, features: Tensor, signals: Tensor) -> Tensor:
+        inputs = torch.cat([features, signals.detach().to(features.dtype)], -1)
         layer = self.features
-        shift = F.linear(features, layer.weight.to(features.dtype), layer.bias.to(features.dtype))
-        mixed = self.state(hidden.detach()).to(shown.dtype) + shift
-        return shown[..., 0] + self.out(F.silu(mixed))[..., 0]
+        shift = F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))
+        mixed = self.state(hidden.detach()).to(features.dtype) + shift
+        return features[..., 0] + self.out(F.silu(mixed))[..., 0]
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """What it says of sampled predictions, against what came."""
+        """The loss at sampled positions."""
         index_M, model = outcome.sampled_M, outcome.model
         hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
@@ -126,7 +128,7 @@ class Uncertainty(Idea):
         return work.length * matrices(self)
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """The loss looks at samples alone, and not at every position as a pass does."""
+        """The loss is computed at sampled positions alone, a pass counts all."""
         sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
         return sampled - 3 * 2 * matrices(self)
 
@@ -134,5 +136,5 @@ class Uncertainty(Idea):
         return True
 
     def switches(self) -> dict[str, Switch]:
-        """None: without it the model predicts the same."""
+        """None: the predictions do not depend on it."""
         return {}

@@ -1,9 +1,9 @@
-"""Working memory: a matrix a head that every token writes to and reads from (gated delta rule, Yang et al. 2024).
+"""Working memory: a matrix per head that every token writes to and reads from (gated delta rule, Yang et al. 2024).
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-Read after write. A document's end is a mask, never a decay of 0. `lepton/ops/delta_rule.py` computes it. All of it runs
-in fp32 or better, because the state is a sum over the whole past.
+A token reads after it has written. At the end of a document the state is masked, not decayed to 0.
+`lepton/ops/delta_rule.py` computes the rule, in fp32 or better, because the state is a sum over the whole past.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Flow, Given, Idea, Switch, Work, matrices, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, replaced
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 
 CONV = 4
+"""Width of the causal convolution."""
 READ_EPS = 1e-2
-"""Added to the mean square of a read before it is normed: about that of a weak one. With next to nothing there, what is
-small for want of an answer would be made as large as any, its rounding and its gradient with it."""
+"""Epsilon of the norm of reads, about the mean square of a weak one. With a smaller one, reads of an empty memory would
+be scaled up to unit size, and their rounding errors and gradients with them."""
 
 
 HEADS = {"nano": 2, "micro": 3, "tiny": 4, "small": 4, "medium": 6, "large": 6, "xl": 8, "xxl": 8}
-"""By size."""
+"""Heads of each size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +38,11 @@ class WorkingMemoryConfig(IdeaConfig):
     """The working memory."""
 
     heads: int = 4
-    """Heads, each with a matrix of its own."""
+    """Heads, each with its own matrix."""
     key_dim: int = 64
-    """Width of its keys."""
+    """Width of a head's keys and queries."""
     value_dim: int = 128
-    """Width of its values."""
+    """Width of a head's values."""
 
     name = "memory"
     most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096}
@@ -65,33 +66,33 @@ class WorkingMemoryConfig(IdeaConfig):
 
 @dataclass(frozen=True)
 class WorkingMemoryState:
-    """What the working memory keeps of the past."""
+    """The state of the working memory."""
 
-    matrix_BHKV: Tensor
-    """A matrix per head, key_dim x value_dim, fp32 or better."""
-    tail_BXC: Tensor
-    """The last inputs of the convolution."""
+    matrix_BNHU: Tensor
+    """A matrix per head, fp32 or better."""
+    tail_BRI: Tensor
+    """The last R = 3 inputs of the convolution."""
 
     outlives_window = True
 
     def cleared(self) -> "WorkingMemoryState":
-        """Return the memory of one that has read nothing."""
-        return WorkingMemoryState(torch.zeros_like(self.matrix_BHKV), torch.zeros_like(self.tail_BXC))
+        """Return an empty memory."""
+        return WorkingMemoryState(torch.zeros_like(self.matrix_BNHU), torch.zeros_like(self.tail_BRI))
 
 
-def first_tap(conv_CX: Tensor) -> None:
-    """1 on the token itself and 0 before it: the convolution starts as none."""
-    scaled(conv_CX)  # takes its share of the random numbers, so that a seed gives the weights that it always gave
-    conv_CX.zero_()[:, 0] = 1
+def first_tap(conv_I4: Tensor) -> None:
+    """Fill with 1 for the token itself and 0 for those before it: the convolution starts as the identity."""
+    scaled(conv_I4)  # draws as many random numbers as ever, so that a seed gives the same weights as before
+    conv_I4.zero_()[:, 0] = 1
 
 
-def spread_decay(bias_H: Tensor) -> None:
-    """2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
-    bias_H.copy_(torch.linspace(2, 6, len(bias_H)))
+def spread_decay(bias_N: Tensor) -> None:
+    """Fill with 2 ... 6 over the heads: half-lives of about 5 to 280 tokens."""
+    bias_N.copy_(torch.linspace(2, 6, len(bias_N)))
 
 
 class WorkingMemory(Idea):
-    """Projections, short convolution and gates around the delta rule."""
+    """Projections, causal convolution and gates around the delta rule."""
 
     name = "memory"
     title = "working memory"
@@ -117,22 +118,22 @@ class WorkingMemory(Idea):
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
         self.out = Linear(self.heads * self.value_dim, config.width)
 
-    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, room: bool) -> WorkingMemoryState:
+    def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> WorkingMemoryState:
         precise = torch.promote_types(dtype, torch.float32)
         matrix = torch.zeros(rows, self.heads, self.key_dim, self.value_dim, dtype=precise, device=device)
         return WorkingMemoryState(matrix, torch.zeros(rows, CONV - 1, self.channels, dtype=dtype, device=device))
 
     def carried(self, past: WorkingMemoryState, fresh: WorkingMemoryState) -> WorkingMemoryState:
-        """Return `past` as a new stream starts with it: nothing stands before its first token."""
-        return replace(past, tail_BXC=fresh.tail_BXC)
+        """Return `past` without inputs of the convolution: a new stream has no tokens before its first."""
+        return replace(past, tail_BRI=fresh.tail_BRI)
 
-    def contribute(self, flow: Flow, past: WorkingMemoryState) -> Given:
-        """Read and write the memory, and add what it answers to the stream."""
-        read_BTM, strength_BT, record = self(flow.u_BTD, past.tail_BXC, past.matrix_BHKV, flow.timeline)
-        return Given(self.out(read_BTM), feature_BTX=read_BTM, signal_BT=strength_BT, record=record)
+    def contribute(self, flow: Flow, past: WorkingMemoryState) -> Contribution:
+        """Read and write the memory, and add a projection of the reads to the stream."""
+        read_BTF, strength_BT, update = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
+        return Contribution(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, update=update)
 
     def flops(self, work: Work) -> float:
-        """Projections, and the products of the chunk form."""
+        """Projections, and the matrix products of the delta rule in chunks."""
         chunk = min(CHUNK, work.length)
         padded = -(-work.length // chunk) * chunk
         inside = 2 * chunk * self.key_dim + chunk * self.value_dim
@@ -140,16 +141,16 @@ class WorkingMemory(Idea):
         return work.length * matrices(self) + padded * self.heads * (inside + across)
 
     def kept_bytes(self, work: Work) -> float:
-        """Nearly all in fp32."""
+        """Most activations are fp32."""
         chunk, keys, values = min(CHUNK, work.length), self.key_dim, self.value_dim
-        # After the convolution, solved, values and reads, keys and queries; then chunk x chunk, and a state per chunk.
+        # Outputs of the convolution, solutions, values and reads, keys and queries; then matrices and states of chunks.
         squares, states = (4, 2) if work.half else (10, 4)
         precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
         precise += squares * chunk + states * keys * values // chunk
         return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values))
 
     def switches(self) -> dict[str, Switch]:
-        """Off, its values are zero, and so is all that is read from it."""
+        """Off: values are zero, so all reads are."""
 
         @contextmanager
         def off(model: Any) -> Iterator[dict[str, Any]]:
@@ -161,26 +162,25 @@ class WorkingMemory(Idea):
         return {self.title: off}
 
     def forward(
-        self, u_BTD: Tensor, tail_BXC: Tensor, state_BHKV: Tensor, timeline: Timeline
-    ) -> tuple[Tensor, Tensor, "MemoryRecord"]:
+        self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
+    ) -> tuple[Tensor, Tensor, "MemoryUpdate"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BXC` holds the convolution's last inputs and `state_BHKV` the memory on entry. Returns the reads
-        [B, T, heads x value_dim] (normed), their strength [B, T], and the record from which the state after any prefix
-        follows.
+        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
+        mean square of the raw reads [B, T], and the update of the state.
         """
-        raw_BTC = self.qkv(u_BTD)
-        joined_BXC = torch.cat([tail_BXC, raw_BTC], 1)
-        length = raw_BTC.shape[1]
-        mixed_BTC = torch.zeros_like(raw_BTC)
+        raw_BTI = self.qkv(u_BTD)
+        joined_BJI = torch.cat([tail_BRI, raw_BTI], 1)
+        length = raw_BTI.shape[1]
+        mixed_BTI = torch.zeros_like(raw_BTI)
         for distance in range(CONV):
             first = CONV - 1 - distance
             seen_BT1 = (timeline.position_BT >= distance)[..., None]
-            mixed_BTC = (
-                mixed_BTC + joined_BXC[:, first : first + length] * self.conv[:, distance].to(raw_BTC) * seen_BT1
+            mixed_BTI = (
+                mixed_BTI + joined_BJI[:, first : first + length] * self.conv[:, distance].to(raw_BTI) * seen_BT1
             )
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
-        parts = F.silu(mixed_BTC).to(precise).unflatten(-1, (self.heads, -1))
+        parts = F.silu(mixed_BTI).to(precise).unflatten(-1, (self.heads, -1))
         q, k, v = parts.split([self.key_dim, self.key_dim, self.value_dim], -1)
         decay, rate = self.gates(u_BTD).to(precise).chunk(2, -1)
         chunk = min(CHUNK, length)
@@ -192,62 +192,63 @@ class WorkingMemory(Idea):
             _chunks(rate.sigmoid()[..., None], chunk)[..., 0],
             _pad_chunks(timeline.document_BT, chunk),
         )
-        entry_BP = F.pad(writes.document_BPC[:, :-1, -1], (1, 0))
-        reads, entry_BPHKV, end_BHKV = delta_rule(writes, state_BHKV, entry_BP)
-        read_BTHV = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        run = MemoryRecord(writes, entry_BPHKV, end_BHKV, joined_BXC)
-        strength_BT = read_BTHV.detach().square().mean((-1, -2)).sqrt()
-        normed_BTHV = F.rms_norm(read_BTHV, read_BTHV.shape[-1:], eps=READ_EPS)
-        return normed_BTHV.flatten(2).to(u_BTD.dtype), strength_BT, run
+        entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
+        reads, entry_BPNHU, end_BNHU = delta_rule(writes, state_BNHU, entry_BP)
+        read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
+        update = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
+        strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
+        normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
+        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
 
 
-def _chunks(x_BTHX: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, X] as [B, P, H, C, X]; what fills the last chunk writes nothing and decays nothing."""
-    x = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % chunk))
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    """Split [B, T, N, ...] into chunks [B, P, N, O, ...], padded with zeros, which change nothing in the memory."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.unflatten(1, (-1, chunk)).transpose(2, 3)
 
 
 def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
+    """Split into chunks [B, P, O], padded with each row's last value."""
     missing = -document_BT.shape[1] % chunk
     padded = torch.cat([document_BT, document_BT[:, -1:].expand(-1, missing)], 1)
     return padded.unflatten(1, (-1, chunk))
 
 
 @dataclass(frozen=True)
-class MemoryRecord:
-    """What a chunk did to the memory: from it the memory after any prefix follows."""
+class MemoryUpdate:
+    """The writes of a chunk, from which the memory after any number of its tokens follows."""
 
     writes: Writes
-    entry_BPHKV: Tensor
-    """The memory on entry to each chunk."""
-    end_BHKV: Tensor
+    entry_BPNHU: Tensor
+    """The memory before each chunk of the delta rule."""
+    end_BNHU: Tensor
     """The memory after the last one."""
-    joined_BXC: Tensor
-    """Inputs of the convolution, those of the past first."""
+    joined_BJI: Tensor
+    """Inputs of the convolution: those before the chunk, then the chunk's."""
 
     def after(self, count_B: Tensor, timeline: Timeline) -> WorkingMemoryState:
-        """Return the memory once the first `count_B` tokens are read."""
+        """Return the state after the first `count_B` tokens, by replaying the last writes on the memory before them."""
         chunk = self.writes.k.shape[-2]
         rows = torch.arange(len(count_B), device=count_B.device)
         whole_B, rest_B = count_B // chunk, count_B % chunk
         last_B = whole_B.clamp(max=self.writes.k.shape[1] - 1)
-        state_BHKV = torch.where((whole_B > last_B)[:, None, None, None], self.end_BHKV, self.entry_BPHKV[rows, last_B])
+        state_BNHU = torch.where((whole_B > last_B)[:, None, None, None], self.end_BNHU, self.entry_BPNHU[rows, last_B])
         part = Writes(*(value[rows, last_B][:, None] for value in self.writes))
-        written_BC = torch.arange(chunk, device=count_B.device) < rest_B[:, None]
-        final_B1 = part.document_BPC[:, 0].gather(1, (rest_B - 1).clamp(min=0)[:, None])
+        written_BO = torch.arange(chunk, device=count_B.device) < rest_B[:, None]
+        final_B1 = part.document_BPO[:, 0].gather(1, (rest_B - 1).clamp(min=0)[:, None])
         replay = part._replace(
-            log_decay=part.log_decay * written_BC[:, None, None],
-            rate=part.rate * written_BC[:, None, None],
-            document_BPC=torch.where(written_BC, part.document_BPC[:, 0], final_B1)[:, None],
+            log_decay=part.log_decay * written_BO[:, None, None],
+            rate=part.rate * written_BO[:, None, None],
+            document_BPO=torch.where(written_BO, part.document_BPO[:, 0], final_B1)[:, None],
         )
-        entry_B = torch.where(last_B > 0, self.writes.document_BPC[rows, (last_B - 1).clamp(min=0), -1], 0)
-        # One chunk, and only its state: there is little that kernels could save.
-        _, _, replayed_BHKV = chunked_delta_rule(replay, state_BHKV, entry_B[:, None])
-        state_BHKV = torch.where((rest_B > 0)[:, None, None, None], replayed_BHKV, state_BHKV)
-        state_BHKV = state_BHKV.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
-        index_BX = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
-        tail_BXC = self.joined_BXC.gather(1, index_BX[..., None].expand(-1, -1, self.joined_BXC.shape[2]))
-        in_document_BX = (
+        entry_B = torch.where(last_B > 0, self.writes.document_BPO[rows, (last_B - 1).clamp(min=0), -1], 0)
+        # A single chunk of which only the state is needed: the Triton kernels would save little.
+        _, _, replayed_BNHU = chunked_delta_rule(replay, state_BNHU, entry_B[:, None])
+        state_BNHU = torch.where((rest_B > 0)[:, None, None, None], replayed_BNHU, state_BNHU)
+        state_BNHU = state_BNHU.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
+        index_BR = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)
+        tail_BRI = self.joined_BJI.gather(1, index_BR[..., None].expand(-1, -1, self.joined_BJI.shape[2]))
+        in_document_BR = (
             torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
         )
-        return WorkingMemoryState(state_BHKV, tail_BXC.where(in_document_BX[..., None], 0))
+        return WorkingMemoryState(state_BNHU, tail_BRI.where(in_document_BR[..., None], 0))

@@ -1,1 +1,1 @@
-"""Triton kernels. Each file is imported only where its kernels run: LEPTON runs without Triton too."""
+"""Triton kernels. Each file is imported only where its kernels run, since LEPTON also runs without Triton."""

@@ -1,12 +1,12 @@
-"""Attention whose masks are runs of queries, forward and backward, without a matrix of scores in memory.
+"""Attention for masks that are ranges of queries, forward and backward, without a matrix of scores in memory.
 
-Flash attention (Dao, 2023) in three kernels. A kv entry is seen from query `first` up to, not including, query `last`.
-The first entries may be the queries' own tokens: then a query sees those from `start` up to itself, which says the same
-the other way round. So a program knows from a few integers which blocks it can skip, of other documents and of what
-lies behind the window, and a pair's mask is one comparison.
+Flash attention (Dao, 2023) in three kernels. The queries from `first` to `last`, exclusive, attend to a kv entry.
+Entries of the chunk's own tokens come first; for them, `start` is the same mask by query: a query attends to the tokens
+from `start` up to itself. From these integers a program knows which blocks it can skip, those of other documents and
+those outside the window, and the mask of a pair is one comparison.
 
-Scores must be bounded, as they are with queries and keys that are normed: then no maximum is needed before they are
-exponentiated. Arithmetic between the products is in fp32. Shapes: M rows (queries) and X kv entries of a block.
+Scores must be bounded, as they are with normed queries and keys: then no maximum is subtracted before the exponential.
+Arithmetic between matrix products is in fp32. In a kernel, Q and J are the queries and kv entries of a block.
 """
 
 import math
@@ -19,10 +19,12 @@ from torch import Tensor
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: queries and kv entries of a block, warps, and loads in flight."""
+    """How a kernel splits its work."""
 
     rows: int
+    """Queries per block."""
     entries: int
+    """kv entries per block."""
     warps: int
     stages: int
 
@@ -34,14 +36,14 @@ TO_ENTRIES = Blocks(64, 64, 4, 3)
 
 @triton.jit
 def _within(index, begin, count):
-    """Whether begin <= index < begin + count: as unsigned numbers, one comparison."""
+    """Whether begin <= index < begin + count, in one comparison of unsigned numbers."""
     return (index - begin).to(tl.uint32, bitcast=True) < count.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _any_seen(first_X, last_X, begin, count: tl.constexpr):
-    """Whether any of these entries is seen by any of `count` queries from `begin` on."""
-    return tl.max(((first_X < begin + count) & (last_X > begin) & (last_X > first_X)).to(tl.int32)) > 0
+def _any_visible(first_J, last_J, begin, count: tl.constexpr):
+    """Whether any of `count` queries from `begin` on attends to any of these entries."""
+    return tl.max(((first_J < begin + count) & (last_J > begin) & (last_J > first_J)).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -55,44 +57,44 @@ def _forward(
     out_ptr += (batch.to(tl.int64) * length * HEADS + head) * WIDTH
     kv_place = (batch.to(tl.int64) * entries * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
     begin = tl.program_id(0) * ROWS
-    row_M = begin + tl.arange(0, ROWS)
+    row_Q = begin + tl.arange(0, ROWS)
     h = tl.arange(0, WIDTH)
-    place_MH = row_M[:, None] * (HEADS * WIDTH) + h
-    q_MH = tl.load(q_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    start_M = tl.load(start_ptr + batch * length + row_M, mask=row_M < length, other=length)
-    seen_M = row_M + 1 - start_M
-    sum_M = tl.zeros([ROWS], tl.float32)
-    out_MH = tl.zeros([ROWS, WIDTH], tl.float32)
+    place_QH = row_Q[:, None] * (HEADS * WIDTH) + h
+    q_QH = tl.load(q_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+    start_Q = tl.load(start_ptr + batch * length + row_Q, mask=row_Q < length, other=length)
+    count_Q = row_Q + 1 - start_Q
+    sum_Q = tl.zeros([ROWS], tl.float32)
+    out_QH = tl.zeros([ROWS, WIDTH], tl.float32)
     lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
     for left in range(lowest, tl.minimum(begin + ROWS, tokens), ENTRIES):
-        entry_X = left + tl.arange(0, ENTRIES)
-        place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
-        k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
-        score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-        visible_MX = _within(entry_X[None, :], start_M[:, None], seen_M[:, None])
-        p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
-        sum_M += tl.sum(p_MX, 1)
-        v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
-        out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
+        entry_J = left + tl.arange(0, ENTRIES)
+        place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
+        k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
+        score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
+        visible_QJ = _within(entry_J[None, :], start_Q[:, None], count_Q[:, None])
+        p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale), 0.0)
+        sum_Q += tl.sum(p_QJ, 1)
+        v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
+        out_QH = tl.dot(p_QJ.to(v_JH.dtype), v_JH, out_QH, input_precision=EXACT)
     if SLOTS:
         for left in range(tokens, entries, ENTRIES):
-            entry_X = left + tl.arange(0, ENTRIES)
-            place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
-            first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
-            last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
-            # Most slots are seen by few blocks of queries: thoughts by their segment's, crystals by late ones.
-            if _any_seen(first_X, last_X, begin, ROWS):
-                k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
-                score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-                visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
-                p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale), 0.0)
-                sum_M += tl.sum(p_MX, 1)
-                v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
-                out_MH = tl.dot(p_MX.to(v_XH.dtype), v_XH, out_MH, input_precision=EXACT)
-    sum_M = tl.where(row_M < length, sum_M, 1.0)
-    out_MH = out_MH / sum_M[:, None]
-    tl.store(out_ptr + place_MH, out_MH.to(out_ptr.dtype.element_ty), mask=row_M[:, None] < length)
-    tl.store(norm_ptr + tl.program_id(1).to(tl.int64) * length + row_M, tl.log2(sum_M), mask=row_M < length)
+            entry_J = left + tl.arange(0, ENTRIES)
+            place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
+            first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
+            last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
+            # Few blocks of queries attend to a slot: thoughts are visible in their segment, crystals late in a row.
+            if _any_visible(first_J, last_J, begin, ROWS):
+                k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
+                score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
+                visible_QJ = _within(row_Q[:, None], first_J[None, :], (last_J - first_J)[None, :])
+                p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale), 0.0)
+                sum_Q += tl.sum(p_QJ, 1)
+                v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
+                out_QH = tl.dot(p_QJ.to(v_JH.dtype), v_JH, out_QH, input_precision=EXACT)
+    sum_Q = tl.where(row_Q < length, sum_Q, 1.0)
+    out_QH = out_QH / sum_Q[:, None]
+    tl.store(out_ptr + place_QH, out_QH.to(out_ptr.dtype.element_ty), mask=row_Q[:, None] < length)
+    tl.store(norm_ptr + tl.program_id(1).to(tl.int64) * length + row_Q, tl.log2(sum_Q), mask=row_Q < length)
 
 
 @triton.jit
@@ -102,53 +104,53 @@ def _to_queries(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, SLOTS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries; leaves in `mean` what `_to_entries` needs too: a query's mean gradient of its shares."""
+    """Gradients of queries. Also stores each query's sum of out * grad in `mean`, which `_to_entries` needs."""
     batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     q_place = (batch.to(tl.int64) * length * HEADS + head) * WIDTH
     kv_place = (batch.to(tl.int64) * entries * KV_HEADS + head // (HEADS // KV_HEADS)) * WIDTH
     begin = tl.program_id(0) * ROWS
-    row_M = begin + tl.arange(0, ROWS)
+    row_Q = begin + tl.arange(0, ROWS)
     h = tl.arange(0, WIDTH)
-    place_MH = q_place + row_M[:, None] * (HEADS * WIDTH) + h
-    q_MH = tl.load(q_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    grad_MH = tl.load(grad_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    out_MH = tl.load(out_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-    mean_M = tl.sum(out_MH.to(tl.float32) * grad_MH.to(tl.float32), 1)
-    row_place = tl.program_id(1).to(tl.int64) * length + row_M
-    tl.store(mean_ptr + row_place, mean_M, mask=row_M < length)
-    norm_M = tl.load(norm_ptr + row_place, mask=row_M < length, other=0.0)
-    start_M = tl.load(start_ptr + batch * length + row_M, mask=row_M < length, other=length)
-    seen_M = row_M + 1 - start_M
-    dq_MH = tl.zeros([ROWS, WIDTH], tl.float32)
+    place_QH = q_place + row_Q[:, None] * (HEADS * WIDTH) + h
+    q_QH = tl.load(q_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+    grad_QH = tl.load(grad_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+    out_QH = tl.load(out_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+    mean_Q = tl.sum(out_QH.to(tl.float32) * grad_QH.to(tl.float32), 1)
+    row_place = tl.program_id(1).to(tl.int64) * length + row_Q
+    tl.store(mean_ptr + row_place, mean_Q, mask=row_Q < length)
+    norm_Q = tl.load(norm_ptr + row_place, mask=row_Q < length, other=0.0)
+    start_Q = tl.load(start_ptr + batch * length + row_Q, mask=row_Q < length, other=length)
+    count_Q = row_Q + 1 - start_Q
+    dq_QH = tl.zeros([ROWS, WIDTH], tl.float32)
     lowest = tl.load(start_ptr + batch * length + begin) // ENTRIES * ENTRIES
     for left in range(lowest, tl.minimum(begin + ROWS, tokens), ENTRIES):
-        entry_X = left + tl.arange(0, ENTRIES)
-        place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
-        k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
-        v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < tokens, other=0.0)
-        score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-        dp_MX = tl.dot(grad_MH, tl.trans(v_XH), input_precision=EXACT)
-        visible_MX = _within(entry_X[None, :], start_M[:, None], seen_M[:, None])
-        p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
-        ds_MX = p_MX * (dp_MX - mean_M[:, None])
-        dq_MH = tl.dot(ds_MX.to(k_XH.dtype), k_XH, dq_MH, input_precision=EXACT)
+        entry_J = left + tl.arange(0, ENTRIES)
+        place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
+        k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
+        v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < tokens, other=0.0)
+        score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
+        dp_QJ = tl.dot(grad_QH, tl.trans(v_JH), input_precision=EXACT)
+        visible_QJ = _within(entry_J[None, :], start_Q[:, None], count_Q[:, None])
+        p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale - norm_Q[:, None]), 0.0)
+        ds_QJ = p_QJ * (dp_QJ - mean_Q[:, None])
+        dq_QH = tl.dot(ds_QJ.to(k_JH.dtype), k_JH, dq_QH, input_precision=EXACT)
     if SLOTS:
         for left in range(tokens, entries, ENTRIES):
-            entry_X = left + tl.arange(0, ENTRIES)
-            place_XH = kv_place + entry_X[:, None] * (KV_HEADS * WIDTH) + h
-            first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
-            last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < entries, other=0)
-            if _any_seen(first_X, last_X, begin, ROWS):
-                k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
-                v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < entries, other=0.0)
-                score_MX = tl.dot(q_MH, tl.trans(k_XH), input_precision=EXACT)
-                dp_MX = tl.dot(grad_MH, tl.trans(v_XH), input_precision=EXACT)
-                visible_MX = _within(row_M[:, None], first_X[None, :], (last_X - first_X)[None, :])
-                p_MX = tl.where(visible_MX, tl.exp2(score_MX * scale - norm_M[:, None]), 0.0)
-                ds_MX = p_MX * (dp_MX - mean_M[:, None])
-                dq_MH = tl.dot(ds_MX.to(k_XH.dtype), k_XH, dq_MH, input_precision=EXACT)
-    dq_MH *= scale * 0.6931471805599453  # the scale is that of powers of 2
-    tl.store(dq_ptr + place_MH, dq_MH.to(dq_ptr.dtype.element_ty), mask=row_M[:, None] < length)
+            entry_J = left + tl.arange(0, ENTRIES)
+            place_JH = kv_place + entry_J[:, None] * (KV_HEADS * WIDTH) + h
+            first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
+            last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < entries, other=0)
+            if _any_visible(first_J, last_J, begin, ROWS):
+                k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
+                v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < entries, other=0.0)
+                score_QJ = tl.dot(q_QH, tl.trans(k_JH), input_precision=EXACT)
+                dp_QJ = tl.dot(grad_QH, tl.trans(v_JH), input_precision=EXACT)
+                visible_QJ = _within(row_Q[:, None], first_J[None, :], (last_J - first_J)[None, :])
+                p_QJ = tl.where(visible_QJ, tl.exp2(score_QJ * scale - norm_Q[:, None]), 0.0)
+                ds_QJ = p_QJ * (dp_QJ - mean_Q[:, None])
+                dq_QH = tl.dot(ds_QJ.to(k_JH.dtype), k_JH, dq_QH, input_precision=EXACT)
+    dq_QH *= scale * 0.6931471805599453  # the scale is for powers of 2
+    tl.store(dq_ptr + place_QH, dq_QH.to(dq_ptr.dtype.element_ty), mask=row_Q[:, None] < length)
 
 
 @triton.jit
@@ -158,7 +160,7 @@ def _to_entries(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, of all query heads that they serve. Tokens' entries and slots' share no block."""
+    """Gradients of keys and values, summed over their query heads. A block holds either tokens or slots."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     group: tl.constexpr = HEADS // KV_HEADS
     token_blocks = tl.cdiv(tokens, ENTRIES)
@@ -166,38 +168,38 @@ def _to_entries(
     is_token = block < token_blocks
     left = tl.where(is_token, block * ENTRIES, tokens + (block - token_blocks) * ENTRIES)
     limit = tl.where(is_token, tokens, entries)
-    entry_X = left + tl.arange(0, ENTRIES)
+    entry_J = left + tl.arange(0, ENTRIES)
     h = tl.arange(0, WIDTH)
-    place_XH = (batch.to(tl.int64) * entries * KV_HEADS + kv_head) * WIDTH
-    place_XH += entry_X[:, None] * (KV_HEADS * WIDTH) + h
-    k_XH = tl.load(k_ptr + place_XH, mask=entry_X[:, None] < limit, other=0.0)
-    v_XH = tl.load(v_ptr + place_XH, mask=entry_X[:, None] < limit, other=0.0)
-    first_X = tl.load(first_ptr + batch * entries + entry_X, mask=entry_X < limit, other=length)
-    last_X = tl.load(last_ptr + batch * entries + entry_X, mask=entry_X < limit, other=0)
-    seen_X = tl.maximum(last_X - first_X, 0)
-    lowest = tl.min(first_X) // ROWS * ROWS
-    blocks = tl.maximum(tl.cdiv(tl.max(last_X) - lowest, ROWS), 0)
-    dk_XH = tl.zeros([ENTRIES, WIDTH], tl.float32)
-    dv_XH = tl.zeros([ENTRIES, WIDTH], tl.float32)
+    place_JH = (batch.to(tl.int64) * entries * KV_HEADS + kv_head) * WIDTH
+    place_JH += entry_J[:, None] * (KV_HEADS * WIDTH) + h
+    k_JH = tl.load(k_ptr + place_JH, mask=entry_J[:, None] < limit, other=0.0)
+    v_JH = tl.load(v_ptr + place_JH, mask=entry_J[:, None] < limit, other=0.0)
+    first_J = tl.load(first_ptr + batch * entries + entry_J, mask=entry_J < limit, other=length)
+    last_J = tl.load(last_ptr + batch * entries + entry_J, mask=entry_J < limit, other=0)
+    count_J = tl.maximum(last_J - first_J, 0)
+    lowest = tl.min(first_J) // ROWS * ROWS
+    blocks = tl.maximum(tl.cdiv(tl.max(last_J) - lowest, ROWS), 0)
+    dk_JH = tl.zeros([ENTRIES, WIDTH], tl.float32)
+    dv_JH = tl.zeros([ENTRIES, WIDTH], tl.float32)
     for turn in range(group * blocks):
         head = kv_head * group + turn // blocks
-        row_M = lowest + turn % blocks * ROWS + tl.arange(0, ROWS)
-        place_MH = (batch.to(tl.int64) * length * HEADS + head) * WIDTH + row_M[:, None] * (HEADS * WIDTH) + h
-        row_place = (batch.to(tl.int64) * HEADS + head) * length + row_M
-        q_MH = tl.load(q_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-        grad_MH = tl.load(grad_ptr + place_MH, mask=row_M[:, None] < length, other=0.0)
-        norm_M = tl.load(norm_ptr + row_place, mask=row_M < length, other=0.0)
-        mean_M = tl.load(mean_ptr + row_place, mask=row_M < length, other=0.0)
-        score_XM = tl.dot(k_XH, tl.trans(q_MH), input_precision=EXACT)
-        visible_XM = _within(row_M[None, :], first_X[:, None], seen_X[:, None])
-        p_XM = tl.where(visible_XM, tl.exp2(score_XM * scale - norm_M[None, :]), 0.0)
-        dv_XH = tl.dot(p_XM.to(grad_MH.dtype), grad_MH, dv_XH, input_precision=EXACT)
-        dp_XM = tl.dot(v_XH, tl.trans(grad_MH), input_precision=EXACT)
-        ds_XM = p_XM * (dp_XM - mean_M[None, :])
-        dk_XH = tl.dot(ds_XM.to(q_MH.dtype), q_MH, dk_XH, input_precision=EXACT)
-    dk_XH *= scale * 0.6931471805599453
-    tl.store(dk_ptr + place_XH, dk_XH.to(dk_ptr.dtype.element_ty), mask=entry_X[:, None] < limit)
-    tl.store(dv_ptr + place_XH, dv_XH.to(dv_ptr.dtype.element_ty), mask=entry_X[:, None] < limit)
+        row_Q = lowest + turn % blocks * ROWS + tl.arange(0, ROWS)
+        place_QH = (batch.to(tl.int64) * length * HEADS + head) * WIDTH + row_Q[:, None] * (HEADS * WIDTH) + h
+        row_place = (batch.to(tl.int64) * HEADS + head) * length + row_Q
+        q_QH = tl.load(q_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+        grad_QH = tl.load(grad_ptr + place_QH, mask=row_Q[:, None] < length, other=0.0)
+        norm_Q = tl.load(norm_ptr + row_place, mask=row_Q < length, other=0.0)
+        mean_Q = tl.load(mean_ptr + row_place, mask=row_Q < length, other=0.0)
+        score_JQ = tl.dot(k_JH, tl.trans(q_QH), input_precision=EXACT)
+        visible_JQ = _within(row_Q[None, :], first_J[:, None], count_J[:, None])
+        p_JQ = tl.where(visible_JQ, tl.exp2(score_JQ * scale - norm_Q[None, :]), 0.0)
+        dv_JH = tl.dot(p_JQ.to(grad_QH.dtype), grad_QH, dv_JH, input_precision=EXACT)
+        dp_JQ = tl.dot(v_JH, tl.trans(grad_QH), input_precision=EXACT)
+        ds_JQ = p_JQ * (dp_JQ - mean_Q[None, :])
+        dk_JH = tl.dot(ds_JQ.to(q_QH.dtype), q_QH, dk_JH, input_precision=EXACT)
+    dk_JH *= scale * 0.6931471805599453
+    tl.store(dk_ptr + place_JH, dk_JH.to(dk_ptr.dtype.element_ty), mask=entry_J[:, None] < limit)
+    tl.store(dv_ptr + place_JH, dv_JH.to(dv_ptr.dtype.element_ty), mask=entry_J[:, None] < limit)
 
 
 def _options(q_BTNH: Tensor, k_BJKH: Tensor, blocks: Blocks) -> dict[str, object]:
@@ -214,7 +216,7 @@ def _options(q_BTNH: Tensor, k_BJKH: Tensor, blocks: Blocks) -> dict[str, object
 
 
 def _scale(q_BTNH: Tensor) -> float:
-    """Of scores whose powers of 2, not e, are taken."""
+    """Scale of scores whose exponential is a power of 2, not e."""
     return q_BTNH.shape[3] ** -0.5 * math.log2(math.e)
 
 
@@ -226,20 +228,19 @@ def forward(
     first_BJ: Tensor,
     last_BJ: Tensor,
     tokens: int,
-    blocks: Blocks = FORWARD,
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs [B, T, N, H] and the logarithms to base 2 of the softmax's sums [B, N, T].
+    """Return the outputs [B, T, N, H] and the base-2 logarithms of the softmax's denominators [B, N, T].
 
-    All tensors are contiguous. The first `tokens` kv entries, either T or 0, are the queries' own tokens.
+    All tensors are contiguous. The first `tokens` kv entries, either T or 0, are the chunk's own tokens.
     """
     rows, length, heads, _ = q_BTNH.shape
     entries = k_BJKH.shape[1]
     out_BTNH = torch.empty_like(q_BTNH)
     norm_BNT = torch.empty(rows, heads, length, dtype=torch.float32, device=q_BTNH.device)
     with torch.cuda.device_of(q_BTNH):  # Triton launches on the current device
-        _forward[(triton.cdiv(length, blocks.rows), rows * heads)](
+        _forward[(triton.cdiv(length, FORWARD.rows), rows * heads)](
             q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, length, tokens, entries,
-            _scale(q_BTNH), SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, blocks),
+            _scale(q_BTNH), SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, FORWARD),
         )  # fmt: skip
     return out_BTNH, norm_BNT
 
@@ -255,8 +256,6 @@ def backward(
     out_BTNH: Tensor,
     norm_BNT: Tensor,
     tokens: int,
-    to_queries: Blocks = TO_QUERIES,
-    to_entries: Blocks = TO_ENTRIES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the outputs."""
     rows, length, heads, _ = q_BTNH.shape
@@ -265,13 +264,13 @@ def backward(
     mean_BNT = torch.empty_like(norm_BNT)
     scale = _scale(q_BTNH)
     with torch.cuda.device_of(q_BTNH):
-        _to_queries[(triton.cdiv(length, to_queries.rows), rows * heads)](
+        _to_queries[(triton.cdiv(length, TO_QUERIES.rows), rows * heads)](
             q_BTNH, k_BJKH, v_BJKH, start_BT, first_BJ, last_BJ, out_BTNH, norm_BNT, grad_BTNH, mean_BNT, dq_BTNH,
-            length, tokens, entries, scale, SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, to_queries),
+            length, tokens, entries, scale, SLOTS=entries > tokens, **_options(q_BTNH, k_BJKH, TO_QUERIES),
         )  # fmt: skip
-        size = to_entries.entries
+        size = TO_ENTRIES.entries
         _to_entries[(triton.cdiv(tokens, size) + triton.cdiv(entries - tokens, size), rows * kv_heads)](
             q_BTNH, k_BJKH, v_BJKH, first_BJ, last_BJ, norm_BNT, grad_BTNH, mean_BNT, dk_BJKH, dv_BJKH,
-            length, tokens, entries, scale, **_options(q_BTNH, k_BJKH, to_entries),
+            length, tokens, entries, scale, **_options(q_BTNH, k_BJKH, TO_ENTRIES),
         )  # fmt: skip
     return dq_BTNH, dk_BJKH, dv_BJKH

@@ -1,8 +1,8 @@
-"""Cross-entropy of a chunk of logits in one kernel: the losses of its rows, and the gradients in the logits' place.
+"""Cross-entropy of a chunk of logits in one kernel, which overwrites the logits with their gradient.
 
-A program owns a row and reads it twice. The soft cap bounds the exponent, so the first reading needs no maximum: it
-sums ``exp(capped)``. The second one, which finds the row still in the L2 cache, overwrites it with the gradient. So the
-memory of a GPU sees each logit, in half precision, read once and written once; all arithmetic is in fp32.
+A program computes one row and reads it twice. The first time it sums ``exp(capped)``; the soft cap bounds the exponent,
+so no maximum is subtracted. The second time, when the row is still in the L2 cache, it overwrites it with the gradient.
+So each half-precision logit is read from GPU memory once and written once. All arithmetic is in fp32.
 """
 
 import torch
@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Eight columns a thread are one load of 16 bytes. A row of 50 thousand columns gets 16 warps, of which two fit on a
-# multiprocessor of an H100 or H200 at once: 264 rows of 100 KB, which the second reading still finds in 50 MB of cache.
+# Eight logits per thread are one load of 16 bytes. A row of 50 thousand logits gets 16 warps, and a multiprocessor of
+# an H100 holds two such programs: 264 rows of 100 KB in flight, which fit into 50 MB of L2 cache.
 BLOCK = 4096
 COLUMNS_A_WARP = 32 * 8
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,8 +21,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _shares(raw, cap: tl.constexpr):
     """Return `w` with ``tanh(raw / cap) = 1 - 2 w`` and ``exp(cap tanh(raw / cap))``.
 
-    This form of tanh has no difference of large numbers, and its derivative, ``4 w (1 - w)``, needs no second one.
-    Powers of two are what the hardware computes: all factors are folded into theirs.
+    This form of tanh subtracts no large numbers, and its derivative, ``4 w (1 - w)``, needs no other exponential. The
+    hardware computes powers of two, so all factors are folded into their exponents.
     """
     w = 1.0 / (1.0 + tl.exp2(raw.to(tl.float32) * (2.0 * LOG2_E / cap)))
     return w, tl.exp2(cap * LOG2_E - (2.0 * LOG2_E * cap) * w)
@@ -36,7 +36,7 @@ def _cross_entropy(
     nats_ptr,
     squares_ptr,
     z_weight,
-    # A model has one or two of each of these. Rows are padded to `columns`, a length that wide loads divide.
+    # Constants of a model, so the kernel is compiled once or twice. Rows are padded to `columns`, for wide loads.
     vocab_size: tl.constexpr,
     columns: tl.constexpr,
     cap: tl.constexpr,
@@ -44,7 +44,7 @@ def _cross_entropy(
     GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    WHOLE: tl.constexpr = vocab_size // BLOCK * BLOCK  # columns in blocks that need no mask
+    WHOLE: tl.constexpr = vocab_size // BLOCK * BLOCK  # logits in blocks that need no mask
     row = tl.program_id(0).to(tl.int64)
     raw_ptr += row * columns
     label = tl.load(target_ptr + row)
@@ -90,8 +90,8 @@ def _cross_entropy(
 
 
 def fused_chunk(
-    raw_CV: Tensor,
-    target_C: Tensor,
+    raw_OV: Tensor,
+    target_O: Tensor,
     count: Tensor,
     vocab_size: int,
     cap: float,
@@ -102,21 +102,21 @@ def fused_chunk(
 ) -> tuple[Tensor, Tensor]:
     """As `plain_chunk` in `lepton/ops/cross_entropy.py`, in one launch.
 
-    The arguments are not looked at on the host, so a launch can be captured in a CUDA graph. A target is `ignore` or
-    below `vocab_size`; any other is read out of bounds.
+    It does not synchronise with the host, so it can be captured in a CUDA graph. A target must be `ignore` or below
+    `vocab_size`: others are read out of bounds.
     """
-    rows, columns = raw_CV.shape
-    assert raw_CV.is_contiguous()
-    nats_C = torch.empty(rows, dtype=torch.float32, device=raw_CV.device)
-    squares_C = torch.empty_like(nats_C)
+    rows, columns = raw_OV.shape
+    assert raw_OV.is_contiguous()
+    nats_O = torch.empty(rows, dtype=torch.float32, device=raw_OV.device)
+    squares_O = torch.empty_like(nats_O)
     block = min(BLOCK, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(raw_CV):  # Triton launches on the current device
+    with torch.cuda.device_of(raw_OV):  # Triton launches on the current device
         _cross_entropy[(rows,)](
-            raw_CV,
-            target_C.contiguous(),
+            raw_OV,
+            target_O.contiguous(),
             count,
-            nats_C,
-            squares_C,
+            nats_O,
+            squares_O,
             z_weight,
             vocab_size=vocab_size,
             columns=columns,
@@ -126,4 +126,4 @@ def fused_chunk(
             BLOCK=block,
             num_warps=max(1, block // COLUMNS_A_WARP),
         )
-    return nats_C, squares_C
+    return nats_O, squares_O
