@@ -57,20 +57,11 @@ def prepare(
 
     Raises InputError for sources without text and for an `out` that holds something already.
     """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"val_fraction={val_fraction}: must lie in 0..1, 1 excluded")
-    if not 2 <= row_len <= MAX_ROW_LEN:
-        raise InputError(f"row_len={row_len}: must lie in 2..{MAX_ROW_LEN}")
-    most = MAX_SHARD_TOKENS // row_len
-    if shard_rows and not 1 <= shard_rows <= most:
-        raise InputError(f"shard_rows={shard_rows}: must lie in 1..{most} for rows of {row_len} tokens")
+    _check_layout(val_fraction, row_len, shard_rows)
     sources, out = list(sources), Path(out).absolute()
     try:
         with place_for(out, force=force, wait=wait) as place:
-            for source in sources:
-                path = Path(os.path.realpath(source))
-                if place.folder in (path, *path.parents):
-                    raise InputError(f"{source} lies in the output folder {out}: name another with --out")
+            _check_outside(sources, place.folder, out)
             own = (place.folder, place.partial.parent)
             corpus = Corpus(sources, text_field=text_field, separator=separator, leave_out=own)
             quiet = None if show_progress else True  # None: shown on a terminal alone
@@ -99,6 +90,24 @@ def prepare(
         # numpy says of a full disk only how much of an array was written
         raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
     return metadata
+
+
+def _check_layout(val_fraction: float, row_len: int, shard_rows: int | None) -> None:
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"val_fraction={val_fraction}: must lie in 0..1, 1 excluded")
+    if not 2 <= row_len <= MAX_ROW_LEN:
+        raise InputError(f"row_len={row_len}: must lie in 2..{MAX_ROW_LEN}")
+    most = MAX_SHARD_TOKENS // row_len
+    if shard_rows and not 1 <= shard_rows <= most:
+        raise InputError(f"shard_rows={shard_rows}: must lie in 1..{most} for rows of {row_len} tokens")
+
+
+def _check_outside(sources: list[str | Path], folder: Path, out: Path) -> None:
+    """Raise InputError for a source that lies in `folder`, to which the name `out` leads."""
+    for source in sources:
+        path = Path(os.path.realpath(source))
+        if folder in (path, *path.parents):
+            raise InputError(f"{source} lies in the output folder {out}: name another with --out")
 
 
 def _encode(
