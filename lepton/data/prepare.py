@@ -75,12 +75,7 @@ def prepare(
                 skipped = corpus.skipped_summary()
                 why = f" (skipped: {skipped})" if skipped else ""
                 raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
-            metadata |= {
-                "separators": corpus.separators,
-                "markers_kept": corpus.markers_kept,
-                "skipped_files": len(corpus.skipped),
-                "skipped": corpus.skipped_counts(),
-            }
+            metadata |= _corpus_metadata(corpus)
             text = json.dumps(metadata, indent=2, ensure_ascii=False)
             (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
             _publish(place)
@@ -108,6 +103,15 @@ def _check_outside(sources: list[str | Path], folder: Path, out: Path) -> None:
         path = Path(os.path.realpath(source))
         if folder in (path, *path.parents):
             raise InputError(f"{source} lies in the output folder {out}: name another with --out")
+
+
+def _corpus_metadata(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "separators": corpus.separators,
+        "markers_kept": corpus.markers_kept,
+        "skipped_files": len(corpus.skipped),
+        "skipped": corpus.skipped_counts(),
+    }
 
 
 def _encode(
