@@ -98,7 +98,7 @@ def prepare(
     sources, out = list(sources), Path(out).absolute()
     try:
         with place_for(out, force=force, wait=wait) as place:
-            corpus = _corpus(sources, place, settled)
+            corpus = _corpus(sources, out, place, settled)
             quiet = None if show_progress else True  # None: shown on a terminal alone
             with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
                 encoded = _encode(corpus.pieces(bar.update), tokenizer, place.partial, settled)
@@ -118,12 +118,12 @@ def prepare(
     return metadata
 
 
-def _corpus(sources: list[str | Path], place: Place, how: Preparation) -> Corpus:
+def _corpus(sources: list[str | Path], out: Path, place: Place, how: Preparation) -> Corpus:
     """Return the documents to prepare; none may lie where they are written to."""
     for source in sources:
         path = Path(os.path.realpath(source))
         if place.folder in (path, *path.parents):
-            raise InputError(f"{source} lies in the output folder {place.folder}: name another with --out")
+            raise InputError(f"{source} lies in the output folder {out}: name another with --out")
     own = (place.folder, place.partial.parent)
     return Corpus(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
 

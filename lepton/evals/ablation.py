@@ -24,7 +24,7 @@ class Ablated:
 
 
 def switches(model: Network) -> dict[str, Switch]:
-    """Return what can be switched off in `model`, by the name that a table shows."""
+    """Return the switches of the ideas of `model`, by the name that a table shows."""
     return {name: switch for idea in model.ideas.values() for name, switch in idea.switches().items()}
 
 
@@ -39,7 +39,7 @@ def without(model: Network, name: str) -> AbstractContextManager[dict[str, Any]]
 def ablate(
     model: Network, nats_per_token: Callable[..., float], *, everything: float | None = None, **options: Any
 ) -> Iterator[Ablated]:
-    """Measure `model` with everything on, and then with one idea off at a time; yields each row once it is known.
+    """Measure `model` with everything on, and then with one idea off at a time; yield each row as soon as it is known.
 
     `nats_per_token(**options)` measures it; `options` (`depth`, `think`) hold where a switch does not decide them.
     `everything` is what it gives with everything on, where that is known already.

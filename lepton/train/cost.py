@@ -12,7 +12,7 @@ from lepton.runtime.device import synchronize
 from lepton.train.batch_plan import usual_groups
 
 USUAL_SHARE = {"cuda": 0.25, "cpu": 0.2}
-"""Share of a plain matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
+"""Share of a matrix product's rate that training reaches, for estimates; in fp32 on a CPU it is twice that."""
 HOST_SECONDS = 0.006
 """Time that a GPU's host takes to launch a micro-batch, however small, for estimates."""
 
@@ -20,9 +20,14 @@ HOST_SECONDS = 0.006
 def training_flops_per_token(model: Network, rows: int, length: int) -> float:
     """Floating-point operations per target of `rows` of `length` targets, without the optimizer's.
 
-    A backward pass costs each product twice over, once for its input and once for its matrix; where one of the two has
-    no gradient, once. Counted is what runs: all the rounds of thinking that there is room for, and the usual number of
-    segments. What is computed again with `checkpoint_activations` is not counted.
+    A backward pass repeats each product twice, for the gradients of its input and of its matrix, or once if one of the
+    two has no gradient. This counts what is executed, with padded rounds of thinking and the usual number of segments.
+    It leaves out what `checkpoint_activations` computes again.
+
+    Args:
+        model: with its configuration and ideas.
+        rows: rows of a micro-batch.
+        length: targets per row.
     """
     config = model.config
     groups = usual_groups(length, config.segment)
@@ -35,7 +40,7 @@ def training_flops_per_token(model: Network, rows: int, length: int) -> float:
 
 
 def training_seconds(flops: float, micro_batches: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return about how long training of so many `flops` takes, from a matrix product timed on the spot."""
+    """Return an estimate of the seconds that `flops` of training take, from the time of a matrix product."""
     size = 4096 if device.type == "cuda" else 768
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))

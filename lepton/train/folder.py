@@ -51,7 +51,7 @@ class RunFolder:
             old.unlink(missing_ok=True)
 
     def finish(self, payload: dict[str, Any]) -> Path:
-        """Save the end of the run as final.pt."""
+        """Save the last step as final.pt."""
         path, last = self.path / FINAL, self.step_path(payload["step"])
         if last.exists():
             checkpoint.duplicate(last, path)

@@ -1,8 +1,8 @@
 """One run in a folder at a time.
 
-The lock is the operating system's, on a file in the folder: it is gone with the process that holds it, however that
-ends, and a file that a killed process has left is taken over. A file system without locks (some network drives) cannot
-tell; there the run goes on after a line that says so.
+The lock is the operating system's, on a file in the folder. It ends with the process that holds it, and a file that a
+killed process has left is taken over. On a file system without locks (some network drives) the run prints a warning
+and continues.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from lepton.errors import InputError
 
 LOCK = ".lock"
 IN_USE = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""What trying to lock gives where another process has the lock: on POSIX, on network drives, and on Windows."""
+"""Errors of locking where another process holds the lock: on POSIX, on network drives, and on Windows."""
 LOCKED_BYTE = 1 << 30
 """Windows lets nobody read a byte that is locked, so this one lies behind the text."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `folder`, which is made where it is missing, and goes again if nothing was put into it.
+    """Hold the lock of `folder`. A missing folder is made, and removed again if it stays empty.
 
     Raises:
         InputError: another run has the lock, or the folder cannot be made or written to.
@@ -74,8 +74,8 @@ def _take(path: Path, say: Callable[[str], None]) -> BinaryIO:
             say(f"{path.parent} cannot be locked here ({error.strerror}): do not start a second run in it")
         if _is_at(file, path):
             break
-        file.close()  # the run before has just removed it: locked was a file without a name
-    with contextlib.suppress(OSError):  # it is only for the message that others get
+        file.close()  # the run before has just removed it, so a file without a name is locked
+    with contextlib.suppress(OSError):  # only the message of other runs needs it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()

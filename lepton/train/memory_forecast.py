@@ -36,7 +36,7 @@ def predicted_bytes(
         optimizer: 'muon' or 'adamw'.
     """
     config, size = model.config, model.dtype.itemsize
-    ends = config.layers * size * seq_len * config.width  # whatever else is kept: a block's input
+    ends = config.layers * size * seq_len * config.width  # the input of each block is always kept
     work = _work(model, batch_size, seq_len)
     deep = _block(model, seq_len, _slots(model, work))
     inside = config.stem_layers * _block(model, seq_len, 0) + (config.layers - config.stem_layers) * deep
@@ -111,7 +111,7 @@ def _parameters(model: Network, optimizer: str) -> int:
 
 
 def _matrices(module: nn.Module) -> int:
-    """Numbers in the matrices of a module."""
+    """Elements of the matrices of a module."""
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, Linear))
 
 
@@ -126,7 +126,7 @@ def _slots(model: Network, work: Work) -> int:
 
 
 def _block(model: Network, seq_len: int, slots: int) -> int:
-    """Bytes that a block keeps of a row beside its input."""
+    """Bytes per row that a block keeps beside its input."""
     config = model.config
     outputs = config.heads * config.head_dim
     # Two normed inputs and what attention adds; queries before and after the norm, and the outputs of attention; keys
@@ -136,7 +136,7 @@ def _block(model: Network, seq_len: int, slots: int) -> int:
 
 
 def _kv_numbers(model: Network, seq_len: int, slots: int) -> int:
-    """Numbers in the keys and values of an attention over a row's tokens and slots, as it keeps them."""
+    """Elements per row in the keys and values that attention over tokens and slots keeps."""
     config = model.config
     if model.dtype.itemsize < FP32:
         return 2 * (seq_len + slots) * config.kv_heads * config.head_dim
@@ -146,7 +146,7 @@ def _kv_numbers(model: Network, seq_len: int, slots: int) -> int:
 
 
 def _between(model: Network, work: Work) -> int:
-    """Bytes that a row keeps outside blocks and ideas."""
+    """Bytes per row that are kept outside blocks and ideas."""
     config, seq_len = model.config, work.length
     numbers = 4 * config.width  # the embedding; the last state, normed, and its gradient
     masks = 5 * _slots(model, work)

@@ -37,7 +37,7 @@ class MetricsLog:
 
     @staticmethod
     def rewind(path: Path, step: int) -> int:
-        """Drop what stands after `step`, and the end of a line that a killed process has left.
+        """Drop the lines after `step`, and a last line that a killed process has left incomplete.
 
         Lines that are no records move to a file beside, called as this one and BAD; returns how many they are.
         """
@@ -69,7 +69,7 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        """Make what was written durable: before a checkpoint is, so that no step of a resumed run is missing."""
+        """Make the lines durable: before each checkpoint, so that a resumed run misses no step."""
         with _writing(self.path):
             os.fsync(self._file.fileno())
 

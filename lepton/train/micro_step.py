@@ -24,7 +24,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a micro-batch is, on the device."""
+    """A micro-batch on the device."""
 
     tokens: Tensor
     lengths_B: Tensor
@@ -32,7 +32,7 @@ class Inputs:
     share: Tensor
 
     def copy_(self, other: "Inputs") -> None:
-        """Take over the values of another micro-batch of the same shape."""
+        """Copy the values of another micro-batch of the same shape into these tensors."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             if mine is not None:
                 mine.copy_(theirs, non_blocking=True)
@@ -85,7 +85,7 @@ class MicroStep:
                 break
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # in many ways; none of them should stop a run that works without
+            except Exception as error:  # of many types; none should stop a run that works without
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 what = "compile" if self._parts else "capture"
                 self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
@@ -127,7 +127,7 @@ class MicroStep:
         return figures
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
-        with _products(self._model), self._copies.swapped_in():
+        with _tf32_products(self._model), self._copies.swapped_in():
             loss = self._model.loss(inputs.tokens, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
@@ -152,7 +152,7 @@ class MicroStep:
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Let the model's parts run compiled; outside, its shapes vary, and it runs as it is."""
+        """Run the compiled parts inside the block. Outside, shapes vary, and the model runs eagerly."""
         try:
             for module, name, function in self._parts:
                 setattr(module, name, function)
@@ -163,19 +163,19 @@ class MicroStep:
 
 
 def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
-    """Return the modules and their functions that are compiled, each on its own; alike ones share a program.
+    """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph.
 
-    Crystals are sorts and index work: nothing to fuse, and the longest of all to compile.
+    Crystals are left out: they are sorts and indexing, with nothing to fuse and the longest time to compile.
     """
     blocks = [(block, "forward") for block in [*model.stem, *model.blocks]]
     return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
 
 
 @contextmanager
-def _products(model: Network) -> Iterator[None]:
-    """Let a GPU's tensor cores do the fp32 products (in TF32) of a model whose activations are rounded more coarsely.
+def _tf32_products(model: Network) -> Iterator[None]:
+    """Allow TF32 for fp32 products on a GPU, if the model's activations have a lower precision.
 
-    Those are the memory's, whose queries, keys and values come out of products in half precision.
+    Those are products of the memory, whose queries, keys and values come from products in half precision.
     """
     if not model.embed.weight.is_cuda or model.dtype.itemsize >= torch.float32.itemsize:
         yield

@@ -1,4 +1,4 @@
-"""Which parameter is trained by what: Muon for the matrices of blocks, AdamW for everything else.
+"""Optimizers: Muon for the matrices of blocks, AdamW for all other parameters.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
 orthogonal matrix. Its update has spectral norm sqrt(max(1, rows / columns)) x rate whatever the width, so one rate
@@ -27,13 +27,13 @@ EPS = 1e-10
 MOMENTUM = 0.95
 
 STACKED = 2**25
-"""Numbers of matrices that are orthogonalised at once; bounds the memory of the copies."""
+"""Matrix elements that are orthogonalised at once; this bounds the memory of the copies."""
 
 Parameters = list[tuple[str, nn.Parameter, Declared]]
 
 
 def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
-    """Return the trainable parameters of `model` that Muon takes, and the rest, each with what is declared of it."""
+    """Return the trainable parameters of `model` that Muon takes, and the rest, each with its declaration."""
     entries = declared(model)
     trained = [(name, each, entries[name]) for name, each in model.named_parameters() if each.requires_grad]
     muon = [item for item in trained if item[2].optimizer == "muon"]
@@ -122,7 +122,7 @@ class Optimizers:
         if muon:
             groups = _groups(muon, weight_decay * lr / muon_lr)
             batched = BatchedMuon(groups, lr=muon_lr, momentum=MOMENTUM, adjust_lr_fn="original")
-            # Who trains in full precision wants it here too: half of it rounds the smallest difference to a large one.
+            # A run in fp32 gets fp32 here too: bf16 would amplify the smallest differences between runs.
             batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
             self._members["muon"] = batched
         self._peak = {"adamw": lr, "muon": muon_lr}
@@ -133,9 +133,9 @@ class Optimizers:
         self._capture = captured and on_gpu
         self._own = CudaGraphs(self._device)
         self._state = object()
-        """Stands for where the members' state lies."""
+        """Changes when the state is replaced, so that graphs of the old state are not replayed."""
         self._asked: Hashable = None
-        """The last update: its clipping, and where state and gradients lie."""
+        """Key of the last update: the clipping, and the addresses of state and gradients."""
 
     def step(self, scale: float, grad_clip: float, graphs: CudaGraphs | None = None) -> Tensor:
         """Update at `scale` times the peak rates and set the gradients to zero.
@@ -166,7 +166,7 @@ class Optimizers:
             member.step()
         if gradients := [each.grad for each in self._trunk + self._auxiliary if each.grad is not None]:
             torch._foreach_zero_(gradients)
-        # What is not finite in either shows in what is returned, so that nothing goes on from it.
+        # A norm that is not finite in either group makes the result not finite, and the run stops.
         return norm + 0 * apart
 
     def _replayed(self, grad_clip: float, graphs: CudaGraphs) -> Tensor | None:
@@ -185,7 +185,7 @@ class Optimizers:
                 graphs.capture(key, lambda: self._update(grad_clip))
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # in many ways; none of them should stop a run that works without
+            except Exception as error:  # of many types; none should stop a run that works without
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
                     f"cannot capture the optimizers' step here ({reason}): going on without, which runs slower",
@@ -203,10 +203,10 @@ class Optimizers:
         return {"kind": self.kind, "states": states}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` of an instance of the same kind, on the same model, returned.
+        """Load the `state_dict` of an instance of the same kind on the same model.
 
         Raises:
-            InputError: names, shapes, dtypes or numbers that are not those of this model's; nothing is taken over then.
+            InputError: names, shapes, dtypes or numbers do not fit this model; then nothing is loaded.
         """
         assert saved["kind"] == self.kind
         if saved["states"].keys() != self._members.keys():
@@ -221,9 +221,7 @@ class Optimizers:
 
 
 def _check_states(states: Any, member: torch.optim.Optimizer) -> None:
-    """Raise InputError unless `states` are what `member` keeps of its parameters, by their numbers: of all or, before
-    its first step, of none.
-    """
+    """Raise InputError unless `states` fit the parameters of `member` by number, or are empty (no step was done)."""
     parameters = [parameter for group in member.param_groups for parameter in group["params"]]
     if not isinstance(states, Mapping) or (states and states.keys() != set(range(len(parameters)))):
         raise InputError(f"it must be that of parameters 0..{len(parameters) - 1}")

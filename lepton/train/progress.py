@@ -11,8 +11,8 @@ MOVES_AFTER = 1.0
 class Progress:
     """Lines for people: on a terminal the progress is one line that moves, elsewhere each is a line of its own.
 
-    A run does not die of what it cannot print: `closed` says that the reader of a pipe has left, and of a terminal
-    that is gone or a full disk nothing is said, since metrics.jsonl holds it all.
+    A failing print never stops a run. `closed` says that the reader of a pipe has left. Other errors, such as a lost
+    terminal or a full disk, are ignored, since metrics.jsonl holds all figures.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -28,7 +28,7 @@ class Progress:
         self._print(text + "\n")
 
     def update(self, text: str) -> None:
-        """Show the present state of things."""
+        """Show the present state of the run."""
         if not self._moving:
             self.say(text)
             return
@@ -38,7 +38,7 @@ class Progress:
         self._moved = time.perf_counter()
 
     def hint(self, text: str) -> None:
-        """Show on a terminal what takes a moment."""
+        """Show `text` on a terminal alone, before something that takes a moment."""
         if self._moving:
             self.update(text)
 
@@ -71,7 +71,7 @@ class Stopwatch:
         self._lap = time.perf_counter()
 
     def lap(self) -> float:
-        """Return the seconds since the last call and begin anew."""
+        """Return the seconds since the last call and start the next lap."""
         now = time.perf_counter()
         seconds, self._lap = now - self._lap, now
         return max(seconds, 1e-9)

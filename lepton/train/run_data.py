@@ -1,4 +1,4 @@
-"""The data of a run: where they lie, and whether a resumed run finds those that it began with."""
+"""The data of a run: their folder, and a check that a resumed run finds the data of its checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ SPLITS = {"train": "training", "val": "validation"}
 
 @dataclass(frozen=True)
 class RunData:
-    """Both splits, and what a checkpoint says of them."""
+    """Both splits, and their record for checkpoints."""
 
     train: ShardedDataset
     held_out: ShardedDataset
@@ -31,7 +31,7 @@ def open_run_data(start: StartingPoint, settings: TrainSettings) -> RunData:
     """Open the data that `settings` name.
 
     Raises:
-        InputError: no usable data, or others than those that the checkpoint was trained on, which nobody has allowed.
+        InputError: no usable data, or other data than the checkpoint's without the user's permission.
     """
     folder = Path(settings.data_dir or default_corpus(start.tokenizer))
 
@@ -58,7 +58,7 @@ def open_run_data(start: StartingPoint, settings: TrainSettings) -> RunData:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return what differs between two origins in words, "" where nothing does or the first one says nothing."""
+    """Return in words what differs between two records; "" if nothing does, or if `before` is empty."""
     return "; ".join(
         f"{words}: {_describe(before[name])} then, {_describe(now[name])} now"
         for name, words in SPLITS.items()

@@ -150,7 +150,7 @@ class TrainSettings:
         return {name for name in mine if mine[name] != default[name]}
 
     def resumed_from(self, saved: Mapping[str, Any], given: Collection[str]) -> tuple["TrainSettings", list[str]]:
-        """Return the settings of a run that goes on from one with settings `saved`, and what changes, a line each.
+        """Return the settings of a run that resumes one with settings `saved`, and the changes, a line each.
 
         The settings named in `given` win; the others keep their saved values.
         """
@@ -174,7 +174,7 @@ _PLAIN: dict[type, tuple[Any, str]] = {
 
 
 def _plain(name: str, value: Any, annotation: Any) -> Any:
-    """Return `value` as the plain type that the field `name` has, which a checkpoint can hold.
+    """Return `value` as the plain type of the field `name`, which a checkpoint can hold.
 
     Paths become str, numbers of numpy Python's. Raises InputError for a value of another type.
     """

@@ -1,4 +1,4 @@
-"""Being asked to stop: the first signal lets the loop save after its step, a Ctrl-C after that leaves at once."""
+"""Signals: after the first one the loop saves at the end of its step; a second Ctrl-C ends the run at once."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBRE
 """Signals that end a process and leave it time: from a keyboard, a terminal that closes (SIGHUP), a scheduler that
 announces the end of a job's time (SIGUSR1, SIGUSR2, SIGXCPU), and Windows' console (SIGBREAK)."""
 SIGPIPE = 13
-"""What a reader that left stands for in exit codes, on every platform."""
+"""Signal number in the exit code when the reader of a pipe has left, on every platform."""
 
 
 class Interrupted(Exception):
@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, notes the signals of NAMES in `signum` instead of dying of them.
+    """While entered, records the signals of NAMES in `signum`, which then do not end the process.
 
     One that is ignored stays ignored: `nohup` and shells that start a job in the background rely on it.
     """

@@ -68,7 +68,7 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
 
 
 class Trainer:
-    """One run: its parts, where it stands, and the loop over steps."""
+    """One run: its parts, its present step, and the loop over steps."""
 
     def __init__(self, start: StartingPoint, progress: Progress) -> None:
         self.parts: Parts = assemble(start)
