@@ -9,6 +9,7 @@ import torch
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
 from lepton.evals.calibration import auroc, brier, fit_temperature, measure_uncertainty, risk_coverage, score
+from lepton.train import calibration
 from lepton.train.calibration import (
     calibrate,
     calibration_batches,
@@ -143,8 +144,8 @@ def test_the_line_stays_finite(logit, wrong):
 
 @pytest.mark.parametrize("variant", ["complete", "no thoughts", "no router", "no uncertainty", "dense"])
 def test_walking_gives_every_position_once(variant, monkeypatch):
-    monkeypatch.setattr("lepton.train.calibration.POSITIONS", 7)
-    monkeypatch.setattr("lepton.train.calibration.CHUNK", 16)
+    monkeypatch.setattr(calibration, "POSITIONS", 7)
+    monkeypatch.setattr(calibration, "CHUNK", 16)
     model = build(variant)
     seen = collect(model, batches(), temperature=2.0)
     logits, targets, raw = [], [], []
