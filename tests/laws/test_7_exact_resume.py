@@ -4,7 +4,6 @@ Real processes, killed from outside at random moments while they save after ever
 middle of writing a checkpoint and between the files of one step.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from lepton import checkpoint
-from tests.train.small import SHAPE, write_data
+from tests.train.small import SHAPE, metrics_of, write_data
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -90,11 +89,6 @@ def undisturbed(data, tmp_path_factory):
     return out
 
 
-def told(out):
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_s"} for line in lines]
-
-
 def flat(value):
     """All tensors and numbers in nested dicts, in order."""
     if isinstance(value, dict):
@@ -102,9 +96,9 @@ def flat(value):
     return [item for part in value for item in flat(part)] if isinstance(value, list | tuple) else [value]
 
 
-def assert_same_run(out, undisturbed):
-    assert told(out) == told(undisturbed)
-    for name in ("final.pt", "best.pt", f"step_{STEPS}.pt"):
+def assert_same_run(out, undisturbed, steps=STEPS):
+    assert metrics_of(out) == metrics_of(undisturbed)
+    for name in ("final.pt", "best.pt", f"step_{steps}.pt"):
         ours, theirs = checkpoint.load(out / name), checkpoint.load(undisturbed / name)
         for part in ("step", "model", "optimizer", "rng", "validation", "best"):
             for a, b in zip(flat(ours[part]), flat(theirs[part]), strict=True):
