@@ -164,13 +164,13 @@ def kill():
     raise Killed
 
 
-@pytest.mark.parametrize(
-    ("end", "raised"),
-    [(lambda: signal.raise_signal(signal.SIGTERM), Interrupted), (kill, Killed)],
-    ids=["asked", "killed"],
-)
+def ask():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("end", "raised"), [(ask, Interrupted), (kill, Killed)])
 def test_a_run_resumes_exactly(undisturbed, tmp_path, end, raised):
-    """Law 7, which runs the command: the trainer knows the idea in this process alone."""
+    """Law 7, whose own test runs the command: the trainer knows the idea in this process alone."""
     data, out = undisturbed
     with pytest.raises(raised):
         train(small_settings(data, tmp_path, log_every=1), stream=Watched("step 6/8", end))
@@ -183,10 +183,8 @@ def test_a_run_resumes_exactly(undisturbed, tmp_path, end, raised):
     names = ["echo.out.weight", "echo.ahead.weight"]
     assert not any(torch.equal(before["model"][name], after["model"][name]) for name in names), "it learns"
     muon, _ = split_parameters(Lepton(LeptonConfig.from_dict(after["config"])))
-    states = after["optimizer"]["states"]["muon"]
-    numbers = [number for number, (name, *_) in enumerate(muon) if name in names]
-    assert len(numbers) == len(names)
-    assert all(states[number]["momentum_buffer"].any() for number in numbers)
+    assert {name for name, *_ in muon} >= set(names)
+    assert len(after["optimizer"]["states"]["muon"]) == len(muon)
 
 
 def test_it_trains_by_the_groups_it_names():
