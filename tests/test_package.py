@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lepton
-from lepton import Lepton, Tokenizer, api
+from lepton import Lepton, Tokenizer
 from tests.cli.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +34,3 @@ def test_a_model_from_a_checkpoint_has_its_tokenizer(tmp_path):
     save_tiny(tmp_path / "without.pt", tokenizer=None)
     assert Lepton.from_checkpoint(tmp_path / "without.pt").tokenizer is None
     assert model.tokenizer is None, "made by hand"
-
-
-def test_the_package_offers_what_its_public_face_does():
-    assert sorted(api.__all__) == sorted(lepton._PUBLIC)
-    assert all(getattr(lepton, name) is getattr(api, name) for name in api.__all__)

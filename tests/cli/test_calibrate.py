@@ -1,5 +1,7 @@
 """`python -m lepton calibrate`: what it writes, what it prints, and what a user can get wrong."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from lepton.data.shards import ShardedDataset
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
-from tests.laws.lab import build
+from tests.streams import Watched
 
 
 @pytest.fixture
@@ -136,12 +138,16 @@ def test_what_makes_the_measured_half_worse_is_written_by_force_alone(saved, tmp
     )
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_is_left_alone(saved, data_dir, monkeypatch):
-    path, model, tokenizer = saved
-    monkeypatch.setattr("lepton.cli.calibrate.load", lambda args: (model, tokenizer, 6))
-    content = path.read_bytes()
-    code, _, err = run(*command_of(path, data_dir))
-    assert (code, "step 6 -> 7" in err) == (2, True)
+def test_a_checkpoint_that_is_replaced_meanwhile_is_left_alone(saved, data_dir, tmp_path):
+    path = saved[0]
+    save_tiny(tmp_path / "newer.pt", step=8)
+    content = (tmp_path / "newer.pt").read_bytes()
+
+    def screen():  # the data are named after the model is loaded
+        return Watched("val split", lambda: (tmp_path / "newer.pt").replace(path))
+
+    code, _, err = run(*command_of(path, data_dir), screen=screen)
+    assert (code, "step 7 -> 8" in err) == (2, True)
     assert path.read_bytes() == content
 
 
@@ -158,9 +164,9 @@ def test_what_counts_as_worse():
     ]
 
 
-def test_a_model_without_the_ideas(saved, data_dir, monkeypatch):
-    dense, tokenizer = build("dense").float(), saved[2]
-    monkeypatch.setattr("lepton.cli.calibrate.load", lambda args: (dense, tokenizer, 7))
+def test_a_model_without_the_ideas(saved, data_dir):
+    dense = Lepton(dataclasses.replace(saved[1].config, ideas=()))
+    save_tiny(saved[0], model=dense.state_dict(), config=dense.config.to_dict())
     code, _, err = run(*command_of(saved[0], data_dir))
     assert code == 2
     assert "nothing to calibrate" in err

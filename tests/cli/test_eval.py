@@ -1,13 +1,14 @@
 """`python -m lepton eval`: figures of data sets and of text files, and what a user can get wrong."""
 
-import itertools
 import json
 import lzma
 import os
+import sysconfig
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
@@ -61,25 +62,24 @@ def test_a_limit_on_tokens(saved, data_dir):
 
 def test_parts_are_printed_as_they_are_known(saved, data_dir, monkeypatch):
     """29 minutes without a line: an estimate comes first, then each part and each row of the ablation."""
-    printed, measured = [], []
-    real = evaluate
+    printed, passes = [], []
 
-    def watched(*arguments, **options):
-        measured.append(len(printed))
-        return real(*arguments, **options)
+    def watch(module, _):
+        if isinstance(module, torch.nn.Embedding):  # once a pass
+            passes.append(len(printed))
 
-    monkeypatch.setattr("lepton.evals.heldout.evaluate", watched)
     monkeypatch.setattr("builtins.print", lambda *lines, **options: printed.append((lines, options)))
+    hook = register_module_forward_pre_hook(watch)
     code, _, _ = run(*command_of(saved[0]), "--data_dir", data_dir, "--ablate", "--max_tokens", 31)
+    hook.remove()
     assert code == 0
     assert all(options.get("flush") for _, options in printed[1:])
     (estimate,), _ = printed[1]
     assert estimate.startswith("about ")
     assert "tokens/s" in estimate
-    assert measured[0] == 2
-    # What --max_tokens has measured already is not measured again: eight switches, a row printed after each.
-    assert len(measured) == 1 + 8
-    assert [after - before for before, after in itertools.pairwise(measured[1:])] == [1] * 7
+    # Two passes for the estimate, one for the loss, two for the uncertainty. What --max_tokens has measured already is
+    # not measured again: then come eight switches, a row printed after each.
+    assert passes == [1, 1, 2, 3, 3, *range(6, 14)]
 
 
 def test_a_single_window_has_no_other_half(saved, tmp_path):
@@ -97,9 +97,16 @@ def test_threads_share_the_cores(saved, data_dir, monkeypatch):
     assert os.environ["GOMP_SPINCOUNT"] == "2000"
 
 
-def test_the_default_data_set(saved, data_dir, monkeypatch):
-    monkeypatch.setattr("lepton.data.stdlib.default_corpus", lambda tokenizer: data_dir)
-    assert run_json(*command_of(saved[0]))["tokens"] == 31
+def test_the_default_data_set(saved, tmp_path, monkeypatch):
+    for number in range(60):
+        (tmp_path / f"module_{number}.py").write_text(TEXT)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(tmp_path)}[name])
+    monkeypatch.setenv("LEPTON_CACHE", str(tmp_path / "cache"))
+    found = run_json(*command_of(saved[0]))
+    (folder,) = (tmp_path / "cache").glob("stdlib-*")
+    named = run_json(*command_of(saved[0]), "--data_dir", folder)
+    assert found["tokens"] == named["tokens"] > 0
+    assert found["nats_per_token"] == named["nats_per_token"]
 
 
 def test_text_files_and_json_lines(saved, tmp_path):

@@ -10,7 +10,6 @@ import pytest
 
 from lepton import __version__
 from lepton.cli import main as cli
-from lepton.cli.arguments import Parser
 from lepton.errors import InputError
 from tests.cli.tiny import run
 
@@ -64,37 +63,6 @@ def test_mistakes_are_one_line_with_the_fix(words, named):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert named in err
-
-
-def parser():
-    made = Parser(prog="x")
-    made.add_argument("--model_size")
-    made.add_argument("--text")
-    made.add_argument("words", nargs="*")
-    return made
-
-
-def test_flags_accept_dashes_and_underscores():
-    assert parser().parse_args(["--model-size", "nano"]).model_size == "nano"
-    assert parser().parse_args(["--model-size=na-no"]).model_size == "na-no"
-    assert parser().parse_args(["--model_size=nano"]).model_size == "nano"
-    assert parser().parse_args(["--", "--model-size"]).words == ["--model-size"]
-
-
-def test_flags_are_not_abbreviated():
-    with pytest.raises(InputError, match="unknown flag '--model'; did you mean '--model_size'"):
-        parser().parse_args(["--model", "nano"])
-
-
-def test_subcommands_share_the_rules():
-    made = Parser(prog="x")
-    inner = made.add_subparsers(required=True).add_parser("train")
-    inner.add_argument("--vocab_size")
-    assert made.parse_args(["train", "--vocab-size", "9"]).vocab_size == "9"
-    with pytest.raises(InputError, match="unknown flag '--vocab-sice'; did you mean '--vocab_size'"):
-        made.parse_args(["train", "--vocab-sice", "9"])
-    with pytest.raises(InputError, match="unknown value 'trian'; did you mean 'train'"):
-        made.parse_args(["trian"])
 
 
 class FakeCommand:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from lepton.cli import train as command
 from lepton.cli.arguments import Parser
 from lepton.train.settings import TrainSettings
 from tests.cli.tiny import run
+from tests.streams import Watched
 from tests.train.small import SHAPE, write_data
 
 ROOT = Path(__file__).parents[2]
@@ -121,15 +123,13 @@ def test_with_json_stdout_is_json_alone(data, tmp_path):
     assert "2 steps in about" in err
 
 
-def test_an_interrupted_run_says_how_to_go_on(data, tmp_path, monkeypatch):
-    from lepton.train.signals import Interrupted
+def test_an_interrupted_run_says_how_to_go_on(data, tmp_path):
+    def screen():
+        return Watched("step 3/4", lambda: signal.raise_signal(signal.SIGTERM))
 
-    def interrupted(settings, *, given, stream):
-        raise Interrupted(15, "stopped at step 3, saved x; go on with --resume x")
-
-    monkeypatch.setattr("lepton.train.trainer.train", interrupted)
-    code, _, err = run("train", *words(data, tmp_path))
-    assert (code, err) == (143, "stopped at step 3, saved x; go on with --resume x\n")
+    code, _, err = run("train", *words(data, tmp_path, "--max_steps", 4, "--log_every", 1), screen=screen)
+    path = tmp_path / "step_3.pt"
+    assert (code, err) == (143, f"stopped at step 3, saved {path}; go on with --resume {path}\n")
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,7 @@ def test_waiting_threads_spin_for_a_moment_unless_the_user_wants_otherwise(data,
         name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     }
     monkeypatch.setattr("os.environ", environment | own)
-    monkeypatch.setattr("lepton.train.trainer.train", lambda settings, *, given, stream: tmp_path / "final.pt")
-    assert run("train", *words(data, tmp_path))[0] == 0
+    assert run("train", *words(data, tmp_path, "--max_steps", 1))[0] == 0
     found = {name: os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
     assert found == then
 

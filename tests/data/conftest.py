@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from lepton.data.tokenizer import EOS, Tokenizer, load_tokenizer
+from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.small import small
 
 
 @pytest.fixture(scope="session")
@@ -19,12 +18,7 @@ def shipped() -> Tokenizer:
 @pytest.fixture(scope="session")
 def letters() -> Tokenizer:
     """A token a byte: quick to load and to hash."""
-    tokens = [EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([EOS])
-    return Tokenizer(backend)
+    return Tokenizer(small(257))
 
 
 @pytest.fixture

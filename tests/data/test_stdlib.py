@@ -83,7 +83,7 @@ def test_a_half_made_folder_is_not_used(library: Path, shipped: Tokenizer, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lepton.data.prepare._publish", killed)
+        patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             default_corpus(shipped)
     assert list(cache_folder().iterdir()) == []

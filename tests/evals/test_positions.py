@@ -6,6 +6,7 @@ import torch
 
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
+from lepton.evals import positions
 from lepton.evals.positions import calibration_batches, collect_outcomes, evaluation_batches, iterate_positions
 from tests.evals.samples import batches
 from tests.laws.lab import build, text
@@ -13,8 +14,8 @@ from tests.laws.lab import build, text
 
 @pytest.mark.parametrize("variant", ["complete", "no thoughts", "no router", "no uncertainty", "dense"])
 def test_every_position_comes_once(variant, monkeypatch):
-    monkeypatch.setattr("lepton.evals.positions.SLICE", 7)
-    monkeypatch.setattr("lepton.evals.positions.CHUNK", 16)
+    monkeypatch.setattr(positions, "SLICE", 7)
+    monkeypatch.setattr(positions, "CHUNK", 16)
     model = build(variant)
     outcomes = collect_outcomes(model, batches(), temperature=2.0)
     logits, targets, raw = [], [], []

@@ -7,7 +7,7 @@ from lepton.model.ideas import drafter as drafting
 from lepton.model.ideas import idea as ideas
 from lepton.model.ideas.drafter import STRIDE
 from lepton.model.ideas.idea import picks
-from lepton.model.ideas.peek import FADE, summary
+from lepton.model.ideas.peek import FADE
 from lepton.model.layers import norm
 from tests.laws.lab import EOS, build, text
 
@@ -142,30 +142,8 @@ def test_short_batches_work(shape):
     assert torch.isfinite(loss.loss)
 
 
-def test_rounds_may_differ_from_row_to_row():
-    """A row's thoughts do not depend on what its neighbours think."""
-    model, tokens = build("complete"), text(2, rows=4)
-    mixed = model.trunk(tokens, think=torch.tensor([0, 1, 2, 4])).hidden
-    for row, rounds in enumerate((0, 1, 2, 4)):
-        alone = model.trunk(tokens[row : row + 1], think=rounds).hidden
-        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0, atol=1e-9)
-
-
 def test_a_bound_on_the_groups_changes_nothing():
     model, tokens = build("complete"), text(3)
     exact, padded = model.trunk(tokens), model.trunk(tokens, groups=60)
     torch.testing.assert_close(exact.hidden, padded.hidden, rtol=0, atol=1e-9)
     torch.testing.assert_close(exact.state.deep.keys_BLRKH, padded.state.deep.keys_BLRKH, rtol=0, atol=1e-9)
-
-
-def test_the_summary_fades_over_the_tokens_ahead_and_stops_at_the_document():
-    embedded = torch.randn(1, 12, 6)
-    tokens = torch.ones(1, 12, dtype=torch.int64)
-    tokens[0, 6] = EOS
-    position = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
-    total, has = summary(embedded, position, 4)
-    unit = torch.nn.functional.rms_norm(embedded, (6,))[0]
-    torch.testing.assert_close(total[0, 2], unit[4] + FADE * unit[5] + FADE**2 * unit[6], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(total[0, 4], unit[6], rtol=1e-4, atol=1e-4)
-    assert has[0].tolist() == [True] * 5 + [False] * 2 + [True] * 3 + [False] * 2
-    assert not total[0, ~has[0]].any()

@@ -1,3 +1,4 @@
+import io
 import platform
 import sys
 
@@ -43,9 +44,12 @@ def test_bf16_where_the_hardware_has_it(monkeypatch, machine):
     for has in (True, False):
         monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda has=has: has)
         monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
-        monkeypatch.setattr("lepton.runtime.device._arm_features_hold", lambda feature, has=has: has)
-        assert device.has_bf16(CPU) == has
-        assert device.pick_dtype("auto", CPU) == (torch.bfloat16 if has else torch.float32)
+        cpuinfo = f"processor : 0\nFeatures : fp asimd{' bf16' if has else ''}\n"
+        with monkeypatch.context() as patch:
+            patch.setattr("os.path.exists", lambda path: True)
+            patch.setattr("builtins.open", lambda path, cpuinfo=cpuinfo, **_: io.StringIO(cpuinfo))
+            assert device.has_bf16(CPU) == has
+            assert device.pick_dtype("auto", CPU) == (torch.bfloat16 if has else torch.float32)
         assert device.pick_dtype("fp32", CPU) == torch.float32
         assert device.pick_dtype("bf16", CPU) == torch.bfloat16
 

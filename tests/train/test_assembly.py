@@ -1,6 +1,7 @@
 """What a run takes over from a checkpoint, and that nothing is taken over from one that does not fit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.train.assembly import _build_model, _restore, assemble
+from lepton.train.memory_forecast import USABLE, predicted_memory
+from lepton.train.messages import introduce
 from lepton.train.starting_point import find_starting_point
 from tests.train.small import small_run, small_settings
 
@@ -96,6 +99,26 @@ def test_optimizer_and_generator_change_together_or_not_at_all(run, data, tmp_pa
     assert torch.equal(torch.get_rng_state(), random)
     now = parts.optimizers.state_dict()["states"]["adamw"][0]["exp_avg"]
     assert torch.equal(now, kept["states"]["adamw"][0]["exp_avg"])
+
+
+def test_a_run_says_how_much_of_the_gpu_it_takes(data, tmp_path, monkeypatch):
+    settings = small_settings(data, tmp_path, batch_size=16)
+    start = find_starting_point(settings, settings.changed())
+    parts = assemble(start)
+    parts = dataclasses.replace(parts, device=torch.device("cuda"))
+    eight_rows = predicted_memory(parts.model, parts.settings.replace(batch_size=8))
+    free = [24 * 10**9, int(1.01 * eight_rows / USABLE)]
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free.pop(0), 25 * 10**9))
+    monkeypatch.setattr("torch.ones", lambda *size, **_: torch.zeros(2, 2))  # the product whose rate is measured
+    for more in ([], ["only 0.0 GB of it are free, which will hardly do: use --batch_size 8 --grad_accum 2 (the same"]):
+        said = []
+        introduce(parts, start, said.append)
+        assert "on NVIDIA H100 80GB HBM3, fp32" in said[0]
+        assert said[1] == "GPU memory: about 0.0 GB of 25.0 GB"
+        assert [line[: len(each)] for line, each in zip(said[2:], more, strict=True)] == more
 
 
 def test_a_run_starts_from_weights_alone_and_under_another_configuration(run, data, tmp_path):

@@ -2,17 +2,21 @@
 
 import errno
 import io
+import os
 import signal
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from lepton import checkpoint
 from lepton.errors import InputError
-from lepton.train import trainer
-from lepton.train.folder import RunFolder
 from lepton.train.signals import Interrupted
 from lepton.train.trainer import train
-from tests.train.small import Terminal, metrics_of, small_run, small_settings
+from tests.streams import Watched
+from tests.train.small import metrics_of, small_run, small_settings
+
+terminate = partial(signal.raise_signal, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +56,10 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run_that_was_to_outlive_it(data
     assert metrics_of(tmp_path) == metrics_of(finished)
 
 
-@pytest.mark.parametrize("name", ["validation_loss", "sample_text"])
-def test_a_signal_in_a_validation_or_a_sample_saves_after_it(data, finished, tmp_path, monkeypatch, name):
-    function = getattr(trainer, name)
-    calls = iter("12345")
-
-    def interrupted(*args, **options):
-        if next(calls) == "2":
-            signal.raise_signal(signal.SIGTERM)
-        return function(*args, **options)
-
-    monkeypatch.setattr(trainer, name, interrupted)
+@pytest.mark.parametrize("hint", ["validating ...", "writing a sample ..."])
+def test_a_signal_in_a_validation_or_a_sample_saves_after_it(data, finished, tmp_path, hint):
     with pytest.raises(Interrupted) as stop:
-        small_run(data, tmp_path, sample_every=2)
-    monkeypatch.undo()
+        train(small_settings(data, tmp_path, sample_every=2), stream=Watched(hint, terminate, nth=2, terminal=True))
     (step,) = [step for step, _ in checkpoint.steps_in(tmp_path)][-1:]
     assert f"stopped at step {step}, saved {tmp_path / f'step_{step}.pt'}" in str(stop.value)
     small_run(data, tmp_path, resume="auto")
@@ -73,53 +67,45 @@ def test_a_signal_in_a_validation_or_a_sample_saves_after_it(data, finished, tmp
 
 
 def test_a_signal_during_the_save_of_the_best_names_no_file_that_is_not_there(data, tmp_path, monkeypatch):
-    save = RunFolder.save
+    replace = os.replace
 
-    def interrupted(self, payload, *, best, step):
-        if best and not step:
-            signal.raise_signal(signal.SIGTERM)
-        save(self, payload, best=best, step=step)
+    def interrupted(unfinished, path):
+        if Path(path).name == "best.pt":
+            terminate()
+        replace(unfinished, path)
 
-    monkeypatch.setattr(RunFolder, "save", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(Interrupted, match="stopped at step 3"):
         small_run(data, tmp_path, eval_every=2, save_every=8)
     assert [step for step, _ in checkpoint.steps_in(tmp_path)] == [3]
 
 
 def test_a_full_disk_while_metrics_are_written_is_one_line(data, tmp_path, monkeypatch):
-    sync = trainer.MetricsRecorder.sync
+    fsync, metrics = os.fsync, tmp_path / "metrics.jsonl"
     calls = iter("12345")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file):
+        if os.path.samestat(os.fstat(file), metrics.stat()) and next(calls) == "2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
 
-    def synced(self):
-        if next(calls) == "2":
-            monkeypatch.setattr("os.fsync", full)
-        sync(self)
-
-    monkeypatch.setattr(trainer.MetricsRecorder, "sync", synced)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match=r"cannot write .*metrics\.jsonl: No space left on device; "):
         small_run(data, tmp_path)
     assert checkpoint.load(tmp_path / "step_4.pt")["step"] == 4
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(data, finished, tmp_path, monkeypatch):
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(data, finished, tmp_path):
     refused = []
-    step = trainer.Trainer._train_step
 
-    def with_a_second_run(self, micro_step):
-        if self.step == 6:
-            monkeypatch.undo()
-            for resume in (None, "auto", str(tmp_path / "step_4.pt")):
-                with pytest.raises(InputError, match="is in use by another run"):
-                    small_run(data, tmp_path, seed=1, resume=resume)
-                refused.append(resume)
-        step(self, micro_step)
+    def start_another():
+        for resume in (None, "auto", str(tmp_path / "step_4.pt")):
+            with pytest.raises(InputError, match="is in use by another run"):
+                small_run(data, tmp_path, seed=1, resume=resume)
+            refused.append(resume)
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", with_a_second_run)
-    small_run(data, tmp_path)
+    train(small_settings(data, tmp_path), stream=Watched("step 6/8", start_another))
     assert len(refused) == 3
     assert metrics_of(tmp_path) == metrics_of(finished)
     assert not (tmp_path / "previous-1").exists()
@@ -132,10 +118,9 @@ def test_a_run_among_several_processes_is_refused_before_it_makes_a_folder(data,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_a_terminal_the_last_line_is_wiped_before_what_follows(data, tmp_path, monkeypatch):
-    stream = Terminal()
-    monkeypatch.setattr(trainer.Trainer, "_save", lambda self, **kinds: signal.raise_signal(signal.SIGTERM))
+def test_on_a_terminal_the_last_line_is_wiped_before_what_follows(data, tmp_path):
+    stream = Watched("step 1/3", terminate, terminal=True)
     with pytest.raises(Interrupted):
-        train(small_settings(data, tmp_path, save_every=1, max_steps=3), stream=stream)
+        train(small_settings(data, tmp_path, log_every=1, max_steps=3), stream=stream)
     assert "\rvalidating ..." in stream.getvalue()
     assert stream.getvalue().endswith(" \r")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lepton.errors import InputError
-from lepton.train.metrics_log import MetricsLog
+from lepton.train.metrics_log import LONGEST_LINE, MetricsLog
 
 
 def test_the_log_appends_a_line_for_each_object(tmp_path):
@@ -58,13 +58,13 @@ def test_lines_that_are_no_records_are_kept_aside_and_nothing_else_is_lost(tmp_p
     assert aside.read_bytes() == bad
 
 
-def test_a_line_without_an_end_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("lepton.train.metrics_log.LONGEST_LINE", 16)
+def test_a_line_without_an_end_is_read_in_pieces(tmp_path):
+    line = b"x" * (5 * LONGEST_LINE // 2)
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"x" * 40 + b'\n{"step": 1}\n')
+    path.write_bytes(line + b'\n{"step": 1}\n')
     assert MetricsLog.rewind(path, 4) == 3
     assert path.read_bytes() == b'{"step": 1}\n'
-    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == b"x" * 40 + b"\n"
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == line + b"\n"
 
 
 def full(*args):

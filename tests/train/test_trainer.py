@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -8,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.train import trainer
 from lepton.train.signals import Interrupted
+from tests.streams import Watched
 from tests.train.small import metrics_of, small_run, small_settings, write_data
 
 
@@ -205,34 +208,28 @@ def test_the_best_is_that_of_the_validations(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP" if hasattr(signal, "SIGHUP") else "SIGTERM"])
-def test_a_signal_saves_the_step_and_resuming_is_exact(data, finished, tmp_path, monkeypatch, name):
-    step = trainer.Trainer._train_step
-
-    def and_signal(self, loss_function):
-        step(self, loss_function)
-        if self.step == 3:
-            signal.raise_signal(getattr(signal, name))
-
-    monkeypatch.setattr(trainer.Trainer, "_train_step", and_signal)
+def test_a_signal_saves_the_step_and_resuming_is_exact(data, finished, tmp_path, name):
+    stream = Watched("step 3/8", lambda: signal.raise_signal(getattr(signal, name)))
     with pytest.raises(Interrupted, match=r"stopped at step 3, saved .*step_3\.pt; go on with --resume .*step_3\.pt"):
-        small_run(data, tmp_path)
-    monkeypatch.undo()
+        trainer.train(small_settings(data, tmp_path, log_every=1), stream=stream)
     assert files_of(tmp_path) == ["metrics.jsonl", "step_3.pt"]
     small_run(data, tmp_path, resume="auto")
     assert metrics_of(tmp_path) == metrics_of(finished[0])
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(data, tmp_path, monkeypatch):
-    step = trainer.Trainer._train_step
+def test_a_loss_that_is_not_finite_stops_before_anything_is_overwritten(data, tmp_path):
+    steps = itertools.count(1)
 
-    def poisoned(self, loss_function):
-        if self.step == 5:
-            self.parts.model.embed.weight.data[:] = float("nan")
-        step(self, loss_function)
+    def poison(optimizer, args, options):
+        if isinstance(optimizer, torch.optim.AdamW) and next(steps) == 5:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.data[:] = float("nan")
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", poisoned)
+    hook = register_optimizer_step_post_hook(poison)
     with pytest.raises(InputError, match="loss is nan at step 6; nothing was saved after that"):
         small_run(data, tmp_path, save_every=2, eval_every=2, log_every=100)
+    hook.remove()
     assert [step for step, _ in losses_of(tmp_path)] == list(range(1, 6))
     for name in ("step_2.pt", "step_4.pt", "best.pt"):
         content = checkpoint.load(tmp_path / name)
@@ -279,30 +276,19 @@ def test_data_that_does_not_fit_is_refused(data, tmp_path):
 
 
 def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
-    def full(self, loss_function):
+    def full(self, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", full)
-    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (2 * 10**9, 24 * 10**9))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10**9, 24 * 10**9))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 10**9)
+    monkeypatch.setattr("torch.nn.Module.to", full)
     with pytest.raises(InputError) as error:
-        small_run(data, tmp_path, batch_size=64, grad_accum=2)
+        small_run(data, tmp_path, device=None, batch_size=64, grad_accum=2)
     assert str(error.value) == (
         "out of GPU memory with --batch_size 64 on 24 GB: use --batch_size 32 --grad_accum 4 (the same step), "
         "or --checkpoint_activations"
     )
-
-
-def test_a_run_says_how_much_of_the_gpu_it_takes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (24 * 10**9, 25 * 10**9))
-    _, text = small_run(data, tmp_path / "fits", max_steps=1)
-    assert "GPU memory: about 0.0 GB of 25.0 GB\n" in text
-    monkeypatch.setattr("lepton.train.memory_forecast.predicted_bytes", lambda model, rows, *_: rows * 10**9)
-    monkeypatch.setattr("lepton.train.messages.gpu_memory", lambda device: (10**10, 25 * 10**9))
-    _, text = small_run(data, tmp_path / "full", max_steps=1, batch_size=16)
-    assert (
-        "only 10.0 GB of it are free, which will hardly do: use --batch_size 8 --grad_accum 2 (the same step)" in text
-    )
-    assert text.index("which will hardly do") < text.index("step 0:")
 
 
 def test_blocks_computed_twice_train_alike(data, finished, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "lepton"
+PACKAGE = Path(__file__).parents[3] / "lepton"
 FILES = [
     path.stem for path in sorted((PACKAGE / "model" / "ideas").glob("*.py")) if path.stem not in ("__init__", "idea")
 ]

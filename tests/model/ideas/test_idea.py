@@ -4,11 +4,13 @@
 loss, matrices of two groups, FLOPs, activations and a switch.
 """
 
+import signal
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from lepton import checkpoint
 from lepton import config as configuration
 from lepton.api import Lepton
 from lepton.config import IdeaConfig, LeptonConfig
@@ -23,12 +25,17 @@ from lepton.train.cost import training_flops_per_token
 from lepton.train.memory_forecast import predicted_bytes
 from lepton.train.micro_step import compiled_parts
 from lepton.train.optimizer import split_parameters
+from lepton.train.signals import Interrupted
+from lepton.train.trainer import train
 from tests.laws import test_1_causality as law_1
 from tests.laws import test_2_one_path as law_2
 from tests.laws import test_3_purity as law_3
 from tests.laws import test_4_losslessness as law_4
+from tests.laws import test_7_exact_resume as law_7
 from tests.laws import test_9_bounded_state as law_9
 from tests.laws.lab import build, text
+from tests.streams import Watched
+from tests.train.small import metrics_of, small_run, small_settings, write_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,47 @@ def test_it_obeys_the_laws(monkeypatch):
         law_4, "model_of", lambda variant, dtype=torch.float64, **more: build(variant, 0, dtype, **more)
     )
     law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A data set, and the folder of a run of 8 steps on it, with the idea."""
+    folder = tmp_path_factory.mktemp("resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(configuration.IDEAS, "echo", EchoConfig)
+        small_run(write_data(folder / "data"), folder / "out", log_every=1)
+    return folder / "data", folder / "out"
+
+
+class Killed(BaseException):
+    """Nothing catches it, so that nothing is saved."""
+
+
+def kill():
+    raise Killed
+
+
+def ask():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("end", "raised"), [(ask, Interrupted), (kill, Killed)])
+def test_a_run_resumes_exactly(undisturbed, tmp_path, end, raised):
+    """Law 7, whose own test runs the command: the trainer knows the idea in this process alone."""
+    data, out = undisturbed
+    with pytest.raises(raised):
+        train(small_settings(data, tmp_path, log_every=1), stream=Watched("step 6/8", end))
+    (*_, (_, saved)) = checkpoint.steps_in(tmp_path)
+    assert saved.name == ("step_4.pt" if raised is Killed else "step_6.pt")
+    small_run(data, tmp_path, resume="auto")
+    law_7.assert_same_run(tmp_path, out, 8)
+    assert all("echo" in entry for entry in metrics_of(tmp_path) if "loss" in entry)
+    before, after = checkpoint.load(tmp_path / "step_4.pt"), checkpoint.load(tmp_path / "final.pt")
+    names = ["echo.out.weight", "echo.ahead.weight"]
+    assert not any(torch.equal(before["model"][name], after["model"][name]) for name in names), "it learns"
+    muon, _ = split_parameters(Lepton(LeptonConfig.from_dict(after["config"])))
+    assert {name for name, *_ in muon} >= set(names)
+    assert len(after["optimizer"]["states"]["muon"]) == len(muon)
 
 
 def test_it_trains_by_the_groups_it_names():

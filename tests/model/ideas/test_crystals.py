@@ -11,7 +11,7 @@ from lepton.errors import InputError
 from lepton.model.ideas.crystals import best_of_groups
 from tests.laws.lab import EOS, IDEAS, assert_close, assert_states, build, text
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def slow_store(model, tokens: torch.Tensor) -> list[list[int]]:

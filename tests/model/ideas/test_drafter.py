@@ -1,0 +1,59 @@
+"""The cell that drafts: which tokens it proposes, and what it is taught."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from lepton.errors import InputError
+from lepton.model.ideas.drafter import FADE
+from lepton.ops.cross_entropy import IGNORE
+from tests.laws.lab import VOCAB, build
+
+
+@pytest.fixture
+def model():
+    return build("complete")
+
+
+def test_the_most_frequent_tokens_are_proposed_ties_by_id(model):
+    counts = torch.zeros(VOCAB, dtype=torch.int64)
+    counts[[50, 7, 90]] = torch.tensor([3, 9, 3])
+    model.drafter.learn_frequencies(lambda: counts)
+    assert model.drafter.ids.tolist() == [7, 50, 90, *[i for i in range(VOCAB) if i not in (7, 50, 90)][:37]]
+
+
+def test_ids_that_the_vocabulary_lacks_are_refused(model):
+    weights = dict(model.state_dict())
+    weights["drafter.ids"] = weights["drafter.ids"] + VOCAB - 1
+    with pytest.raises(InputError, match=r"'drafter\.ids' holds ids outside 0\.\.vocab_size-1=96"):
+        build("complete", seed=1).load_state_dict(weights)
+
+
+def test_the_loss_fades_over_the_drafts_and_skips_what_cannot_be_proposed(model):
+    """Against the cell run by hand at single positions."""
+    drafter = model.drafter
+    drafter.learn_frequencies(lambda: torch.arange(VOCAB))  # the last 40 ids
+    hidden = torch.randn(6, model.config.width, dtype=torch.float64)
+    following = torch.randint(1, VOCAB, (6, drafter.count + 1))
+    following[2, 3:] = following[4, 1:] = IGNORE
+    rows, ids = drafter.rows(model.embed), drafter.ids.tolist()
+    total, weights = 0.0, 0.0
+    for i in range(drafter.count):
+        nats = []
+        for m in range(6):
+            state = drafter.begin(hidden[m])
+            for token in following[m, : i + 1].clamp(min=0):
+                state = drafter.step(state, model.embed(token))
+            wanted = int(following[m, i + 1])
+            if wanted in ids:
+                nats.append(cross_entropy(drafter.logits(state, rows), torch.tensor(ids.index(wanted))))
+        total, weights = total + FADE**i * torch.stack(nats).mean(), weights + FADE**i
+    torch.testing.assert_close(drafter.loss(hidden, following, model.embed), total / weights)
+
+
+def test_neither_trunk_nor_embedding_pays_for_drafts(model):
+    hidden = torch.randn(6, model.config.width, dtype=torch.float64, requires_grad=True)
+    model.drafter.loss(hidden, torch.randint(1, 40, (6, 5)), model.embed).backward()
+    assert hidden.grad is None
+    assert model.embed.weight.grad is None
+    assert model.drafter.leave.weight.grad.any()
