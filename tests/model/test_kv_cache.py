@@ -24,7 +24,7 @@ def test_what_is_kept_is_the_end_of_the_document(window):
     zero = torch.zeros(3, dtype=torch.int64)
     timeline = Timeline.read(tokens, zero, zero, eos_id=EOS, segment=4)
     chunk = chunk_of(tokens)
-    past = KVCache.fresh(config, LAYERS, 3, torch.float64, torch.device("cpu"), room=False)
+    past = KVCache.fresh(config, LAYERS, 3, torch.float64, torch.device("cpu"), allocate=False)
     assert past.entries == 0
     for count in range(LENGTH + 1):
         found = past.after(chunk, torch.full((3,), count), timeline, window)
@@ -40,9 +40,9 @@ def test_what_is_kept_is_the_end_of_the_document(window):
                     assert not got[row, :first].any(), "zeros from before the document"
 
 
-def test_room_is_for_a_whole_window():
+def test_allocated_is_a_whole_window():
     config = build("complete").config
-    cache = KVCache.fresh(config, LAYERS, 3, torch.float32, torch.device("cpu"), room=True)
+    cache = KVCache.fresh(config, LAYERS, 3, torch.float32, torch.device("cpu"), allocate=True)
     assert cache.entries == entries_after(config.window, 0) == config.window - 1
     assert cache.keys_BLRKH.dtype == torch.float32
     assert entries_after(None, 30) == 30

@@ -116,7 +116,7 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     monkeypatch.setattr("torch.compile", compile)
     micro_step = MicroStep(model, compiled=True, say=(said := []).append)
     micro_step.prepare(2, 8)
-    losses = [model.peek, model.drafter, model.uncertainty]
+    losses = [model.uncertainty, model.drafter, model.peek]
     assert ran == [*model.stem, model.thoughts, model.memory, *model.blocks, *losses]
     assert len(said) == 1
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())

@@ -48,12 +48,13 @@ def test_the_loss_fades_over_the_drafts_and_skips_what_cannot_be_proposed(model)
             if wanted in ids:
                 nats.append(cross_entropy(drafter.logits(state, rows), torch.tensor(ids.index(wanted))))
         total, weights = total + FADE**i * torch.stack(nats).mean(), weights + FADE**i
-    torch.testing.assert_close(drafter.loss(hidden, following, model.embed), total / weights)
+    torch.testing.assert_close(drafter.loss(hidden, following[:, :-1], following[:, 1:], model.embed), total / weights)
 
 
 def test_neither_trunk_nor_embedding_pays_for_drafts(model):
     hidden = torch.randn(6, model.config.width, dtype=torch.float64, requires_grad=True)
-    model.drafter.loss(hidden, torch.randint(1, 40, (6, 5)), model.embed).backward()
+    tokens = torch.randint(1, 40, (6, 5))
+    model.drafter.loss(hidden, tokens[:, :-1], tokens[:, 1:], model.embed).backward()
     assert hidden.grad is None
     assert model.embed.weight.grad is None
     assert model.drafter.leave.weight.grad.any()
