@@ -26,7 +26,7 @@ from lepton.generate.stats import Stats
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
 from lepton.model.size_config import size_config
-from lepton.model.weights import without_memory
+from lepton.model.weights import on_meta_device
 
 __all__ = [
     "GenerationOptions",
@@ -70,7 +70,7 @@ class Lepton(Network):
         No memory is taken before the weights are known to fit the configuration.
         """
         with naming(path):
-            with without_memory():
+            with on_meta_device():
                 model = Lepton(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
         model._tokenizer_json = content.get("tokenizer")
@@ -108,9 +108,9 @@ class Lepton(Network):
         Args:
             prompt_ids: token ids; `tokenizer.encode` makes them.
             max_new_tokens: tokens to generate at most; None is the options' own number, 100.
-            arguments: the fields of `GenerationOptions` (temperature, top_p, top_k, use_speculative, seed, stop, depth,
-                think), or such an object as `options`; `state`, a past to go on from with a row for each prompt; or
-                `memory`, what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
+            arguments: the fields of `GenerationOptions` by name, or such an object as `options`; `state`, a past to go
+                on from with a row for each prompt; or `memory`, what a new text remembers of earlier ones
+                (`state.memory`, or a file that its `save` wrote).
 
         Raises:
             InputError: a prompt or an option that cannot be used.
@@ -148,7 +148,8 @@ class Lepton(Network):
 
         The state has read what came before, the prompt and all new tokens but the last, which was drawn and not yet
         read. So the next prompt of a conversation begins with that token, `[tokens[-1], *next_ids]`, and that token
-        alone goes on with the same text as if nothing had been cut.
+        alone goes on with the same text as if nothing had been cut. With `max_new_tokens=0` it has read the whole
+        prompt.
         """
         found = complete(self, prompt_ids, max_new_tokens, **arguments)
         return TokensAndState(found.tokens, found.state)

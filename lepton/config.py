@@ -106,7 +106,7 @@ class LeptonConfig:
     logit_cap: float = 15.0
     """Logits are squeezed smoothly into +-logit_cap."""
     rope_base: float = 10000.0
-    """Longest wavelength of the rotary positions, over 2 pi."""
+    """Base of the rotary positions: their wavelengths lie between 2 pi and 2 pi times it."""
     segment: int = 64
     """Tokens of a segment, the unit in which ideas open and close something."""
     slot_bias: bool = True
@@ -202,7 +202,9 @@ class LeptonConfig:
             return LeptonConfig(**own, ideas=parts)
         dense = rest.pop("dense", False)
         check_names(rest)
-        ideas = () if dense else _changed([idea() for idea in IDEAS.values()], rest, 0)
+        # Only the ideas that there were then: a later one has no flat names.
+        flat = () if dense else [idea() for idea in IDEAS.values() if idea.flat_switch]
+        ideas = _changed(flat, rest, 0)
         return LeptonConfig(**{"slot_bias": not dense, **own}, ideas=ideas)
 
 
@@ -254,7 +256,8 @@ def _by_idea(changes: Mapping[str, Any]) -> dict[str, tuple[bool | None, dict[st
             fields = {field: value}
         else:
             known = [*_names(LeptonConfig), *IDEAS, *flat]
-            raise InputError(f"unknown configuration field {shown(name)}{nearest(name, known)}")
+            hint = nearest(name, known) if IDEAS else "; the ideas are known once lepton.model is imported"
+            raise InputError(f"unknown configuration field {shown(name)}{hint}")
         for field in fields:
             if field not in (own := _names(IDEAS[idea])):
                 raise InputError(f"unknown configuration field {idea}.{shown(field)}{nearest(field, own)}")

@@ -11,7 +11,7 @@ from lepton.data.prepare import prepare
 from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import stdlib_files
 from lepton.data.tokenizer import train_tokenizer
-from lepton.evals.ablation import without
+from lepton.evals.ablation import switched_off
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
 from lepton.train.assembly import token_counts
@@ -67,7 +67,7 @@ def test_every_parameter_moved(trained):
 def test_every_idea_changes_the_predictions(trained, idea):
     model, _, tokens, _ = trained
     on = model(tokens).logits
-    with without(model, idea) as options:
+    with switched_off(model, idea) as options:
         off = model(tokens, **options).logits
     assert (on - off).abs().mean() > 1e-3, f"{idea} is inert"
 
@@ -91,7 +91,7 @@ def test_a_token_far_beyond_every_window_is_remembered(trained):
         return (model(tokens).logits - model(changed).logits)[:, -1].abs().max().item()
 
     assert difference() > 1e-5
-    with without(model, "working memory"), without(model, "crystals"):
+    with switched_off(model, "working memory"), switched_off(model, "crystals"):
         assert difference() == 0
 
 

@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; being asked to stop (see `lepton.train.signals`) saves what was reached and gives 128 + the signal."""
+    """Train; a request to stop (`lepton.train.stop_request`) saves what was reached and gives 128 + the signal."""
     share_the_cores()
-    from lepton.train.signals import Interrupted
+    from lepton.train.stop_request import Interrupted
     from lepton.train.trainer import train
 
     flags = vars(args)

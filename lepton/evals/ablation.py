@@ -28,7 +28,7 @@ def switches(model: Network) -> dict[str, Switch]:
     return {name: switch for idea in model.ideas.values() for name, switch in idea.switches().items()}
 
 
-def without(model: Network, name: str) -> AbstractContextManager[dict[str, Any]]:
+def switched_off(model: Network, name: str) -> AbstractContextManager[dict[str, Any]]:
     """Switch one of `switches(model)` off inside the block, and restore the very same parameters and modules after it.
 
     Yields the arguments (`think`, `depth`) with which the model is to be called. No state may cross the block's border.

@@ -49,7 +49,7 @@ class Verified(NamedTuple):
     signals_AT3: Tensor
     blocks_AT: Tensor
     """Blocks that the tokens went through; of a prompt, the sum over its tokens."""
-    commit: Callable[[Tensor], State]
+    commit_accepted: Callable[[Tensor], State]
     """The state after the first token and that many drafts."""
 
 
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     rows: list[int]
     counts: list[int]
     """New tokens of each row."""
-    commit: Callable[[Tensor], State]
+    commit_accepted: Callable[[Tensor], State]
 
 
 class Generation:
@@ -102,9 +102,6 @@ class Generation:
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         self._streams = [random_stream(seed, row) for row in range(rows)]
-        self._distribution = partial(
-            probabilities, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
-        )
         self._pass = partial(model.trunk, depth=options.depth, think=options.think)
         self._new: list[list[int]] = [[] for _ in self.prompts]
         self._first: Verified | None = None
@@ -128,8 +125,8 @@ class Generation:
         if self._step is None:
             self._first = self._prefill()
         assert self._step is not None, "reading the prompts is the first step"
-        rows, counts, commit = self._step
-        state = commit(torch.tensor([count - 1 - rest for count in counts], device=self._device))
+        rows, counts, commit_accepted = self._step
+        state = commit_accepted(torch.tensor([count - 1 - rest for count in counts], device=self._device))
         if not self._left:
             return state
         parts = self._left | {row: state.rows(torch.tensor([i], device=self._device)) for i, row in enumerate(rows)}
@@ -150,13 +147,13 @@ class Generation:
             acceptance = accept(p_ATV, drafts.q_AYV, drafts.ids_AY, uniforms_AY, draws[:, -1])
             outputs = self._outputs(rows, verified, logits_ATV, drafts, acceptance)
             counts = [len(each.tokens) for each in outputs]
-            self._step = Step(rows, counts, verified.commit)
+            self._step = Step(rows, counts, verified.commit_accepted)
             yield outputs
 
             index = [i for i, row in enumerate(rows) if not self._ended(row)]
             if not index:
                 return
-            state = verified.commit(torch.tensor([count - 1 for count in counts], device=self._device))
+            state = verified.commit_accepted(torch.tensor([count - 1 for count in counts], device=self._device))
             for i in set(range(len(rows))) - set(index):
                 self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
@@ -174,16 +171,16 @@ class Generation:
     def _prefill(self) -> Verified:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
 
-        It opens a segment: the thoughts of the answer start from the whole question. A prompt of one token opens none:
-        behind a state it goes on with the text that ended there, and a fresh past opens one anyway. Shorter rows are
-        padded on the right; a row that has ended idles with length 0.
+        That token opens a segment, so that the thoughts of the continuation start from the whole prompt. A prompt of
+        one token opens none: after a state it continues the text that ended there, and a fresh past opens one anyway.
+        Shorter rows are padded on the right; a row that has ended idles with length 0.
         """
         rows_B = torch.arange(len(self.prompts), device=self._device)
         filler = int(self.model.config.eos_id == 0)  # the end of a document would open segments in the padding
         state = self._past
         last: list[Tensor] = []
         blocks_B = torch.zeros_like(rows_B)
-        question_B = torch.tensor([len(prompt) > 1 for prompt in self.prompts], device=self._device)
+        several_B = torch.tensor([len(prompt) > 1 for prompt in self.prompts], device=self._device)
         longest = max(map(len, self.prompts))
         for start in range(0, longest, PREFILL_CHUNK):
             width = min(PREFILL_CHUNK, longest - start)
@@ -192,7 +189,7 @@ class Generation:
             lengths_B = torch.tensor([len(part) for part in parts], device=self._device)
             ends_B = torch.tensor([0 <= len(p) - start - 1 < width for p in self.prompts], device=self._device)
             index_T = torch.arange(width, device=self._device)
-            opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & question_B)[:, None]
+            opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & several_B)[:, None]
             out = self._pass(tokens_BT, state, lengths=lengths_B, opens=opens_BT)
             state = out.state
             at_B = (lengths_B - 1).clamp(min=0)
@@ -226,7 +223,7 @@ class Generation:
         ids_AT = ids_AT.scatter(1, acceptance.accepted_A[:, None], acceptance.next_A[:, None])
         finite_A = logits_ATV.isfinite().all(-1).all(-1) & drafts.q_AYV.isfinite().all(-1).all(-1)
         blocks_A = verified.blocks_AT.sum(1)
-        # The one place of a step that waits for the device.
+        # Waits for the device.
         outcomes = torch.cat([ids_AT, torch.stack([acceptance.accepted_A, blocks_A, finite_A.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
         if self._uncertainty:
@@ -250,6 +247,9 @@ class Generation:
                 self.stats.add_step(len(tokens), drafted=drafts.ids_AY.shape[1], accepted=accepted)
             outputs.append(RowOutput(row, tokens, unsure[: len(tokens)]))
         return outputs
+
+    def _distribution(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, **self.options.distribution())
 
     def _ended(self, row: int) -> bool:
         new = self._new[row]

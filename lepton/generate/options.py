@@ -20,7 +20,7 @@ def _flag(help: str, metavar: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to generate. Values that cannot be used raise InputError.
+    """How to generate. A value that no model can use raises InputError here; one that a model cannot, when it starts.
 
     Each field is an argument of every `Lepton.generate...` and a flag of `python -m lepton generate`.
     """
@@ -58,6 +58,10 @@ class GenerationOptions:
             whole("seed", self.seed, *SEEDS)
         if not isinstance(self.use_speculative, bool):
             raise InputError(f"use_speculative={shown(self.use_speculative)}: must be True or False")
+
+    def distribution(self) -> dict[str, Any]:
+        """Return the fields that `lepton.generate.sampling.probabilities` takes."""
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
 
 
 class OptionFields(TypedDict, total=False):

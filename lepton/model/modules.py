@@ -14,6 +14,9 @@ from lepton.model.layers import Linear
 from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, initialise
 from lepton.ops.cross_entropy import soft_cap
 
+COMMON_LOSSES = ("ce", "z")
+"""Losses that are no idea's: cross-entropy, and the square of the log-normaliser."""
+
 
 class Modules(Host):
     """The modules of a model, without a forward pass.
@@ -46,11 +49,14 @@ class Modules(Host):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers - config.stem_layers))
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
         self._build(reads_top=True)
+        losses = [*COMMON_LOSSES, *(name for idea in self.ideas.values() for name in idea.loss_weights)]
+        assert len(losses) == len({*losses}), f"two losses have one name: {losses}"
         initialise(self)
 
     def _build(self, *, reads_top: bool) -> None:
         for idea in self.config.ideas:
             if idea.reads_top is reads_top:
+                assert getattr(self, idea.name, None) is None, f"the name of the idea '{idea.name}' is taken"
                 setattr(self, idea.name, idea.build(self.config))
 
     @property

@@ -95,12 +95,12 @@ class Network(Modules):
         opens: Tensor | None = None,
         groups: int | None = None,
     ) -> Output:
-        """`forward` without the head: the states that predictions are read from, and the state to go on with."""
+        """`forward` without the head: the last hidden states, and what the next state is made of."""
         tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
-        place = self._place(tokens, past, call, opens, groups)
-        x_BTD = norm(self.embed_up(place.embedded_BTE))
-        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, place.rotary, place.causal.plan())
-        flow = Flow.after_stem(place, h_BTD)
+        inputs = self._chunk_inputs(tokens, past, call, opens, groups)
+        x_BTD = norm(self.embed_up(inputs.embedded_BTE))
+        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
+        flow = Flow.after_stem(inputs, h_BTD)
         updates: dict[str, Any] = {}
         for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
             given = idea.contribute(flow, past.part(name))
@@ -140,8 +140,10 @@ class Network(Modules):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def _place(self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None) -> ChunkInputs:
-        """Say where the tokens of a chunk stand and what they see, and embed them."""
+    def _chunk_inputs(
+        self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None
+    ) -> ChunkInputs:
+        """Embed the tokens of a chunk; find their positions, documents and segments, and their attention mask."""
         config = self.config
         timeline = Timeline.read(
             tokens,
@@ -152,7 +154,7 @@ class Network(Modules):
             opens_BT=opens,
             groups=groups,
         )
-        near = CausalWindow.of(
+        causal = CausalWindow.of(
             timeline.position_BT,
             past=past.stem.entries,
             window=config.window,
@@ -161,7 +163,7 @@ class Network(Modules):
             routed=call.depth < 1,
         )
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
-        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, near)
+        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, causal)
 
     def _run(
         self,

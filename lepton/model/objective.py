@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lepton.model.ideas.idea import Flow, Outcome
-from lepton.model.modules import Modules
+from lepton.model.modules import COMMON_LOSSES, Modules
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -40,7 +40,7 @@ def objective(
         vocab_size=model.config.vocab_size,
         cap=model.config.logit_cap,
     )
-    parts = {"ce": ce, "z": z}
+    parts = dict(zip(COMMON_LOSSES, (ce, z), strict=True))
     if auxiliary:
         outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M)
         ideas = [*model.ideas.values()]

@@ -90,14 +90,22 @@ def _sized(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Ten
     return sized
 
 
+def _owner(name: str, model: Modules) -> str:
+    """Return the idea that a tensor of a state or of a memory belongs to; '' for one that is no idea's."""
+    first, *rest = name.split(".")
+    within = [*rest[:1], first] if first == "memory" else [first]
+    return next((part for part in within if part in model.ideas), "")
+
+
 def _check_values(found: dict[str, Tensor], model: Modules) -> None:
     """Raise InputError for a number that no stream of this model leads to."""
     config = model.config
-    limits: dict[str, tuple[float, float]] = {"position_B": (0, LONGEST), "phase_B": (0, config.segment - 1)}
-    for idea in model.ideas.values():
-        limits |= idea.limits(config)
+    limits: dict[str, dict[str, tuple[float, float]]] = {
+        "": {"position_B": (0, LONGEST), "phase_B": (0, config.segment - 1)}
+    }
+    limits |= {name: idea.limits(config) for name, idea in model.ideas.items()}
     for name, value in found.items():
-        limit = limits.get(name.rpartition(".")[2])
+        limit = limits.get(_owner(name, model), {}).get(name.rpartition(".")[2])
         if limit is None or not value.numel():
             continue
         # A byte that is neither 0 nor 1 is no bool, though it may pass for one.

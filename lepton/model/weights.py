@@ -32,7 +32,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def without_memory() -> Iterator[None]:
+def on_meta_device() -> Iterator[None]:
     """Models that are built inside have shapes and no memory: for comparing them with weights, or taking those over."""
     with torch.device("meta"), _NoInitialValues():
         yield

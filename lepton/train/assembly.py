@@ -10,7 +10,7 @@ from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
 from lepton.model import Network
-from lepton.model.weights import without_memory
+from lepton.model.weights import on_meta_device
 from lepton.runtime.device import keep_freed_memory, pick_device, pick_dtype
 from lepton.train.folder import RunFolder
 from lepton.train.metrics_log import BAD, MetricsLog
@@ -97,7 +97,7 @@ def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSet
 
 def _build_model(start: StartingPoint, settings: TrainSettings, device: torch.device) -> Network:
     if start.weights is not None:
-        with without_memory(), naming("the checkpoint's weights do not fit this shape"):
+        with on_meta_device(), naming("the checkpoint's weights do not fit this shape"):
             Network(start.config).load_state_dict(start.weights, assign=True)  # before any memory is taken
     torch.manual_seed(settings.seed)
     model = Network(start.config)

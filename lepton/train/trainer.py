@@ -30,9 +30,9 @@ from lepton.train.progress import Progress
 from lepton.train.sample import sample_text
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
-from lepton.train.signals import SIGPIPE, Interrupted, StopRequest
 from lepton.train.single_process import refuse_several_processes
 from lepton.train.starting_point import StartingPoint, find_starting_point, run_folder
+from lepton.train.stop_request import SIGPIPE, Interrupted, StopRequest
 from lepton.train.validation import idea_figures, in_words, validation_loss
 
 CALIBRATION_TOKENS = 1 << 12

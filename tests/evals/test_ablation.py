@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.evals.ablation import ablate, switches, without
+from lepton.evals.ablation import ablate, switched_off, switches
 from tests.laws.lab import build, text
 
 ALL = ["thoughts", "working memory", "crystals", "peek", "depth 0.75", "depth 0.5", "depth 0.5 at random", "depth 0"]
@@ -36,7 +36,7 @@ def test_a_complete_model_has_all_switches():
 def test_a_switch_changes_the_output_and_leaves_no_trace(idea):
     model, tokens = build("complete"), text(1, documents=False)
     before, expected = snapshot(model), model(tokens).logits
-    with without(model, idea) as options:
+    with switched_off(model, idea) as options:
         ablated = model(tokens, **options).logits
         # It works on any path: in chunks as in one pass.
         first = model(tokens[:, :37], **options)
@@ -51,29 +51,29 @@ def test_a_switch_changes_the_output_and_leaves_no_trace(idea):
 def test_an_error_inside_leaves_no_trace_either(idea):
     model = build("complete")
     before = snapshot(model)
-    with pytest.raises(KeyError), without(model, idea):
+    with pytest.raises(KeyError), switched_off(model, idea):
         raise KeyError
     assert_same(before, snapshot(model))
 
 
 def test_what_the_switches_switch_off():
     model, tokens = build("complete"), text(2, documents=False)
-    with without(model, "working memory"):
+    with switched_off(model, "working memory"):
         assert not model(tokens).flow.contributions["memory"].feature_BTF.any()
-    with without(model, "crystals"):
+    with switched_off(model, "crystals"):
         out = model(tokens)
         assert not list(out.state.memory)
-    with without(model, "thoughts") as options:
+    with switched_off(model, "thoughts") as options:
         assert not model(tokens, **options).flow.contributions["thoughts"].feature_BTF.any()
-    with without(model, "depth 0") as options:
+    with switched_off(model, "depth 0") as options:
         assert (model(tokens, **options).depth == model.config.stem_layers).all()
     depths = []
     for idea in ("depth 0.5", "depth 0.5 at random"):
-        with without(model, idea) as options:
+        with switched_off(model, idea) as options:
             depths.append(model(tokens, **options).depth > model.config.stem_layers)
     assert depths[0].sum() == pytest.approx(depths[1].sum(), abs=8)
     assert 0.3 < (depths[0] != depths[1]).float().mean() < 0.7
-    with without(model, "peek"):
+    with switched_off(model, "peek"):
         flow, plain = model(tokens).flow, build("complete")(tokens).flow
         assert torch.equal(flow.contributions["peek"].feature_BTF, plain.contributions["peek"].feature_BTF)
         assert not torch.equal(flow.x_BTD, plain.x_BTD)
@@ -83,7 +83,7 @@ def test_without_crystals_is_a_model_built_without_them():
     complete, tokens = build("complete"), text(3)
     bare = build("no crystals")
     bare.load_state_dict({n: v for n, v in complete.state_dict().items() if not n.startswith("crystals.")})
-    with without(complete, "crystals"):
+    with switched_off(complete, "crystals"):
         assert torch.equal(complete(tokens).logits, bare(tokens).logits)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from lepton import checkpoint
 from lepton.errors import InputError
-from lepton.train.signals import Interrupted
+from lepton.train.stop_request import Interrupted
 from lepton.train.trainer import train
 from tests.streams import Watched
 from tests.train.small import metrics_of, small_run, small_settings

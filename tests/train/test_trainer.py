@@ -15,7 +15,7 @@ from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.train import trainer
-from lepton.train.signals import Interrupted
+from lepton.train.stop_request import Interrupted
 from tests.streams import Watched
 from tests.train.small import metrics_of, small_run, small_settings, write_data
 

@@ -159,8 +159,10 @@ class Flow(ChunkInputs):
 
     @cached_property
     def deep_BT(self) -> Tensor:
-        """Bool: the tokens that go through the deep blocks."""
+        """Bool: the tokens that go through the deep blocks; at depth 1 all of them, whatever ideas choose."""
         deep_BT = torch.ones_like(self.timeline.ends_BT)
+        if self.call.depth >= 1:
+            return deep_BT
         for each in self.contributions.values():
             if each.deep_BT is not None:
                 deep_BT = deep_BT & each.deep_BT

@@ -44,7 +44,7 @@ class ThoughtsConfig(IdeaConfig):
     ffn: int = 768
     """Hidden width of the thinking block's MLP."""
     rounds: int = 2
-    """Rounds of thinking, if a call gives none."""
+    """Rounds of thinking, if a call gives none. Training draws its own numbers, `TRAINING_ROUNDS`."""
 
     name = "thoughts"
     most = {"count": 1024, "ffn": 1 << 18, "rounds": 256}

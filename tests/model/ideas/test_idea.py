@@ -15,7 +15,7 @@ from lepton import config as configuration
 from lepton.api import Lepton
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.evals.ablation import ablate, without
+from lepton.evals.ablation import ablate, switched_off
 from lepton.model.flops import flops_per_token
 from lepton.model.ideas.idea import Contribution, Idea, matrices, picks
 from lepton.model.layers import Linear
@@ -25,8 +25,9 @@ from lepton.train.cost import training_flops_per_token
 from lepton.train.memory_forecast import predicted_bytes
 from lepton.train.micro_step import compiled_parts
 from lepton.train.optimizer import split_parameters
-from lepton.train.signals import Interrupted
+from lepton.train.stop_request import Interrupted
 from lepton.train.trainer import train
+from tests.laws import lab
 from tests.laws import test_1_causality as law_1
 from tests.laws import test_2_one_path as law_2
 from tests.laws import test_3_purity as law_3
@@ -112,8 +113,9 @@ class Echo(Idea):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    """From here on `LeptonConfig.from_dict` knows it, and what is built of a flat configuration has it."""
+    """From here on sizes have it, and the complete model of the laws."""
     monkeypatch.setitem(configuration.IDEAS, "echo", EchoConfig)
+    monkeypatch.setitem(lab.IDEAS, "echo", True)
 
 
 def nano(**changes):
@@ -124,7 +126,7 @@ def nano(**changes):
 def test_it_is_alive():
     model = build("complete")
     assert [*model.ideas][-1] == "echo"
-    with without(model, "echo"):
+    with switched_off(model, "echo"):
         bare = model(text(1)).logits
     assert (model(text(1)).logits - bare).abs().max() > 1e-3
 
@@ -252,7 +254,28 @@ def test_every_parameter_is_claimed_exactly_once():
         declared(twice)
 
 
-def test_a_flat_configuration_can_leave_it_out():
+def test_a_flat_configuration_of_before_does_not_have_it():
+    """So a checkpoint from before the idea loads as it did."""
+    flat = {**lab.SHAPE, **lab.IDEAS}
+    assert LeptonConfig.from_dict(flat).idea("echo") == EchoConfig()
+    del flat["echo"]
+    config = LeptonConfig.from_dict(flat)
+    assert config.idea("echo") is None
+    assert len(config.ideas) == 7
+
+
+def test_names_that_are_taken_are_refused(monkeypatch):
+    monkeypatch.setattr(EchoConfig, "name", "stem")
+    with pytest.raises(AssertionError, match="the name of the idea 'stem' is taken"):
+        Lepton(build("dense").config.replace(ideas=(EchoConfig(),)))
+    monkeypatch.undo()
+    monkeypatch.setattr(Echo, "loss_weights", {"peek": 0.1})
+    monkeypatch.setitem(configuration.IDEAS, "echo", EchoConfig)
+    with pytest.raises(AssertionError, match="two losses have one name"):
+        build("complete", echo=True)
+
+
+def test_a_configuration_can_leave_it_out():
     config = build("complete").config
     assert config.replace(echo=False).idea("echo") is None
     assert replace(config, ideas=()).dense

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lepton.train.signals import NAMES, Interrupted, StopRequest
+from lepton.train.stop_request import NAMES, Interrupted, StopRequest
 
 ASKED = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
