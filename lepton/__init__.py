@@ -1,14 +1,15 @@
 """LEPTON: a small language model that one person trains, runs and trusts on one GPU."""
 
+# ruff: noqa: F403, F405
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lepton.api import *  # noqa: F403
+    from lepton.api import *
 
 __version__ = "0.1.0"
 
-_PUBLIC = (
+__all__ = [
     "GenerationOptions",
     "Lepton",
     "Memory",
@@ -26,15 +27,15 @@ _PUBLIC = (
     "create_lepton_tiny",
     "create_lepton_xl",
     "create_lepton_xxl",
-)
+]
 """Names of `lepton.api`. It is imported when one is asked for: `import lepton` alone is quick, and needs no torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("lepton.api"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*__all__, "__version__"])

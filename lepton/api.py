@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Self, Unpack, overload
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lepton.generate.completion import (
     TokensAndUncertainties,
     complete,
     started,
+    takes_arguments,
 )
 from lepton.generate.options import GenerationOptions
 from lepton.generate.prompts import Prompt, Prompts
@@ -54,24 +55,24 @@ class Lepton(Network):
 
     _tokenizer_json: str | None = None
 
-    @staticmethod
-    def from_checkpoint(path: str | Path) -> "Lepton":
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Self:
         """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
 
         Raises:
             InputError: the file is missing, torn, or no checkpoint.
         """
-        return Lepton.restored(checkpoint.load(path), path)
+        return cls.restored(checkpoint.load(path), path)
 
-    @staticmethod
-    def restored(content: dict[str, Any], path: str | Path) -> "Lepton":
+    @classmethod
+    def restored(cls, content: dict[str, Any], path: str | Path) -> Self:
         """Build the model of a checkpoint from its `content`, whose tensors become the parameters; `path` names it.
 
         No memory is taken before the weights are known to fit the configuration.
         """
         with naming(path):
             with on_meta_device():
-                model = Lepton(LeptonConfig.from_dict(content["config"]))
+                model = cls(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
         model._tokenizer_json = content.get("tokenizer")
         return model.eval()
@@ -96,6 +97,7 @@ class Lepton(Network):
         self, prompt_ids: Tensor, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> Any: ...
 
+    @takes_arguments
     def generate(self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]) -> Tokens:
         """Continue `prompt_ids` and return prompt and new tokens.
 
@@ -117,16 +119,24 @@ class Lepton(Network):
         """
         return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
 
+    @takes_arguments
     def generate_stream(
-        self, prompt_ids: Tensor | Sequence[int], max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+        self,
+        prompt_ids: Tensor | Sequence[int],
+        max_new_tokens: int | None = None,
+        *,
+        uncertainty: bool = False,
+        **arguments: Unpack[Arguments],
     ) -> Stream:
         """Return an iterator over the new tokens of one prompt, each as soon as it is known.
 
-        Arguments and tokens are those of `generate`. Bad values raise at the call. It may be left early; its `state` is
-        that of the tokens taken, as `generate_with_state` describes it.
+        Arguments and tokens are those of `generate`; with `uncertainty`, `Stream.uncertainty` is that of the last token
+        taken. Bad values raise at the call. It may be left early; its `state` is that of the tokens taken, as
+        `generate_with_state` describes it.
         """
-        return Stream(started(self, prompt_ids, max_new_tokens, **arguments))
+        return Stream(started(self, prompt_ids, max_new_tokens, uncertainty=uncertainty, **arguments))
 
+    @takes_arguments
     def generate_with_uncertainty(
         self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> TokensAndUncertainties:
@@ -141,6 +151,7 @@ class Lepton(Network):
         found = complete(self, prompt_ids, max_new_tokens, uncertainty=True, **arguments)
         return TokensAndUncertainties(found.tokens, found.uncertainties)
 
+    @takes_arguments
     def generate_with_state(
         self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> TokensAndState:
@@ -154,6 +165,7 @@ class Lepton(Network):
         found = complete(self, prompt_ids, max_new_tokens, **arguments)
         return TokensAndState(found.tokens, found.state)
 
+    @takes_arguments
     def generate_with_stats(
         self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> TokensAndStats:

@@ -8,6 +8,8 @@ from lepton.errors import InputError, shown
 
 SEEDS = (-(1 << 63), (1 << 64) - 1)
 """Every seed of 64 bits, with or without a sign."""
+MAX_ROUNDS = 256
+"""Rounds of thinking that a call may ask for."""
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:
@@ -27,3 +29,16 @@ def real(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.nan
+
+
+def depth_share(depth: Any) -> float:
+    """Return the share of tokens allowed past the stem; None is 1, all of them."""
+    share = 1.0 if depth is None else real(depth)
+    if not 0 <= share <= 1:
+        raise InputError(f"depth={shown(depth)}: must lie in 0..1, the share of tokens allowed past the stem")
+    return share
+
+
+def thinking_rounds(think: Any) -> int:
+    """Return a number of rounds of thinking."""
+    return whole("think", think, 0, MAX_ROUNDS, " rounds")

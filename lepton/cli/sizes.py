@@ -28,13 +28,12 @@ def run(args: argparse.Namespace) -> int:
 
 def measure() -> list[dict[str, Any]]:
     """Return an entry for each size, its parameters counted on the model that is built (without allocating it)."""
-    import torch
-
     from lepton.api import create_lepton
+    from lepton.model.weights import on_meta_device
 
     entries = []
     for name, preset in SIZES.items():
-        with torch.device("meta"):
+        with on_meta_device():
             model = create_lepton(name)
         entries.append(
             {

@@ -1,9 +1,14 @@
 """What a generation returns: tokens, and on request uncertainties, counts, and the state to go on from."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, Unpack
+from typing import Any, NamedTuple, TypeAlias, TypeVar, Unpack, cast
 
+from lepton.errors import InputError, nearest, shown
 from lepton.generate.loop import Generation
 from lepton.generate.options import GenerationOptions, OptionFields, resolved
 from lepton.generate.prompts import Prompt
@@ -79,10 +84,44 @@ class Arguments(OptionFields, total=False):
     """What a new text remembers of earlier ones: `state.memory`, or a file that its `save` wrote."""
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def takes_arguments(method: Method) -> Method:
+    """Let a method that ends in `**arguments` show what these are, with defaults, and refuse any other name."""
+    own = inspect.signature(method)
+    fields = {field.name: field for field in dataclasses.fields(GenerationOptions) if field.name != "max_new_tokens"}
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for name, field in fields.items()
+    ]
+    others = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in Arguments.__annotations__.items()
+        if name not in fields
+    ]
+    named = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    public = own.replace(parameters=[*named, *options, *others])
+
+    @functools.wraps(method)
+    def checked(*positional: Any, **arguments: Any) -> Any:
+        for name in arguments:
+            if name not in public.parameters:
+                known = [each for each in public.parameters if each != "self"]
+                raise TypeError(f"{method.__name__}() has no argument {name!r}{nearest(name, known)}")
+        if len(positional) > 3:
+            raise TypeError(f"{method.__name__}() takes a prompt and max_new_tokens by position: name the rest")
+        return method(*positional, **arguments)
+
+    checked.__signature__ = public  # type: ignore[attr-defined]
+    return cast(Method, checked)
+
+
 def started(
     model: Network,
     prompt_ids: Prompt,
     max_new_tokens: int | None = None,
+    /,
     *,
     options: GenerationOptions | None = None,
     state: State | None = None,
@@ -91,6 +130,8 @@ def started(
     **fields: Unpack[OptionFields],
 ) -> Generation:
     """Return a generation that has computed nothing yet; all arguments are checked."""
+    if not isinstance(uncertainty, bool):
+        raise InputError(f"uncertainty={shown(uncertainty)}: must be True or False")
     settled = resolved(options, max_new_tokens, **fields)
     return Generation(model, prompt_ids, settled, state=state, memory=memory, uncertainty=uncertainty)
 
@@ -99,6 +140,7 @@ def complete(
     model: Network,
     prompt_ids: Prompt,
     max_new_tokens: int | None = None,
+    /,
     *,
     uncertainty: bool = False,
     **arguments: Unpack[Arguments],

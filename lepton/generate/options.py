@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 from lepton.errors import InputError, nearest, shown
-from lepton.values import SEEDS, real, whole
+from lepton.values import SEEDS, depth_share, real, thinking_rounds, whole
 
 Stop: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
 """A token id, a list of ids, or a list of id sequences; tensors and arrays of integers are as good."""
@@ -20,7 +20,7 @@ def _flag(help: str, metavar: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to generate. A value that no model can use raises InputError here; one that a model cannot, when it starts.
+    """How to generate. A value that no model can use raises InputError, `stop` once the vocabulary is known.
 
     Each field is an argument of every `Lepton.generate...` and a flag of `python -m lepton generate`.
     """
@@ -56,6 +56,9 @@ class GenerationOptions:
         check_sampling(self.temperature, self.top_p, self.top_k)
         if self.seed is not None:
             whole("seed", self.seed, *SEEDS)
+        depth_share(self.depth)
+        if self.think is not None:
+            thinking_rounds(self.think)
         if not isinstance(self.use_speculative, bool):
             raise InputError(f"use_speculative={shown(self.use_speculative)}: must be True or False")
 
@@ -89,6 +92,8 @@ def resolved(
         InputError: a value that cannot be used.
         TypeError: an option that there is not; the nearest one is named.
     """
+    if isinstance(max_new_tokens, GenerationOptions):
+        raise InputError("max_new_tokens is a GenerationOptions: give it by name, options=...")
     if options is None:
         options = GenerationOptions()
     elif not isinstance(options, GenerationOptions):
@@ -96,7 +101,7 @@ def resolved(
     known = [each.name for each in dataclasses.fields(GenerationOptions)]
     for name in fields:
         if name not in known:
-            raise TypeError(f"unexpected argument {name!r}{nearest(name, known)}")
+            raise TypeError(f"unexpected argument {name!r}{nearest(name, [*known, 'options', 'state', 'memory'])}")
     counts = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     return dataclasses.replace(options, **fields, **counts)
 

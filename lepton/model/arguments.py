@@ -9,10 +9,7 @@ from lepton.model.fresh_state import check_state, fresh_state
 from lepton.model.ideas.idea import Call
 from lepton.model.modules import Modules
 from lepton.model.state import State
-from lepton.values import real, whole
-
-MAX_ROUNDS = 256
-"""Rounds of thinking that a call may ask for."""
+from lepton.values import depth_share, thinking_rounds, whole
 
 
 def checked_tokens(model: Modules, tokens: Tensor, least: int) -> Tensor:
@@ -52,9 +49,7 @@ def checked_for_loss(
 
 def checked_call(model: Modules, rows: int, depth: float | None, think: int | Tensor | None) -> Call:
     """Return what a caller asks of a pass, checked against what the model has."""
-    share = 1.0 if depth is None else real(depth)
-    if not 0 <= share <= 1:
-        raise InputError(f"depth={shown(depth)}: must lie in 0..1, the share of tokens allowed past the stem")
+    share = depth_share(depth)
     if share < 1 and "router" not in model.ideas:
         raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
     if think is None:
@@ -65,7 +60,7 @@ def checked_call(model: Modules, rows: int, depth: float | None, think: int | Te
         for idea in model.ideas.values():
             idea.check_rounds(think)
         return Call(share, think)
-    think = whole("think", think, 0, MAX_ROUNDS, " rounds")
+    think = thinking_rounds(think)
     if think and "thoughts" not in model.ideas:
         raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
     return Call(share, think)

@@ -13,7 +13,7 @@ from lepton.model.kv_cache import KVCache, entries_after
 from lepton.model.modules import Modules
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State, flatten, of_parts, rebuild
-from lepton.model.weights import Origin
+from lepton.model.weights import Origin, on_meta_device
 
 MAX_ROWS = 1 << 16
 """Sequences of a state."""
@@ -82,13 +82,13 @@ def fresh_shapes(model: Modules) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=8)
 def _shapes(config: LeptonConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with on_meta_device():
         return flatten(fresh_state(Modules(config), 1))
 
 
 def state_bytes(model: Modules, length: int) -> int:
     """Return the bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
-    with torch.device("meta"):
+    with on_meta_device():
         state = fresh_state(Modules(model.config).to(model.dtype), 1)
     caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
     entries = entries_after(model.config.window, length)

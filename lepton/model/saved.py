@@ -59,6 +59,8 @@ def _renamed(model: Modules, found: dict[str, Tensor]) -> dict[str, Tensor]:
             places = ("stem", "thoughts.kv", "deep") if thinking else ("stem", None, "deep")
             renamed |= {f"{place}.{name}": part for place, part in zip(places, parts, strict=True) if place}
             continue
+        if name == "taken_B" and "router" not in model.ideas:
+            continue  # older states had it without a router, too
         before = next((each for each in old if name.startswith(each)), None)
         renamed[name if before is None else old[before] + name.removeprefix(before)] = value
     return renamed

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
-
 from lepton.config import IDEAS, LeptonConfig
 from lepton.errors import InputError, shown
 from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
 from lepton.model.modules import Modules
+from lepton.model.weights import on_meta_device
 from lepton.presets import preset
 
 # A matrix width that is no multiple of 8 numbers halves the speed of a matrix unit.
@@ -49,5 +48,5 @@ def widened(config: LeptonConfig, params: int) -> LeptonConfig:
 
 def count_params(config: LeptonConfig) -> int:
     """Parameters of the model that `config` describes, counted on the built model without allocating it."""
-    with torch.device("meta"):
+    with on_meta_device():
         return Modules(config).num_params()

@@ -1,4 +1,4 @@
-"""Dataclasses of tensors as pytrees: torch's tools (`tree_map`, export, graph capture) then see the tensors inside."""
+"""Dataclasses of tensors as pytrees: torch's `tree_map` and its like then see the tensors inside."""
 
 import dataclasses
 from typing import Any

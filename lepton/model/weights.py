@@ -104,6 +104,13 @@ class Origin:
         model = None if self._model is None else self._model()
         return fingerprint(model) if model is not None and _mark(model) == self._mark else None
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same weights of the same model."""
+        return isinstance(other, Origin) and (self._model, self._mark) == (other._model, other._mark)
+
+    def __hash__(self) -> int:
+        return hash(self._mark)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Origin, (None,)  # a copy of a state, in another process, knows of no model
 

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from lepton.model import Network
+from lepton.model.weights import on_meta_device
 from lepton.runtime.device import device_name, gpu_memory, pick_device, pick_dtype
 from lepton.train.assembly import GRAD_ACCUM, GRAD_ACCUM_CPU, Parts, settle_for_device
 from lepton.train.cost import training_flops_per_token, training_seconds
@@ -50,7 +51,7 @@ def out_of_memory(start: StartingPoint) -> str:
     """Return the error message of a run that did not fit on the GPU: what happened, and which flags would fit."""
     device = pick_device(start.settings.device)
     settings = settle_for_device(start.settings, device)
-    with torch.device("meta"):
+    with on_meta_device():
         model = Network(start.config)
     model.compute_dtype = pick_dtype(settings.dtype, device)
     memory = gpu_memory(device)

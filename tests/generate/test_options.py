@@ -35,6 +35,13 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest(name, near):
         resolved(5)
 
 
+@pytest.mark.parametrize("fields", [{"depth": 7}, {"depth": "x"}, {"think": -1}, {"think": "a"}, {"think": 1000}])
+def test_what_no_model_can_use_is_refused_at_once(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(InputError, match=f"{name}={value!r}"):
+        GenerationOptions(**fields)
+
+
 def test_every_option_is_a_flag_of_the_command():
     parser = argparse.ArgumentParser()
     add_options(parser)

@@ -83,6 +83,16 @@ def test_shape_letters_at_the_end_of_names_do_not_matter(model, path):
     assert_states(expected, model.load_state(path), "with other letters")
 
 
+@pytest.mark.parametrize("variant", ["no router", "dense"])
+def test_older_states_had_the_routers_count_without_a_router(variant, tmp_path):
+    model, path = build(variant, dtype=torch.float32), tmp_path / "s.safetensors"
+    with torch.no_grad():
+        state = model(text(1)).state
+    state.save(path)
+    save_file(load_file(path) | {"taken_B": torch.zeros(1, dtype=torch.int64)}, path)
+    assert_states(state, model.load_state(path), variant)
+
+
 @pytest.mark.parametrize("kind", ["state", "memory"])
 @torch.no_grad()
 def test_other_weights_are_refused_unless_asked_for(model, tmp_path, kind):

@@ -56,3 +56,14 @@ def test_dataclasses_inside_are_found_when_they_are_met():
     assert [leaf.tolist() for leaf in leaves] == [[1.0, 1.0], [0.0]]
     again = pytree.tree_unflatten([leaf + 1 for leaf in leaves], spec)
     assert (again.inner.value.tolist(), again.many["a"][0].name, again.many["b"]) == ([2.0, 2.0], "y", [])
+
+
+def test_two_passes_have_one_structure_until_the_weights_change():
+    model = build("complete")
+    first, second = model(TOKENS), model(TOKENS)
+    assert pytree.tree_structure(first) == pytree.tree_structure(second)
+    difference = pytree.tree_map(lambda a, b: a.double() - b.double(), first.state, second.state)
+    assert not any(value.any() for value in flatten(difference).values())
+    with torch.no_grad():
+        model.embed.weight.add_(1)
+    assert pytree.tree_structure(first.state) != pytree.tree_structure(model(TOKENS).state)
