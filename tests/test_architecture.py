@@ -147,3 +147,22 @@ def test_every_third_party_import_is_a_declared_dependency():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = {line.split("==")[0] for line in lines if "==" in line}
     assert used == ranges == pins
+
+
+# Operators of torch take flat arguments, and so do their gradients.
+FLAT = {"_attend_backward", "_carry_backward"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_functions_and_signatures_stay_small(path):
+    """What grows past it wants to be a thing of its own. Kernels are long by nature."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    if path.parent == OPTIONAL_FOLDER:
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [each.arg for each in given if each.arg not in ("self", "cls")]
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
+            assert len(names) <= 8 or node.name in FLAT, f"{node.name} takes {len(names)} arguments"
