@@ -211,8 +211,8 @@ class Network(Modules):
         """Return the state of `batch_size` sequences that have read nothing.
 
         `memory` is that of another state, or a file that `state.memory.save` wrote: the new sequences remember what
-        those before did, with positions shifted so that all are outside the window. Its rows must be `batch_size`, or one, which all then
-        share.
+        those before did, with positions shifted so that all are outside the window. Its rows must be `batch_size`, or
+        one, which all then share.
         """
         state = fresh_state(self, whole("batch_size", batch_size, 1, MAX_ROWS, " sequences"))
         return state if memory is None else with_memory(self, state, memory, any_weights=any_weights)

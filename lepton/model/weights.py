@@ -91,8 +91,8 @@ def _check_config(config: LeptonConfig, noted: Any) -> None:
 
 
 class Origin:
-    """The weights that a state was made by. Their fingerprint is computed when the state is saved: computing it in every
-    step would take too long.
+    """The weights that a state was made by. Their fingerprint is computed only when the state is saved: computing it in
+    every step would take too long.
     """
 
     def __init__(self, model: Modules | None) -> None:
