@@ -127,7 +127,7 @@ class LeptonConfig:
         if not 1 <= self.rope_base <= 1e12:
             raise InputError(f"rope_base={shown(self.rope_base)}: must lie in 1..1e12")
         if self.heads % self.kv_heads:
-            raise InputError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
+            raise InputError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 4:
             raise InputError(f"head_dim={self.head_dim}: must be a multiple of 4 (half of it is rotated, in pairs)")
         if not 0 <= self.stem_layers <= self.layers:

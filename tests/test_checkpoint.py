@@ -209,7 +209,7 @@ RUN = {
     ("changes", "message"),
     [
         ({"model": [1]}, "'model' is of type list"),
-        ({"model": {"w": 3}}, "'model.w' is no tensor but int"),
+        ({"model": {"w": 3}}, "'model.w' is int, not a tensor"),
         ({"model": {3: torch.ones(1)}}, "'model' has the key 3"),
         ({"model": {"w": torch.tensor([1, float("nan")])}}, r"'model\.w' holds NaN or infinity: training has diverged"),
         ({"config": None}, "'config' is of type NoneType"),

@@ -236,7 +236,7 @@ def load_tokenizer(path: str | Path | None = None, beside: Path | None = None) -
     try:
         return Tokenizer.from_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no tokenizer: not UTF-8 text") from None
+        raise InputError(f"{path} is not a tokenizer: not UTF-8 text") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

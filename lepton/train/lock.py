@@ -49,7 +49,7 @@ def _make(folder: Path) -> list[Path]:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"checkpoint_dir={folder} is no folder and cannot be made one: {error.strerror}") from None
+        raise InputError(f"checkpoint_dir={folder} is not a folder and cannot be made one: {error.strerror}") from None
     return missing
 
 
