@@ -51,8 +51,8 @@ class HeldOut:
 def document_batches(pieces: Iterable[Piece], tokenizer: Tokenizer, max_tokens: int | None = None) -> Iterator[Batch]:
     """Yield the documents as one row, CHUNK predictions at a time, for `evaluate` with `carry`.
 
-    Every token is predicted, the end of each document included. The model itself starts anew at a document's end. It
-    ends after `max_tokens` predictions. Memory does not grow with the length of a document.
+    Every token is predicted, the end of each document included. The model itself starts anew at a document's end.
+    The batches end after `max_tokens` predictions. Memory does not grow with the length of a document.
     """
 
     def ids() -> Iterator[int]:

@@ -64,7 +64,7 @@ class Crystal(NamedTuple):
     row: int
     """Sequence of the batch."""
     position: int
-    """Position of its token in the document; negative if it was carried over from an earlier stream."""
+    """Position of its token in the document; negative if it is from an earlier stream."""
     score: float
     """Score, in 0..1."""
     tokens: list[int]
