@@ -66,7 +66,7 @@ def test_a_record_that_torch_would_skip_as_a_folder(path, record):
             "storage 1 should hold 320 bytes and has no",
         ),
         (lambda name, content: None if name.endswith("data.pkl") else content, "its pickle is missing"),
-        (lambda name, content: content[:40] if name.endswith("data.pkl") else content, "no LEPTON checkpoint"),
+        (lambda name, content: content[:40] if name.endswith("data.pkl") else content, "not a LEPTON checkpoint"),
     ],
 )
 def test_records_and_storages_must_agree(path, change, message):
@@ -97,7 +97,7 @@ def test_nothing_is_called_that_a_pickle_names(path, tmp_path):
             return Path.touch, (tmp_path / "called",)
 
     torch.save({"model": {}, "config": Bomb(), "step": 1}, path)
-    with pytest.raises(InputError, match=r"no LEPTON checkpoint \(it asks for"):
+    with pytest.raises(InputError, match=r"not a LEPTON checkpoint \(it asks for"):
         checkpoint.load(path)
     assert not (tmp_path / "called").exists()
 

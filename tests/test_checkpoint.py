@@ -77,10 +77,10 @@ def test_a_missing_file_names_one_that_is_there(tmp_path):
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     path = tmp_path / "other.pt"
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="no LEPTON checkpoint: it lacks"):
+    with pytest.raises(InputError, match="not a LEPTON checkpoint: it lacks"):
         checkpoint.load(path)
     torch.save(Path("x"), path)  # a pickle that may run code
-    with pytest.raises(InputError, match="no LEPTON checkpoint"):
+    with pytest.raises(InputError, match="not a LEPTON checkpoint"):
         checkpoint.load(path)
     path.write_text("hello")
     with pytest.raises(InputError, match="torn"):
