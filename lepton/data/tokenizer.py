@@ -230,7 +230,7 @@ def load_tokenizer(path: str | Path | None = None, beside: Path | None = None) -
         return Tokenizer.from_json(lzma.decompress(content).decode())
     content = read_bytes(path, "tokenizer", MAX_BYTES)
     if not content:
-        raise InputError(f"{path} is empty: no tokenizer")
+        raise InputError(f"{path} is empty, not a tokenizer")
     if content.startswith(b"\xfd7zXZ"):
         content = unpack_xz(content, str(path), MAX_BYTES)
     try:
