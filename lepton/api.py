@@ -102,16 +102,16 @@ class Lepton(Network):
         """Continue `prompt_ids` and return prompt and new tokens.
 
         A flat list, or a tensor [T] or [1, T], gives a flat list. A list of lists or of tensors [T], whose lengths may
-        differ, or a tensor [B, T] gives a list of lists; each row is what it would be alone. The end-of-document id
-        alone, `[model.config.eos_id]`, gives a text from its beginning.
+        differ, or a tensor [B, T] gives a list of lists; each row is what it would be by itself. The end-of-document
+        id by itself, `[model.config.eos_id]`, gives a text from its beginning.
 
         No parameter, buffer, mode or global random state changes.
 
         Args:
             prompt_ids: token ids; `tokenizer.encode` makes them.
             max_new_tokens: tokens to generate at most; None is the options' own number, 100.
-            arguments: the fields of `GenerationOptions` by name, or such an object as `options`; `state`, a past to go
-                on from with a row for each prompt; or `memory`, what a new text remembers of earlier ones
+            arguments: the fields of `GenerationOptions` by name, or such an object as `options`; `state`, a past to
+                continue from with a row for each prompt; or `memory`, what a new text remembers of earlier ones
                 (`state.memory`, or a file that its `save` wrote).
 
         Raises:
@@ -155,12 +155,12 @@ class Lepton(Network):
     def generate_with_state(
         self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> TokensAndState:
-        """Return (what `generate` returns, the state to go on from, with a row for each prompt).
+        """Return (what `generate` returns, the state to continue from, with a row for each prompt).
 
         The state has read what came before, the prompt and all new tokens but the last, which was drawn and not yet
-        read. So the next prompt of a conversation begins with that token, `[tokens[-1], *next_ids]`, and that token
-        alone goes on with the same text as if nothing had been cut. With `max_new_tokens=0` it has read the whole
-        prompt.
+        read. So the next prompt of a conversation begins with that token, `[tokens[-1], *next_ids]`. That token as the
+        only one of a prompt continues the same text as if nothing had been cut. With
+        `max_new_tokens=0` it has read the whole prompt.
         """
         found = complete(self, prompt_ids, max_new_tokens, **arguments)
         return TokensAndState(found.tokens, found.state)

@@ -1,4 +1,4 @@
-"""The container of a checkpoint, read beside torch: `torch.load` compares no checksum, and believes every size.
+"""The container of a checkpoint, read beside torch: `torch.load` compares no checksum, and trusts every size.
 
 A checkpoint is a zip archive: a pickle, and a record of plain bytes for each storage of its tensors. What is checked is
 that both readers of the archive see the same records, whole, and that each record is as large as its storage says. So
@@ -55,7 +55,7 @@ def _records(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, zipfile.ZipI
         stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
         plain = not info.flag_bits & ~(WITH_DESCRIPTOR | UTF8) and not info.external_attr & FOLDER
         if not stored or not plain or info.filename.endswith("/"):
-            raise InputError(f"'{info.filename}' is no plain record")
+            raise InputError(f"'{info.filename}' is not a plain record")
         file.seek(info.header_offset)
         magic, _, flags, method, *_others, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
         name = file.read(name_length).decode()

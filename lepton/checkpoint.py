@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, checked before they are believed.
+"""Checkpoint files: written whole or not at all, checked before they are trusted.
 
 A checkpoint is what ``torch.save`` writes for a dict of plain values and CPU tensors, so ``torch.load(path)`` reads it
 anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agree on these keys:
@@ -13,7 +13,7 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | `step`       | optimizer steps done                                                     |
 | `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
 
-A file whose name ends in .safetensors holds the weights alone, in that format: all above but what resuming needs.
+A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs.
 """
 
 import json
@@ -38,7 +38,7 @@ FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d+)\.pt")
 WEIGHTS_SUFFIX = ".safetensors"
 CONFIG = "config"
-"""Key of the configuration in the `_metadata` of a state_dict, where `Lepton.load_state_dict` compares it."""
+"""Key of the configuration in the `_metadata` of a state_dict, where `Network.load_state_dict` compares it."""
 
 KINDS: dict[str, tuple[type, ...]] = {
     "model": (dict,),
@@ -58,7 +58,7 @@ RUN_KINDS: dict[str, dict[str, type]] = {
     "rng": {"cpu": torch.Tensor},
     "training": {"dense": bool, "overrides": dict},
 }
-"""What a run that goes on reads of these."""
+"""Fields that resuming reads."""
 
 
 def save(path: str | Path, payload: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ def load(path: str | Path) -> dict[str, Any]:
     readable(path, "checkpoint")
     payload = _load_weights(path) if path.suffix == WEIGHTS_SUFFIX else _load_archive(path)
     if not isinstance(payload, dict) or not {"model", "config", "step"} <= payload.keys():
-        raise InputError(f"{path} is no LEPTON checkpoint: it lacks 'model', 'config' or 'step'")
+        raise InputError(f"{path} is not a LEPTON checkpoint: it lacks 'model', 'config' or 'step'")
     if payload.get("format") != FORMAT:
         raise InputError(f"{path} has checkpoint format {payload.get('format')}; this version reads format {FORMAT}")
     with naming(path):
@@ -129,7 +129,7 @@ def load(path: str | Path) -> dict[str, Any]:
         for name, value in _tensors(payload):
             tensors.check_finite(name, value)
     except RecursionError as error:
-        raise InputError(f"{path} is no LEPTON checkpoint: it is nested too deeply") from error
+        raise InputError(f"{path} is not a LEPTON checkpoint: it is nested too deeply") from error
     except InputError as error:
         raise InputError(f"{path}: {error}: training has diverged before it{_alternative(path)}") from error
     payload["model"] = dict(payload["model"])  # without `_metadata`: what counts is payload["config"]
@@ -198,7 +198,7 @@ def _load_archive(path: Path) -> Any:
     try:
         _check_archive(path)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is no LEPTON checkpoint ({reason(error)})") from error
+        raise InputError(f"{path} is not a LEPTON checkpoint ({reason(error)})") from error
     except Exception as error:  # a damaged archive fails in many ways
         raise InputError(
             f"checkpoint {path} is torn (cut short or damaged: {reason(error)}){_alternative(path)}"
@@ -206,7 +206,7 @@ def _load_archive(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not what it seems
-        raise InputError(f"{path} is no LEPTON checkpoint ({reason(error)})") from error
+        raise InputError(f"{path} is not a LEPTON checkpoint ({reason(error)})") from error
 
 
 def _metadata(payload: dict[str, Any]) -> dict[str, str]:
@@ -235,10 +235,10 @@ def _check_content(payload: dict[str, Any]) -> None:
         raise InputError("'best' is NaN: must be a loss")
     for name in ("model", "config"):
         if unnamed := [key for key in payload[name] if not isinstance(key, str)]:
-            raise InputError(f"'{name}' has the key {unnamed[0]!r}, which is no name")
+            raise InputError(f"'{name}' has the key {unnamed[0]!r}, which is not a name")
     for name, value in payload["model"].items():
         if not isinstance(value, torch.Tensor):
-            raise InputError(f"'model.{name}' is no tensor but {type(value).__name__}")
+            raise InputError(f"'model.{name}' is {type(value).__name__}, not a tensor")
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -23,8 +23,8 @@ MOST = {
     "vocab_size": 1 << 21,
     "segment": 1 << 17,
 }
-"""Largest values: far above XXL's, and small enough that a model without memory (on the meta device) is built in about
-a second, so that a file's configuration can be compared with its weights before any memory is taken."""
+"""Largest values, far above XXL's. With them, a model is built on the meta device in about a second. So a file's
+configuration can be compared with its weights before any memory is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class IdeaConfig:
     most: ClassVar[Mapping[str, int]] = {}
     """Largest value of each field that is a size; see `MOST`."""
     flat: ClassVar[Mapping[str, str]] = {}
-    """For configurations of before, which were flat: their names, and the fields of today."""
+    """Old flat configurations: their name -> present field."""
     flat_switch: ClassVar[str] = ""
     """The flat name whose value 0 or False means that the idea is left out."""
 
@@ -127,7 +127,7 @@ class LeptonConfig:
         if not 1 <= self.rope_base <= 1e12:
             raise InputError(f"rope_base={shown(self.rope_base)}: must lie in 1..1e12")
         if self.heads % self.kv_heads:
-            raise InputError(f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}")
+            raise InputError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim % 4:
             raise InputError(f"head_dim={self.head_dim}: must be a multiple of 4 (half of it is rotated, in pairs)")
         if not 0 <= self.stem_layers <= self.layers:
@@ -158,9 +158,9 @@ class LeptonConfig:
     def replace(self, **changes: Any) -> "LeptonConfig":
         """Return a copy with `changes`.
 
-        A name is a field; an idea, which None or False leaves out and a mapping of fields or True puts in; a field of
-        an idea such as ``thoughts.rounds``; or a name of flat configurations such as ``rounds``. A field of an idea
-        that the model is without changes nothing.
+        A name is one of four: a field; an idea (None or False leaves it out, True or a mapping of its fields puts it
+        in); a field of an idea, such as ``thoughts.rounds``; a name of flat configurations, such as ``rounds``. A field
+        of an absent idea changes nothing.
 
         Raises:
             InputError: an unknown name, with the nearest match, or a value that does not fit.

@@ -29,13 +29,13 @@ def nearest(name: object, choices: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind where it has none."""
+    """Return the first line of an error's text, or its type if the text is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def naming(place: object) -> Iterator[None]:
-    """Begin the messages of all `InputError` inside with `place`, such as the file that a wrong value comes from."""
+    """Put `place`, such as the file of a wrong value, before the message of every `InputError` raised inside."""
     try:
         yield
     except InputError as error:

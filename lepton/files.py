@@ -27,7 +27,7 @@ def as_path(path: object) -> Path:
         with contextlib.suppress(TypeError, ValueError):  # a path of bytes; half of a surrogate pair
             if b"\0" not in os.fsencode(path):
                 return Path(path)
-    raise InputError(f"{shown(path)} is no path: give a text or a Path, without zero bytes")
+    raise InputError(f"{shown(path)} is not a path: give a text or a Path, without zero bytes")
 
 
 def readable(path: str | Path, what: str = "file") -> Path:

@@ -41,8 +41,8 @@ class Preset:
         )
 
 
-# From TINY on the MLP's width is a multiple of 256: a GPU computes a product in tiles of up to so many columns, and the
-# last one as a whole too.
+# From TINY on the MLP's width is a multiple of 256: a GPU computes a product in tiles of up to 256 columns, and
+# a partial last tile costs as much as a full one.
 #           name      M     purpose             width layers heads kv head  ffn  embedding
 _TABLE = (
     Preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800, 128),

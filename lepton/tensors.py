@@ -19,7 +19,7 @@ from lepton.errors import InputError, reason
 from lepton.files import readable, replacing
 
 HASH = "sha256"
-"""Key of the content's hash in a file's metadata. A file with metadata and without it is damaged."""
+"""Key of the content's hash in a file's metadata. A file that has metadata but no hash is damaged."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -41,7 +41,7 @@ def compare(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, casts: bo
     for name, like in wanted.items():
         value = found[name]
         if not isinstance(value, Tensor):
-            raise InputError(f"'{name}' is no tensor but {type(value).__name__}")
+            raise InputError(f"'{name}' is {type(value).__name__}, not a tensor")
         if value.shape != like.shape:
             raise InputError(
                 f"size mismatch: '{name}' has shape {tuple(value.shape)}, this model needs {tuple(like.shape)}"
@@ -63,7 +63,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """Write a safetensors file with the hash of its content; `path` holds its old content or all of the new.
 
     Raises:
-        InputError: `path` is no regular file.
+        InputError: `path` is not a regular file.
         OSError, SafetensorError: it cannot be written.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

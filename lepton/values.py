@@ -22,7 +22,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None, note: str = 
 
 
 def real(value: Any) -> float:
-    """Return `value` as a float; NaN, which lies in no range, where it is no real number or none that a float holds."""
+    """Return `value` as a float, or NaN (outside every range) if it is not a real number or too large for a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:

@@ -50,7 +50,7 @@ def test_a_record_that_torch_would_skip_as_a_folder(path, record):
     place = content.rindex(f"archive/{record}".encode()) - 8  # its external attributes
     content[place] ^= archive.FOLDER
     path.write_bytes(content)
-    assert_refused(path, rf"torn .*'archive/{record}' is no plain record")
+    assert_refused(path, rf"torn .*'archive/{record}' is not a plain record")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_record_that_torch_would_skip_as_a_folder(path, record):
             "storage 1 should hold 320 bytes and has no",
         ),
         (lambda name, content: None if name.endswith("data.pkl") else content, "its pickle is missing"),
-        (lambda name, content: content[:40] if name.endswith("data.pkl") else content, "no LEPTON checkpoint"),
+        (lambda name, content: content[:40] if name.endswith("data.pkl") else content, "not a LEPTON checkpoint"),
     ],
 )
 def test_records_and_storages_must_agree(path, change, message):
@@ -74,7 +74,7 @@ def test_records_and_storages_must_agree(path, change, message):
 
 
 def test_records_must_be_plain_and_have_names_of_their_own(path):
-    assert_refused(rewritten(path, lambda _, content: content, zipfile.ZIP_DEFLATED), "no plain record")
+    assert_refused(rewritten(path, lambda _, content: content, zipfile.ZIP_DEFLATED), "not a plain record")
     for name in ("archive/DATA/0", "elsewhere/data/0"):
         shutil.copy(path, path.with_name("twice.pt"))
         with zipfile.ZipFile(path.with_name("twice.pt"), "a") as file:
@@ -97,7 +97,7 @@ def test_nothing_is_called_that_a_pickle_names(path, tmp_path):
             return Path.touch, (tmp_path / "called",)
 
     torch.save({"model": {}, "config": Bomb(), "step": 1}, path)
-    with pytest.raises(InputError, match=r"no LEPTON checkpoint \(it asks for"):
+    with pytest.raises(InputError, match=r"not a LEPTON checkpoint \(it asks for"):
         checkpoint.load(path)
     assert not (tmp_path / "called").exists()
 

@@ -77,10 +77,10 @@ def test_a_missing_file_names_one_that_is_there(tmp_path):
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     path = tmp_path / "other.pt"
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="no LEPTON checkpoint: it lacks"):
+    with pytest.raises(InputError, match="not a LEPTON checkpoint: it lacks"):
         checkpoint.load(path)
     torch.save(Path("x"), path)  # a pickle that may run code
-    with pytest.raises(InputError, match="no LEPTON checkpoint"):
+    with pytest.raises(InputError, match="not a LEPTON checkpoint"):
         checkpoint.load(path)
     path.write_text("hello")
     with pytest.raises(InputError, match="torn"):
@@ -209,7 +209,7 @@ RUN = {
     ("changes", "message"),
     [
         ({"model": [1]}, "'model' is of type list"),
-        ({"model": {"w": 3}}, "'model.w' is no tensor but int"),
+        ({"model": {"w": 3}}, "'model.w' is int, not a tensor"),
         ({"model": {3: torch.ones(1)}}, "'model' has the key 3"),
         ({"model": {"w": torch.tensor([1, float("nan")])}}, r"'model\.w' holds NaN or infinity: training has diverged"),
         ({"config": None}, "'config' is of type NoneType"),
@@ -310,6 +310,6 @@ def test_weights_alone_are_a_safetensors_file(tmp_path):
 
 @pytest.mark.parametrize("path", [None, 5, b"a", [], "x" * 300, "a\0b", "a\nb"])
 def test_what_is_no_name_of_a_file_is_one_line(path):
-    with pytest.raises(InputError, match=r"no path|does not exist") as caught:
+    with pytest.raises(InputError, match=r"not a path|does not exist") as caught:
         checkpoint.load(path)
     assert "\n" not in str(caught.value)

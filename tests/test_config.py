@@ -67,7 +67,7 @@ def test_the_vocabulary_is_padded_for_matrix_units():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"kv_heads": 3}, "heads=4 is no multiple of kv_heads=3"),
+        ({"kv_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
         ({"head_dim": 6}, "head_dim=6"),
         ({"window": 0}, "window=0"),
         ({"eos_id": VOCAB}, "eos_id=97"),

@@ -28,9 +28,9 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         readable(tmp_path / "file" / "below")
     with pytest.raises(InputError, match="is a folder"):
         readable(tmp_path)
-    with pytest.raises(InputError, match="is no path"):
+    with pytest.raises(InputError, match="is not a path"):
         readable("a\0b")
-    with pytest.raises(InputError, match="is no path"), replacing("\ud800"):
+    with pytest.raises(InputError, match="is not a path"), replacing("\ud800"):
         raise AssertionError("there is nothing to write to")
 
 
@@ -104,5 +104,5 @@ def test_bad_json_is_named(text):
 @pytest.mark.parametrize("path", [None, 5, b"a", ["a"], [[]] * 3])
 def test_what_is_no_path_is_named(path):
     for use in (readable, lambda given: replacing(given).__enter__()):
-        with pytest.raises(InputError, match="is no path: give a text or a Path"):
+        with pytest.raises(InputError, match="is not a path: give a text or a Path"):
             use(path)

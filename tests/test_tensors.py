@@ -13,7 +13,7 @@ WANTED = {"w": torch.zeros(2, 3), "ids": torch.zeros(4, dtype=torch.int64)}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w": None}, "'w' is no tensor but NoneType"),
+        ({"w": None}, "'w' is NoneType, not a tensor"),
         ({"w": torch.zeros(2, 2)}, r"'w' has shape \(2, 2\), this model needs \(2, 3\)"),
         ({"w": torch.zeros(2, 3, dtype=torch.float64)}, r"'w' holds torch.float64, this model needs torch.float32"),
         ({"ids": torch.zeros(4, dtype=torch.int32)}, "'ids' holds torch.int32"),

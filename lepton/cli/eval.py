@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
     open_files = _files(args)
     model, tokenizer, step = load(args)
     source = open_files(tokenizer) if open_files else _data_set(args, model, tokenizer)
-    knobs = {"depth": args.depth, "think": args.think}
+    pass_options = {"depth": args.depth, "think": args.think}
     say = partial(print, sep="\n", file=sys.stderr if args.json else sys.stdout, flush=True)
     start = time.perf_counter()
-    _estimate(args, model, source, knobs)
-    result = evaluate(model, source.batches(args.max_tokens), tokenizer, carry=source.carry, **knobs)
+    _estimate(args, model, source, pass_options)
+    result = evaluate(model, source.batches(args.max_tokens), tokenizer, carry=source.carry, **pass_options)
     report = {
         "checkpoint": args.checkpoint,
         "step": step,
@@ -92,14 +92,14 @@ def run(args: argparse.Namespace) -> int:
         "layers": model.config.layers,
     }
     say(*figures.prediction(report, time.perf_counter() - start))
-    report["uncertainty"] = _uncertainty(args, model, source, knobs)
+    report["uncertainty"] = _uncertainty(args, model, source, pass_options)
     say(*figures.uncertainty(report["uncertainty"]))
     if args.ablate:
         # With a limit the loss above is of the very same tokens.
         everything = result.nats_per_token if args.max_tokens else None
-        report["ablation"] = _ablation(args, model, tokenizer, source, knobs, everything, say)
+        report["ablation"] = _ablation(args, model, tokenizer, source, pass_options, everything, say)
     if args.speculation:
-        report["speculation"] = _speculation(args, model, source, knobs)
+        report["speculation"] = _speculation(args, model, source, pass_options)
         say(*figures.speculation(report["speculation"]))
     report["seconds"] = round(time.perf_counter() - start, 3)
     if args.json:
@@ -165,7 +165,7 @@ def _data_set(args: argparse.Namespace, model: "Network", tokenizer: "Tokenizer"
     )
 
 
-def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]) -> None:
+def _estimate(args: argparse.Namespace, model: "Network", source: Source, pass_options: dict[str, Any]) -> None:
     """Say on stderr about how long it will take, from the rate on a few tokens."""
     from lepton.data.shards import Batch
     from lepton.evals.ablation import switches
@@ -184,7 +184,7 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs:
         probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
         for _ in range(2):  # the first pass of a process is slower
             start = time.perf_counter()
-            found = sum(len(part.target_M) for part in iterate_positions(model, [probe], **knobs))
+            found = sum(len(part.target_M) for part in iterate_positions(model, [probe], **pass_options))
             seconds = time.perf_counter() - start
     if found:
         rate = found / max(seconds, 1e-9)
@@ -195,7 +195,9 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, knobs:
         )
 
 
-def _uncertainty(args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]) -> dict[str, Any]:
+def _uncertainty(
+    args: argparse.Namespace, model: "Network", source: Source, pass_options: dict[str, Any]
+) -> dict[str, Any]:
     from lepton.evals.calibration import MIN_TOKENS, TEMPERATURE_TOKENS, fit_temperature
     from lepton.evals.reliability import measure_uncertainty
 
@@ -203,9 +205,11 @@ def _uncertainty(args: argparse.Namespace, model: "Network", source: Source, kno
     temperature = None
     if source.fitted is not None:
         count = min(TEMPERATURE_TOKENS, max(tokens, MIN_TOKENS))
-        temperature = fit_temperature(model, source.fitted(count), count, **knobs)
+        temperature = fit_temperature(model, source.fitted(count), count, **pass_options)
     batches = source.measured(tokens)
-    return measure_uncertainty(model, batches, tokens, temperature=temperature, carry=source.carry, **knobs).to_dict()
+    return measure_uncertainty(
+        model, batches, tokens, temperature=temperature, carry=source.carry, **pass_options
+    ).to_dict()
 
 
 def _ablation(
@@ -213,7 +217,7 @@ def _ablation(
     model: "Network",
     tokenizer: "Tokenizer",
     source: Source,
-    knobs: dict[str, Any],
+    pass_options: dict[str, Any],
     everything: float | None,
     say: Callable[..., None],
 ) -> list[dict[str, Any]]:
@@ -228,18 +232,18 @@ def _ablation(
 
     say("", figures.row("switched off", ["nats", "change"]))
     rows = []
-    for found in ablate(model, nats_per_token, everything=everything, **knobs):
+    for found in ablate(model, nats_per_token, everything=everything, **pass_options):
         say(figures.ablated(found.off, found.nats_per_token, found.change))
         rows.append(asdict(found))
     return rows
 
 
 def _speculation(
-    args: argparse.Namespace, model: "Network", source: Source, knobs: dict[str, Any]
+    args: argparse.Namespace, model: "Network", source: Source, pass_options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     from lepton.evals.speculation import PROMPT_TOKENS, measure_speculation, prompts_of
 
     prompts = prompts_of(source.prompts(args.speculation), args.speculation)
-    found = measure_speculation(model, prompts, **knobs)
+    found = measure_speculation(model, prompts, **pass_options)
     shared = {"prompts": len(prompts), "prompt_tokens": PROMPT_TOKENS}
     return [{"temperature": temperature, **shared, **stats.to_dict()} for temperature, stats in found.items()]

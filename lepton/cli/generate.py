@@ -201,7 +201,7 @@ def _plain(pieces: Iterable[Piece]) -> Iterator[str]:
 def _meaning(terminal: bool, coloured: bool) -> str:
     """What the text shows of the uncertainty."""
     if not terminal:
-        return "stdout is no terminal, so the text is not shaded; --json gives the uncertainty of each token"
+        return "stdout is not a terminal, so the text is not shaded; --json gives the uncertainty of each token"
     if not coloured:
         return f"{MARK} marks words with a token of uncertainty {DOUBTFUL} or more"
     return legend()
@@ -217,7 +217,7 @@ def _remembered(path: str | None, prompt: str) -> str | None:
         return path
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise InputError(f"--memory {path}: {folder} is no folder that can be written to")
+        raise InputError(f"--memory {path}: {folder} is not a folder that can be written to")
     return None
 
 

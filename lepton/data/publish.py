@@ -27,7 +27,7 @@ except ImportError:  # Windows: no locks on folders, so every process writes a f
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = "unfinished"
-"""A file in a data set of which the files are being replaced."""
+"""Marker file: the files of this data set are being replaced."""
 METADATA = "metadata.json"
 WORKSHOP = ".prepare.partial"
 """The workshop's name where it lies in the output folder."""
@@ -54,9 +54,9 @@ class Place:
 
 @contextlib.contextmanager
 def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
-    """Yield an empty folder to make the data set of `out` in; what is still there at the end goes.
+    """Yield an empty folder to make the data set of `out` in; leftovers in it are deleted at the end.
 
-    Raises InputError, before anything is written, for an `out` that is no folder or holds something else than a data
+    Raises InputError, before anything is written, for an `out` that is not a folder or holds anything but a data
     set, or a data set without `force`; and if another process is writing it, for which `wait` waits instead.
     """
     folder = Path(os.path.realpath(as_path(out)))

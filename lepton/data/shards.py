@@ -38,7 +38,7 @@ FINGERPRINT_PIECES, FINGERPRINT_PIECE = 1024, 2048
 
 
 class Batch(NamedTuple):
-    """Rows of tokens for `Lepton.loss`."""
+    """Rows of tokens for `Network.loss`."""
 
     tokens: torch.Tensor
     """int64 [B, T + 1]; short rows are padded with a token that ends no document."""
@@ -85,7 +85,7 @@ class ShardedDataset:
         self.folder, self.seq_len, self.seed, self.vocab_size = Path(folder), seq_len, seed, vocab_size
         self.metadata = read_metadata(self.folder)
         self._check_tokenizer(tokenizer_hash)
-        # As an end of document each padded token would be a document of its own, and open a segment with thoughts.
+        # If padding were eos, each padding token would start a document, and a segment with thoughts.
         self._padding_id = int(eos_id == 0)
         self.shards = _shards_of(self.folder, split, _read_padding(self.folder, self.metadata))
         row_len = self.shards[0].row_len

@@ -242,7 +242,7 @@ def _blocks(document: IO[str]) -> Iterator[str]:
 
 
 def _cut(parts: Iterable[str | None]) -> Iterator[Piece]:
-    """Make pieces of a document's parts. Of a split one, parts without a visible character are no documents."""
+    """Make pieces of a document's parts. When separators (None) split the document, blank parts are dropped."""
     waiting: list[str] = []
     size, begun, split = 0, False, False
     for part in parts:

@@ -1,8 +1,9 @@
 """Which part of the documents validates: a share of them, chosen by a hash of their text, and never too few tokens.
 
-What is measured on a handful of tokens is noise, and the best checkpoint is chosen by it. So where the chosen documents
-have fewer than `FLOOR` tokens, or than a tenth of a small corpus, more are chosen, in the order of their hashes; one
-that would make it more than twice as many gives its end alone. Equal documents always go the same way.
+What is measured on a handful of tokens is noise, and the best checkpoint is chosen by it. So if the chosen documents
+have fewer than `FLOOR` tokens, or than a tenth of a small corpus, more documents are moved to validation in the order
+of their hashes. From one that would bring more than twice the tokens that are wanted, only the end is taken. Equal
+documents always go the same way.
 """
 
 import hashlib
@@ -15,19 +16,20 @@ import numpy as np
 from lepton.data.sources import Piece
 
 FLOOR = 4096
-"""Tokens that validation has at least, where they are at most..."""
+"""Validation has at least this many tokens, or in a small corpus one token in `MOST`."""
 MOST = 10
-"""...one token in this many."""
+"""In a small corpus, validation has at least one token in this many."""
 SHORTEST_END = 16
-"""Tokens of a document's end, where that is at most half of it, and the least to have a validation of."""
+"""The end of a document that is taken has at least this many tokens, or half of a shorter document. A corpus so small
+that validation should have fewer gets no additional documents."""
 HELD_BACK = 1 << 21
 """Tokens of the beginning of a corpus that wait in memory until validation has enough. Where these do not bring it,
 documents are large, and reading holds out the last rows."""
 HELD_OUT_SHARE = 100
-"""Without a ``val`` folder, one row in this many is held out for validation..."""
+"""Without a ``val`` folder, one row in this many is held out for validation, but at least one."""
 HELD_OUT_ROWS = 256
-"""...but at most this many, and at least one, all of the last shard. Where these are hardly more than filler, less than
-a quarter of a row, one more is."""
+"""Largest number of rows that are held out, all from the last shard. If they are almost only filler, with less than a
+quarter of a row of tokens, one more row is held out."""
 
 
 class Writer(Protocol):
@@ -160,7 +162,7 @@ def held_out_rows(rows: Sequence[int], row_len: int, padding: int) -> int:
 
 
 def held_out_tokens(tokens: int, row_len: int, shard_rows: int) -> int:
-    """Return how many of `tokens` in shards of `shard_rows` rows are held out where there is no ``val`` folder."""
+    """Return how many of `tokens` in shards of `shard_rows` rows are held out without a ``val`` folder."""
     total = -(-tokens // row_len)
     full, rest = divmod(total, shard_rows)
     padding = total * row_len - tokens

@@ -230,13 +230,13 @@ def load_tokenizer(path: str | Path | None = None, beside: Path | None = None) -
         return Tokenizer.from_json(lzma.decompress(content).decode())
     content = read_bytes(path, "tokenizer", MAX_BYTES)
     if not content:
-        raise InputError(f"{path} is empty: no tokenizer")
+        raise InputError(f"{path} is empty, not a tokenizer")
     if content.startswith(b"\xfd7zXZ"):
         content = unpack_xz(content, str(path), MAX_BYTES)
     try:
         return Tokenizer.from_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no tokenizer: not UTF-8 text") from None
+        raise InputError(f"{path} is not a tokenizer: not UTF-8 text") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 

@@ -48,30 +48,11 @@ class HeldOut:
         return self.blocks / self.tokens
 
 
-def evaluate_documents(
-    model: Network,
-    pieces: Iterable[Piece],
-    tokenizer: Tokenizer,
-    max_tokens: int | None = None,
-    *,
-    depth: float | None = None,
-    think: int | None = None,
-) -> HeldOut:
-    """Measure `model` on documents: every token of each, its end included, given all of the document before it.
-
-    Stops after `max_tokens` predictions. Memory does not grow with a document's length.
-
-    Raises:
-        InputError: there is nothing to predict.
-    """
-    batches = document_batches(pieces, tokenizer, max_tokens)
-    return evaluate(model, batches, tokenizer, carry=True, depth=depth, think=think)
-
-
 def document_batches(pieces: Iterable[Piece], tokenizer: Tokenizer, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Yield the documents as one row, CHUNK predictions at a time, for `iterate_positions` with `carry`.
+    """Yield the documents as one row, CHUNK predictions at a time, for `evaluate` with `carry`.
 
-    The model itself starts anew at a document's end.
+    Every token is predicted, the end of each document included. The model itself starts anew at a document's end.
+    The batches end after `max_tokens` predictions. Memory does not grow with the length of a document.
     """
 
     def ids() -> Iterator[int]:

@@ -98,7 +98,7 @@ def iterate_positions(
         depth: share of the tokens that go past the stem, None for all.
         think: rounds of thinking, None for the model's own number.
     """
-    device = model.embed.weight.device
+    device = model.device
     slice_size = min(SLICE, SLICE_CPU) if device.type == "cpu" else SLICE
     left = math.inf if max_tokens is None else max_tokens
     out: Output | None = None

@@ -1,4 +1,4 @@
-"""What a generation returns: tokens, and on request uncertainties, counts, and the state to go on from."""
+"""What a generation returns: tokens, and on request uncertainties, counts, and the state to continue from."""
 
 import dataclasses
 import functools
@@ -79,7 +79,7 @@ class Arguments(OptionFields, total=False):
     options: GenerationOptions | None
     """Options to begin with; those given by name replace its fields."""
     state: State | None
-    """A past to go on from, with a row for each prompt, such as `generate_with_state` returns."""
+    """A state to continue from, with a row for each prompt, such as `generate_with_state` returns."""
     memory: Memory | str | Path | None
     """What a new text remembers of earlier ones: `state.memory`, or a file that its `save` wrote."""
 
@@ -132,8 +132,8 @@ def started(
     """Return a generation that has computed nothing yet; all arguments are checked."""
     if not isinstance(uncertainty, bool):
         raise InputError(f"uncertainty={shown(uncertainty)}: must be True or False")
-    settled = resolved(options, max_new_tokens, **fields)
-    return Generation(model, prompt_ids, settled, state=state, memory=memory, uncertainty=uncertainty)
+    checked_options = resolved(options, max_new_tokens, **fields)
+    return Generation(model, prompt_ids, checked_options, state=state, memory=memory, uncertainty=uncertainty)
 
 
 def complete(

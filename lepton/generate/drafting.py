@@ -32,12 +32,12 @@ def draft(
     model: Network,
     hidden_AD: Tensor,
     token_A: Tensor,
-    draws_AY: Tensor,
+    uniforms_AY: Tensor,
     distribution: Callable[[Tensor], Tensor],
 ) -> Drafts:
     """Draft Y tokens after `token_A`, which the model drew from its state `hidden_AD`.
 
-    `distribution` makes probabilities of the cell's logits, `draws_AY` are uniform numbers in [0, 1).
+    `distribution` makes probabilities of the cell's logits, `uniforms_AY` are uniform numbers in [0, 1).
     """
     drafter = model.idea("drafter")
     assert drafter is not None, "a model without a drafter decodes plainly"
@@ -45,10 +45,10 @@ def draft(
     none = no_drafts(rows, vocab_size, token_A.device)
     ids, q = [none.ids_AY], [none.q_AYV]
     proposals_ZE, cell_AW = drafter.rows(model.embed), drafter.begin(hidden_AD)
-    for i in range(draws_AY.shape[1]):
+    for i in range(uniforms_AY.shape[1]):
         cell_AW = drafter.step(cell_AW, F.embedding(token_A, model.embed.weight).to(cell_AW.dtype))
         q_AZ = distribution(drafter.logits(cell_AW, proposals_ZE))
-        token_A = drafter.ids[sample(q_AZ, draws_AY[:, i])]
+        token_A = drafter.ids[sample(q_AZ, uniforms_AY[:, i])]
         q_AV = q_AZ.new_zeros(rows, vocab_size).scatter_add(1, drafter.ids.expand(rows, -1), q_AZ)
         ids.append(token_A[:, None])
         q.append(q_AV[:, None])

@@ -1,6 +1,7 @@
 """The decoding loop: read the prompts in chunks, then draft tokens, verify them in one pass, keep the accepted ones.
 
-Nothing is computed twice. Decoding one token at a time is the same step with no drafts.
+Nothing is computed twice. Decoding one token at a time is the same step with no drafts. A state is a value that no pass
+changes, so a rejected draft needs no code: the next state is that after the accepted tokens only.
 
 Shapes: B rows of the call, A rows still running, Y drafts, T = Y + 1 tokens of a verification, D width, V vocabulary.
 """
@@ -43,7 +44,7 @@ class RowOutput(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """Outputs of the trunk for the newest token of each row and its drafts; each predicts the token after it."""
+    """Outputs of the trunk that the next tokens are drawn from: for the prompt, or the newest token and its drafts."""
 
     hidden_ATD: Tensor
     signals_AT3: Tensor
@@ -54,7 +55,7 @@ class Verified(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The newest step, as far as a state follows from it."""
+    """What is needed to compute the state after the newest step."""
 
     rows: list[int]
     counts: list[int]
@@ -96,7 +97,7 @@ class Generation:
         if state is not None:
             check_state(model, state, rows)
         self._past = state if memory is None else model.new_state(rows, memory=memory)
-        # Drafts of a step: always as many, so that what a seed gives does not depend on how much is asked for.
+        # Every step drafts the same number of tokens, so the text of a seed does not depend on `max_new_tokens`.
         drafter = model.idea("drafter") if options.use_speculative else None
         self._drafts = 0 if drafter is None else drafter.count
         self._stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
@@ -104,32 +105,33 @@ class Generation:
         self._streams = [random_stream(seed, row) for row in range(rows)]
         self._pass = partial(model.trunk, depth=options.depth, think=options.think)
         self._new: list[list[int]] = [[] for _ in self.prompts]
-        self._first: Verified | None = None
-        """What the prompts gave, if a state was asked for before the first token."""
+        self._prefilled: Verified | None = None
+        """The result of reading the prompts, if a state was asked for before the first token."""
         self._step: Step | None = None
-        self._left: dict[int, State] = {}
+        self._ended_states: dict[int, State] = {}
         """States of the rows that ended before the newest step."""
 
     @property
     def state(self) -> State:
         """What the model has read: what came before, the prompts, and all new tokens but the last.
 
-        The last one was drawn, but no pass has seen it. Put it before the next prompt, or give it alone to go on with
-        the same text.
+        The last one was drawn, but no pass has read it. Put it before the next prompt, or give only it to continue the
+        same text.
         """
         return self.state_without(0)
 
     @torch.no_grad()
-    def state_without(self, rest: int) -> State:
-        """Return `state` as if the last `rest` tokens of the newest step had not been drawn."""
+    def state_without(self, unused: int) -> State:
+        """Return `state` as if the last `unused` tokens of the newest step had not been drawn."""
         if self._step is None:
-            self._first = self._prefill()
+            self._prefilled = self._prefill()
         assert self._step is not None, "reading the prompts is the first step"
         rows, counts, commit_accepted = self._step
-        state = commit_accepted(torch.tensor([count - 1 - rest for count in counts], device=self._device))
-        if not self._left:
+        state = commit_accepted(torch.tensor([count - 1 - unused for count in counts], device=self._device))
+        if not self._ended_states:
             return state
-        parts = self._left | {row: state.rows(torch.tensor([i], device=self._device)) for i, row in enumerate(rows)}
+        running = {row: state.rows(torch.tensor([i], device=self._device)) for i, row in enumerate(rows)}
+        parts = self._ended_states | running
         return State.join([parts[row] for row in range(len(self.prompts))])
 
     @torch.no_grad()
@@ -137,8 +139,8 @@ class Generation:
         rows = list(range(len(self.prompts)))
         if self.options.max_new_tokens == 0:
             return
-        draws, verified = self._draws(rows), self._first or self._prefill()
-        self._first = None
+        draws, verified = self._draws(rows), self._prefilled or self._prefill()
+        self._prefilled = None
         drafts = no_drafts(len(rows), self.model.config.vocab_size, self._device)
         while True:
             logits_ATV = self.model.head(verified.hidden_ATD)
@@ -155,7 +157,7 @@ class Generation:
                 return
             state = verified.commit_accepted(torch.tensor([count - 1 for count in counts], device=self._device))
             for i in set(range(len(rows))) - set(index):
-                self._left[rows[i]] = state.rows(torch.tensor([i], device=self._device))
+                self._ended_states[rows[i]] = state.rows(torch.tensor([i], device=self._device))
             rows = [rows[i] for i in index]
             index_A = torch.tensor(index, device=self._device)
             token_A = acceptance.next_A[index_A]
@@ -171,16 +173,16 @@ class Generation:
     def _prefill(self) -> Verified:
         """Read the prompts, PREFILL_CHUNK tokens at a time; the result is about each row's last token.
 
-        That token opens a segment, so that the thoughts of the continuation start from the whole prompt. A prompt of
-        one token opens none: after a state it continues the text that ended there, and a fresh past opens one anyway.
-        Shorter rows are padded on the right; a row that has ended idles with length 0.
+        The last prompt token opens a segment, so that the thoughts before the new tokens have seen the whole prompt. A
+        prompt of one token opens none: after a given state it continues that text, and a fresh state opens one anyway.
+        Shorter rows are padded on the right; a row whose prompt has ended gets length 0.
         """
         rows_B = torch.arange(len(self.prompts), device=self._device)
-        filler = int(self.model.config.eos_id == 0)  # the end of a document would open segments in the padding
+        filler = int(self.model.config.eos_id == 0)  # padding must not be eos_id, which would open segments
         state = self._past
         last: list[Tensor] = []
         blocks_B = torch.zeros_like(rows_B)
-        several_B = torch.tensor([len(prompt) > 1 for prompt in self.prompts], device=self._device)
+        multi_token_B = torch.tensor([len(prompt) > 1 for prompt in self.prompts], device=self._device)
         longest = max(map(len, self.prompts))
         for start in range(0, longest, PREFILL_CHUNK):
             width = min(PREFILL_CHUNK, longest - start)
@@ -189,7 +191,7 @@ class Generation:
             lengths_B = torch.tensor([len(part) for part in parts], device=self._device)
             ends_B = torch.tensor([0 <= len(p) - start - 1 < width for p in self.prompts], device=self._device)
             index_T = torch.arange(width, device=self._device)
-            opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & several_B)[:, None]
+            opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & multi_token_B)[:, None]
             out = self._pass(tokens_BT, state, lengths=lengths_B, opens=opens_BT)
             state = out.state
             at_B = (lengths_B - 1).clamp(min=0)
@@ -198,11 +200,11 @@ class Generation:
             blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
             self.stats.forward_calls += 1
         assert state is not None, "prompts are not empty"
-        read = state
+        after_prompt = state
         # Each row's last token is counted with what it predicts.
         self.stats.positions += sum(map(len, self.prompts)) - len(self.prompts)
-        self._step = Step(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_A: read)
-        return Verified(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_A: read)
+        self._step = Step(list(range(len(self.prompts))), [1] * len(self.prompts), lambda _accepted_A: after_prompt)
+        return Verified(last[0][:, None], last[1][:, None], blocks_B[:, None], lambda _accepted_A: after_prompt)
 
     def _verify(self, tokens_AT: Tensor, state: State) -> Verified:
         """Pass the newest tokens and their drafts through the model."""
@@ -218,12 +220,12 @@ class Generation:
         drafts: Drafts,
         acceptance: Acceptance,
     ) -> list[RowOutput]:
-        """Fetch the outcome from the device, cut it where a row ends, and count."""
+        """Fetch the new tokens from the device, cut them where a row ends, and count."""
         ids_AT = torch.cat([drafts.ids_AY, acceptance.next_A[:, None]], 1)
         ids_AT = ids_AT.scatter(1, acceptance.accepted_A[:, None], acceptance.next_A[:, None])
         finite_A = logits_ATV.isfinite().all(-1).all(-1) & drafts.q_AYV.isfinite().all(-1).all(-1)
         blocks_A = verified.blocks_AT.sum(1)
-        # Waits for the device.
+        # One transfer from the device for all integers of the step.
         outcomes = torch.cat([ids_AT, torch.stack([acceptance.accepted_A, blocks_A, finite_A.long()], 1)], 1).tolist()
         uncertainties: list[list[float]] = [[] for _ in rows]
         if self._uncertainty:
@@ -256,9 +258,9 @@ class Generation:
         return len(new) >= self.options.max_new_tokens or any(new[-len(stop) :] == stop for stop in self._stops)
 
     def _draws(self, rows: Sequence[int]) -> Tensor:
-        """Uniform numbers for a step: Y to draft by, Y to accept by, and one for the token behind [A, 2 * Y + 1].
+        """Uniform numbers for a step: Y to draft, Y to accept, and one to draw the token after them, [A, 2 * Y + 1].
 
-        Y is what the model drafts at most, so that what a row draws depends on nothing but itself.
+        Y is the largest number of drafts of the model, so that what a row draws depends only on the row itself.
         """
         count = 2 * self._drafts + 1
         draws = [[self._streams[row].random() for _ in range(count)] for row in rows]

@@ -13,9 +13,9 @@ Stop: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
 """A token id, a list of ids, or a list of id sequences; tensors and arrays of integers are as good."""
 
 
-def _flag(help: str, metavar: str | None = None) -> dict[str, Any]:
-    """Say how the command line presents a field."""
-    return {"help": help, "metavar": metavar}
+def _flag(text: str, metavar: str | None = None) -> dict[str, Any]:
+    """Return how the command line presents a field: the help text of its flag, and the name of its value."""
+    return {"help": text, "metavar": metavar}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def resolved(
 
     Raises:
         InputError: a value that cannot be used.
-        TypeError: an option that there is not; the nearest one is named.
+        TypeError: an unknown option; the nearest one is named.
     """
     if isinstance(max_new_tokens, GenerationOptions):
         raise InputError("max_new_tokens is a GenerationOptions: give it by name, options=...")
@@ -107,7 +107,7 @@ def resolved(
 
 
 def check_sampling(temperature: float, top_p: float, top_k: int | None) -> None:
-    """Raise InputError for a value that names no distribution."""
+    """Raise InputError for a value that does not define a distribution."""
     if not 0 <= real(temperature) < math.inf:
         raise InputError(f"temperature={shown(temperature)}: must be 0 (greedy) or a positive number")
     if not 0 < real(top_p) <= 1:

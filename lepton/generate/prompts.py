@@ -59,7 +59,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _plain(value: Any, what: str, dims: Sequence[int]) -> Any:
-    """Return a tensor or an array of so many dimensions as numbers in lists, and anything else as it is."""
+    """Return a tensor or an array with one of the dimensions `dims` as numbers in lists; anything else as it is."""
     if not hasattr(value, "tolist"):
         return value
     if value.ndim not in dims:
@@ -81,7 +81,7 @@ def _ids(values: Sequence[Any], vocab_size: int, what: str) -> list[int]:
     _check_length(values, MAX_PROMPT, what, "tokens")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise InputError(f"{what} holds {shown(value)}, which is no integer: give token ids")
+            raise InputError(f"{what} holds {shown(value)}, which is not an integer: give token ids")
         if not 0 <= int(value) < vocab_size:
             raise InputError(f"{what} holds id {shown(value)}: the vocabulary has ids 0 to {vocab_size - 1}")
     return [int(value) for value in values]

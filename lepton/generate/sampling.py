@@ -1,6 +1,7 @@
 """Sampling as pure functions: logits to probabilities, and probabilities with a uniform number to a token.
 
-Shapes: A rows, V vocabulary. All is fp64: a row is small, and a tail of thousands of tokens adds up.
+Shapes: A rows, V vocabulary. Everything is fp64: it is cheap, and rounding errors over a long
+tail would add up.
 """
 
 import random
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 USUAL_NUCLEUS = 1024
-"""Tokens ranked before all are: ranking the whole vocabulary takes as long as a small model's step."""
+"""Number of top tokens to try first: ranking the whole vocabulary would take as long as a step of a small model."""
 
 
 def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
@@ -59,8 +60,8 @@ def sample(weights_AV: Tensor, uniforms_A: Tensor) -> Tensor:
     cumulative_AV = weights_AV.cumsum(-1)
     total_A1 = cumulative_AV[:, -1:].contiguous()
     index_A1 = torch.searchsorted(cumulative_AV, uniforms_A.to(total_A1)[:, None] * total_A1, right=True)
-    last_A1 = torch.searchsorted(cumulative_AV, total_A1)  # the last possible token: a product rounded up stops there
-    # Of weights that are no numbers nothing can be drawn; the index stays one, for the caller to find out.
+    last_A1 = torch.searchsorted(cumulative_AV, total_A1)  # the last token with weight, if the product is rounded up
+    # If weights are NaN, any valid index is returned; the caller checks.
     return torch.minimum(index_A1, last_A1)[:, 0].clamp(max=weights_AV.shape[-1] - 1)
 
 

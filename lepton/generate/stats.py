@@ -22,7 +22,7 @@ class Stats:
     drafted: list[int] = field(default_factory=list)
     """Steps that had a first draft, a second one, and so on."""
     accepted: list[int] = field(default_factory=list)
-    """Steps in which it was accepted."""
+    """Steps in which the first, second, ... draft was accepted."""
     positions: int = 0
     """Tokens computed: prompts, new tokens but the last, rejected drafts."""
     blocks: int = 0

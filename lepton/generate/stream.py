@@ -38,9 +38,9 @@ class Stream(Iterator[int]):
 
     @property
     def state(self) -> State:
-        """The state after the prompt and all tokens taken but the last, which no pass has seen; see `Generation`.
+        """The state after the prompt and all tokens taken but the last, which no pass has read; see `Generation`.
 
-        `model.generate([last_token, *more], state=stream.state)` goes on from there.
+        `model.generate([last_token, *more], state=stream.state)` continues from there.
         """
         return self._generation.state_without(self._unused)
 

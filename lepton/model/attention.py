@@ -23,7 +23,7 @@ class Rotary:
 
     @staticmethod
     def at(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> "Rotary":
-        """Return that of positions [...]. Angles are fp64: at position 1,000,000 fp32 is wrong by 0.016 rad."""
+        """Return the embedding of positions [...]. Angles are fp64: at position 1,000,000 fp32 errs by 0.016 rad."""
         pairs = head_dim // 4
         exponent = torch.arange(pairs, dtype=torch.float64, device=position.device) / pairs
         angle = (position[..., None].double() * base**-exponent)[..., None, :]

@@ -65,8 +65,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the residual stream after the block, and the chunk's keys and values [B, T, K, H].
 
-        If the plan computes only some tokens, the others leave unchanged; their keys and values are computed from their
-        unchanged states.
+        If the plan computes only some tokens, the other tokens pass through unchanged; their keys and values are
+        computed from their unchanged states.
 
         Args:
             x_BTD: residual stream before the block.

@@ -22,7 +22,7 @@ def check_range(values: Tensor, low: int, high: int, what: str) -> None:
 
 
 def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str, meaning: str) -> Tensor:
-    """Return `value` as int64; InputError if it is no tensor of integers of this shape on this device.
+    """Return `value` as int64; InputError unless it is a tensor of integers of this shape on this device.
 
     `name` and `meaning` are for the message.
     """

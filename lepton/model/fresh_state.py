@@ -33,7 +33,8 @@ def fresh_state(model: Modules, rows: int, *, allocate: bool = True) -> State:
     )
     parts = {name: idea.fresh(rows, dtype, device, allocate=allocate) for name, idea in model.ideas.items()}
     kept = {name: part for name, part in parts.items() if part is not None}
-    return State(counter, counter, stem, deep, *of_parts(kept, Origin(model) if allocate else None))
+    ideas, memory = of_parts(kept, Origin(model) if allocate else None)
+    return State(position_B=counter, phase_B=counter, stem=stem, deep=deep, ideas=ideas, memory=memory)
 
 
 def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:
@@ -61,7 +62,7 @@ def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any
 
 
 def check_state(model: Modules, state: State, rows: int) -> None:
-    """Raise InputError unless `state` is one of this model, for so many rows, in its dtype and on its device."""
+    """Raise InputError unless `state` is one of this model, for `rows` rows, in its dtype and on its device."""
     if not isinstance(state, State):
         raise InputError(f"state={shown(state)}: give what new_state, load_state, out.state or out.commit returned")
     if state.batch_size != rows:
@@ -75,7 +76,7 @@ def check_state(model: Modules, state: State, rows: int) -> None:
 
 
 def fresh_shapes(model: Modules) -> dict[str, Tensor]:
-    """Return the tensors of a fresh state of one sequence by their names, as shapes alone (on the meta device)."""
+    """Return the tensors of a fresh state of one sequence by their names, without values (on the meta device)."""
     left_out = (f"{model.left_out}.", f"memory.{model.left_out}.")
     return {name: value for name, value in _shapes(model.config).items() if not name.startswith(left_out)}
 

@@ -1,4 +1,4 @@
-"""Basic layers: the norm, and linear layers without bias."""
+"""Basic operations: the norm, linear layers without bias, and the values at some tokens."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,12 @@ NORM_EPS = 1e-6
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without weights (Zhang and Sennrich, 2019)."""
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def at_indices(x: Tensor, index_BC: Tensor) -> Tensor:
+    """Return the values [B, C, ...] of `x` [B, T, ...] at the tokens (or other entries) with indices `index_BC`."""
+    index = index_BC.view(*index_BC.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, index)
 
 
 class Linear(nn.Linear):

@@ -23,8 +23,8 @@ class Modules(Host):
 
     `compute_dtype` is the dtype that activations run in; None means the parameters' own. Training in bf16 keeps
     fp32 parameters and sets it to ``torch.bfloat16``; softmax, losses, memory and logits are fp32 whatever it is.
-    `checkpoint_activations` keeps of each block its inputs alone and computes the block again in the backward pass.
-    Each idea of `config.ideas` is an attribute of its name; a registered idea that the model is without is None.
+    `checkpoint_activations` stores only each block's inputs and recomputes the block in the backward pass.
+    Each idea of `config.ideas` is an attribute of its name; registered ideas that are absent are None.
     """
 
     declares = {

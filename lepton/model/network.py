@@ -1,4 +1,11 @@
-"""The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument."""
+"""The model. `trunk` reads like the diagram in docs/architecture.md; everything it needs of the past is an argument.
+
+The words that `trunk` uses. A *chunk* is the tokens of one pass. The *stem* is the first few blocks, which every token
+goes through; the *deep blocks* are the others, which depth routing may skip. An *idea* is a module between stem and
+deep blocks that may have state. The *flow* is what ideas read: the chunk after the stem, with the *contributions*, the
+results of the ideas that have run before. *Slots* are extra keys and values for the deep blocks that belong to no token
+of the window. An *update* is how a chunk changes the state of an idea; nothing changes before `Output.commit`.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -40,7 +47,7 @@ class Network(Modules):
         self.register_state_dict_post_hook(note_config)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, once names, shapes, dtypes, finiteness and the configuration fit: nothing is taken over before.
+        """As in torch, after a check that names, shapes, dtypes, finiteness and the configuration fit.
 
         Raises:
             InputError: the weights are of another model; also a RuntimeError, as in torch.
@@ -68,8 +75,8 @@ class Network(Modules):
                 out and whose own outputs mean nothing. None: all.
             depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
             think: rounds of thinking, 0 to 256; None is the number that the configuration says.
-            opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: only the regular
-                ones.
+            opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: segments open only
+                at document starts and every `config.segment` tokens.
 
         Returns:
             `Output` with `logits` [B, T, vocab_size] in fp32 (fp64 for an fp64 model), `uncertainty`, `depth`, `commit`
@@ -95,23 +102,32 @@ class Network(Modules):
         opens: Tensor | None = None,
         groups: int | None = None,
     ) -> Output:
-        """`forward` without the head: the last hidden states, and what the next state is made of."""
+        """`forward` without the head: the result holds hidden vectors, and can compute the next `State`."""
         tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
         inputs = self._chunk_inputs(tokens, past, call, opens, groups)
         x_BTD = norm(self.embed_up(inputs.embedded_BTE))
         h_BTD, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
         flow = Flow.after_stem(inputs, h_BTD)
         updates: dict[str, Any] = {}
-        for name, idea in self._in_flow():  # thoughts, memory, crystals, peek, router
-            given = idea.contribute(flow, past.part(name))
-            flow = flow.plus(name, given)
-            updates |= {} if given.update is None else {name: given.update}
+        for idea in self._in_flow():  # thoughts, memory, crystals, peek, router
+            contribution = idea.contribute(flow, past.part(idea.name))
+            flow = flow.plus(idea.name, contribution)
+            if contribution.update is not None:
+                updates[idea.name] = contribution.update
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
-        for _, idea in self._in_flow():
+        for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
         chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
-        return Output(norm(x_BTD), None, None, blocks_BT, flow.without_slots(), lengths, chunk)
+        return Output(
+            hidden=norm(x_BTD),
+            logits=None,
+            uncertainty=None,
+            depth=blocks_BT,
+            flow=flow.without_slots(),
+            lengths=lengths,
+            chunk=chunk,
+        )
 
     def loss(
         self,
@@ -174,22 +190,22 @@ class Network(Modules):
         plan: AttentionPlan,
         slots: Slots | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Run some blocks; return the stream behind them, and the chunk's keys and values in each."""
+        """Run some blocks; return the residual stream after them, and the chunk's keys and values in each."""
         keys_values = []
         for layer, block in enumerate(blocks):
             arguments = (x_BTD, past.layer(layer), rotary, plan, slots)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                # Nothing in a block is random, and to ask a GPU for its generator's state would end a recording.
+                # Nothing in a block is random, and reading the GPU's RNG state would abort a CUDA graph capture.
                 x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTD, k_BTKH, v_BTKH = block(*arguments)
             keys_values.append((k_BTKH, v_BTKH))
         return x_BTD, keys_values
 
-    def _in_flow(self) -> Iterator[tuple[str, Idea]]:
+    def _in_flow(self) -> Iterator[Idea]:
         """Yield the ideas between stem and deep blocks, in the order of the flow."""
         top = {idea.name for idea in self.config.ideas if idea.reads_top}
-        return ((name, idea) for name, idea in self.ideas.items() if name not in top)
+        return (idea for name, idea in self.ideas.items() if name not in top)
 
     def new_state(
         self, batch_size: int, *, memory: Memory | str | Path | None = None, any_weights: bool = False
@@ -197,14 +213,14 @@ class Network(Modules):
         """Return the state of `batch_size` sequences that have read nothing.
 
         `memory` is that of another state, or a file that `state.memory.save` wrote: the new sequences remember what
-        those before did, its positions shifted behind the window. Its rows must be `batch_size`, or one, which all then
-        share.
+        those before did, with positions shifted so that all are outside the window. Its rows must be `batch_size`, or
+        one, which all then share.
         """
         state = fresh_state(self, whole("batch_size", batch_size, 1, MAX_ROWS, " sequences"))
         return state if memory is None else with_memory(self, state, memory, any_weights=any_weights)
 
     def load_state(self, path: str | Path, *, any_weights: bool = False) -> State:
-        """Read what `state.save` wrote: a stream goes on in another process with identical output.
+        """Read what `state.save` wrote: a stream continues in another process with identical output.
 
         Raises:
             InputError: the file is missing or torn, or the state is of a model of another shape.

@@ -56,7 +56,7 @@ class Output:
     hidden: Tensor
     """Last hidden states, normed [B, T, width]: the input of the head."""
     logits: Tensor | None
-    """Next-token logits [B, T, vocab_size], fp32 (None from `Lepton.trunk`)."""
+    """Next-token logits [B, T, vocab_size], fp32 (None from `Network.trunk`)."""
     uncertainty: Tensor | None
     """Chance in 0..1 that the most likely next token is wrong, [B, T] (None without the idea, or from `trunk`)."""
     depth: Tensor
@@ -64,7 +64,7 @@ class Output:
     flow: Flow
     """What the ideas read and contributed."""
     lengths: Tensor
-    """Number of tokens of each row that are no padding, [B]."""
+    """Number of tokens of each row that are not padding, [B]."""
     chunk: Chunk
     """What `commit` needs."""
 
@@ -76,8 +76,10 @@ class Output:
     def commit(self, count_B: Tensor, *, keep_graph: bool = False) -> State:
         """Return the state after the first `count_B` tokens of each row.
 
-        A count of T is prefill. A row's length leaves out its right padding. 1 + accepted drafts is a verification, and
-        0 keeps the state of the row.
+        - T: the state after the whole chunk, as in prefill.
+        - The length of a row: its right padding is left out.
+        - 1 + accepted drafts: the state after a verification.
+        - 0: the row keeps the state that it had before the chunk.
 
         Args:
             count_B: integers [B], each in 0..T.
@@ -95,7 +97,7 @@ class Output:
 
     @property
     def state(self) -> State:
-        """The state after all tokens that are no padding, detached; see `commit`."""
+        """The state after all tokens that are not padding, detached; see `commit`."""
         return self._after(self.lengths, False)
 
     def _after(self, count_B: Tensor, keep_graph: bool) -> State:

@@ -29,7 +29,7 @@ class Declared:
     decays: bool = True
     """Whether weight decay applies."""
     auxiliary: bool = False
-    """Whether its gradient comes from auxiliary losses alone. It is then clipped separately from the trunk's."""
+    """Whether its gradient comes only from auxiliary losses. It is then clipped separately from the trunk's."""
 
     def but(self, **changes: object) -> "Declared":
         """Return a copy with `changes`."""
@@ -54,14 +54,13 @@ MATRIX = Declared(scaled)
 ZERO_MATRIX = Declared(nn.init.zeros_)
 """A matrix whose output is added to the residual stream; it starts at 0."""
 FEED = ZERO_MATRIX.but(rate=0.1)
-"""A zero matrix with which an idea adds to the stream before the deep blocks. At the full rate, early gains of memory
-and hint keep these blocks from learning the same and more (docs/log.md, 2026-11-26)."""
+"""A zero matrix with which an idea adds to the stream before the deep blocks. At the full rate, memory
+and peek learn first, and the deep blocks end up learning less (docs/log.md, 2026-11-26)."""
 SCORE = Declared(scaled, optimizer="adamw")
 """A matrix with few rows: scores, gates."""
 EMBEDDING_MATRIX = SCORE.but(rate=10)
-"""A projection of the embedding. The embedding and its projections learn ten times as fast as AdamW's other parameters.
-Adam's step does not depend on the size of a weight. They start at 0.02, tied to the head; at 6e-4 they learn far more
-slowly than the matrices (docs/log.md, 2026-11-22)."""
+"""A projection of the embedding. The embedding and its projections learn ten times as fast as AdamW's other parameters:
+at AdamW's base rate of 6e-4 they would learn far more slowly than Muon's matrices (docs/log.md, 2026-11-22)."""
 EMBEDDING = Declared(normal(0.02), optimizer="adamw", rate=10, decays=False)
 """The embedding, which is also the head: small, so that logits start small. The blocks' input is normed."""
 BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)

@@ -1,4 +1,4 @@
-"""Reading what `State.save` and `Memory.save` wrote: everything in it is checked before a model goes on from it."""
+"""Reading what `State.save` and `Memory.save` wrote: everything in it is checked before a model continues from it."""
 
 import re
 from pathlib import Path
@@ -78,7 +78,7 @@ def _without_letters(name: str) -> str:
 
 
 def _sized(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `wanted`, as shapes alone, with as many rows as the file has, and as many kv entries where their number
+    """Return `wanted`, without values, with as many rows as the file has, and as many kv entries where their number
     depends on what was read (full attention).
     """
     rows = next((value.shape[0] for value in found.values() if value.ndim), 0)
@@ -110,7 +110,7 @@ def _check_values(found: dict[str, Tensor], model: Modules) -> None:
         limit = limits.get(_owner(name, model), {}).get(name.rpartition(".")[2])
         if limit is None or not value.numel():
             continue
-        # A byte that is neither 0 nor 1 is no bool, though it may pass for one.
+        # A byte that is neither 0 nor 1 is not a bool, though it may pass for one.
         low, high = (
             each.item() for each in (value.view(torch.uint8) if value.dtype is torch.bool else value).aminmax()
         )

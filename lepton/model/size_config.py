@@ -9,7 +9,7 @@ from lepton.model.modules import Modules
 from lepton.model.weights import on_meta_device
 from lepton.presets import preset
 
-# A matrix width that is no multiple of 8 numbers halves the speed of a matrix unit.
+# A matrix width that is not a multiple of 8 numbers halves the speed of a matrix unit.
 WIDTH_STEP = 8
 
 DENSE: dict[str, Any] = {"ideas": (), "window": None, "slot_bias": False}

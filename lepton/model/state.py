@@ -1,7 +1,7 @@
-"""The state of a batch of sequences, an immutable value: `forward` takes one and returns a new one."""
+"""The state of a batch of sequences: `forward` takes one and returns a new one. Only `Memory.clear` changes one."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ WEIGHTS = "weights"
 class Memory:
     """The part of a state that outlives the window: the states of working memory and crystals.
 
-    Iteration yields each `Crystal`, oldest first. `clear` is the only function that changes a state in place.
+    Iteration yields each `Crystal`, oldest first. `clear` is the only method that changes a state in place.
     """
 
     parts: dict[str, Any]
@@ -35,7 +35,7 @@ class Memory:
 
     def __iter__(self) -> Iterator[Any]:
         for part in self.parts.values():
-            if isinstance(part, Sequence) or hasattr(part, "__iter__"):
+            if isinstance(part, Iterable):  # crystals are
                 yield from part
 
     def clear(self) -> None:
@@ -44,7 +44,7 @@ class Memory:
             self.parts[name] = part.cleared()
 
     def save(self, path: str | Path) -> None:
-        """Write the memory alone to a safetensors file, for `Lepton.new_state`."""
+        """Write only the memory to a safetensors file, for `Network.new_state`."""
         _write(self, self.origin, path, "memory")
 
 
@@ -53,8 +53,8 @@ class Memory:
 class State:
     """What the model keeps of the tokens that it has read, one row per sequence.
 
-    Its size does not depend on the number of tokens (law 9), except in the dense baseline, which attends to the whole
-    document, so that its kv cache grows.
+    Its size does not depend on the number of tokens, except in the dense baseline, which attends to the whole document,
+    so that its kv cache grows.
     """
 
     position_B: Tensor
@@ -110,7 +110,7 @@ class State:
         return rebuild(parts[0], stack)
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, for `Lepton.load_state`."""
+        """Write the state to a safetensors file, for `Network.load_state`."""
         _write(self, self.memory.origin, path, "state")
 
 

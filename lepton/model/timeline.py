@@ -14,7 +14,7 @@ from lepton.model.checks import check_range
 
 @dataclass(frozen=True)
 class Timeline:
-    """Positions, documents and segments of a chunk: integers that depend on the tokens alone."""
+    """Positions, documents and segments of a chunk: integers that depend only on the tokens."""
 
     position_BT: Tensor
     """Position of each token: the number of tokens before it in its own document."""
@@ -23,7 +23,8 @@ class Timeline:
     document_BT: Tensor
     """Ordinal of the token's document in the chunk. 0 is the document that is open before the chunk."""
     since_BT: Tensor
-    """Tokens since the start of the document or the last requested opening of a segment."""
+    """Tokens since the start of the document or the last requested opening of a segment; known only modulo `segment`
+    if that lies before the chunk."""
     group_BT: Tensor
     """Ordinal of the token's segment in the chunk. 0 is the segment that is open before the chunk."""
     opening_BG: Tensor
@@ -31,7 +32,8 @@ class Timeline:
     start_B: Tensor
     """Position of the chunk's first token."""
     phase_B: Tensor
-    """`since_BT` of the first token, modulo `segment`; 0: it opens a segment."""
+    """Tokens since a segment opened, modulo `segment`, at the first token, without regard to `opens_BT`; 0: it opens a
+    segment."""
     segment: int
     """Tokens per segment."""
 

@@ -1,4 +1,4 @@
-"""What a state_dict must be before a model takes any of it over, and which weights a state was made by."""
+"""The checks of a state_dict before a model loads any of it, and the weights that a state was made by."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Models that are built inside have shapes and no memory: for comparing them with weights, or taking those over."""
+    """Build models inside on the meta device: shapes without storage, to compare with weights or to adopt them."""
     with torch.device("meta"), _NoInitialValues():
         yield
 
@@ -45,7 +45,7 @@ class WeightsError(InputError, RuntimeError):
 def note_config(model: Modules, _weights: dict[str, Any], _prefix: str, notes: dict[str, Any]) -> None:
     """Put the configuration into a state_dict's `_metadata`, beside torch's own notes (a hook of `state_dict`).
 
-    So everything that goes over a state_dict still finds tensors alone.
+    So code that iterates over a state_dict still sees only tensors.
     """
     notes[CONFIG] = model.config.to_dict()
 
@@ -53,7 +53,7 @@ def note_config(model: Modules, _weights: dict[str, Any], _prefix: str, notes: d
 def check_weights(model: Modules, weights: Mapping[str, Any], strict: bool) -> None:
     """Raise WeightsError unless weights, and the configuration where they know one, fit the model.
 
-    Without `strict` names that only one of both has do not matter. Weights without a configuration, such as those of an
+    Without `strict`, names present on one side only are ignored. Weights without a configuration, such as those of an
     older file, fit any.
     """
     notes = getattr(weights, "_metadata", {}).get("", {})
@@ -91,8 +91,8 @@ def _check_config(config: LeptonConfig, noted: Any) -> None:
 
 
 class Origin:
-    """The weights that a state was made by. Their fingerprint is found when the state is saved: for every step it would
-    take too long.
+    """The weights that a state was made by. Their fingerprint is computed only when the state is saved: computing it in
+    every step would take too long.
     """
 
     def __init__(self, model: Modules | None) -> None:
@@ -112,7 +112,7 @@ class Origin:
         return hash(self._mark)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Origin, (None,)  # a copy of a state, in another process, knows of no model
+        return Origin, (None,)  # a copy of a state, in another process, has no model
 
 
 def _mark(model: Modules) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Attention in a Triton kernel, for masks in which the queries that attend to a kv entry are consecutive.
+"""Attention in a Triton kernel, for masks where each kv entry is visible to one contiguous run of queries.
 
 Every chunk without remembered tokens has such a mask: a token is visible until the window or the document ends, a
 crystal from when its token leaves the window until better crystals replace it, a thought while its segment is open.
@@ -24,9 +24,9 @@ class Ranges:
     first_BJ: Tensor
     """For each kv entry, the first query that attends to it."""
     last_BJ: Tensor
-    """One more than the last such query; equal to the first where there is none."""
+    """One more than the last such query; equal to the first if no query attends to it."""
     tokens: int
-    """Number of kv entries that belong to the chunk's own tokens: T, or 0 where queries are no tokens."""
+    """Number of kv entries that belong to the chunk's own tokens: T, or 0 where queries are not tokens."""
     window: int | None
     """Largest number of tokens that a query attends to; None: no limit. Only FLOP counts read it."""
 
@@ -43,7 +43,7 @@ class Ranges:
 
     @staticmethod
     def of_mask(mask_BTC: Tensor) -> "Ranges":
-        """Return the ranges of a bool mask over slots alone: the queries are no tokens of the chunk."""
+        """Return the ranges of a mask of queries that are not tokens of the chunk: every kv entry counts as a slot."""
         first_BC, last_BC = runs(mask_BTC)
         start_BT = torch.zeros(mask_BTC.shape[:2], dtype=torch.int32, device=mask_BTC.device)
         return Ranges(start_BT, first_BC, last_BC, 0, None)

@@ -17,7 +17,7 @@ from lepton.ops.query_blocks import query_blocks
 
 @dataclass(frozen=True)
 class Chosen:
-    """The queries of a block that are computed, where not all are (depth routing): M of them, in A rows.
+    """With depth routing, the M queries of a block that are computed; they lie in A rows.
 
     Attention needs a rectangle, so they are padded to A x `most`.
     """
@@ -143,7 +143,7 @@ class CausalWindow:
         return AttentionPlan(None, tuple(blocks)) if chosen_BT is None else _of_chosen(blocks, chosen_BT)
 
     def plan_of_mask(self, mask_BQJ: Tensor) -> AttentionPlan:
-        """Return the plan of queries that are no tokens of the chunk, such as thoughts.
+        """Return the plan of queries that are not tokens of the chunk, such as thoughts.
 
         `mask_BQJ` is bool, over the kv entries of remembered tokens, chunk and slots. The queries that attend to an
         entry must be consecutive.

@@ -2,8 +2,8 @@
 
 The head's matrix product, the softmax and the gradients are computed for one chunk of positions at a time. The gradient
 of a chunk's logits is known as soon as the logits are, so no tensor of size positions x vocabulary is kept (the idea of
-Liger Kernel's fused linear cross-entropy). Between the matrix products of a chunk runs `plain_chunk`, or in half
-precision on a GPU a Triton kernel. `naive_linear_cross_entropy` is the slow reference.
+Liger Kernel's fused linear cross-entropy). `plain_chunk`, or in half precision on a GPU a Triton kernel, runs between a
+chunk's two matrix products. `naive_linear_cross_entropy` is the slow reference.
 """
 
 import functools
@@ -97,15 +97,16 @@ def plain_chunk(
     precise = torch.promote_types(raw_OV.dtype, torch.float32)
     valid_O = (target_O != IGNORE).to(precise)
     label_O1 = target_O.clamp(min=0)[:, None]
-    share_O1 = (4 * valid_O / count)[:, None]  # the derivative of tanh is 4 w (1 - w), see below
+    share_O1 = (4 * valid_O / count)[:, None]  # with the 4 of the derivative below
     at_once = max(1, ENTRIES_CPU // raw_OV.shape[1]) if raw_OV.device.type == "cpu" else len(raw_OV)
     log_sums, lead = [], []
     parts = (each.split(at_once) for each in (raw_OV, label_O1, share_O1))
     for some, label, share in zip(*parts, strict=True):
         # On a CPU a sigmoid is much cheaper than a tanh, and a softmax than an exponential.
-        # With w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w.
+        # With w = sigmoid(-2 raw / cap), tanh(raw / cap) = 1 - 2 w. The derivative of cap x tanh(raw / cap) by raw is
+        # 1 - tanh(raw / cap)^2 = 4 w (1 - w).
         w = some.to(precise).mul_(-2 / cap).sigmoid_()
-        capped = w * (-2 * cap)  # the logits minus cap, a constant that softmax ignores
+        capped = w * (-2 * cap)  # the logits minus cap: softmax ignores the constant, `log_sum + cap` adds it again
         capped[:, vocab_size:] = float("-inf")
         p = capped.softmax(-1)
         log_sum = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()

@@ -226,7 +226,7 @@ def _carry_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the inputs of `_carry`.
 
-    `ends` is for FLOP counts alone: whether the first state needs a gradient, plus whether the last one has one.
+    `ends` is only for FLOP counts: (first state needs a gradient) + (last state has one), 0..2.
     """
     from lepton.ops.triton import delta_rule
 

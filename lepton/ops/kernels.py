@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-# It comes with PyTorch's builds for GPUs on Linux, and is no dependency of its own.
+from lepton.errors import reason
+
+# It comes with PyTorch's builds for GPUs on Linux, and is not a dependency of its own.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HALF = (torch.bfloat16, torch.float16)
 
@@ -32,25 +34,25 @@ class Kernel:
                 return False
             key = (device, dtype, *sizes)
             if key not in self._results:
-                self._results[key] = self.try_out(*key)
+                self._results[key] = self.try_out(device, dtype, *sizes)
             return self._results[key]
 
-        # Dynamo calls it while tracing and treats the result as a constant. That needs a function of constants, so this
-        # is no method. `torch.compiler.assume_constant_result` sets the same mark, but would import the whole compiler.
+        # Dynamo calls it while tracing and treats the result as a constant. That needs a function of constants, which a
+        # method is not. `torch.compiler.assume_constant_result` sets the same mark, but would import the compiler.
         works._dynamo_marked_constant = True  # type: ignore[attr-defined]
         self.works = works
         """Called with (device, dtype, *sizes): whether the kernels work there. Warns if they should and do not. `sizes`
         are lengths of their blocks; the kernels need powers of two, at least 16."""
 
-    def try_out(self, *where: Any) -> bool:
+    def try_out(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
         """Run the trial on (device, dtype, *sizes); return whether it succeeds, and warn if it does not."""
         try:
             with torch.inference_mode(False), torch.enable_grad():  # the first caller may be in inference mode
-                self._trial(*where)
+                self._trial(device, dtype, *sizes)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler can fail in many ways; the run works without it
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"{self.what} runs slower: Triton cannot build its kernels here ({reason})", stacklevel=3)
+            text = f"{self.what} runs slower: Triton cannot build its kernels here ({reason(error)})"
+            warnings.warn(text, stacklevel=3)
             return False
         return True

@@ -21,5 +21,8 @@ def query_blocks(chunk: int, past: int, window: int | None) -> list[tuple[int, i
 
 
 def computed_pairs(chunk: int, window: int | None) -> int:
-    """Return the number of scores that are computed for a chunk without remembered tokens, in one row and head."""
+    """Return the number of scores that are computed for a chunk without remembered tokens, in one row and head.
+
+    Masked pairs inside a block are included.
+    """
     return sum((last - first) * (right - left) for first, last, left, right in query_blocks(chunk, 0, window))

@@ -7,12 +7,12 @@ from lepton.model import Network
 from lepton.model.timeline import Timeline
 
 GROUPS = 4
-"""The usual bound on the segments of a row is a multiple of this. It leaves room for so many documents per row that few
-batches need the next bound, which is twice as large: each bound needs its own CUDA graph."""
+"""The usual bound on the segments of a row is rounded up to a multiple of this, which leaves room for several documents
+per row. A batch that needs more doubles the bound, and another CUDA graph is captured."""
 
 
 def usual_groups(length: int, segment: int) -> int:
-    """Return the bound on the segments that open in a row of `length` targets, if it does not hold many documents."""
+    """Return the bound on the segments that open in a row of `length` targets, unless the row holds many documents."""
     return -(-((length + 1) // segment + GROUPS) // GROUPS) * GROUPS
 
 
@@ -21,7 +21,7 @@ def plan_batch(model: Network, tokens_BT: Tensor, seed: int, step: int, micro: i
 
     Args:
         model: only its configuration and its ideas are read.
-        tokens_BT: a batch as `Lepton.loss` takes it, on the CPU.
+        tokens_BT: a batch as `Network.loss` takes it, on the CPU.
         seed: seed of the run.
         step: optimizer step.
         micro: number of the micro-batch in its step.

@@ -22,7 +22,7 @@ def training_flops_per_token(model: Network, rows: int, length: int) -> float:
 
     A backward pass repeats each product twice, for the gradients of its input and of its matrix, or once if one of the
     two has no gradient. This counts what is executed, with padded rounds of thinking and the usual number of segments.
-    It leaves out what `checkpoint_activations` computes again.
+    It leaves out what `checkpoint_activations` recomputes.
 
     Args:
         model: with its configuration and ideas.

@@ -1,7 +1,7 @@
 """One run in a folder at a time.
 
 The lock is the operating system's, on a file in the folder. It ends with the process that holds it, and a file that a
-killed process has left is taken over. On a file system without locks (some network drives) the run prints a warning
+killed process has left is used again. On a file system without locks (some network drives) the run prints a warning
 and continues.
 """
 
@@ -20,7 +20,7 @@ LOCK = ".lock"
 IN_USE = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Errors of locking where another process holds the lock: on POSIX, on network drives, and on Windows."""
 LOCKED_BYTE = 1 << 30
-"""Windows lets nobody read a byte that is locked, so this one lies behind the text."""
+"""Windows lets nobody read a byte that is locked, so this one lies after the text."""
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def _make(folder: Path) -> list[Path]:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"checkpoint_dir={folder} is no folder and cannot be made one: {error.strerror}") from None
+        raise InputError(f"checkpoint_dir={folder} is not a folder and cannot be made one: {error.strerror}") from None
     return missing
 
 

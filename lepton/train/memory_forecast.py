@@ -25,14 +25,14 @@ def predicted_bytes(
     """Return about how many bytes tensors hold on a GPU at the peak of a training step, with compiled parts.
 
     Only shapes are read, so a model on the meta device will do. Memory is fullest when the head's loss is computed,
-    or, where blocks are computed again, in the backward pass of one of them. In half precision the kernels of
+    or, if blocks are recomputed, in the backward pass of one of them. In half precision the kernels of
     `lepton.ops.triton` are taken to run. Without the compiler a block keeps about an eighth more.
 
     Args:
         model: with `compute_dtype` as in training.
         batch_size: rows of a micro-batch.
         seq_len: targets of a row.
-        checkpoint_activations: whether blocks keep their inputs alone, as `Lepton.checkpoint_activations` says.
+        checkpoint_activations: whether only each block's inputs are stored; see `Modules`.
         optimizer: 'muon' or 'adamw'.
     """
     config, size = model.config, model.dtype.itemsize

@@ -12,9 +12,9 @@ from lepton.errors import InputError, reason
 from lepton.files import as_path, parse_json, readable, replacing
 
 BAD = ".bad"
-"""Suffix of the file that keeps those lines of a metrics.jsonl that are no records."""
+"""Suffix of the file that keeps those lines of a metrics.jsonl that are not records."""
 LONGEST_LINE = 1 << 20
-"""Bytes that are read at once: a file that is no metrics.jsonl may have endless lines."""
+"""Bytes that are read at once: a file that is not a metrics.jsonl may have endless lines."""
 
 
 class MetricsLog:
@@ -32,14 +32,14 @@ class MetricsLog:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Return the objects of the file, without lines that are no records with a step."""
+        """Return the objects of the file, without lines that are not records with a step."""
         return [entry for _, entry in _records(path) if entry is not None] if os.path.exists(path) else []
 
     @staticmethod
     def rewind(path: Path, step: int) -> int:
         """Drop the lines after `step`, and a last line that a killed process has left incomplete.
 
-        Lines that are no records move to a file beside, called as this one and BAD; returns how many they are.
+        Lines that are not records move to a file beside it, whose name ends in BAD; returns their number.
         """
         if not os.path.exists(path):  # unlike Path.exists, it returns False for names that the system rejects
             return 0
@@ -78,7 +78,7 @@ class MetricsLog:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield each line of the file and its object, None where it is no record of a step; not a torn last line."""
+    """Yield each line of the file and its object, None if it is not a record of a step; without a torn last line."""
     with _reading(path), readable(path, "metrics file").open("rb") as file:
         for line in iter(partial(file.readline, LONGEST_LINE), b""):
             try:

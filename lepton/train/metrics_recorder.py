@@ -97,7 +97,7 @@ class MetricsRecorder:
         return "  ".join(words)
 
     def note(self, figures: dict[str, Any]) -> None:
-        """Write figures that are no step's, such as a validation's, which must be finite."""
+        """Write figures that do not belong to a step, such as a validation's; they must be finite."""
         check_finite(figures, figures["step"])
         self._log.write(figures)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lepton.errors import reason
 from lepton.model import Network
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train.batch_plan import plan_batch
@@ -61,7 +62,7 @@ class MicroStep:
                 (module, name, torch.compile(getattr(module, name), dynamic=False))
                 for module, name in compiled_parts(model)
             ]
-        device = model.embed.weight.device
+        device = model.device
         self.graphs = CudaGraphs(device) if captured and device.type == "cuda" else None
         """Of micro-batches, by their shapes; None without capture. Gradients and figures lie outside their memory."""
         self._places: dict[Any, Inputs] = {}
@@ -75,7 +76,7 @@ class MicroStep:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
-        model, device = self._model, self._model.embed.weight.device
+        model, device = self._model, self._model.device
         tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
         think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
         lengths = torch.full((batch_size,), seq_len + 1)
@@ -86,9 +87,8 @@ class MicroStep:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many types; none should stop a run that works without
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 what = "compile" if self._parts else "capture"
-                self._say(f"cannot {what} here ({reason}): going on without, which runs slower")
+                self._say(f"cannot {what} here ({reason(error)}): going on without, which runs slower")
                 self.graphs = CudaGraphs(device) if self._parts and self.graphs is not None else None
                 self._parts = []
                 self._places.clear()
@@ -99,8 +99,8 @@ class MicroStep:
             self._sums.zero_()
 
     def __call__(self, tokens: Tensor, lengths: Tensor, think: Tensor | None, groups: int | None, share: float) -> None:
-        """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Lepton.loss` takes them."""
-        device = self._model.embed.weight.device
+        """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Network.loss` takes them."""
+        device = self._model.device
         given = (tokens, lengths, think, torch.tensor(share))
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
@@ -163,10 +163,7 @@ class MicroStep:
 
 
 def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
-    """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph.
-
-    Crystals are left out: they are sorts and indexing, with nothing to fuse and the longest time to compile.
-    """
+    """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph."""
     blocks = [(block, "forward") for block in [*model.stem, *model.blocks]]
     return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lepton.errors import InputError, naming
+from lepton.errors import InputError, naming, reason
 from lepton.model.parameters import Declared, declared
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.tensors import compare
@@ -44,7 +44,7 @@ class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` in a few large kernels: matrices of one shape are orthogonalised together.
 
     One by one, their kernels take a GPU's host longer to launch than the GPU to run. State and options are those of the
-    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients serve as scratch. A group's `lr`
+    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients are overwritten. A group's `lr`
     is a number, or a tensor without dimensions on the matrices' device, which is then read there.
     """
 
@@ -92,7 +92,7 @@ def orthogonal(
 
 
 class Optimizers:
-    """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (alone).
+    """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (only AdamW).
 
     A matrix shrinks by weight_decay x lr per step under either optimizer; embedding and vectors do not decay. On a GPU
     steps are captured and replayed, unless `captured` is False; their results are the same.
@@ -186,9 +186,8 @@ class Optimizers:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many types; none should stop a run that works without
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(
-                    f"cannot capture the optimizers' step here ({reason}): going on without, which runs slower",
+                    f"cannot capture the optimizers' step here ({reason(error)}): going on without, which runs slower",
                     RuntimeWarning,
                     stacklevel=3,
                 )

@@ -38,7 +38,7 @@ class Progress:
         self._moved = time.perf_counter()
 
     def hint(self, text: str) -> None:
-        """Show `text` on a terminal alone, before something that takes a moment."""
+        """Show `text`, only on a terminal, before something that takes a moment."""
         if self._moving:
             self.update(text)
 

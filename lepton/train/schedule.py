@@ -1,6 +1,6 @@
 """The learning-rate schedule: warm-up, a plateau at the peak, a linear cool-down.
 
-The plateau makes runs extensible (a checkpoint from it goes on with a larger `max_steps`), and a linear cool-down to
+The plateau makes runs extensible (a checkpoint from it continues with a larger `max_steps`), and a linear cool-down to
 zero is as good as a cosine of the same length or better: Hägele et al. 2024 (arXiv 2405.18392), Bergsma et al. 2025
 (arXiv 2502.15938).
 """

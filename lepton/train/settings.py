@@ -15,11 +15,11 @@ NOT_INHERITED = (
     "checkpoint_dir", "resume", "init_from", "allow_other_data", "device", "compile", "threads", "overrides",
     "model_size", "dense",
 )  # fmt: skip
-"""Settings that a resumed run does not take over: where it runs, what is allowed once, and what the checkpoint's own
+"""Settings that a resumed run does not inherit: where it runs, what is allowed once, and what the checkpoint's own
 config says."""
 MAX_SEED = 2**64 - 1
 MAX_STEP_TOKENS = 2**28
-"""Tokens of an optimizer step, which are read at once: 2 GiB of them."""
+"""Most tokens per optimizer step; all of them are read at once, 2 GiB."""
 MAX_THREADS = 4096
 
 
@@ -36,7 +36,7 @@ class TrainSettings:
     data_dir: str | None = None
     """Folder of shard_*.npy; None is the default corpus, the Python standard library's source."""
     tokenizer: str | None = None
-    """Tokenizer file; None is the checkpoint's own, pile_tokenizer.json where there is one, or the shipped one."""
+    """Tokenizer file; None is the checkpoint's own, pile_tokenizer.json if it exists, or the shipped one."""
     seq_len: int = 512
     """Targets of a training window."""
     batch_size: int = 4
@@ -66,9 +66,9 @@ class TrainSettings:
     checkpoint_dir: str = "checkpoints"
     """Folder of checkpoints and metrics.jsonl."""
     resume: str | None = None
-    """Checkpoint to go on from; 'auto' is the newest whole one in checkpoint_dir, or a fresh start without one."""
+    """Checkpoint to continue from; 'auto' is the newest whole one in checkpoint_dir, or a fresh start without one."""
     allow_other_data: bool = False
-    """Go on from a checkpoint although the data in its `data_dir` have changed since."""
+    """Continue from a checkpoint although the data in its `data_dir` have changed since."""
     init_from: str | None = None
     """Checkpoint whose weights a new run starts from."""
     save_every: int = 1000
@@ -88,11 +88,11 @@ class TrainSettings:
     sample_tokens: int = 64
     """New tokens of a sample."""
     device: str | None = None
-    """Device such as 'cuda:1'; None is an NVIDIA or AMD GPU where there is one, else the CPU."""
+    """Device such as 'cuda:1'; None is an NVIDIA or AMD GPU if there is any, else the CPU."""
     dtype: str = "auto"
     """Arithmetic of the model: 'bf16', 'fp32', or 'auto': bf16 where the hardware has it. Parameters stay fp32."""
     checkpoint_activations: bool = False
-    """Keep of each block its inputs alone and compute it again in the backward pass: slower, in less memory."""
+    """Store only each block's inputs and recompute it in the backward pass: slower, in less memory."""
     compile: bool | None = None
     """Compile the parts that the model repeats; None compiles on a GPU. A CPU cannot."""
     threads: int | None = None
@@ -189,7 +189,7 @@ def _plain(name: str, value: Any, annotation: Any) -> Any:
         raise wrong
     try:
         plain = os.fspath(value) if kind is str else kind(value)
-    except OverflowError:  # a whole number that is no float
+    except OverflowError:  # a whole number that is too large for a float
         raise wrong from None
     if (kind is str and "\0" in plain) or (kind is int and abs(plain) >= 2**64):
         raise wrong

@@ -153,7 +153,7 @@ def _initialise(settings: TrainSettings, path: Path) -> StartingPoint:
     _check_size(settings, content.get("size"), config, path)
     if settings.dense and not config.dense:
         raise InputError(f"{path} has dense=False not True: weights with the ideas cannot start the dense baseline")
-    config = config.replace(**settings.overrides)  # fields that are no shapes, such as the window, may change
+    config = config.replace(**settings.overrides)  # fields that are not shapes, such as the window, may change
     tokenizer = _tokenizer_of(settings, content, path)
     return _checked(StartingPoint(settings, config, content.get("size"), tokenizer, content["model"], None))
 

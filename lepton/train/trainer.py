@@ -1,6 +1,6 @@
 """The training loop.
 
-- A run is a function of its settings: batches depend on seed and step alone, and a checkpoint holds the rest.
+- A run is a function of its settings: batches depend only on seed and step, and a checkpoint holds the rest.
 - The loss of a step is the mean over all of its targets, however they are split into micro-batches.
 - The loop waits for the device only to report: losses stay there until then.
 - The metrics of a step are durable before its checkpoint is, so that a resumed run reports each step once.

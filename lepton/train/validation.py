@@ -33,7 +33,7 @@ def validation_loss(
         batch_size: windows at a time.
         limit: batches at most; None: all.
     """
-    device = model.embed.weight.device
+    device = model.device
     bytes_of_id = np.zeros(model.config.vocab_size, dtype=np.int64)
     bytes_of_id[: tokenizer.size] = tokenizer.token_bytes()
     training = model.training

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
 from lepton.evals.calibration import fit_temperature
-from lepton.evals.heldout import evaluate, evaluate_documents
+from lepton.evals.heldout import document_batches, evaluate
 from lepton.evals.positions import calibration_batches, evaluation_batches
 from lepton.evals.reliability import brier, measure_uncertainty
 from tests.cli.tiny import TEXT, run, run_json, save_tiny
@@ -116,7 +116,7 @@ def test_text_files_and_json_lines(saved, tmp_path):
         file.writelines(json.dumps({"text": text}) + "\n" for text in ("fox", TEXT))
     files = [tmp_path / "a.txt", tmp_path / "b.jsonl.xz"]
     figures = run_json(*command_of(path), "--text", *files)
-    expected = evaluate_documents(model, Corpus(files).pieces(), tokenizer)
+    expected = evaluate(model, document_batches(Corpus(files).pieces(), tokenizer), tokenizer, carry=True)
     assert figures["nats_per_token"] == pytest.approx(expected.nats_per_token)
     assert figures["bytes"] == 2 * len(TEXT.encode()) + 3
     assert figures["data"] == "2 files"

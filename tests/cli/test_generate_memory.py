@@ -71,7 +71,7 @@ def test_ctrl_c_keeps_what_was_read_and_a_fault_what_was_there(saved, tmp_path, 
     ("prompt", "name", "named"),
     [
         ("", "new", "--memory needs a --prompt"),
-        ("fox", "file/new", "file is no folder that can be written to"),
+        ("fox", "file/new", "file is not a folder that can be written to"),
         ("fox", "file", "file"),
         ("fox", ".", ""),
     ],

@@ -83,7 +83,7 @@ def test_a_pipe_gets_the_text_alone(saved):
     code, out, err = uncertain(saved, "--uncertainty")
     assert (code, out) == (0, plain[1])
     meaning, figures = err.splitlines()
-    assert meaning.startswith("stdout is no terminal, so the text is not shaded; --json")
+    assert meaning.startswith("stdout is not a terminal, so the text is not shaded; --json")
     assert re.fullmatch(FIGURES, figures)
 
 

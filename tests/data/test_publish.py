@@ -214,5 +214,5 @@ def test_folders_mounted_from_the_same_disk_are_known(monkeypatch: pytest.Monkey
 
 
 def test_a_name_that_no_folder_has_is_refused():
-    with pytest.raises(InputError, match="is no path"), publish.place_for(Path("\ud800"), force=False):
+    with pytest.raises(InputError, match="is not a path"), publish.place_for(Path("\ud800"), force=False):
         pass

@@ -11,7 +11,7 @@ from lepton.data.sources import Piece
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
 from lepton.evals import heldout, positions
-from lepton.evals.heldout import evaluate, evaluate_documents
+from lepton.evals.heldout import document_batches, evaluate
 from tests.cli.tiny import TEXT, small_bpe, tiny_model
 
 
@@ -34,6 +34,10 @@ def naive(model, rows):
     return nats
 
 
+def of_documents(model, pieces, tokenizer, max_tokens=None, **options):
+    return evaluate(model, document_batches(pieces, tokenizer, max_tokens), tokenizer, carry=True, **options)
+
+
 def set_chunk(monkeypatch, chunk):
     for module in (positions, heldout):
         monkeypatch.setattr(module, "CHUNK", chunk)
@@ -52,7 +56,7 @@ def test_documents_are_measured_whole_whatever_the_chunk(model, tokenizer, monke
     set_chunk(monkeypatch, chunk)
     monkeypatch.setattr(positions, "SLICE", 5)
     pieces = [Piece(text, last=True) for text in DOCUMENTS]
-    result = evaluate_documents(model, iter(pieces), tokenizer)
+    result = of_documents(model, iter(pieces), tokenizer)
     row = stream_of(tokenizer)
     assert result.nats == pytest.approx(naive(model, [row]), abs=1e-6)
     assert result.tokens == len(row) - 1
@@ -62,15 +66,15 @@ def test_documents_are_measured_whole_whatever_the_chunk(model, tokenizer, monke
 
 
 def test_a_document_in_pieces_is_one_document(model, tokenizer):
-    whole = evaluate_documents(model, [Piece("a b\nc d\n", last=True)], tokenizer)
-    cut = evaluate_documents(model, [Piece("a b\n", last=False), Piece("c d\n", last=True)], tokenizer)
+    whole = of_documents(model, [Piece("a b\nc d\n", last=True)], tokenizer)
+    cut = of_documents(model, [Piece("a b\n", last=False), Piece("c d\n", last=True)], tokenizer)
     assert cut == whole
 
 
 @pytest.mark.parametrize("limit", [1, 6, 7, 8, 20])
 def test_max_tokens_is_exact_for_documents(model, tokenizer, monkeypatch, limit):
     set_chunk(monkeypatch, 7)
-    result = evaluate_documents(model, [Piece(TEXT, last=True)], tokenizer, max_tokens=limit)
+    result = of_documents(model, [Piece(TEXT, last=True)], tokenizer, max_tokens=limit)
     assert result.tokens == limit
     assert result.nats == pytest.approx(naive(model, [stream_of(tokenizer)[: limit + 1]]), abs=1e-6)
 
@@ -99,9 +103,9 @@ def test_short_rows_leave_their_padding_out(model, tokenizer):
 
 def test_depth_and_thinking_are_passed_on(model, tokenizer):
     pieces = [Piece(TEXT, last=True)]
-    full = evaluate_documents(model, pieces, tokenizer)
-    shallow = evaluate_documents(model, pieces, tokenizer, depth=0)
-    thoughtless = evaluate_documents(model, pieces, tokenizer, think=0)
+    full = of_documents(model, pieces, tokenizer)
+    shallow = of_documents(model, pieces, tokenizer, depth=0)
+    thoughtless = of_documents(model, pieces, tokenizer, think=0)
     assert full.mean_depth == model.config.layers
     assert shallow.mean_depth == model.config.stem_layers
     assert len({full.nats, shallow.nats, thoughtless.nats}) == 3
@@ -112,18 +116,18 @@ def test_depth_and_thinking_are_passed_on(model, tokenizer):
 
 def test_measuring_changes_nothing(model, tokenizer):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = evaluate_documents(model, [Piece(TEXT, last=True)], tokenizer)
-    assert evaluate_documents(model, [Piece(TEXT, last=True)], tokenizer) == first
+    first = of_documents(model, [Piece(TEXT, last=True)], tokenizer)
+    assert of_documents(model, [Piece(TEXT, last=True)], tokenizer) == first
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_figures(model, tokenizer):
     pieces = [Piece(text, last=True) for text in DOCUMENTS]
-    on_gpu = evaluate_documents(tiny_model().double().cuda(), pieces, tokenizer)
-    assert on_gpu.nats == pytest.approx(evaluate_documents(model, pieces, tokenizer).nats)
+    on_gpu = of_documents(tiny_model().double().cuda(), pieces, tokenizer)
+    assert on_gpu.nats == pytest.approx(of_documents(model, pieces, tokenizer).nats)
 
 
 def test_nothing_to_predict(model, tokenizer):
     with pytest.raises(InputError, match="no token to predict"):
-        evaluate_documents(model, [], tokenizer)
+        of_documents(model, [], tokenizer)

@@ -63,7 +63,7 @@ def test_where_memory_ran_out_the_trial_means_nothing():
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        Kernel("a test", (torch.float32,), fail).try_out(CUDA)
+        Kernel("a test", (torch.float32,), fail).try_out(CUDA, torch.float32)
 
 
 def test_the_compiler_asks_while_it_traces(tried):

@@ -54,7 +54,7 @@ ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
         ((*ADAMW, 0, "exp_avg"), lambda value: value.double(), r"'exp_avg' holds torch\.float64"),
         ((*ADAMW, 0, "exp_avg_sq"), lambda value: value - 1, "'exp_avg_sq' holds numbers below 0"),
         ((*ADAMW, 0, "step"), lambda value: -value, "'step' holds numbers below 0"),
-        ((*ADAMW, 0, "step"), lambda _: 3, "'step' is no tensor"),
+        ((*ADAMW, 0, "step"), lambda _: 3, "'step' is int, not a tensor"),
         ((*ADAMW, 0), lambda _: {}, r"Missing key 'exp_avg' \(and 2 more\)"),
         (ADAMW, lambda states: {0: states[0]}, "must be that of parameters"),
         ((*MUON, 1, "momentum_buffer"), lambda value: value.T.contiguous()[:1], "'momentum_buffer' has shape"),

@@ -89,7 +89,7 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "out"):
         with (
-            pytest.raises(InputError, match=r"checkpoint_dir=.* is no folder and cannot be made one"),
+            pytest.raises(InputError, match=r"checkpoint_dir=.* is not a folder and cannot be made one"),
             locked(path, silent),
         ):
             pass

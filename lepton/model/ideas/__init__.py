@@ -1,4 +1,4 @@
-"""The ideas of LEPTON, in the order in which they run. A new idea is a file here and a line in this list."""
+"""The ideas of LEPTON, in the order in which they run. A new idea is a file here, an import and a line in this list."""
 
 from lepton.config import IdeaConfig, register
 from lepton.model.ideas.crystals import CrystalsConfig

@@ -22,7 +22,7 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
 from lepton.model.attention import Slots
 from lepton.model.ideas.idea import LONGEST, Contribution, Flow, Idea, Work, matrices, segment_within_window
-from lepton.model.layers import norm
+from lepton.model.layers import at_indices, norm
 from lepton.model.parameters import BIAS, SCORE
 from lepton.model.timeline import Timeline
 
@@ -64,7 +64,7 @@ class Crystal(NamedTuple):
     row: int
     """Sequence of the batch."""
     position: int
-    """Position of its token in the document; negative if it was carried over from an earlier stream."""
+    """Position of its token in the document; negative if it is from an earlier stream."""
     score: float
     """Score, in 0..1."""
     tokens: list[int]
@@ -95,7 +95,7 @@ class RatedTokens:
 
     def take(self, index_BC: Tensor, keep_BC: Tensor) -> "RatedTokens":
         """Return the entries with indices `index_BC`; those where `keep_BC` is false become empty."""
-        values = [_gather(getattr(self, field.name), index_BC) for field in fields(self)]
+        values = [at_indices(getattr(self, field.name), index_BC) for field in fields(self)]
         blanks = (0, 0, EMPTY, -1)
         kept = [
             value.masked_fill(~keep_BC.view(*keep_BC.shape, *[1] * (value.dim() - 2)), blank)
@@ -108,7 +108,7 @@ class RatedTokens:
         return RatedTokens(*(torch.cat([getattr(part, f.name) for part in (self, other)], 1) for f in fields(self)))
 
     def cleared(self) -> "RatedTokens":
-        """Return as many empty entries."""
+        """Return the same number of empty entries."""
         nothing_BC = torch.zeros_like(self.position_BC)
         return self.take(nothing_BC, nothing_BC.bool())
 
@@ -116,12 +116,6 @@ class RatedTokens:
         """Sort key of each entry, int64 [B, C]: quantised score, then position; lowest for empty entries."""
         key_BC = (self.log_score_BC.detach() * QUANTUM).round().long().clamp(min=-(1 << 30))
         return torch.where(self.position_BC > EMPTY, (key_BC << 31) + self.position_BC, torch.iinfo(torch.int64).min)
-
-
-def _gather(value: Tensor, index_BC: Tensor) -> Tensor:
-    """Return `value` [B, entries, ...] at the entries with indices `index_BC`."""
-    index = index_BC.view(*index_BC.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
-    return value.gather(1, index)
 
 
 def best_of_groups(priority_BJ: Tensor, group_BJ: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +153,10 @@ def _count_in_group(chosen_BJ: Tensor, group_BJ: Tensor, groups: int) -> Tensor:
 
 
 class Crystals(Idea):
-    """The score, and the crystals that a chunk's tokens attend to."""
+    """The score, and the crystals that a chunk's tokens attend to.
+
+    Nothing of it is compiled: sorts and indexing leave nothing to fuse, and take the longest time to compile.
+    """
 
     name = "crystals"
     opens = True
@@ -213,7 +210,7 @@ class Crystals(Idea):
         chunk = RatedTokens(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
         update = CrystalUpdate(self.slots, self.count, past, chunk, history_BJ, timeline)
         candidates, alive_BGC = update.candidates(None)
-        alive_BTC = _gather(alive_BGC, timeline.group_BT)
+        alive_BTC = at_indices(alive_BGC, timeline.group_BT)
         age_BTC = timeline.position_BT[:, :, None] - candidates.position_BC[:, None]
         mask_BTC = alive_BTC & (age_BTC >= self.window)
         return Slots(norm(candidates.states_BCD), mask_BTC, candidates.log_score_BC), update
@@ -271,7 +268,7 @@ class CrystalUpdate:
     timeline: Timeline
 
     def candidates(self, count_B: Tensor | None) -> tuple[RatedTokens, Tensor]:
-        """Return all tokens that are crystals at some time, and when.
+        """Return every token that is a crystal at some point of the chunk, and a mask of when.
 
         Only the first `count_B` tokens of the chunk count; None: all. The entries are the kept crystals, then the best
         `count` tokens of each of the G segments. The second result [B, G, C] is true if an entry is in the store while

@@ -99,18 +99,18 @@ class Drafter(Idea):
         """Return the cell's first state [..., W] for hidden states [..., D]."""
         return norm(self.enter(hidden.detach()))
 
-    def step(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """Return the cell's state after one more token with embedding [..., E]."""
-        entered = torch.cat([state, norm(self.token(norm(embedded.detach())))], -1)
-        return norm(state + self.down(F.relu(self.up(entered)).square()))
+    def step(self, cell: Tensor, embedded: Tensor) -> Tensor:
+        """Return the cell's state [..., W] after one more token with embedding [..., E]."""
+        entered = torch.cat([cell, norm(self.token(norm(embedded.detach())))], -1)
+        return norm(cell + self.down(F.relu(self.up(entered)).square()))
 
     def rows(self, embedding: nn.Embedding) -> Tensor:
         """Return the embeddings [Z, E] of the tokens that can be proposed, without gradient."""
         return embedding.weight.detach()[self.ids]
 
-    def logits(self, state: Tensor, rows_ZE: Tensor) -> Tensor:
+    def logits(self, cell: Tensor, rows_ZE: Tensor) -> Tensor:
         """Return the logits [..., Z] of the tokens `ids`, in fp32 or better, for states [..., W] of the cell."""
-        raw = self.leave(state) @ rows_ZE.to(state.dtype).T
+        raw = self.leave(cell) @ rows_ZE.to(cell.dtype).T
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return self.cap * torch.tanh(raw / self.cap)
 
@@ -120,20 +120,20 @@ class Drafter(Idea):
         Args:
             hidden_MD: hidden states at the positions.
             read_MY: the token that the cell reads before each draft; the first is the next token, which the model
-                itself predicts. Negative: there is none.
-            target_MY: the token that each draft should be; negative: there is none.
+                itself predicts. Negative if absent.
+            target_MY: the token that each draft should be; negative if absent.
             embedding: the model's.
         """
         rows_ZE = self.rows(embedding).to(hidden_MD.dtype)  # once for all drafts
         place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_ZE.device)
         place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_ZE.device))
         target_MY = torch.where(target_MY >= 0, place_V[target_MY.clamp(min=0)], IGNORE)
-        state_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_ZE.device), 0.0
+        cell_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_ZE.device), 0.0
         for i in range(self.count):
-            embedded_ME = F.embedding(read_MY[:, i].clamp(min=0), embedding.weight.detach()).to(state_MW.dtype)
-            state_MW = self.step(state_MW, embedded_ME)
+            embedded_ME = F.embedding(read_MY[:, i].clamp(min=0), embedding.weight.detach()).to(cell_MW.dtype)
+            cell_MW = self.step(cell_MW, embedded_ME)
             loss, *_ = linear_cross_entropy(
-                self.leave(state_MW),
+                self.leave(cell_MW),
                 rows_ZE,
                 target_MY[:, i],
                 vocab_size=self.vocab_size,
@@ -169,5 +169,5 @@ class Drafter(Idea):
         return work.itemsize * work.length * (self.leave.out_features + 9 * self.leave.in_features)
 
     def switches(self) -> dict[str, Switch]:
-        """None: the predictions do not depend on it."""
+        """No switches: the predictions do not depend on it."""
         return {}

@@ -8,7 +8,8 @@ last hidden states, and generation calls it by name.
 
 Everything else that concerns ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs, the
 forecast of GPU memory, compilation, ablation, state files. So a new idea is one file with a configuration and a module,
-and a line in `lepton/model/ideas/__init__.py`. docs/add_an_idea.md is the guide.
+and two lines in `lepton/model/ideas/__init__.py`: the import, and its place in the order. docs/add_an_idea.md is the
+guide.
 
 `Idea` is what to implement. The other classes are what its methods receive and return:
 
@@ -77,7 +78,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What an idea returns to the pass. None means that there is no such part."""
+    """What an idea returns to the pass. None means that the part is absent."""
 
     added_BTD: Tensor | None = None
     """Added to the residual stream before the deep blocks."""
@@ -88,7 +89,7 @@ class Contribution:
     signal_BT: Tensor | None = None
     """One number per token for the uncertainty, if the idea is one of `SIGNALS`."""
     inputs_BTI: Tensor | None = None
-    """Inputs of the idea, if its loss computes the idea again."""
+    """Inputs of the idea, kept only if its loss reruns the idea."""
     deep_BT: Tensor | None = None
     """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
     update: Any = None
@@ -184,7 +185,7 @@ class Outcome:
     """Last hidden states, normed: the inputs of the head."""
     flow: Flow
     following_BT: Tensor
-    """The token after each, `IGNORE` where there is none."""
+    """The token after each, `IGNORE` if absent."""
     position_BT: Tensor
     """Position of each token in its document, -1 in padding."""
     nats_M: Tensor
@@ -268,7 +269,7 @@ class Idea(nn.Module):
     opens: ClassVar[bool] = False
     """Whether it computes something for each segment that opens, so that shapes depend on the number of segments."""
     old_names: ClassVar[Mapping[str, str]] = {}
-    """For state files of before: prefixes of names of its tensors, and what replaces them."""
+    """Old state files: name prefix of its tensors -> present prefix."""
 
     # The pass.
 
@@ -340,9 +341,9 @@ class Idea(nn.Module):
         return 0
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """Return the FLOPs per token of a training step, less three times those of a pass.
+        """Return the FLOPs per token of a training step beyond three times those of a pass; they may be negative.
 
-        Losses add to it, stopped gradients make it smaller. `head` are the multiply-adds of the model's head per token.
+        Losses add FLOPs, stopped gradients save some. `head` are the multiply-adds of the model's head per token.
         """
         return 0
 

@@ -35,7 +35,7 @@ class PeekConfig(IdeaConfig):
     width: int = 64
     """Width of the hint."""
     horizon: int = 8
-    """Last token of the summary, counted from the current one. The first is token 2."""
+    """The summary covers the tokens 2..horizon ahead."""
 
     name = "peek"
     most = {"width": 1 << 15, "horizon": 1024}
@@ -126,7 +126,7 @@ class Peek(Idea):
 
 
 def summary(embedded_BTE: Tensor, position_BT: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
-    """Return the summary of the tokens ahead [B, T, E], and where there is one, bool [B, T].
+    """Return the summary of the tokens ahead [B, T, E], and whether any are in it, bool [B, T].
 
     It is the sum of the normed embeddings of the tokens 2 .. horizon ahead in the same document, each weighted by
     `FADE` relative to the one before it.

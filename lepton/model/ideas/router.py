@@ -2,10 +2,10 @@
 
 One score per token, computed from the stem state, predicts by how many nats the deep blocks lower the loss. With a
 depth in 0..1, a token is a candidate for the deep blocks if its score is above the quantile of that share. A running
-count decides: in each window of a document exactly that share of tokens, rounded, goes deep. Within the window the
-count may be ahead or behind by a quarter of the window. So a depth means the same compute for every text. The choice is
-causal: there is no top-k over a sequence, and no statistic of a batch. Router and exit learn from stopped gradients, so
-they do not change the trunk.
+count decides: each window of `window` tokens in a document sends exactly round(depth x window) tokens deep. Within a
+window the count may run ahead or fall back by a quarter of it, or by 2 if that is more. So a depth means the same
+compute for every text. The choice is causal: there is no top-k over a sequence, and no statistic of a batch. Router and
+exit learn from stopped gradients, so they do not change the trunk.
 """
 
 from collections.abc import Iterator
@@ -36,11 +36,9 @@ from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
 from lepton.model.timeline import Timeline
 
 SLACK = 1 / 4
-"""Part of a window by which the count may be ahead or behind, because hard tokens come in bursts."""
+"""Part of a window by which the count may run ahead or fall back, because hard tokens come in bursts."""
 QUANTILES = 65
 """Entries of the table of quantiles."""
-DEPTHS = (0.75, 0.5, 0.0)
-"""Depths that an ablation measures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +162,9 @@ class Router(Idea):
 
     def switches(self) -> dict[str, Switch]:
         """Some depths, and half depth with random tokens, which shows what the router's choice is worth."""
-        return {f"depth {depth:g}": partial(_at_depth, depth=depth) for depth in DEPTHS[:2]} | {
+        return {
+            "depth 0.75": partial(_at_depth, depth=0.75),
+            "depth 0.5": partial(_at_depth, depth=0.5),
             "depth 0.5 at random": partial(_at_random, self),
             "depth 0": partial(_at_depth, depth=0.0),
         }
@@ -241,7 +241,7 @@ def _at_depth(model: Any, depth: float) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _at_random(router: Router, model: Any) -> Iterator[dict[str, Any]]:
-    """Replace the router's scores by pseudo-random numbers in 0..1 that are a function of the state alone."""
+    """Replace the router's scores by pseudo-random numbers in 0..1 that are a function of only the state."""
     direction_D = torch.randn(router.benefit.in_features, generator=torch.Generator().manual_seed(0))
 
     def score(u_BTD: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from lepton.model.block import Block
 from lepton.model.checks import check_range
 from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
 from lepton.model.kv_cache import KeysValues, KVCache
-from lepton.model.layers import Linear, norm
+from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import MATRIX, SCORE, normal
 from lepton.model.timeline import Timeline
 from lepton.ops.attention import attend
@@ -31,7 +31,7 @@ TRAINING_ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
 """In training the rounds of each row are drawn from these, so that any number works afterwards, also 0. Most draws are
 the usual number, because drawing all numbers equally often may make it worse (docs/log.md)."""
 USUAL_ROUNDS = 2
-"""Rounds that all rows of a training batch can have. At most `late_rows` rows have more."""
+"""Every row is computed for this many rounds in training; `late_rows` rows, those with the most rounds, continue."""
 MAX_TRAINING_ROUNDS = 4
 
 
@@ -44,7 +44,7 @@ class ThoughtsConfig(IdeaConfig):
     ffn: int = 768
     """Hidden width of the thinking block's MLP."""
     rounds: int = 2
-    """Rounds of thinking, if a call gives none. Training draws its own numbers, `TRAINING_ROUNDS`."""
+    """Rounds of thinking, if a call gives none. Training draws them from `TRAINING_ROUNDS` instead."""
 
     name = "thoughts"
     most = {"count": 1024, "ffn": 1 << 18, "rounds": 256}
@@ -229,8 +229,8 @@ class Thoughts(Idea):
         if groups == 0:
             return first
         index_BG = opening_BG.clamp(min=0)
-        start_BGSD = self.start.to(u_BTD.dtype) + self.opening(_at(u_BTD, index_BG))[:, :, None]
-        here = Rotary(_at(rotary.cos, index_BG), _at(rotary.sin, index_BG))
+        start_BGSD = self.start.to(u_BTD.dtype) + self.opening(at_indices(u_BTD, index_BG))[:, :, None]
+        here = Rotary(at_indices(rotary.cos, index_BG), at_indices(rotary.sin, index_BG))
         plan = causal.plan_of_mask(self._mask(opening_BG, causal))
         each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
         inputs = ThinkingInputs(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
@@ -238,7 +238,7 @@ class Thoughts(Idea):
         usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
         z_BGSD, change_BG = self._think(inputs, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
-            # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, go on.
+            # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, continue.
             late_A = each_B.argsort(descending=True)[: late_rows(rows)]
             late = range(USUAL_ROUNDS, MAX_TRAINING_ROUNDS)
             z_AGSD, change_AG = (value.index_select(0, late_A) for value in (z_BGSD, change_BG))
@@ -336,11 +336,5 @@ def training_rounds(rows: int) -> float:
 
 
 def late_rows(rows: int) -> int:
-    """Return how many of so many rows can have more than `USUAL_ROUNDS` in training."""
+    """Return how many of `rows` rows can have more than `USUAL_ROUNDS` in training."""
     return max(1, rows // 8)
-
-
-def _at(x: Tensor, index_BG: Tensor) -> Tensor:
-    """Return `x` [B, T, ...] at the tokens with indices `index_BG`."""
-    index = index_BG.view(*index_BG.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, index)

@@ -128,7 +128,7 @@ class Uncertainty(Idea):
         return work.length * matrices(self)
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """The loss is computed at sampled positions alone, a pass counts all."""
+        """The loss uses sampled positions only, whereas `flops` counts all."""
         sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
         return sampled - 3 * 2 * matrices(self)
 
@@ -136,5 +136,5 @@ class Uncertainty(Idea):
         return True
 
     def switches(self) -> dict[str, Switch]:
-        """None: the predictions do not depend on it."""
+        """No switches: the predictions do not depend on it."""
         return {}

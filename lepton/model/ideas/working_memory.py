@@ -2,7 +2,7 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-A token reads after it has written. At the end of a document the state is masked, not decayed to 0.
+A token reads after it has written. At the end of a document the state is set to exactly 0; decay would never get there.
 `lepton/ops/delta_rule.py` computes the rule, in fp32 or better, because the state is a sum over the whole past.
 """
 
@@ -82,7 +82,7 @@ class WorkingMemoryState:
 
 def first_tap(conv_I4: Tensor) -> None:
     """Fill with 1 for the token itself and 0 for those before it: the convolution starts as the identity."""
-    scaled(conv_I4)  # draws as many random numbers as ever, so that a seed gives the same weights as before
+    scaled(conv_I4)  # overwritten below, but keeps the random stream unchanged for the parameters that follow
     conv_I4.zero_()[:, 0] = 1
 
 
