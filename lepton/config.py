@@ -203,8 +203,8 @@ class LeptonConfig:
         dense = rest.pop("dense", False)
         check_names(rest)
         # Only the ideas that there were then: a later one has no flat names.
-        flat = () if dense else [idea() for idea in IDEAS.values() if idea.flat_switch]
-        ideas = _changed(flat, rest, 0)
+        flat = [idea() for idea in IDEAS.values() if idea.flat_switch]
+        ideas = () if dense else _changed(flat, rest, 0)
         return LeptonConfig(**{"slot_bias": not dense, **own}, ideas=ideas)
 
 

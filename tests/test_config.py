@@ -107,3 +107,10 @@ def test_the_vocabulary_is_padded_for_matrix_units():
 def test_bad_shapes_are_named(overrides, message):
     with pytest.raises(InputError, match=message):
         Lepton(LeptonConfig.from_dict({**SHAPE, **IDEAS, **overrides}))
+
+
+def test_a_flat_dense_configuration_has_no_ideas_whatever_else_it_says():
+    flat = {"width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "ffn": 48, "window": None, "dense": True}
+    config = LeptonConfig.from_dict({**flat, "memory_heads": 2, "slots": 8, "rounds": 1})
+    assert config.ideas == ()
+    assert not config.slot_bias

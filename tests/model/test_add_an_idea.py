@@ -8,6 +8,7 @@ import torch
 from lepton import Lepton
 from lepton import config as configuration
 from lepton.model.size_config import size_config
+from tests.laws import lab
 from tests.laws.lab import build, text
 
 
@@ -16,6 +17,7 @@ def test_the_idea_of_the_guide_works(monkeypatch):
     names: dict = {"__name__": __name__}
     exec(re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1], names)
     monkeypatch.setitem(configuration.IDEAS, "sketch", names["SketchConfig"])
+    monkeypatch.setitem(lab.IDEAS, "sketch", True)
     model = build("complete")
     model.loss(text(0)).loss.backward()
     assert model.sketch.up.weight.grad.any()
