@@ -112,7 +112,7 @@ def _resume(settings: TrainSettings, given: Collection[str], path: Path) -> Star
     else:
         settings = settings.replace(data_dir=_data_dir(settings.data_dir, _origin(content), path))
     if content["step"] > settings.max_steps:
-        raise InputError(f"{path} is at step {content['step']}: give --max_steps more than {settings.max_steps}")
+        raise InputError(f"{path} is at step {content['step']}: give --max_steps more than {content['step']}")
     notes = [f"resuming {path} at step {content['step']:,}", *(f"changed {change}" for change in changes)]
     if content["optimizer"]["kind"] != settings.optimizer:
         notes.append(f"{settings.optimizer} starts without the momentum of {content['optimizer']['kind']}")

@@ -87,7 +87,7 @@ def test_another_shape_names_the_fields(run):
 
 
 def test_a_run_that_is_over_says_what_would_go_on(run):
-    with pytest.raises(InputError, match=r"step_8\.pt is at step 8: give --max_steps more than 6"):
+    with pytest.raises(InputError, match=r"step_8\.pt is at step 8: give --max_steps more than 8"):
         started(resume=str(run / "step_8.pt"), max_steps=6)
 
 
