@@ -38,7 +38,7 @@ def test_packed_text_tables_and_json_are_read(tmp_path: Path, packing: str) -> N
 @pytest.mark.parametrize("packing", PACK)
 def test_torn_packed_files_are_named(tmp_path: Path, packing: str) -> None:
     whole = PACK[packing]("\n".join(map(str, range(40_000))).encode())
-    for content in (whole[: len(whole) // 2], b"plain text", whole[:50] + b"\0\xff" * 60 + whole[170:]):
+    for content in (whole[: len(whole) // 2], b"", b"plain text", whole[:50] + b"\0\xff" * 60 + whole[170:]):
         path = put(tmp_path / f"a.txt{packing}", content)
         with pytest.raises(InputError, match=rf"a\.txt\{packing} is torn or no {packing[1:]} file"):
             Corpus([path])
