@@ -22,6 +22,8 @@ args = parser.parse_args()
 model = Lepton.from_checkpoint(args.checkpoint)
 encode, decode = model.tokenizer.encode, model.tokenizer.decode
 state_file, memory_file = Path(args.folder, "state.safetensors"), Path(args.folder, "memory.safetensors")
+if not args.read and not state_file.exists():
+    parser.error(f"there is no {state_file} yet: run it with --read FILE first")
 
 if args.read:
     # Each pass takes a chunk and the state before it, and returns the state after it. Any text fits: the state has the

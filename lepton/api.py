@@ -110,9 +110,9 @@ class Lepton(Network):
         Args:
             prompt_ids: token ids; `tokenizer.encode` makes them.
             max_new_tokens: tokens to generate at most; None is the options' own number, 100.
-            arguments: the fields of `GenerationOptions` by name, or such an object as `options`; `state`, a past to
-                continue from with a row for each prompt; or `memory`, what a new text remembers of earlier ones
-                (`state.memory`, or a file that its `save` wrote).
+            arguments: the fields of `GenerationOptions` by name (`help(lepton.GenerationOptions)` explains each), or
+                such an object as `options`; `state`, a past to continue from with a row for each prompt; or `memory`,
+                what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
 
         Raises:
             InputError: a prompt or an option that cannot be used.

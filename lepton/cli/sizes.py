@@ -65,7 +65,7 @@ def table(sizes: list[dict[str, Any]]) -> str:
 def markdown(sizes: list[dict[str, Any]]) -> str:
     """Return the sizes as the Markdown table that stands in the README."""
     rows = [f"| {' | '.join((cells[0].upper(), *cells[1:]))} |" for cells in map(_cells, sizes)]
-    head = "| Model | Params | Target | Width | Layers | State per sequence | When to use it |"
+    head = "| Model | Params | Target | Width | Layers | State per sequence, fp32 | When to use it |"
     return "\n".join([head, "|---|--:|--:|--:|--:|--:|---|", *rows])
 
 

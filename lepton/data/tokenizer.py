@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import lzma
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lepton.data.sources import Corpus
-from lepton.errors import InputError
+from lepton.errors import InputError, shown
 from lepton.files import parse_json, read_bytes, replacing, unpack_xz
 
 EOS = "<|endoftext|>"
@@ -125,7 +126,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`. Special and unknown ids have none; a torn character becomes U+FFFD."""
         table = self._bytes_of_id
-        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode("utf-8", "replace")
+        try:
+            values = [operator.index(i) for i in ids]
+        except TypeError:
+            raise InputError(f"ids={shown(ids)}: give the ids of one text, a list of integers") from None
+        return b"".join(table[i] for i in values if 0 <= i < len(table)).decode("utf-8", "replace")
 
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes ids one by one and only gives complete characters."""
@@ -164,6 +169,8 @@ class Tokenizer:
 
 def _encodable(text: str) -> str:
     """Replace lone surrogates, which JSON and command lines can smuggle in, by question marks."""
+    if not isinstance(text, str):
+        raise InputError(f"text={shown(text)}: must be a string")
     try:
         text.encode()
     except UnicodeEncodeError:

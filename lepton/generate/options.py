@@ -10,7 +10,8 @@ from lepton.errors import InputError, nearest, shown
 from lepton.values import SEEDS, depth_share, real, thinking_rounds, whole
 
 Stop: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
-"""A token id, a list of ids, or a list of id sequences; tensors and arrays of integers are as good."""
+"""A token id; a list of ids, any of which ends the text; or a list of id sequences, any of which ends it. So a text is
+`[tokenizer.encode(text)]`. Tensors and arrays of integers are as good."""
 
 
 def _flag(text: str, metavar: str | None = None) -> dict[str, Any]:
@@ -45,7 +46,7 @@ class GenerationOptions:
         default=None,
         metadata=_flag(r"end after this text; \n is a new line, \t a tab, \\ a backslash", "TEXT"),
     )
-    """Ends a row once it has been produced; what ended it is kept."""
+    """Ends a row once it has been produced; what ended it is kept. For a text give `[tokenizer.encode(text)]`."""
     depth: float | None = field(default=None, metadata=_flag("share of tokens allowed past the stem (default: 1)", "X"))
     """Share of the tokens allowed past the stem, in 0..1; None is 1."""
     think: int | None = field(default=None, metadata=_flag("rounds of thinking (default: the model's own)", "N"))

@@ -30,7 +30,7 @@ def size_config(size: str, *, dense: bool = False, **overrides: Any) -> LeptonCo
     complete = preset(size).config(IDEAS)
     if not dense:
         window = overrides.get("window", complete.window)
-        if isinstance(window, int) and window < complete.segment:
+        if isinstance(window, int) and 1 <= window < complete.segment:
             overrides = {"segment": window, **overrides}
         return complete.replace(**overrides)
     shape = {name: value for name, value in overrides.items() if name not in DENSE}

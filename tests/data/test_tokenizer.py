@@ -172,3 +172,16 @@ def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing to learn from in .*empty\.txt"):
         train_tokenizer([tmp_path / "empty.txt"], tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], "a", [1.5], 3, [None]])
+def test_ids_that_are_none_are_named(ids):
+    with pytest.raises(InputError, match="give the ids of one text, a list of integers"):
+        load_tokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("text", [3, None, b"a"])
+def test_a_text_that_is_none_is_named(text):
+    for encode in (load_tokenizer().encode, lambda text: load_tokenizer().encode_batch([text])):
+        with pytest.raises(InputError, match=f"text={text!r}: must be a string"):
+            encode(text)

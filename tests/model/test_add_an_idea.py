@@ -28,3 +28,8 @@ def test_the_idea_of_the_guide_works(monkeypatch):
     with torch.device("meta"):
         assert Lepton(size_config("nano", **{"sketch.width": 32})).sketch.up.out_features == 32
         assert Lepton(size_config("nano", sketch=None)).sketch is None
+
+
+def test_every_idea_is_in_the_complete_model_of_the_laws():
+    """Otherwise they would pass without it: add a line to `IDEAS` in tests/laws/lab.py."""
+    assert {*build("complete").ideas} == {*configuration.IDEAS}

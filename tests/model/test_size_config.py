@@ -46,3 +46,9 @@ def test_the_dense_baseline_attends_to_everything():
 def test_counting_allocates_nothing_and_agrees_with_the_built_model():
     assert count_params(size_config("nano")) == create_lepton_nano().num_params()
     assert count_params(size_config("xxl")) > 2.5e9
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_that_is_none_is_named(window):
+    with pytest.raises(InputError, match=f"^window={window}"):
+        size_config("nano", window=window)
