@@ -144,15 +144,15 @@ def continuation(
     for token, unsure in stream:
         taken.append((token, unsure))
         text, uncertainty = decoder.push(token), max(uncertainty, unsure)
-        sight = tail + text
-        ends = [sight.index(stop) + len(stop) for stop in stops if stop in sight]
+        joined = tail + text
+        ends = [joined.index(stop) + len(stop) for stop in stops if stop in joined]
         if ends:
-            yield Piece(sight[len(tail) : min(ends)], uncertainty)
+            yield Piece(joined[len(tail) : min(ends)], uncertainty)
             return
         if text:
             yield Piece(text, uncertainty)
             uncertainty = 0.0
-        tail = sight[-reach:] if reach else ""
+        tail = joined[-reach:] if reach else ""
     if rest := decoder.flush():
         yield Piece(rest, uncertainty)
 
