@@ -76,7 +76,8 @@ def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
     if not packing:
         yield raw
         return
-    empty, _ = not raw.read(1), raw.seek(0)
+    empty = not raw.read(1)
+    raw.seek(0)
     if empty:  # which gzip and bz2 take for a packed file of no bytes
         raise _torn(path, packing, EOFError("it is empty"))
     try:

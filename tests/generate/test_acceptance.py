@@ -32,17 +32,17 @@ def test_one_draft_by_exact_integration(seed, zeros):
     """Every draft, with a fine grid over both uniforms: the token at place 0 is distributed as p."""
     p, q = (conditionals(1, seed + shift, zeros)[()] for shift in (0, 100))
     grid = midpoints(401)
-    trials, draws = (each.flatten() for each in torch.meshgrid(grid, grid, indexing="ij"))
+    uniforms, draws = (each.flatten() for each in torch.meshgrid(grid, grid, indexing="ij"))
     total = torch.zeros(V, dtype=torch.float64)
     for d in range(V):
         if q[d] == 0:
             continue
-        n = len(trials)
+        n = len(uniforms)
         p_ATV = torch.stack([p, p]).expand(n, -1, -1)
-        verdict = accept(p_ATV, q.expand(n, 1, V), torch.full((n, 1), d), trials[:, None], draws)
-        first = torch.where(verdict.accepted_A > 0, d, verdict.next_A)
+        result = accept(p_ATV, q.expand(n, 1, V), torch.full((n, 1), d), uniforms[:, None], draws)
+        first = torch.where(result.accepted_A > 0, d, result.next_A)
         total += q[d] * first.bincount(minlength=V) / n
-        assert verdict.accepted_A.double().mean() == pytest.approx(min(1, float(p[d] / q[d])), abs=0.003)
+        assert result.accepted_A.double().mean() == pytest.approx(min(1, float(p[d] / q[d])), abs=0.003)
     torch.testing.assert_close(total, p, rtol=0, atol=0.006)
     assert not total[p == 0].any(), "what p excludes is never returned"
 
@@ -65,14 +65,14 @@ def test_a_chain_of_drafts_has_the_joint_distribution_of_p():
         q_AYV.append(table(q, i)[code(paths)])
         paths = torch.cat([paths, torch.multinomial(q_AYV[-1], 1)], 1)
         p_ATV.append(table(p, i + 1)[code(paths)])
-    verdict = accept(torch.stack(p_ATV, 1), torch.stack(q_AYV, 1), paths, uniform[:, :places], uniform[:, -1])
-    assert set(verdict.accepted_A.tolist()) == set(range(places + 1))
+    result = accept(torch.stack(p_ATV, 1), torch.stack(q_AYV, 1), paths, uniform[:, :places], uniform[:, -1])
+    assert set(result.accepted_A.tolist()) == set(range(places + 1))
     # The first token, and the second where there is one: a row that kept at least one draft says both.
-    first = torch.where(verdict.accepted_A > 0, paths[:, 0], verdict.next_A)
-    second = torch.where(verdict.accepted_A > 1, paths[:, 1], verdict.next_A)
+    first = torch.where(result.accepted_A > 0, paths[:, 0], result.next_A)
+    second = torch.where(result.accepted_A > 1, paths[:, 1], result.next_A)
     assert_frequencies(first.bincount(minlength=V), p[()])
     for token in range(V):
-        kept = (verdict.accepted_A > 0) & (paths[:, 0] == token)
+        kept = (result.accepted_A > 0) & (paths[:, 0] == token)
         if kept.any():
             assert_frequencies(second[kept].bincount(minlength=V), p[(token,)])
 
@@ -98,8 +98,8 @@ def one_hot(*tokens):
 )
 def test_greedy_keeps_what_agrees_whatever_the_numbers(u, drafts, accepted, following):
     draws = torch.full((1, 3), u, dtype=torch.float64)
-    verdict = accept(one_hot(1, 2, 3, 0), one_hot(*drafts), torch.tensor([drafts]), draws, draws[:, 0])
-    assert [each.tolist() for each in verdict] == [[accepted], [following]]
+    result = accept(one_hot(1, 2, 3, 0), one_hot(*drafts), torch.tensor([drafts]), draws, draws[:, 0])
+    assert [each.tolist() for each in result] == [[accepted], [following]]
 
 
 def test_a_place_without_a_draft_ends_the_row():
@@ -109,16 +109,16 @@ def test_a_place_without_a_draft_ends_the_row():
     q[0] = 0
     q[1, 1] = 0
     zeros = torch.zeros(3, 2, dtype=torch.float64)
-    verdict = accept(p, q, torch.ones(3, 2, dtype=torch.int64), zeros, torch.full((3,), 0.6, dtype=torch.float64))
-    assert verdict.accepted_A.tolist() == [0, 1, 2]
-    assert verdict.next_A.tolist() == [2, 2, 2], "drawn from all of p"
+    result = accept(p, q, torch.ones(3, 2, dtype=torch.int64), zeros, torch.full((3,), 0.6, dtype=torch.float64))
+    assert result.accepted_A.tolist() == [0, 1, 2]
+    assert result.next_A.tolist() == [2, 2, 2], "drawn from all of p"
 
 
 def test_no_drafts_is_plain_sampling():
     p = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]], dtype=torch.float64)
     nothing = torch.zeros(1, 0, dtype=torch.float64)
-    verdict = accept(p, p[:, :0], nothing.long(), nothing, torch.tensor([0.65], dtype=torch.float64))
-    assert [each.tolist() for each in verdict] == [[0], [3]]
+    result = accept(p, p[:, :0], nothing.long(), nothing, torch.tensor([0.65], dtype=torch.float64))
+    assert [each.tolist() for each in result] == [[0], [3]]
 
 
 def test_a_rest_lost_to_rounding_falls_back_to_p():
@@ -126,5 +126,5 @@ def test_a_rest_lost_to_rounding_falls_back_to_p():
     q = p[:, :1].clone()
     q[0, 0, 0] = q[0, 0, 1] = 0.5 + 2**-53
     trial = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
-    verdict = accept(p, q, torch.tensor([[0]]), trial, torch.tensor([0.9], dtype=torch.float64))
-    assert verdict.next_A.tolist() == [1]
+    result = accept(p, q, torch.tensor([[0]]), trial, torch.tensor([0.9], dtype=torch.float64))
+    assert result.next_A.tolist() == [1]
