@@ -117,17 +117,21 @@ class Attention(nn.Module):
         return v.unflatten(-1, (self.kv_heads, self.head_dim))
 
     def forward(
-        self, q: Tensor, k_BJKH: Tensor, v_BJKH: Tensor, plan: AttentionPlan, slots: Slots | None = None
+        self,
+        q: Tensor,
+        k_BJKH: Tensor,
+        v_BJKH: Tensor,
+        plan: AttentionPlan,
+        slots: Slots | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return the output of the layer, [B, T, D], or [M, D] if the plan computes only some tokens.
 
         `q` are the queries [..., N, H] of these tokens, `k_BJKH` and `v_BJKH` keys and values of remembered
-        tokens and chunk.
+        tokens and chunk. `slots` may be their keys and values [B, C, K, H].
         """
-        if slots is None or not len(q):  # without queries, slots need no keys
-            return self.out(attend(q, k_BJKH, v_BJKH, plan).flatten(-2))
-        keys_values = self.key_value(slots.states_BCD, None, slots.bias_BC)
-        return self.out(attend(q, k_BJKH, v_BJKH, plan, keys_values).flatten(-2))
+        if isinstance(slots, Slots):  # without queries, slots need no keys
+            slots = self.key_value(slots.states_BCD, None, slots.bias_BC) if len(q) else None
+        return self.out(attend(q, k_BJKH, v_BJKH, plan, slots).flatten(-2))
 
 
 def _ending_in(x: Tensor, last: Tensor) -> Tensor:

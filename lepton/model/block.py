@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
 from lepton.model.attention import Attention, Rotary, Slots
+from lepton.model.kv_ring import LayerCache, RingLayer, joined
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.attention_plan import AttentionPlan
@@ -58,7 +59,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        past: tuple[Tensor, Tensor],
+        past: LayerCache,
         rotary: Rotary,
         plan: AttentionPlan,
         slots: Slots | None = None,
@@ -70,7 +71,7 @@ class Block(nn.Module):
 
         Args:
             x_BTD: residual stream before the block.
-            past: keys and values [B, R, K, H] of remembered tokens.
+            past: keys and values [B, R, K, H] of remembered tokens, or the ring that holds them.
             rotary: rotary angles of the chunk's tokens.
             plan: the attention mask.
             slots: kv entries in addition to those of tokens.
@@ -81,6 +82,7 @@ class Block(nn.Module):
         else:
             k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
             q = self.attention.query(plan.take(normed_BTD), Rotary(plan.take(rotary.cos), plan.take(rotary.sin)))
-        k_BJKH, v_BJKH = torch.cat([past[0], k_BTKH], 1), torch.cat([past[1], v_BTKH], 1)
-        x = plan.take(x_BTD) + self.attention(q, k_BJKH, v_BJKH, plan, slots)
+        k_BJKH, v_BJKH = joined(past, k_BTKH, v_BTKH)
+        kept = past.kept_slots() if isinstance(past, RingLayer) else None
+        x = plan.take(x_BTD) + self.attention(q, k_BJKH, v_BJKH, plan, kept or slots)
         return plan.put(x_BTD, x + self.mlp(norm(x))), k_BTKH, v_BTKH

@@ -63,7 +63,7 @@ def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any
 
 def check_state(model: Modules, state: State, rows: int) -> None:
     """Raise InputError unless `state` is one of this model, for `rows` rows, in its dtype and on its device."""
-    if not isinstance(state, State):
+    if not isinstance(state, State) or not isinstance(state.stem, KVCache):
         raise InputError(f"state={shown(state)}: give what new_state, load_state, out.state or out.commit returned")
     if state.batch_size != rows:
         raise InputError(f"the state holds {state.batch_size} rows and the tokens {rows}; they must agree")

@@ -24,6 +24,7 @@ from lepton.model.flops import flops_per_token
 from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
 from lepton.model.ideas.idea import Call, ChunkInputs, Flow, Idea
 from lepton.model.kv_cache import KeysValues, KVCache
+from lepton.model.kv_ring import KVRing, RingWindow
 from lepton.model.layers import norm
 from lepton.model.modules import Modules
 from lepton.model.objective import Loss, objective
@@ -104,7 +105,46 @@ class Network(Modules):
     ) -> Output:
         """`forward` without the head: the result holds hidden vectors, and can compute the next `State`."""
         tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
-        inputs = self._chunk_inputs(tokens, past, call, opens, groups)
+        config = self.config
+        timeline = Timeline.read(
+            tokens,
+            past.position_B,
+            past.phase_B,
+            eos_id=config.eos_id,
+            segment=config.segment,
+            opens_BT=opens,
+            groups=groups,
+        )
+        causal = CausalWindow.of(
+            timeline.position_BT,
+            past=past.stem.entries,
+            window=config.window,
+            dtype=self.dtype,
+            head_dim=config.head_dim,
+            routed=call.depth < 1,
+        )
+        return self.through(self.chunk_inputs(call, tokens, timeline, causal), past, lengths)
+
+    def decode(self, tokens_BT: Tensor, past: State, call: Call, *, opening: bool) -> Output:
+        """`trunk` for a few tokens of one document each, with shapes that depend on nothing but the arguments' shapes.
+
+        The caches of `past` are rings (`KVRing`), which the pass writes to. Only the first token may open a segment,
+        and only if `opening`. Nothing is checked.
+        """
+        config, ring = self.config, past.stem
+        length = tokens_BT.shape[1]
+        timeline = Timeline.within_document(
+            past.position_B, past.phase_B, length, segment=config.segment, opening=opening
+        )
+        causal = RingWindow.over(timeline.position_BT, columns=ring.entries, window=config.window, dtype=self.dtype)
+        lengths_B = torch.full_like(past.position_B, length)
+        return self.through(self.chunk_inputs(call, tokens_BT, timeline, causal), past, lengths_B)
+
+    def through(self, inputs: ChunkInputs, past: State, lengths: Tensor) -> Output:
+        """Pass a chunk through stem, ideas and deep blocks: the diagram of docs/architecture.md.
+
+        `lengths` are the tokens [B] of each row that are not padding.
+        """
         x_BTD = norm(self.embed_up(inputs.embedded_BTE))
         h_BTD, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
         flow = Flow.after_stem(inputs, h_BTD)
@@ -116,7 +156,7 @@ class Network(Modules):
                 updates[idea.name] = contribution.update
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for idea in self._in_flow():
-            x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, call)
+            x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
         chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.window, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(
@@ -156,28 +196,9 @@ class Network(Modules):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
 
-    def _chunk_inputs(
-        self, tokens: Tensor, past: State, call: Call, opens: Tensor | None, groups: int | None
-    ) -> ChunkInputs:
-        """Embed the tokens of a chunk; find their positions, documents and segments, and their attention mask."""
+    def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
+        """Embed the tokens of a chunk, and compute their rotary angles."""
         config = self.config
-        timeline = Timeline.read(
-            tokens,
-            past.position_B,
-            past.phase_B,
-            eos_id=config.eos_id,
-            segment=config.segment,
-            opens_BT=opens,
-            groups=groups,
-        )
-        causal = CausalWindow.of(
-            timeline.position_BT,
-            past=past.stem.entries,
-            window=config.window,
-            dtype=self.dtype,
-            head_dim=config.head_dim,
-            routed=call.depth < 1,
-        )
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
         return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, causal)
 
@@ -185,7 +206,7 @@ class Network(Modules):
         self,
         blocks: nn.ModuleList,
         x_BTD: Tensor,
-        past: KVCache,
+        past: KVCache | KVRing,
         rotary: Rotary,
         plan: AttentionPlan,
         slots: Slots | None = None,
@@ -206,6 +227,22 @@ class Network(Modules):
         """Yield the ideas between stem and deep blocks, in the order of the flow."""
         top = {idea.name for idea in self.config.ideas if idea.reads_top}
         return (idea for name, idea in self.ideas.items() if name not in top)
+
+    def lasting_slots(self, state: State) -> tuple[Tensor, Tensor] | None:
+        """Return normed states [B, C, D] and biases [B, C] of the slots that stay the same until a segment opens.
+
+        None: there are none, or an idea does not promise it; see `Idea.lasting_slots`.
+        """
+        found = []
+        for idea in self._in_flow():
+            slots = idea.lasting_slots(state.part(idea.name))
+            if slots is None and idea.slots_of(0):
+                return None
+            found += [slots] if slots is not None else []
+        if not found:
+            return None
+        states, biases = zip(*reversed(found), strict=True)  # as `Flow.slots` joins them
+        return torch.cat(states, 1), torch.cat(biases, 1)
 
     def new_state(
         self, batch_size: int, *, memory: Memory | str | Path | None = None, any_weights: bool = False

@@ -13,6 +13,7 @@ from torch import Tensor
 from lepton import tensors
 from lepton.errors import InputError, reason
 from lepton.model.kv_cache import KVCache
+from lepton.model.kv_ring import KVRing
 from lepton.model.trees import as_pytree
 from lepton.model.weights import Origin
 
@@ -61,9 +62,9 @@ class State:
     """Position of the next token in its document; 0: it starts one."""
     phase_B: Tensor
     """Tokens since the segment opened, modulo its length; 0: the next token opens one."""
-    stem: KVCache
-    """kv cache of the stem."""
-    deep: KVCache
+    stem: KVCache | KVRing
+    """kv cache of the stem; in decoding, rings that the pass writes to."""
+    deep: KVCache | KVRing
     """kv cache of the deep blocks."""
     ideas: dict[str, Any]
     """States of ideas by their names, without those in `memory`."""

@@ -81,6 +81,28 @@ class Timeline:
             position_BT, ends_BT, first_BT.cumsum(1), since_BT, group_BT, opening_BG, start_B, phase_B, segment
         )
 
+    @staticmethod
+    def within_document(start_B: Tensor, phase_B: Tensor, length: int, *, segment: int, opening: bool) -> "Timeline":
+        """Return the timeline of a chunk of `length` tokens, none of which ends a document.
+
+        Only the first token may open a segment, and only if `opening`: shapes then have space for one new segment.
+        A later token that would is taken for one of the same segment; the caller drops it.
+        """
+        index_T = torch.arange(length, device=start_B.device)
+        nothing_BT = torch.zeros(len(start_B), length, dtype=torch.int64, device=start_B.device)
+        opens_B = phase_B % segment == 0
+        return Timeline(
+            position_BT=start_B[:, None] + index_T,
+            ends_BT=nothing_BT.bool(),
+            document_BT=nothing_BT,
+            since_BT=phase_B[:, None] + index_T,
+            group_BT=nothing_BT + opens_B[:, None] if opening else nothing_BT,
+            opening_BG=opens_B[:, None].long() - 1 if opening else nothing_BT[:, :0],
+            start_B=start_B,
+            phase_B=phase_B,
+            segment=segment,
+        )
+
     def at(self, value_BT: Tensor, count_B: Tensor, before: Tensor | int) -> Tensor:
         """Return `value_BT` at the last of each row's first `count_B` tokens, or `before` if `count_B` is 0."""
         last_B = value_BT.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]

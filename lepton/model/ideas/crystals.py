@@ -95,12 +95,16 @@ class RatedTokens:
 
     def take(self, index_BC: Tensor, keep_BC: Tensor) -> "RatedTokens":
         """Return the entries with indices `index_BC`; those where `keep_BC` is false become empty."""
-        values = [at_indices(getattr(self, field.name), index_BC) for field in fields(self)]
+        return RatedTokens(*(at_indices(getattr(self, each.name), index_BC) for each in fields(self))).where(keep_BC)
+
+    def where(self, keep_BC: Tensor) -> "RatedTokens":
+        """Return the entries where `keep_BC` ([B, C] or [B, 1]) is true, and empty ones in place of the others."""
         blanks = (0, 0, EMPTY, -1)
-        kept = [
+        values = (getattr(self, each.name) for each in fields(self))
+        kept = (
             value.masked_fill(~keep_BC.view(*keep_BC.shape, *[1] * (value.dim() - 2)), blank)
             for value, blank in zip(values, blanks, strict=True)
-        ]
+        )
         return RatedTokens(*kept)
 
     def join(self, other: "RatedTokens") -> "RatedTokens":
@@ -185,6 +189,9 @@ class Crystals(Idea):
         """Return `past` as a new stream starts with it."""
         return past.carried(self.window)
 
+    def lasting_slots(self, past: "Store") -> tuple[Tensor, Tensor]:
+        return norm(past.kept.states_BCD), past.kept.log_score_BC
+
     def contribute(self, flow: Flow, past: "Store") -> Contribution:
         """Rate the tokens; crystals outside the window are slots."""
         slots, update = self(flow.h_BTD, flow.u_BTD, flow.tokens_BT, past, flow.timeline)
@@ -209,8 +216,11 @@ class Crystals(Idea):
         ids_BTX = ids_BTX.masked_fill(age_X > timeline.position_BT[..., None], -1)
         chunk = RatedTokens(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
         update = CrystalUpdate(self.slots, self.count, past, chunk, history_BJ, timeline)
-        candidates, alive_BGC = update.candidates(None)
-        alive_BTC = at_indices(alive_BGC, timeline.group_BT)
+        if update.within_segment:
+            candidates, alive_BTC = past.kept, (past.kept.position_BC > EMPTY)[:, None]
+        else:
+            candidates, alive_BGC = update.candidates(None)
+            alive_BTC = at_indices(alive_BGC, timeline.group_BT)
         age_BTC = timeline.position_BT[:, :, None] - candidates.position_BC[:, None]
         mask_BTC = alive_BTC & (age_BTC >= self.window)
         return Slots(norm(candidates.states_BCD), mask_BTC, candidates.log_score_BC), update
@@ -267,6 +277,11 @@ class CrystalUpdate:
     """Token ids: the last ones before the chunk, then those of the chunk."""
     timeline: Timeline
 
+    @property
+    def within_segment(self) -> bool:
+        """Whether no segment opens in the chunk: the crystals then stay the same."""
+        return self.timeline.opening_BG.shape[1] == 0
+
     def candidates(self, count_B: Tensor | None) -> tuple[RatedTokens, Tensor]:
         """Return every token that is a crystal at some point of the chunk, and a mask of when.
 
@@ -275,18 +290,12 @@ class CrystalUpdate:
         a segment is open.
         """
         timeline, count = self.timeline, self.count
-        length = timeline.group_BT.shape[1]
         groups = timeline.opening_BG.shape[1] + 1
         # The R = `count` pending tokens belong to the segment and the document that are open before the chunk.
-        rated = self.past.pending.join(self.chunk)
+        rated, priority_BJ = self.rated(count_B)
         zeros_BR = torch.zeros_like(self.past.pending.position_BC)
         group_BJ = torch.cat([zeros_BR, timeline.group_BT], 1)
         document_BJ = torch.cat([zeros_BR, timeline.document_BT], 1)
-        priority_BJ = rated.priority()
-        if count_B is not None:
-            read_BT = torch.arange(length, device=count_B.device) < count_B[:, None]
-            read_BJ = torch.cat([torch.ones_like(zeros_BR, dtype=torch.bool), read_BT], 1)
-            priority_BJ = priority_BJ.masked_fill(~read_BJ, torch.iinfo(torch.int64).min)
         index, filled = best_of_groups(priority_BJ, group_BJ, groups, count)
         entries = self.past.kept.join(rated.take(index, filled))
         # The document of each entry and each segment, and the first segment during which an entry may be a crystal.
@@ -306,20 +315,39 @@ class CrystalUpdate:
         alive_BGC = torch.zeros_like(stays_BGC).scatter(2, order_BC[:, None].expand(-1, groups, -1), stays_BGC)
         return entries, alive_BGC
 
+    def rated(self, count_B: Tensor | None) -> tuple[RatedTokens, Tensor]:
+        """Return the pending tokens, followed by the chunk's, and their priorities.
+
+        All but the first `count_B` tokens of the chunk have the lowest priority; None: none has.
+        """
+        rated = self.past.pending.join(self.chunk)
+        priority_BJ = rated.priority()
+        if count_B is not None:
+            pending, entries = self.past.pending.position_BC.shape[1], priority_BJ.shape[1]
+            unread_BJ = torch.arange(-pending, entries - pending, device=count_B.device) >= count_B[:, None]
+            priority_BJ = priority_BJ.masked_fill(unread_BJ, torch.iinfo(torch.int64).min)
+        return rated, priority_BJ
+
     def after(self, count_B: Tensor, timeline: Timeline) -> Store:
         """Return the store after the first `count_B` tokens."""
-        entries, alive_BGC = self.candidates(count_B)
-        group_B = timeline.at(timeline.group_BT, count_B, 0)
         goes_on_B1 = ~timeline.ended(count_B)[:, None]
         position_B = timeline.position_after(count_B)
+        index_BR = count_B[:, None] + torch.arange(CONTEXT - 1, device=count_B.device)
+        in_document_BR = torch.arange(CONTEXT - 1, device=count_B.device) >= CONTEXT - 1 - position_B[:, None]
+        ids_BR = self.history_BJ.gather(1, index_BR).masked_fill(~in_document_BR, -1)
+        if self.within_segment:
+            rated, priority_BJ = self.rated(count_B)
+            least_B1 = priority_BJ.topk(self.count, 1).values[:, -1:]
+            best_BJ = (priority_BJ >= least_B1) & (priority_BJ > torch.iinfo(torch.int64).min) & goes_on_B1
+            pending = _oldest_first(rated, best_BJ, self.count)
+            return Store(self.past.kept.where(goes_on_B1), pending, ids_BR)
+        entries, alive_BGC = self.candidates(count_B)
+        group_B = timeline.at(timeline.group_BT, count_B, 0)
         kept_BC = alive_BGC[torch.arange(len(group_B), device=group_B.device), group_B] & goes_on_B1
         before = self.past.kept.position_BC.shape[1]
         place_C = torch.arange(entries.position_BC.shape[1], device=group_B.device) - before
         in_group_BC = (place_C >= 0) & (place_C // self.count == group_B[:, None])
         pending_BC = in_group_BC & (entries.position_BC > EMPTY) & goes_on_B1
-        index_BR = count_B[:, None] + torch.arange(CONTEXT - 1, device=count_B.device)
-        in_document_BR = torch.arange(CONTEXT - 1, device=count_B.device) >= CONTEXT - 1 - position_B[:, None]
-        ids_BR = self.history_BJ.gather(1, index_BR).masked_fill(~in_document_BR, -1)
         kept = _oldest_first(entries, kept_BC, self.slots)
         return Store(kept, _oldest_first(entries, pending_BC, self.count), ids_BR)
 

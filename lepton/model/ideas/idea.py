@@ -72,8 +72,18 @@ class Call:
 
     depth: float = 1.0
     """Share of the tokens that may go through the deep blocks."""
-    think: int | Tensor | None = None
-    """Rounds of thinking, for all rows or per row (int [B]); None is the configuration's number."""
+    think: "int | Tensor | Rounds | None" = None
+    """Rounds of thinking, for all rows or per row; None is the configuration's number. A tensor [B] is for training,
+    where few rows think for long."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of thinking of each row of a pass, when rows differ."""
+
+    each_B: Tensor
+    most: int
+    """Bound of them, a constant of the pass."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +303,14 @@ class Idea(nn.Module):
         """Return the state of `rows` sequences that have read nothing; None: it has no state.
 
         Without `allocate`, dimensions that hold past tokens may have size 0: such a state is read once and dropped.
+        """
+        return None
+
+    def lasting_slots(self, past: Any) -> tuple[Tensor, Tensor] | None:
+        """Return normed states [B, C, D] and biases [B, C] of its slots, if they stay the same until a segment opens.
+
+        They are those that `contribute` gives for a chunk in which no segment opens, whatever its tokens are; only the
+        mask may differ. Decoding then keeps their keys and values. None: it makes no such promise.
         """
         return None
 

@@ -19,8 +19,9 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import check_range
-from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Rounds, Switch, Work, matrices, segment_within_window
 from lepton.model.kv_cache import KeysValues, KVCache
+from lepton.model.kv_ring import joined
 from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import MATRIX, SCORE, normal
 from lepton.model.timeline import Timeline
@@ -124,11 +125,10 @@ class Groups:
 
     def slots(self) -> Slots:
         """Return the slots for the deep blocks: each token attends to the group of its own segment."""
-        rows, groups, slots, _ = self.states_BGSD.shape
+        groups, slots = self.states_BGSD.shape[1:3]
         group_G = torch.arange(groups, device=self.active_BG.device)
         mask_BTG = (self.timeline.group_BT[:, :, None] == group_G) & self.active_BG[:, None]
-        states_BCD = norm(self.states_BGSD.flatten(1, 2))
-        bias_BC = torch.zeros(rows, groups * slots, device=states_BCD.device)
+        states_BCD, bias_BC = as_slots(self.states_BGSD.flatten(1, 2))
         return Slots(states_BCD, mask_BTG.repeat_interleave(slots, 2), bias_BC)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,11 @@ class Groups:
         group_BT = self.timeline.group_BT
         mean_BTD = mean_BGD.gather(1, group_BT[..., None].expand(-1, -1, mean_BGD.shape[-1]))
         return mean_BTD, (self.change_BG * self.active_BG).gather(1, group_BT)
+
+
+def as_slots(states_BCD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the normed states of thoughts, and their biases, which are 0."""
+    return norm(states_BCD), torch.zeros(states_BCD.shape[:2], device=states_BCD.device)
 
 
 @dataclass(frozen=True)
@@ -189,10 +194,13 @@ class Thoughts(Idea):
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         return {"active_B": (0, 1), "change_B": (0, torch.inf)}
 
+    def lasting_slots(self, past: ThoughtState) -> tuple[Tensor, Tensor]:
+        return as_slots(past.group.states_BSD)
+
     def contribute(self, flow: Flow, past: ThoughtState) -> Contribution:
         """Compute a group for each segment that opens; each token attends to the group of its own segment."""
         chunk = self.block.attention.key_value(flow.u_BTD, flow.rotary)
-        k_BJKH, v_BJKH = (torch.cat(pair, 1) for pair in zip(past.kv.layer(0), chunk, strict=True))
+        k_BJKH, v_BJKH = joined(past.kv.layer(0), *chunk)
         rounds = self.rounds if flow.call.think is None else flow.call.think
         groups = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
         thought_BTD, change_BT = groups.read()
@@ -208,7 +216,7 @@ class Thoughts(Idea):
         rotary: Rotary,
         timeline: Timeline,
         causal: CausalWindow,
-        rounds: int | Tensor,
+        rounds: int | Tensor | Rounds,
     ) -> Groups:
         """Compute the groups of a chunk.
 
@@ -220,8 +228,8 @@ class Thoughts(Idea):
             rotary: rotary angles of the chunk's tokens.
             timeline: its segments.
             causal: its attention mask.
-            rounds: one number for all rows, or an int tensor [B] in training: at most `USUAL_ROUNDS`, in `late_rows`
-                rows at most `MAX_TRAINING_ROUNDS`.
+            rounds: one number for all rows, or one for each; or an int tensor [B] in training: at most `USUAL_ROUNDS`,
+                in `late_rows` rows at most `MAX_TRAINING_ROUNDS`.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -232,10 +240,9 @@ class Thoughts(Idea):
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(at_indices(u_BTD, index_BG))[:, :, None]
         here = Rotary(at_indices(rotary.cos, index_BG), at_indices(rotary.sin, index_BG))
         plan = causal.plan_of_mask(self._mask(opening_BG, causal))
-        each_B = rounds if isinstance(rounds, Tensor) else torch.full((rows,), rounds, device=u_BTD.device)
+        each_B, usual = _each(rounds, rows, u_BTD.device)
         inputs = ThinkingInputs(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
-        usual = rounds if isinstance(rounds, int) else USUAL_ROUNDS
         z_BGSD, change_BG = self._think(inputs, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
             # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, continue.
@@ -328,6 +335,15 @@ class Thoughts(Idea):
             yield {"think": 0}
 
         return {self.name: off}
+
+
+def _each(rounds: int | Tensor | Rounds, rows: int, device: torch.device) -> tuple[Tensor, int]:
+    """Return the rounds of each row [B], and the number that is computed for all of them."""
+    if isinstance(rounds, Rounds):
+        return rounds.each_B, rounds.most
+    if isinstance(rounds, Tensor):
+        return rounds, USUAL_ROUNDS
+    return torch.full((rows,), rounds, device=device), rounds
 
 
 def training_rounds(rows: int) -> float:

@@ -1,0 +1,122 @@
+"""The engine: each step schedules a cycle, launches it, and reads the one before.
+
+A GPU thus always has work while the host reads, and what the host knows is one cycle old. A CPU computes nothing beside
+its host, so there a step reads what it has launched.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lepton.engine.runner import RowResult, Runner, Running
+from lepton.engine.scheduler import Launch, Prefill, Scheduler
+from lepton.engine.sequence import Sequence
+from lepton.engine.speculation import Speculation, bucket_of
+from lepton.engine.stats import Stats
+from lepton.errors import InputError
+
+
+class NotFiniteError(InputError):
+    """The model gives no numbers: its training diverged, or its weights are damaged."""
+
+
+class SequenceOutput(NamedTuple):
+    """New tokens of one sequence, from one cycle."""
+
+    sequence: Sequence
+    tokens: list[int]
+    uncertainties: list[float]
+    """One for each token if they were asked for, else empty."""
+    logprobs: list[tuple[float, dict[int, float]]]
+    """For each token its log-probability and those of the most probable ones by id, if they were asked for."""
+
+
+@dataclass
+class Work:
+    """What has been launched."""
+
+    plan: Prefill | Launch
+    indices: list[int]
+    """The sequences of the plan that it is about."""
+    running: Running
+    since: float = field(default_factory=time.perf_counter)
+
+
+class Engine:
+    """Generates for many sequences at once. They join and leave between cycles; each is as it would be alone."""
+
+    def __init__(self, runner: Runner, speculation: Speculation | None = None) -> None:
+        self.runner, self.stats = runner, Stats()
+        self.speculation = speculation or runner.speculation
+        self._scheduler = Scheduler(
+            runner.places, runner.model.config.segment, rounds=runner.rounds, drafts=self._choose_drafts
+        )
+        self._lag = 1 if runner.model.device.type == "cuda" else 0
+        self._launched: deque[list[Work]] = deque()
+        self._read_at = 0.0
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a place."""
+        self._scheduler.add(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence; its place is free once the passes that it is in have been read."""
+        self._scheduler.cancel(sequence)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self._scheduler.waiting or self._scheduler.running or self._launched)
+
+    def step(self) -> list[SequenceOutput]:
+        """Launch a cycle, and return the outcome of one: on a GPU of the one before, which may be nothing."""
+        prefill = self._scheduler.admit()
+        works = []
+        if prefill.sequences:
+            works += [Work(prefill, *each) for each in self.runner.prefill(prefill)]
+        if self._lag or not works:  # without a lag, what the prompts gave is known before the next cycle
+            works += [
+                Work(launch, [*range(len(launch.sequences))], self.runner.launch(launch))
+                for launch in self._scheduler.launches()
+            ]
+        if works:
+            self._launched.append(works)
+        if self._launched and (len(self._launched) > self._lag or not works):
+            return [output for work in self._launched.popleft() for output in self._finish(work)]
+        return []
+
+    def _finish(self, work: Work) -> list[SequenceOutput]:
+        results = work.running.read()
+        now = time.perf_counter()
+        seconds, self._read_at = now - max(work.since, self._read_at), now
+        sequences = [work.plan.sequences[i] for i in work.indices]
+        before = [len(each.new) for each in sequences]
+        ended = [each.ended for each in sequences]
+        for sequence, result, over in zip(sequences, results, ended, strict=True):
+            if not result.finite and not over:
+                raise NotFiniteError("the model's logits are not finite: its training diverged")
+        counted = self._scheduler.finish(sequences, [each.tokens for each in results], prefill=isinstance(work.plan, Prefill))
+        outputs = []
+        self.stats.forward_calls += work.running.passes
+        for sequence, result, tokens, had in zip(sequences, results, counted, before, strict=True):
+            self._count(sequence, result, len(tokens), had, work)
+            if tokens:
+                count = len(tokens)
+                outputs.append(SequenceOutput(sequence, tokens, result.uncertainties[:count], result.logprobs[:count]))
+        if isinstance(work.plan, Launch):
+            running = [not each for each in ended]
+            tokens_read = sum(len(each.tokens) for each, on in zip(results, running, strict=True) if on)
+            bucket = bucket_of(len(sequences))
+            self.speculation.record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
+        return outputs
+
+    def _count(self, sequence: Sequence, result: RowResult, tokens: int, had: int, work: Work) -> None:
+        self.stats.positions += work.running.positions or len(sequence.prompt)
+        self.stats.blocks += result.blocks
+        self.stats.new_tokens += tokens
+        if isinstance(work.plan, Launch) and tokens:
+            self.stats.add_step(tokens, drafted=result.allowed, accepted=result.accepted)
+
+    def _choose_drafts(self, rows: int) -> int:
+        return self.speculation.choose(bucket_of(rows)) if self.runner.drafts else 0

@@ -1,0 +1,172 @@
+"""The states of many sequences, in place: a sequence keeps its place in the pool for as long as it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lepton.model import Network, State
+from lepton.model.fresh_state import fresh_state
+from lepton.model.kv_cache import KVCache
+from lepton.model.kv_ring import KVRing
+from lepton.ops.choose import Sampling
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a cycle reads and changes of each sequence, beside the state of the model. [B, ...]; in the pool, by place."""
+
+    token_B: Tensor
+    """The newest token, which no pass has read."""
+    hidden_BD: Tensor
+    """The hidden state that it was drawn from."""
+    index_B: Tensor
+    """Number of new tokens."""
+    stream_B2: Tensor
+    """The two words of its noise."""
+    temperature_B: Tensor
+    top_p_B: Tensor
+    top_k_B: Tensor
+    """0: all."""
+    rounds_B: Tensor
+    """Rounds of thinking."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How each row is sampled."""
+        return Sampling(self.temperature_B, self.top_p_B, self.top_k_B)
+
+
+@dataclass(frozen=True)
+class Held:
+    """State of the model, and rows."""
+
+    state: State
+    rows: Rows
+
+
+def renewed(part: Part, tensors: Callable[[Tensor], Tensor], caches: Callable[[Any], Any]) -> Part:
+    """Return nested dataclasses in which kv caches and other tensors are replaced by what the functions return."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tensors(value)
+        if isinstance(value, KVCache | KVRing):
+            return caches(value)
+        if isinstance(value, dict):
+            return {key: change(item) for key, item in value.items()}
+        return renewed(value, tensors, caches) if is_dataclass(value) else value
+
+    return replace(part, **{each.name: change(getattr(part, each.name)) for each in fields(part)})  # type: ignore
+
+
+def leaves(part: Any) -> list[Any]:
+    """Return the tensors and kv caches of nested dataclasses, in order."""
+    found: list[Any] = []
+
+    def note(value: Any) -> Any:
+        found.append(value)
+        return value
+
+    renewed(part, note, note)
+    return found
+
+
+class Pool:
+    """Rings and other tensors with a first dimension of `places`.
+
+    `columns` is the number of columns of a ring: the window and the largest chunk, less one. A model without a window
+    needs one for each token of its longest text.
+    """
+
+    def __init__(self, model: Network, places: int, columns: int) -> None:
+        self.places, self.columns = places, columns
+        device = model.device
+        like = fresh_state(model, 1)
+        self._slot_count = 0
+        slots = model.lasting_slots(like)
+
+        def ring(cache: KVCache) -> KVRing:
+            return KVRing.empty(cache, places, columns)
+
+        def empty(value: Tensor) -> Tensor:
+            return value.expand(places, *value.shape[1:]).clone()
+
+        state = renewed(like, empty, ring)
+        if slots is not None:
+            self._slot_count = slots[0].shape[1]
+            width = (places, self._slot_count, *state.deep.keys[0].shape[2:])
+            kept = tuple(tuple(state.deep.keys[0].new_zeros(width) for _ in range(2)) for _ in model.blocks)
+            state = replace(state, deep=replace(state.deep, slots=kept))
+        whole = torch.zeros(places, dtype=torch.int64, device=device)
+        real = torch.zeros(places, dtype=torch.float32, device=device)
+        hidden = torch.zeros(places, model.config.width, dtype=model.dtype, device=device)
+        rows = Rows(whole, hidden, whole.clone(), whole.new_zeros(places, 2), real, real.clone(), whole.clone(), whole.clone())
+        self.held = Held(state, rows)
+
+    @property
+    def keeps_slots(self) -> bool:
+        """Whether keys and values of slots are kept."""
+        return self._slot_count > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sequences."""
+        tensors = [each for each in leaves(self.held) if isinstance(each, Tensor)]
+        for ring in (each for each in leaves(self.held) if isinstance(each, KVRing)):
+            tensors += [*ring.keys, *ring.values, *(each for pair in ring.slots for each in pair)]
+        return sum(each.nbytes for each in tensors)
+
+    def take(self, place_B: Tensor, *, read_slots: bool, whole: bool) -> Held:
+        """Return the rows in some places: tensors as copies, kv caches as rings that a pass writes to.
+
+        Args:
+            place_B: places in rising order.
+            read_slots: whether the pass may use the keys and values of slots that are kept.
+            whole: whether these are all places.
+        """
+        position_B = self.held.state.position_B if whole else self.held.state.position_B[place_B]
+        return renewed(
+            self.held,
+            lambda value: value if whole else value.index_select(0, place_B),
+            lambda ring: ring.of_rows(place_B, position_B, read_slots=read_slots, whole=whole),
+        )
+
+    def put(self, place_B: Tensor, taken: Held, changed: Held) -> None:
+        """Write back what has changed of what `take` returned. The pass has written to the rings already."""
+        for own, before, value in zip(*map(leaves, (self.held, taken, changed)), strict=True):
+            if isinstance(own, Tensor) and value is not before:
+                own.index_copy_(0, place_B, value.to(own.dtype))
+
+    def load(self, place_B: Tensor, held: Held) -> None:
+        """Write states with caches as a pass over prompts returns them."""
+        position_B = held.state.position_B
+        for own, value in zip(leaves(self.held), leaves(held), strict=True):
+            if isinstance(own, Tensor):
+                own.index_copy_(0, place_B, value.to(own.dtype))
+            else:
+                own.load(place_B, value, position_B)
+
+    def read(self, place: int, model: Network) -> State:
+        """Return the state of one sequence, in the form of `Network.new_state`."""
+        position = int(self.held.state.position_B[place])
+        like = fresh_state(model, 1).stem.entries if model.config.window is not None else position
+        return renewed(
+            self.held.state,
+            lambda value: value[place : place + 1].clone(),
+            lambda ring: ring.read(place, position, like),
+        )
+
+    def keep_slots(self, model: Network, place_B: Tensor, state: State) -> None:
+        """Compute the keys and values of the slots of some rows, whose state is given, and keep them."""
+        slots = model.lasting_slots(state)
+        if slots is None:
+            return
+        for block, (keys, values) in zip(model.blocks, self.held.state.deep.slots, strict=True):
+            k_BCKH, v_BCKH = block.attention.key_value(slots[0], None, slots[1])
+            keys.index_copy_(0, place_B, k_BCKH)
+            values.index_copy_(0, place_B, v_BCKH)

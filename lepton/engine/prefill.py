@@ -1,0 +1,59 @@
+"""Reading prompts: the pass over many tokens that comes before decoding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lepton.model import Network, State
+
+PREFILL_CHUNK = 1024
+"""Prompt tokens of a row that are computed at once: bounds the memory of a long prompt."""
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The state after some prompts, and what their last tokens give."""
+
+    state: State
+    hidden_BD: Tensor
+    signals_B3: Tensor
+    blocks_B: Tensor
+    """Blocks that the tokens of each prompt went through, in all."""
+    passes: int
+
+
+@torch.no_grad()
+def read_prompts(
+    model: Network, prompts: Sequence[Sequence[int]], past: State | None, *, depth: float, think: int | None
+) -> Prefilled:
+    """Read the prompts, PREFILL_CHUNK tokens at a time.
+
+    The last prompt token opens a segment, so that the thoughts before the new tokens have seen the whole prompt. A
+    prompt of one token opens none: after a given state it continues that text, and a fresh state opens one anyway.
+    Shorter rows are padded on the right; a row whose prompt has ended gets length 0.
+    """
+    device, longest = model.device, max(map(len, prompts))
+    rows_B = torch.arange(len(prompts), device=device)
+    filler = int(model.config.eos_id == 0)  # padding must not be eos_id, which would open segments
+    multi_token_B = torch.tensor([len(prompt) > 1 for prompt in prompts], device=device)
+    state, last = past, None
+    blocks_B = torch.zeros_like(rows_B)
+    starts = range(0, longest, PREFILL_CHUNK)
+    for start in starts:
+        width = min(PREFILL_CHUNK, longest - start)
+        parts = [prompt[start : start + width] for prompt in prompts]
+        tokens_BT = torch.tensor([[*part, *[filler] * (width - len(part))] for part in parts], device=device)
+        lengths_B = torch.tensor([len(part) for part in parts], device=device)
+        ends_B = torch.tensor([0 <= len(prompt) - start - 1 < width for prompt in prompts], device=device)
+        index_T = torch.arange(width, device=device)
+        opens_BT = (index_T == lengths_B[:, None] - 1) & (ends_B & multi_token_B)[:, None]
+        out = model.trunk(tokens_BT, state, lengths=lengths_B, opens=opens_BT, depth=depth, think=think)
+        state = out.state
+        at_B = (lengths_B - 1).clamp(min=0)
+        found = out.hidden[rows_B, at_B], out.signals[rows_B, at_B]
+        last = tuple(torch.where(ends_B[:, None], *pair) for pair in zip(found, last or found, strict=True))
+        blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
+    assert state is not None and last is not None, "prompts are not empty"
+    return Prefilled(state, *last, blocks_B, len(starts))

@@ -1,0 +1,192 @@
+"""The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
+
+import warnings
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lepton.engine.cycle import Outcome, Shape, choices, cycle
+from lepton.engine.pool import Held, Pool, Rows
+from lepton.engine.prefill import read_prompts
+from lepton.engine.scheduler import Launch, Prefill
+from lepton.engine.sequence import Sequence
+from lepton.engine.speculation import Speculation, bucket_of
+from lepton.model import Network, State
+from lepton.ops.choose import sampling_of
+from lepton.runtime.cuda_graphs import CudaGraphs
+
+PREFILL_TOKENS = 1 << 16
+"""Prompt tokens of all rows that are computed at once, padding included."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a pass gave one row."""
+
+    tokens: list[int]
+    """New tokens: the accepted drafts and one more."""
+    accepted: int
+    allowed: int
+    """Drafts that could have been accepted."""
+    blocks: int
+    finite: bool
+    uncertainties: list[float]
+    logprobs: list[tuple[float, dict[int, float]]]
+    """For each token its log-probability, and those of the most probable ones by id."""
+
+
+class Running:
+    """A pass whose outcome has not been read. `positions` are the tokens that it computes for each row."""
+
+    def __init__(self, outcome: Outcome, order: list[int], positions: int, passes: int = 1) -> None:
+        self.positions, self.passes = positions, passes
+        self._order = order
+        self._on_gpu = outcome.counts.is_cuda
+        parts = [None if each is None else self._to_host(each) for each in outcome]
+        self._parts = Outcome(*parts)  # type: ignore[arg-type]
+        self._done = torch.cuda.current_stream().record_event() if self._on_gpu else None
+
+    def _to_host(self, value: Tensor) -> Tensor:
+        if not self._on_gpu:
+            return value
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return host.copy_(value, non_blocking=True)
+
+    def read(self) -> list[RowResult]:
+        """Wait for the pass; return its results, a row for each sequence, in the order in which they were given."""
+        if self._done is not None:
+            self._done.synchronize()
+        counts, doubts, scores, ids = (None if each is None else each.tolist() for each in self._parts)
+        results = []
+        for i in self._order:
+            *tokens, accepted, allowed, blocks, finite = counts[i]
+            kept = 1 + accepted
+            probable = [
+                (each[0], dict(zip(best, each[1:], strict=True)))
+                for each, best in zip(scores[i][:kept], ids[i][:kept], strict=True)
+            ] if scores else []
+            doubt = doubts[i][:kept] if doubts else []
+            results.append(RowResult(tokens[:kept], accepted, allowed, blocks, bool(finite), doubt, probable))
+        return results
+
+
+class Runner:
+    """A model with a pool of `places` sequences. What it computes for a sequence depends on no other."""
+
+    def __init__(self, model: Network, places: int) -> None:
+        self.model = model
+        self._device = model.device
+        drafter = model.idea("drafter")
+        self.drafts = 0 if drafter is None else drafter.count
+        self.rounds = model.thoughts.rounds if model.idea("thoughts") else 0
+        self._proposals_ZE = None if drafter is None else drafter.rows(model.embed).to(model.dtype)
+        window = model.config.window
+        self.pool = Pool(model, places, 0 if window is None else window + self.drafts)
+
+    @torch.no_grad()
+    def prefill(self, work: Prefill) -> list[tuple[list[int], Running]]:
+        """Read the prompts of some sequences into their places; the outcome is their first tokens.
+
+        Returns:
+            Passes, each with the indices in `work.sequences` of the sequences that it is about.
+        """
+        found = []
+        for indices in prefill_batches(work.sequences):
+            sequences = [work.sequences[i] for i in indices]
+            first = sequences[0].options
+            past = joined_past([each.past for each in sequences])
+            prompts = [each.prompt for each in sequences]
+            read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think)
+            place_B = torch.tensor([work.slots[i] for i in indices], device=self._device)
+            for sequence, row in zip(sequences, range(len(sequences)), strict=True):
+                sequence.read_prompt = (read.state, row) if sequence.keeps_state else None
+            rows = self._rows(sequences, read.hidden_BD)
+            shape = replace(wanted_shape(sequences), rows=len(sequences))
+            signals = read.signals_B3[:, None] if shape.uncertainty else None
+            chosen_BT, finite_B, *wanted = choices(self.model, rows, read.hidden_BD[:, None], signals, shape)
+            rows = replace(rows, token_B=chosen_BT[:, 0], index_B=rows.index_B + 1)
+            self.pool.load(place_B, Held(read.state, rows))
+            if self.pool.keeps_slots:
+                self.pool.keep_slots(self.model, place_B, read.state)
+            zero_B = torch.zeros_like(place_B)
+            more = torch.stack([zero_B, zero_B, read.blocks_B, finite_B.long()], 1)
+            outcome = Outcome(torch.cat([chosen_BT, more], 1), *wanted)
+            found.append((indices, Running(outcome, list(range(len(sequences))), 0, read.passes)))
+        return found
+
+    @torch.no_grad()
+    def launch(self, work: Launch) -> Running:
+        """Start a cycle."""
+        order = sorted(range(len(work.slots)), key=work.slots.__getitem__)
+        places = [work.slots[i] for i in order]
+        shape = replace(
+            wanted_shape(work.sequences),
+            rows=len(places),
+            drafts=work.drafts,
+            opening=work.opening,
+            rounds=work.rounds,
+            depth=work.depth,
+            whole=places == list(range(self.pool.places)),
+        )
+        place_B = torch.tensor(places, device=self._device)
+        outcome = cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+        back = [0] * len(order)
+        for position, i in enumerate(order):
+            back[i] = position
+        return Running(outcome, back, 1 + work.drafts)
+
+    def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
+        device = self._device
+        zero_B = torch.zeros(len(sequences), dtype=torch.int64, device=device)
+        stream_B2 = torch.tensor([each.stream for each in sequences], device=device)
+        settings = [(each.options.temperature, each.options.top_p, each.options.top_k) for each in sequences]
+        rounds = [self.rounds if each.options.think is None else each.options.think for each in sequences]
+        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), torch.tensor(rounds, device=device))
+
+
+def wanted_shape(sequences: Items[Sequence]) -> Shape:
+    """Return what the passes of some sequences have to compute beside tokens."""
+    logprobs = [each.logprobs for each in sequences if each.logprobs is not None]
+    return Shape(
+        rows=0,
+        drafts=0,
+        opening=False,
+        rounds=0,
+        uncertainty=any(each.uncertainty for each in sequences),
+        scored=bool(logprobs),
+        logprobs=max(logprobs, default=0),
+    )
+
+
+def prefill_batches(sequences: Items[Sequence]) -> list[list[int]]:
+    """Split sequences into batches that are read together: of one depth and think, fresh or not, and not too large."""
+
+    def kind(i: int) -> tuple[Any, ...]:
+        return sequences[i].depth, sequences[i].options.think or -1, sequences[i].options.think is None, sequences[i].past is None
+
+    batches: list[list[int]] = []
+    for _, group in groupby(sorted(range(len(sequences)), key=kind), kind):
+        batch: list[int] = []
+        for i in group:
+            longest = max(len(sequences[j].prompt) for j in [*batch, i])
+            if batch and (len(batch) + 1) * min(longest, 1024) > PREFILL_TOKENS:
+                batches.append(batch)
+                batch = []
+            batch.append(i)
+        batches.append(batch)
+    return batches
+
+
+def joined_past(pasts: list[tuple[State, int] | None]) -> State | None:
+    """Return the states that some prompts continue, as one state; None: they are fresh."""
+    if pasts[0] is None:
+        return None
+    given = [past for past in pasts if past is not None]
+    first = given[0][0]
+    if [row for _, row in given] == list(range(first.batch_size)) and all(state is first for state, _ in given):
+        return first
+    return State.join([state.rows(torch.tensor([row], device=state.position_B.device)) for state, row in given])
