@@ -1,9 +1,0 @@
-"""The decoding engine: sequences join and leave, one pass a cycle serves all of them.
-
-    sequence     one text being generated
-    scheduler    which sequences run in the next cycle
-    speculation  how many tokens are drafted
-    pool         the states of all sequences, in place
-    runner       the model on its device: reads prompts, runs cycles
-    engine       schedule, launch, read the cycle before
-"""
