@@ -10,6 +10,7 @@ from torch import Tensor
 from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
+from lepton.engine.options import GenerationOptions
 from lepton.errors import naming
 from lepton.generate.completion import (
     Arguments,
@@ -21,7 +22,6 @@ from lepton.generate.completion import (
     started,
     takes_arguments,
 )
-from lepton.generate.options import GenerationOptions
 from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stats import Stats
 from lepton.generate.stream import Stream

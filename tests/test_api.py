@@ -11,8 +11,8 @@ import pytest
 
 import lepton
 from lepton import api, presets
+from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
-from lepton.generate.options import GenerationOptions
 from lepton.model import Network
 from tests.cli.tiny import save_tiny
 from tests.laws.lab import build

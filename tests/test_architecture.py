@@ -21,6 +21,7 @@ FLOORS = (
     ("config", "archive", "tensors", "ops"),
     ("presets", "checkpoint", "data", "runtime"),
     ("model",),
+    ("engine",),
     ("generate",),
     ("api", "evals"),
     ("train",),

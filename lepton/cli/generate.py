@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.loading import add_loading, load
 from lepton.cli.shading import DOUBTFUL, MARK, Piece, has_colours, legend, marked, shaded, visible
+from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
-from lepton.generate.options import GenerationOptions
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer

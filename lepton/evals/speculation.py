@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from lepton.data.shards import Batch
+from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
 from lepton.generate.completion import complete
-from lepton.generate.options import GenerationOptions
 from lepton.generate.stats import Stats
 from lepton.model import Network
 

@@ -1,4 +1,4 @@
-"""Generation: the options, sampling and acceptance as arithmetic on probabilities, and the loop that carries the state.
+"""Generation: sampling and acceptance as arithmetic on probabilities, and the loop that carries the state.
 
 `lepton.Lepton` has it as methods; `lepton.generate.completion.complete` is what they call.
 """

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, Unpack, cast
 
+from lepton.engine.options import GenerationOptions, OptionFields, resolved
 from lepton.errors import InputError, nearest, shown
 from lepton.generate.loop import Generation
-from lepton.generate.options import GenerationOptions, OptionFields, resolved
 from lepton.generate.prompts import Prompt
 from lepton.generate.stats import Stats
 from lepton.model import Memory, Network, State

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
 from lepton.generate.acceptance import Acceptance, accept
 from lepton.generate.drafting import Drafts, draft, no_drafts
-from lepton.generate.options import GenerationOptions
 from lepton.generate.prompts import Prompt, read_prompts, read_stops
 from lepton.generate.sampling import probabilities, random_stream
 from lepton.generate.stats import Stats

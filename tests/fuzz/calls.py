@@ -17,7 +17,7 @@ from lepton.data.prepare import prepare
 from lepton.data.shards import ShardedDataset
 from lepton.data.sources import Corpus
 from lepton.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from lepton.generate.options import check_sampling
+from lepton.engine.options import check_sampling
 from lepton.generate.sampling import probabilities
 from lepton.train.settings import TrainSettings
 from lepton.train.starting_point import find_starting_point

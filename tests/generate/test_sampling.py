@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from lepton.engine.options import check_sampling
 from lepton.errors import InputError
-from lepton.generate.options import check_sampling
 from lepton.generate.sampling import USUAL_NUCLEUS, probabilities, random_stream, sample
 
 

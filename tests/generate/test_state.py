@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
 from lepton.generate.loop import Generation
-from lepton.generate.options import GenerationOptions
 from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, assert_states, build
 

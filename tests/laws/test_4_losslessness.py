@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from lepton.engine.options import GenerationOptions
 from lepton.generate.loop import Generation
-from lepton.generate.options import GenerationOptions
 from lepton.model.ideas.drafter import DrafterConfig
 from tests.generate.models import lively, oracle
 from tests.laws.lab import CANARIES, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text

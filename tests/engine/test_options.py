@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from lepton.cli.generate import add_options, read_options
+from lepton.engine.options import GenerationOptions, OptionFields, resolved
 from lepton.errors import InputError
-from lepton.generate.options import GenerationOptions, OptionFields, resolved
 
 NAMES = [field.name for field in dataclasses.fields(GenerationOptions)]
 

@@ -1,0 +1,192 @@
+"""Which sequences have a slot of the pool, and which of them share the next pass.
+
+The host launches a cycle before it has read the one before, so it plans with what it knows: of a cycle that is not read
+yet, it knows how many tokens it had, not how many were accepted. The scheduler computes nothing itself; plain integers
+go in and out.
+"""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lepton.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """Sequences whose prompts are read; each gets its first new token from its prompt's last one."""
+
+    sequences: list[Sequence]
+    slots: list[int]
+    """Of each sequence. It stays here when the sequence has given its slot back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """Running sequences that share one pass. Each reads its newest token and `drafts` drafts."""
+
+    sequences: list[Sequence]
+    slots: list[int]
+    """Of each sequence. It stays here when the sequence has given its slot back."""
+    depth: float
+    """Share of tokens allowed past the stem."""
+    rounds: int
+    """Rounds of thinking: the most that one of the sequences wants."""
+    opening: bool
+    """Whether one of the sequences may open a segment in this pass."""
+    drafts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The work of one cycle, in the order in which it runs."""
+
+    prefill: Prefill
+    """It may be empty. The launches hold its sequences already."""
+    launches: list[Launch]
+
+
+class Scheduler:
+    """First come, first served: a free slot admits the first sequence that waits, and it keeps the slot until it ends.
+
+    Each plan must be finished: once the outcome of its prefill and of each launch is known, `finish` is called, in the
+    order in which they ran. Any number of plans may be made in between.
+    """
+
+    def __init__(
+        self, slots: int, segment: int, *, rounds: int = 0, drafts: Callable[[int], int] = lambda _rows: 0
+    ) -> None:
+        """Make a scheduler without sequences.
+
+        Args:
+            slots: rows of the pool, numbered from 0.
+            segment: tokens of a segment.
+            rounds: rounds of thinking of a sequence that asks for no number.
+            drafts: how many tokens to draft in a pass of so many rows.
+        """
+        assert slots > 0, "no slots"
+        assert segment > 0, "an empty segment"
+        self._segment, self._rounds, self._drafts = segment, rounds, drafts
+        self._free = list(range(slots))  # a heap: the pool is used from its start
+        self._waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self._running: dict[Sequence, None] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        assert sequence.status == "waiting", f"a sequence that is {sequence.status}"
+        assert sequence not in self._waiting, "a sequence that waits already"
+        self._waiting[sequence] = None
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence that waits or runs; no effect if it has ended."""
+        sequence.cancel()
+        self._waiting.pop(sequence, None)
+        self._free_ended(sequence)
+
+    def schedule(self) -> Plan:
+        """Admit what waits to the free slots, and group all that runs by depth."""
+        admitted = [self._admit() for _ in range(min(len(self._free), len(self._waiting)))]
+        groups: dict[float, list[Sequence]] = {}
+        for sequence in self._running:
+            if not sequence.exhausted:
+                groups.setdefault(sequence.depth, []).append(sequence)
+        launches = [self._launch(depth, sequences) for depth, sequences in groups.items()]
+        return Plan(Prefill(admitted, _slots(admitted)), launches)
+
+    def finish(self, work: Prefill | Launch, ids: Iterable[list[int]]) -> list[list[int]]:
+        """Take in the outcome of a prefill or a launch; free the slots of those that have ended.
+
+        Args:
+            work: of the oldest plan whose outcome is not known yet.
+            ids: new tokens of each sequence, as the pass computed them: one of a prefill, the accepted drafts and one
+                more of a launch. What it gives for a sequence that had ended before does not matter.
+
+        Returns:
+            Those that count, of each sequence.
+        """
+        counted = []
+        for sequence, new in zip(work.sequences, ids, strict=True):
+            if sequence.unread.popleft():
+                sequence.phase = (sequence.phase + len(new)) % self._segment
+            counted.append(sequence.take(new))
+            self._free_ended(sequence)
+        return counted
+
+    def _admit(self) -> Sequence:
+        sequence, _ = self._waiting.popitem(last=False)
+        sequence.status, sequence.slot = "running", heapq.heappop(self._free)
+        sequence.phase = phase_after_prompt(sequence, self._segment)
+        sequence.unread.append(0)
+        self._running[sequence] = None
+        return sequence
+
+    def _launch(self, depth: float, sequences: list[Sequence]) -> Launch:
+        speculative = any(each.options.use_speculative for each in sequences)
+        drafts = self._drafts(len(sequences)) if speculative else 0
+        opening = any(possible_phases(each, self._segment) & 1 for each in sequences)
+        thinks = {each.options.think for each in sequences}
+        rounds = max(self._rounds if think is None else think for think in thinks)
+        for sequence in sequences:
+            sequence.unread.append(1 + drafts)
+        return Launch(sequences, _slots(sequences), depth, rounds, opening, drafts)
+
+    def _free_ended(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence that has ended and is in no pass whose outcome is not known yet."""
+        if sequence.slot is not None and sequence.ended and not sequence.unread:
+            heapq.heappush(self._free, sequence.slot)
+            sequence.slot = None
+            del self._running[sequence]
+
+
+def _slots(sequences: list[Sequence]) -> list[int]:
+    slots = [each.slot for each in sequences if each.slot is not None]
+    assert len(slots) == len(sequences), "a sequence without a slot"
+    return slots
+
+
+def phase_after_prompt(sequence: Sequence, segment: int) -> int:
+    """Return the phase of the token after the prompt.
+
+    The last token of a prompt of several opens a segment. One alone continues the segment of the state before it. The
+    first token of a document opens a segment.
+    """
+    if sequence.prompt[-1] == sequence.eos_id:
+        return 0
+    opened = 0 if len(sequence.prompt) > 1 else sequence.past_phase
+    return (opened + 1) % segment
+
+
+def possible_phases(sequence: Sequence, segment: int) -> int:
+    """Return the phases that the next token of a sequence may have, as bits: bit f stands for phase f."""
+    phases = 1 << sequence.phase
+    for tokens in sequence.unread:
+        phases = phases_after(phases, tokens, segment)
+    return phases
+
+
+@lru_cache(maxsize=1 << 16)
+def phases_after(phases: int, tokens: int, segment: int) -> int:
+    """Return the possible phases, as bits, after a pass of `tokens` tokens whose outcome is not known.
+
+    From phase f they are f + 1 to f + `tokens`, at most `segment`, which is phase 0: no pass goes beyond an opening.
+    After a prefill, of 0 tokens, the phases are those before.
+    """
+    if tokens == 0:
+        return phases
+    reached = 0
+    for count in range(1, tokens + 1):
+        reached |= phases << count
+    ring = (1 << segment) - 1
+    return reached & ring | (reached >> segment) & 1

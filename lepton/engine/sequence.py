@@ -1,0 +1,107 @@
+"""A text that is being generated: what was asked for, the new tokens, where it ended, and its place in the pool."""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+from lepton.engine.options import GenerationOptions
+from lepton.values import depth_share
+
+Status: TypeAlias = Literal["waiting", "running", "done", "cancelled"]
+Reason: TypeAlias = Literal["length", "stop", "end_of_document", "cancelled"]
+
+
+class Sequence:
+    """One prompt and its new tokens. The scheduler gives it a slot and tracks its phase; `take` ends it.
+
+    The phase of a token is the number of tokens since a segment opened, modulo the tokens of a segment: a token of
+    phase 0 opens one.
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        options: GenerationOptions,
+        *,
+        stops: list[list[int]],
+        stream: tuple[int, int],
+        uncertainty: bool = False,
+        logprobs: int = 0,
+        past_phase: int = 0,
+    ) -> None:
+        """Make a sequence that waits.
+
+        Args:
+            prompt: token ids, at least one.
+            options: how to generate; its `stop` and `seed` are not read, but what was made of them:
+            stops: the ids that end the text: first the end-of-document id alone, then the stop sequences.
+            stream: two 32-bit words that name its stream of random numbers.
+            uncertainty: whether that of each new token is wanted.
+            logprobs: how many of the most probable tokens are wanted at each new token.
+            past_phase: phase after the state that the prompt continues; 0 after a fresh one.
+        """
+        assert prompt, "an empty prompt"
+        assert len(stops[0]) == 1, "the end-of-document id comes first"
+        self.prompt, self.options, self.stops, self.stream = prompt, options, stops, stream
+        self.uncertainty, self.logprobs, self.past_phase = uncertainty, logprobs, past_phase
+        self.depth = depth_share(options.depth)
+        """Share of tokens allowed past the stem, in 0..1."""
+        self.new: list[int] = []
+        """The new tokens; what ended the text is kept."""
+        self.status: Status = "waiting"
+        self.reason: Reason | None = None
+        """Why it ended."""
+        self.slot: int | None = None
+        """Its row of the pool, from its prefill until the passes that it is in have been read."""
+        self.phase = 0
+        """Phase of the next token that a pass reads, as of the newest pass whose outcome is known."""
+        self.unread: deque[int] = deque()
+        """Tokens of each pass whose outcome is not known yet, the oldest first; 0 for the prefill, which leaves a
+        known phase."""
+        self._endings: dict[int, list[list[int]]] = {}
+        """Stop sequences by their last id, so that most tokens are compared with none."""
+        for stop in stops[1:]:
+            self._endings.setdefault(stop[-1], []).append(stop)
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document id."""
+        return self.stops[0][0]
+
+    @property
+    def ended(self) -> bool:
+        """Whether there are no more new tokens."""
+        return self.reason is not None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it has ended, or will by the passes whose outcome is not known yet: each gives a token or more."""
+        return self.ended or len(self.new) + len(self.unread) >= self.options.max_new_tokens
+
+    def take(self, ids: Iterable[int]) -> list[int]:
+        """Append the new tokens of a pass until the text ends; return those that count.
+
+        None counts once it has ended. The time does not depend on the length of the text.
+        """
+        most = self.options.max_new_tokens
+        counted: list[int] = []
+        for token in ids:
+            if self.ended or len(self.new) == most:
+                break
+            counted.append(token)
+            self.new.append(token)
+            if token == self.eos_id:
+                self._end("end_of_document")
+            elif any(self.new[-len(stop) :] == stop for stop in self._endings.get(token, ())):
+                self._end("stop")
+        if len(self.new) == most and not self.ended:
+            self._end("length")
+        return counted
+
+    def _end(self, reason: Reason) -> None:
+        self.status, self.reason = "done", reason
+
+    def cancel(self) -> None:
+        """End it here; no effect if it has ended."""
+        if not self.ended:
+            self.status, self.reason = "cancelled", "cancelled"
