@@ -11,6 +11,7 @@ from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
 from lepton.engine.options import GenerationOptions
+from lepton.engine.stats import Stats
 from lepton.errors import naming
 from lepton.generate.completion import (
     Arguments,
@@ -23,7 +24,6 @@ from lepton.generate.completion import (
     takes_arguments,
 )
 from lepton.generate.prompts import Prompt, Prompts
-from lepton.generate.stats import Stats
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
 from lepton.model.size_config import size_config

@@ -20,7 +20,7 @@ from lepton.errors import InputError
 
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
-    from lepton.generate.stats import Stats
+    from lepton.engine.stats import Stats
     from lepton.generate.stream import Stream
 
 
@@ -71,7 +71,8 @@ def read_options(args: argparse.Namespace) -> GenerationOptions:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation, or with `--json` one object about both."""
-    from lepton.generate.loop import Generation, NotFiniteError
+    from lepton.engine.engine import NotFiniteError
+    from lepton.generate.generation import Generation
     from lepton.generate.stream import Stream
 
     stops = [unescaped(stop) for stop in args.stop]

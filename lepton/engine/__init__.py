@@ -1,4 +1,9 @@
-"""Continuous batching: sequences, the scheduler that gives them slots and passes, and how many tokens to draft.
+"""The decoding engine: sequences join and leave, one pass a cycle serves all of them.
 
-The scheduler and the choice of drafts are plain Python: they know neither PyTorch nor a model.
+sequence     one text being generated
+scheduler    which sequences run in the next cycle
+speculation  how many tokens are drafted
+pool         the states of all sequences, in place
+runner       the model on its device: reads prompts, runs cycles
+engine       schedule, launch, read the cycle before
 """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lepton.engine.runner import RowResult, Runner, Running
 from lepton.engine.scheduler import Launch, Prefill, Scheduler
 from lepton.engine.sequence import Sequence
-from lepton.engine.speculation import Speculation, bucket_of
+from lepton.engine.speculation import bucket_of
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
 
@@ -46,9 +46,9 @@ class Work:
 class Engine:
     """Generates for many sequences at once. They join and leave between cycles; each is as it would be alone."""
 
-    def __init__(self, runner: Runner, speculation: Speculation | None = None) -> None:
-        self.runner, self.stats = runner, Stats()
-        self.speculation = speculation or runner.speculation
+    def __init__(self, runner: Runner, *, stats: Stats | None = None) -> None:
+        self.runner, self.stats = runner, stats or Stats()
+        self.speculation = runner.speculation
         self._scheduler = Scheduler(
             runner.places, runner.model.config.segment, rounds=runner.rounds, drafts=self._choose_drafts
         )
@@ -68,6 +68,14 @@ class Engine:
     def idle(self) -> bool:
         """Whether nothing is left to do."""
         return not (self._scheduler.waiting or self._scheduler.running or self._launched)
+
+    def close(self) -> None:
+        """End all sequences, and wait for the passes that they are in."""
+        for sequence in self._scheduler.sequences:
+            self.cancel(sequence)
+        while self._launched:
+            for work in self._launched.popleft():
+                self._finish(work)
 
     def step(self) -> list[SequenceOutput]:
         """Launch a cycle, and return the outcome of one: on a GPU of the one before, which may be nothing."""
@@ -93,10 +101,9 @@ class Engine:
         sequences = [work.plan.sequences[i] for i in work.indices]
         before = [len(each.new) for each in sequences]
         ended = [each.ended for each in sequences]
-        for sequence, result, over in zip(sequences, results, ended, strict=True):
-            if not result.finite and not over:
-                raise NotFiniteError("the model's logits are not finite: its training diverged")
-        counted = self._scheduler.finish(sequences, [each.tokens for each in results], prefill=isinstance(work.plan, Prefill))
+        if not all(result.finite or over for result, over in zip(results, ended, strict=True)):
+            raise NotFiniteError("the model's logits are not finite: its training diverged")
+        counted = self._scheduler.finish(sequences, [each.tokens for each in results])
         outputs = []
         self.stats.forward_calls += work.running.passes
         for sequence, result, tokens, had in zip(sequences, results, counted, before, strict=True):

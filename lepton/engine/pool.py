@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from lepton.model import Network, State
+from lepton.model.block import Block
 from lepton.model.fresh_state import fresh_state
 from lepton.model.kv_cache import KVCache
 from lepton.model.kv_ring import KVRing
@@ -18,7 +19,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Rows:
-    """What a cycle reads and changes of each sequence, beside the state of the model. [B, ...]; in the pool, by place."""
+    """What a cycle reads and changes of each sequence, beside the state of the model; in the pool, a row a place."""
 
     token_B: Tensor
     """The newest token, which no pass has read."""
@@ -99,13 +100,16 @@ class Pool:
         state = renewed(like, empty, ring)
         if slots is not None:
             self._slot_count = slots[0].shape[1]
-            width = (places, self._slot_count, *state.deep.keys[0].shape[2:])
-            kept = tuple(tuple(state.deep.keys[0].new_zeros(width) for _ in range(2)) for _ in model.blocks)
+            assert isinstance(state.deep, KVRing)
+            ring_of_layer = state.deep.keys[0]
+            shape = places, self._slot_count, *ring_of_layer.shape[2:]
+            kept = tuple((ring_of_layer.new_zeros(shape), ring_of_layer.new_zeros(shape)) for _ in model.blocks)
             state = replace(state, deep=replace(state.deep, slots=kept))
         whole = torch.zeros(places, dtype=torch.int64, device=device)
         real = torch.zeros(places, dtype=torch.float32, device=device)
         hidden = torch.zeros(places, model.config.width, dtype=model.dtype, device=device)
-        rows = Rows(whole, hidden, whole.clone(), whole.new_zeros(places, 2), real, real.clone(), whole.clone(), whole.clone())
+        index, top_k, rounds = whole.clone(), whole.clone(), whole.clone()
+        rows = Rows(whole, hidden, index, whole.new_zeros(places, 2), real, real.clone(), top_k, rounds)
         self.held = Held(state, rows)
 
     @property
@@ -166,7 +170,10 @@ class Pool:
         slots = model.lasting_slots(state)
         if slots is None:
             return
-        for block, (keys, values) in zip(model.blocks, self.held.state.deep.slots, strict=True):
-            k_BCKH, v_BCKH = block.attention.key_value(slots[0], None, slots[1])
+        ring = self.held.state.deep
+        assert isinstance(ring, KVRing)
+        for block, (keys, values) in zip(model.blocks, ring.slots, strict=True):
+            attention = cast(Block, block).attention
+            k_BCKH, v_BCKH = attention.key_value(slots[0], None, slots[1])
             keys.index_copy_(0, place_B, k_BCKH)
             values.index_copy_(0, place_B, v_BCKH)

@@ -36,7 +36,6 @@ def read_prompts(
     """
     device, longest = model.device, max(map(len, prompts))
     rows_B = torch.arange(len(prompts), device=device)
-    filler = int(model.config.eos_id == 0)  # padding must not be eos_id, which would open segments
     multi_token_B = torch.tensor([len(prompt) > 1 for prompt in prompts], device=device)
     state, last = past, None
     blocks_B = torch.zeros_like(rows_B)
@@ -44,7 +43,7 @@ def read_prompts(
     for start in starts:
         width = min(PREFILL_CHUNK, longest - start)
         parts = [prompt[start : start + width] for prompt in prompts]
-        tokens_BT = torch.tensor([[*part, *[filler] * (width - len(part))] for part in parts], device=device)
+        tokens_BT = padded(parts, model.config.eos_id, device)
         lengths_B = torch.tensor([len(part) for part in parts], device=device)
         ends_B = torch.tensor([0 <= len(prompt) - start - 1 < width for prompt in prompts], device=device)
         index_T = torch.arange(width, device=device)
@@ -55,5 +54,13 @@ def read_prompts(
         found = out.hidden[rows_B, at_B], out.signals[rows_B, at_B]
         last = tuple(torch.where(ends_B[:, None], *pair) for pair in zip(found, last or found, strict=True))
         blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
-    assert state is not None and last is not None, "prompts are not empty"
-    return Prefilled(state, *last, blocks_B, len(starts))
+    assert state is not None, "prompts are not empty"
+    assert last is not None
+    return Prefilled(state, last[0], last[1], blocks_B, len(starts))
+
+
+def padded(parts: Sequence[Sequence[int]], eos_id: int, device: torch.device) -> Tensor:
+    """Return token ids [B, T], padded on the right."""
+    width = max(map(len, parts))
+    filler = int(eos_id == 0)  # not eos_id: each would open a segment
+    return torch.tensor([[*part, *[filler] * (width - len(part))] for part in parts], device=device)

@@ -1,6 +1,5 @@
 """The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
 
-import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,7 +16,6 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.model import Network, State
 from lepton.ops.choose import sampling_of
-from lepton.runtime.cuda_graphs import CudaGraphs
 
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
@@ -60,15 +58,20 @@ class Running:
         """Wait for the pass; return its results, a row for each sequence, in the order in which they were given."""
         if self._done is not None:
             self._done.synchronize()
-        counts, doubts, scores, ids = (None if each is None else each.tolist() for each in self._parts)
+        counts = self._parts.counts.tolist()
+        doubts, scores, ids = ([] if each is None else each.tolist() for each in self._parts[1:])
         results = []
         for i in self._order:
             *tokens, accepted, allowed, blocks, finite = counts[i]
             kept = 1 + accepted
-            probable = [
-                (each[0], dict(zip(best, each[1:], strict=True)))
-                for each, best in zip(scores[i][:kept], ids[i][:kept], strict=True)
-            ] if scores else []
+            probable = (
+                [
+                    (each[0], dict(zip(best, each[1:], strict=True)))
+                    for each, best in zip(scores[i][:kept], ids[i][:kept], strict=True)
+                ]
+                if scores
+                else []
+            )
             doubt = doubts[i][:kept] if doubts else []
             results.append(RowResult(tokens[:kept], accepted, allowed, blocks, bool(finite), doubt, probable))
         return results
@@ -77,15 +80,40 @@ class Running:
 class Runner:
     """A model with a pool of `places` sequences. What it computes for a sequence depends on no other."""
 
-    def __init__(self, model: Network, places: int) -> None:
-        self.model = model
+    def __init__(self, model: Network, places: int, longest: int) -> None:
+        """Allocate a pool for `places` sequences; where the model has no window, of at most `longest` tokens."""
+        self.model, self.places = model, places
         self._device = model.device
         drafter = model.idea("drafter")
         self.drafts = 0 if drafter is None else drafter.count
-        self.rounds = model.thoughts.rounds if model.idea("thoughts") else 0
+        thoughts = model.idea("thoughts")
+        self.rounds: int = 0 if thoughts is None else thoughts.rounds
+        self.speculation = Speculation((0, self.drafts) if self.drafts else (0,))
         self._proposals_ZE = None if drafter is None else drafter.rows(model.embed).to(model.dtype)
         window = model.config.window
-        self.pool = Pool(model, places, 0 if window is None else window + self.drafts)
+        self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
+        self.pool = Pool(model, places, self._longest or (window or 0) + self.drafts)
+        self._made_for = self._fingerprint()
+
+    def fits(self, places: int, longest: int) -> bool:
+        """Whether it can run so many sequences of so many tokens, with the model as it is now."""
+        return (
+            places <= self.places
+            and (self._longest is None or longest + 1 + self.drafts <= self._longest)
+            and self._made_for == self._fingerprint()
+        )
+
+    def refresh(self) -> None:
+        """Take in the present weights."""
+        drafter = self.model.idea("drafter")
+        if drafter is not None:
+            assert self._proposals_ZE is not None
+            self._proposals_ZE.copy_(drafter.rows(self.model.embed))
+
+    def _fingerprint(self) -> tuple[object, ...]:
+        """Where the weights lie, and what else a captured pass depends on."""
+        model = self.model
+        return (model.dtype, model.left_out, *(each.data_ptr() for each in model.parameters()))
 
     @torch.no_grad()
     def prefill(self, work: Prefill) -> list[tuple[list[int], Running]]:
@@ -102,8 +130,6 @@ class Runner:
             prompts = [each.prompt for each in sequences]
             read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think)
             place_B = torch.tensor([work.slots[i] for i in indices], device=self._device)
-            for sequence, row in zip(sequences, range(len(sequences)), strict=True):
-                sequence.read_prompt = (read.state, row) if sequence.keeps_state else None
             rows = self._rows(sequences, read.hidden_BD)
             shape = replace(wanted_shape(sequences), rows=len(sequences))
             signals = read.signals_B3[:, None] if shape.uncertainty else None
@@ -145,7 +171,8 @@ class Runner:
         stream_B2 = torch.tensor([each.stream for each in sequences], device=device)
         settings = [(each.options.temperature, each.options.top_p, each.options.top_k) for each in sequences]
         rounds = [self.rounds if each.options.think is None else each.options.think for each in sequences]
-        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), torch.tensor(rounds, device=device))
+        rounds_B = torch.tensor(rounds, device=device)
+        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), rounds_B)
 
 
 def wanted_shape(sequences: Items[Sequence]) -> Shape:
@@ -166,7 +193,8 @@ def prefill_batches(sequences: Items[Sequence]) -> list[list[int]]:
     """Split sequences into batches that are read together: of one depth and think, fresh or not, and not too large."""
 
     def kind(i: int) -> tuple[Any, ...]:
-        return sequences[i].depth, sequences[i].options.think or -1, sequences[i].options.think is None, sequences[i].past is None
+        think = sequences[i].options.think
+        return sequences[i].depth, -1 if think is None else think, sequences[i].past is None
 
     batches: list[list[int]] = []
     for _, group in groupby(sorted(range(len(sequences)), key=kind), kind):

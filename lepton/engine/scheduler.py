@@ -83,6 +83,11 @@ class Scheduler:
         """Sequences that hold a slot."""
         return len(self._running)
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that wait or hold a slot."""
+        return [*self._waiting, *self._running]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         assert sequence.status == "waiting", f"a sequence that is {sequence.status}"
@@ -97,19 +102,26 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Admit what waits to the free slots, and group all that runs by depth."""
+        return Plan(self.admit(), self.launches())
+
+    def admit(self) -> Prefill:
+        """Give the free slots to what waits."""
         admitted = [self._admit() for _ in range(min(len(self._free), len(self._waiting)))]
+        return Prefill(admitted, _slots(admitted))
+
+    def launches(self) -> list[Launch]:
+        """Group all that runs by depth."""
         groups: dict[float, list[Sequence]] = {}
         for sequence in self._running:
             if not sequence.exhausted:
                 groups.setdefault(sequence.depth, []).append(sequence)
-        launches = [self._launch(depth, sequences) for depth, sequences in groups.items()]
-        return Plan(Prefill(admitted, _slots(admitted)), launches)
+        return [self._launch(depth, sequences) for depth, sequences in groups.items()]
 
-    def finish(self, work: Prefill | Launch, ids: Iterable[list[int]]) -> list[list[int]]:
-        """Take in the outcome of a prefill or a launch; free the slots of those that have ended.
+    def finish(self, sequences: Iterable[Sequence], ids: Iterable[list[int]]) -> list[list[int]]:
+        """Take in the outcome of a prefill or a launch, or a part of it; free the slots of those that have ended.
 
         Args:
-            work: of the oldest plan whose outcome is not known yet.
+            sequences: those that it is about. It is the oldest of theirs whose outcome is not known yet.
             ids: new tokens of each sequence, as the pass computed them: one of a prefill, the accepted drafts and one
                 more of a launch. What it gives for a sequence that had ended before does not matter.
 
@@ -117,7 +129,7 @@ class Scheduler:
             Those that count, of each sequence.
         """
         counted = []
-        for sequence, new in zip(work.sequences, ids, strict=True):
+        for sequence, new in zip(sequences, ids, strict=True):
             if sequence.unread.popleft():
                 sequence.phase = (sequence.phase + len(new)) % self._segment
             counted.append(sequence.take(new))

@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lepton.engine.options import GenerationOptions
 from lepton.values import depth_share
+
+if TYPE_CHECKING:
+    from lepton.model import State
 
 Status: TypeAlias = Literal["waiting", "running", "done", "cancelled"]
 Reason: TypeAlias = Literal["length", "stop", "end_of_document", "cancelled"]
@@ -26,7 +29,8 @@ class Sequence:
         stops: list[list[int]],
         stream: tuple[int, int],
         uncertainty: bool = False,
-        logprobs: int = 0,
+        logprobs: int | None = None,
+        past: "tuple[State, int] | None" = None,
         past_phase: int = 0,
     ) -> None:
         """Make a sequence that waits.
@@ -37,13 +41,16 @@ class Sequence:
             stops: the ids that end the text: first the end-of-document id alone, then the stop sequences.
             stream: two 32-bit words that name its stream of random numbers.
             uncertainty: whether that of each new token is wanted.
-            logprobs: how many of the most probable tokens are wanted at each new token.
-            past_phase: phase after the state that the prompt continues; 0 after a fresh one.
+            logprobs: how many of the most probable tokens are wanted at each new token, with the log-probabilities of
+                all; None: no log-probabilities.
+            past: the state that the prompt continues, and its row in it; None: it begins a text.
+            past_phase: phase after that state.
         """
         assert prompt, "an empty prompt"
         assert len(stops[0]) == 1, "the end-of-document id comes first"
         self.prompt, self.options, self.stops, self.stream = prompt, options, stops, stream
-        self.uncertainty, self.logprobs, self.past_phase = uncertainty, logprobs, past_phase
+        self.uncertainty, self.logprobs = uncertainty, logprobs
+        self.past, self.past_phase = past, past_phase
         self.depth = depth_share(options.depth)
         """Share of tokens allowed past the stem, in 0..1."""
         self.new: list[int] = []

@@ -8,9 +8,9 @@ from itertools import islice
 
 from lepton.data.shards import Batch
 from lepton.engine.options import GenerationOptions
+from lepton.engine.stats import Stats
 from lepton.errors import InputError
 from lepton.generate.completion import complete
-from lepton.generate.stats import Stats
 from lepton.model import Network
 
 PROMPT_TOKENS = 64

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, Unpack, cast
 
 from lepton.engine.options import GenerationOptions, OptionFields, resolved
+from lepton.engine.stats import Stats
 from lepton.errors import InputError, nearest, shown
-from lepton.generate.loop import Generation
+from lepton.generate.generation import Generation
 from lepton.generate.prompts import Prompt
-from lepton.generate.stats import Stats
 from lepton.model import Memory, Network, State
 
 Tokens: TypeAlias = list[int] | list[list[int]]

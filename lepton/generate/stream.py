@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 
+from lepton.engine.stats import Stats
 from lepton.errors import InputError
-from lepton.generate.loop import Generation
-from lepton.generate.stats import Stats
+from lepton.generate.generation import Generation
 from lepton.model import State
 
 
@@ -42,7 +42,7 @@ class Stream(Iterator[int]):
 
         `model.generate([last_token, *more], state=stream.state)` continues from there.
         """
-        return self._generation.state_without(self._unused)
+        return self._generation.state_without([self._unused])
 
     @property
     def stats(self) -> Stats:

@@ -121,7 +121,9 @@ class KVRing:
         """Return the cache of one sequence, whose next token has `position`, [1, L, R = `entries`, K, H]."""
         index_R = torch.arange(position - entries, position, device=self.keys[0].device)
         columns, here_R11 = index_R % self.entries, (index_R >= 0)[:, None, None]
-        keys, values = (torch.stack([ring[place, columns] for ring in rings])[None] for rings in (self.keys, self.values))
+        keys, values = (
+            torch.stack([ring[place, columns] for ring in rings])[None] for rings in (self.keys, self.values)
+        )
         return KVCache(keys.where(here_R11, 0), values.where(here_R11, 0))
 
 
@@ -142,8 +144,8 @@ class RingWindow(CausalWindow):
         distance_BTR = before_BR[:, None] - later_T[:, None]
         reach_BT = position_BT if window is None else position_BT.clamp(max=window - 1)
         mask_BTR = (distance_BTR >= 0) & (distance_BTR <= reach_BT[..., None])
-        every = slice(None)
-        return RingWindow(position_BT, columns - length, window, dtype, None, ((every, every, mask_BTR),))
+        masks = ((slice(0, length), slice(0, columns), mask_BTR),)
+        return RingWindow(position_BT, columns - length, window, dtype, None, masks)
 
     def mask_of(self, query_BQ: Tensor) -> Tensor:
         ((_, _, mask_BTR),) = self.masks

@@ -6,7 +6,7 @@ import sys
 
 from lepton.cli import generate as command
 from lepton.cli import shading
-from lepton.generate.stats import Stats
+from lepton.engine.stats import Stats
 from tests.cli.tiny import command_of, run
 
 

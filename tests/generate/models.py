@@ -1,9 +1,14 @@
 """Prompts, models whose greedy text varies, and drafters that know it."""
 
+import contextlib
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lepton.api import Lepton
+from lepton.engine.speculation import Speculation
 from lepton.model.ideas.idea import Idea
 from tests.laws.lab import build
 
@@ -23,6 +28,14 @@ def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepto
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.data += 6 * noise / parameter.shape[-1] ** 0.5
     return model.to(dtype).eval()
+
+
+@contextlib.contextmanager
+def always_drafting() -> Iterator[None]:
+    """Draft in every cycle, whether it pays or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Speculation, "choose", lambda self, bucket: self.choices[-1])
+        yield
 
 
 class Oracle(Idea):

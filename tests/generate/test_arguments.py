@@ -6,7 +6,7 @@ import torch
 
 from lepton.errors import InputError
 from tests.generate.models import BATCH, PROMPT, lively
-from tests.generate.test_loop import embedded_shapes
+from tests.generate.test_generation import embedded_shapes
 from tests.laws.lab import VOCAB
 
 GREEDY = {"temperature": 0}

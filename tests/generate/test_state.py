@@ -5,7 +5,7 @@ import torch
 
 from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
-from lepton.generate.loop import Generation
+from lepton.generate.generation import Generation
 from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, assert_states, build
 

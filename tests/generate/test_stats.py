@@ -1,6 +1,6 @@
 """Figures of generation from the steps that were counted."""
 
-from lepton.generate.stats import Stats
+from lepton.engine.stats import Stats
 
 
 def test_nothing_counted_is_zero():

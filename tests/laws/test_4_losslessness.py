@@ -8,14 +8,20 @@ import pytest
 import torch
 
 from lepton.engine.options import GenerationOptions
-from lepton.generate.loop import Generation
+from lepton.generate.generation import Generation
 from lepton.model.ideas.drafter import DrafterConfig
-from tests.generate.models import lively, oracle
+from tests.generate.models import always_drafting, lively, oracle
 from tests.laws.lab import CANARIES, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text
 
 GREEDY = {"temperature": 0}
 PLAIN = {"use_speculative": False}
 DRAFTS, NEW = 4, 20
+
+
+@pytest.fixture(autouse=True)
+def _always_drafting():
+    with always_drafting():
+        yield
 
 
 @once_a_device

@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.generate import loop
-from tests.generate.models import BATCH, PROMPT, lively
+from lepton.engine import prefill
+from tests.generate.models import BATCH, PROMPT, always_drafting, lively
 from tests.laws.lab import VARIANTS, build
 
 GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def _always_drafting():
+    with always_drafting():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
     options = {"temperature": 0, "use_speculative": speculative}
     expected = naive_greedy(model, PROMPT * 3, 12)
     for chunk, parts in ((7, [7] * 6), (41, [41, 1]), (42, [42])):
-        monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
         with embedded_shapes(model) as shapes:
             assert model.generate(PROMPT * 3, 12, **options) == expected
         assert shapes[: len(parts)] == [(1, part) for part in parts]
@@ -69,7 +75,7 @@ def test_a_prompt_longer_than_a_prefill_chunk(model, monkeypatch, speculative):
 
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_rows_of_a_batch_equal_the_rows_alone(model, monkeypatch, chunk):
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", chunk)
     stop = [[11], [42, 17]]
     together = model.generate(BATCH, 24, temperature=0, stop=stop)
     assert together == [model.generate(row, 24, temperature=0, stop=stop) for row in BATCH]

@@ -1,0 +1,50 @@
+"""Who may use which runner: pools and graphs outlive the call that made them, but serve one engine at a time."""
+
+import threading
+from types import TracebackType
+
+from lepton.engine.runner import Runner
+from lepton.engine.speculation import bucket_of
+from lepton.model import Network
+
+_LOCK = threading.Lock()
+
+
+class Lease:
+    """The use of a runner inside a `with` block. A runner that is free again is kept with its model."""
+
+    def __init__(self, model: Network, places: int, longest: int) -> None:
+        """Ask for a runner of at least `places` sequences of at most `longest` tokens."""
+        self._model, self._places, self._longest = model, places, longest
+
+    def __enter__(self) -> "Lease":
+        model = self._model
+        free = _free(model)
+        with _LOCK:
+            fitting = [each for each in free if each.fits(self._places, self._longest)]
+            found = min(fitting, key=lambda each: each.places, default=None)
+            if found is not None:
+                free.remove(found)
+        places = bucket_of(self._places) if model.device.type == "cuda" else self._places
+        self.runner = Runner(model, places, self._longest) if found is None else found
+        self.runner.refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, GeneratorExit):
+            with _LOCK:
+                _free(self._model).append(self.runner)
+
+
+class Runners(list[Runner]):
+    """The free runners of a model. They are not copied or saved with it."""
+
+    def __reduce__(self) -> tuple[type["Runners"], tuple[()]]:
+        return Runners, ()
+
+
+def _free(model: Network) -> Runners:
+    found: Runners = model.__dict__.setdefault("_runners", Runners())
+    return found

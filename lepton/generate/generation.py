@@ -1,0 +1,148 @@
+"""The continuation of some prompts: sequences of one engine, and what they have read."""
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lepton.engine.engine import Engine, SequenceOutput
+from lepton.engine.options import GenerationOptions
+from lepton.engine.prefill import PREFILL_CHUNK, padded, read_prompts
+from lepton.engine.runners import Lease
+from lepton.engine.sequence import Sequence
+from lepton.engine.stats import Stats
+from lepton.errors import InputError
+from lepton.generate.prompts import Prompt, read_stops
+from lepton.generate.prompts import read_prompts as checked_prompts
+from lepton.model import Memory, Network, State
+from lepton.model.arguments import checked_call
+from lepton.model.fresh_state import check_state
+from lepton.ops.choose import stream_words
+
+MOST_AT_ONCE = 1024
+"""Sequences that run at once; more wait for a place."""
+
+
+class RowOutput(NamedTuple):
+    """New tokens of one row, from one cycle."""
+
+    row: int
+    tokens: list[int]
+    uncertainties: list[float]
+    """One for each token if they were asked for, else empty."""
+    logprobs: list[tuple[float, dict[int, float]]]
+    """Likewise: the log-probability of each token, and those of the most probable ones by id."""
+
+
+class Generation:
+    """The continuation of some prompts. Iterating it computes, cycle by cycle; `stats` grows on the way.
+
+    A generation is iterated once; it may be left early. `state` is there at any time. Bad values raise InputError here,
+    not in the first cycle.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        prompts: Prompt,
+        options: GenerationOptions,
+        *,
+        state: State | None = None,
+        memory: Memory | str | Path | None = None,
+        uncertainty: bool = False,
+        logprobs: int | None = None,
+    ) -> None:
+        """Prepare to continue `prompts`.
+
+        Args:
+            model: what generates.
+            prompts: token ids of one text or of several.
+            options: how to generate.
+            state: a past to continue from, with a row for each prompt.
+            memory: what a new text remembers of earlier ones.
+            uncertainty: whether to compute that of each new token.
+            logprobs: number of most probable tokens whose log-probabilities are wanted, beside that of each new token;
+                None: no log-probabilities.
+        """
+        if uncertainty and model.idea("uncertainty") is None:
+            raise InputError(
+                "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
+            )
+        self.model, self.options = model, options
+        self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
+        """The prompts as lists, and whether the caller gave a single flat one."""
+        rows = len(self.prompts)
+        self._call = checked_call(model, rows, options.depth, options.think)
+        if state is not None and memory is not None:
+            raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
+        if state is not None:
+            check_state(model, state, rows)
+        past = state if memory is None else model.new_state(rows, memory=memory)
+        stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
+        seed = secrets.randbits(64) if options.seed is None else options.seed
+        phases = [0] * rows if past is None else past.phase_B.tolist()
+        self.stats = Stats()
+        self._past = past
+        self._sequences = [
+            Sequence(
+                prompt,
+                options,
+                stops=stops,
+                stream=stream_words(seed, row),
+                uncertainty=uncertainty,
+                logprobs=logprobs,
+                past=None if past is None else (past, row),
+                past_phase=phases[row],
+            )
+            for row, prompt in enumerate(self.prompts)
+        ]
+        self._row_of = {id(sequence): row for row, sequence in enumerate(self._sequences)}
+        self._lease: Lease | None = None
+
+    def __iter__(self) -> Iterator[list[RowOutput]]:
+        if self.options.max_new_tokens == 0:
+            return
+        longest = max(map(len, self.prompts)) + self.options.max_new_tokens
+        with Lease(self.model, min(len(self.prompts), MOST_AT_ONCE), longest) as lease:
+            engine = Engine(lease.runner, stats=self.stats)
+            for sequence in self._sequences:
+                engine.add(sequence)
+            try:
+                while not engine.idle:
+                    if outputs := [self._output(each) for each in engine.step()]:
+                        yield outputs
+            finally:
+                engine.close()
+
+    def _output(self, output: SequenceOutput) -> RowOutput:
+        return RowOutput(self._row_of[id(output.sequence)], *output[1:])
+
+    @property
+    def state(self) -> State:
+        """What the model has read: what came before, the prompts, and all new tokens but the last.
+
+        The last one was drawn, but no pass has read it. Put it before the next prompt, or give only it to continue the
+        same text.
+        """
+        return self.state_without([0] * len(self.prompts))
+
+    @torch.no_grad()
+    def state_without(self, unused: list[int]) -> State:
+        """Return `state` as if the last `unused` new tokens of each row had not been drawn.
+
+        Prompts and new tokens are read once more: the states in the engine are those of texts that may have gone on.
+        """
+        think, device = self.options.think, self.model.device
+        state = read_prompts(self.model, self.prompts, self._past, depth=self._call.depth, think=think).state
+        texts = [
+            sequence.new[: max(0, len(sequence.new) - 1 - behind)]
+            for sequence, behind in zip(self._sequences, unused, strict=True)
+        ]
+        for start in range(0, max(map(len, texts)), PREFILL_CHUNK):
+            parts = [text[start : start + PREFILL_CHUNK] for text in texts]
+            lengths_B = torch.tensor([len(part) for part in parts], device=device)
+            tokens_BT = padded(parts, self.model.config.eos_id, device)
+            state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=self._call.depth, think=think).state
+        return state
