@@ -92,7 +92,7 @@ class Pool:
         slots = model.lasting_slots(like)
 
         def ring(cache: KVCache) -> KVRing:
-            return KVRing.empty(cache, places, columns)
+            return KVRing.empty(cache, places, columns, model.config.window)
 
         def empty(value: Tensor) -> Tensor:
             return value.expand(places, *value.shape[1:]).clone()

@@ -113,7 +113,7 @@ class Runner:
     def _fingerprint(self) -> tuple[object, ...]:
         """Where the weights lie, and what else a captured pass depends on."""
         model = self.model
-        return (model.dtype, model.left_out, *(each.data_ptr() for each in model.parameters()))
+        return (model.dtype, model.left_out, id(model.idea("drafter")), *(each.data_ptr() for each in model.parameters()))
 
     @torch.no_grad()
     def prefill(self, work: Prefill) -> list[tuple[list[int], Running]]:

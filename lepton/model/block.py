@@ -12,6 +12,8 @@ from lepton.model.kv_ring import LayerCache, RingLayer, joined
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.attention_plan import AttentionPlan
+from lepton.ops.products import products
+from lepton.ops.ring_attention import Extra, Ring, ring_attention
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -76,6 +78,8 @@ class Block(nn.Module):
             plan: the attention mask.
             slots: kv entries in addition to those of tokens.
         """
+        if isinstance(past, RingLayer) and plan.index_M is None and past.has_kernels:
+            return self._few_tokens(x_BTD, past, rotary, slots)
         normed_BTD = norm(x_BTD)
         if plan.index_M is None:
             q, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
@@ -86,3 +90,30 @@ class Block(nn.Module):
         kept = past.kept_slots() if isinstance(past, RingLayer) else None
         x = plan.take(x_BTD) + self.attention(q, k_BJKH, v_BJKH, plan, kept or slots)
         return plan.put(x_BTD, x + self.mlp(norm(x))), k_BTKH, v_BTKH
+
+    def _few_tokens(
+        self, x_BTD: Tensor, past: RingLayer, rotary: Rotary, slots: Slots | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` in five kernels: projections, attention, output, and the two layers of the MLP."""
+        attention, mlp = self.attention, self.mlp
+        x_MD, length = x_BTD.flatten(0, 1), x_BTD.shape[1]
+        layers = (attention.q, attention.k, attention.v)
+        q, k, v = products(x_MD, [_weight(layer, x_MD) for layer in layers], normed=True)
+        q, k, v = (each.unflatten(0, (-1, length)) for each in (q, k, v))
+        ring = Ring(past.keys, past.values, past.place_B, past.position_B)
+        window = past.window or past.keys.shape[1] - length + 1
+        extra = None
+        if slots is not None and past.slots is not None:
+            extra = Extra(*past.slots, past.place_B, slots.mask_BTC)
+        elif slots is not None:
+            keys_values = attention.key_value(slots.states_BCD, None, slots.bias_BC)
+            extra = Extra(*keys_values, torch.arange(len(x_BTD), device=x_MD.device), slots.mask_BTC)
+        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, window=window, biased=attention.biased)
+        (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD)
+        (hidden,) = products(x_MD, [_weight(mlp.up, x_MD)], normed=True, squared_relu=True)
+        (x_MD,) = products(hidden, [_weight(mlp.down, x_MD)], residual=x_MD)
+        return x_MD.view_as(x_BTD), k, v
+
+
+def _weight(layer: Linear, like: Tensor) -> Tensor:
+    return layer.weight.to(like.dtype)

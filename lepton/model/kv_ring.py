@@ -14,6 +14,8 @@ from torch import Tensor
 from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.timeline import Timeline
 from lepton.ops.attention_plan import CausalWindow
+from lepton.ops.products import PRODUCTS
+from lepton.ops.ring_attention import RING_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class RingLayer:
     """Keys and values of the slots, [places, C, K, H] each, if they are kept; None: the pass computes them."""
     whole: bool
     """Whether the rows are all places of the pool, in order."""
+    window: int | None
+    """Largest number of tokens that a token attends to, itself included; None: its whole document."""
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the kernels for a few tokens work with its device and dtype."""
+        device, dtype = self.keys.device, self.keys.dtype
+        return PRODUCTS.works(device, dtype) and RING_ATTENTION.works(device, dtype, self.keys.shape[-1])
 
     def written(self, k_BTKH: Tensor, v_BTKH: Tensor) -> KeysValues:
         """Write the keys and values of a chunk; return the columns of each row, [B, R, K, H]."""
@@ -67,6 +77,8 @@ class KVRing:
     keys: tuple[Tensor, ...]
     """Of each layer: [places, R, K, H]."""
     values: tuple[Tensor, ...]
+    window: int | None
+    """Largest number of tokens that a token attends to, itself included; None: its whole document."""
     slots: tuple[KeysValues, ...] = ()
     """Of each layer: keys and values of the slots, [places, C, K, H] each, which stay the same until a segment opens.
     Empty: they are not kept, or the pass may not read them."""
@@ -78,11 +90,11 @@ class KVRing:
     """Whether the rows of the pass are all places, in order."""
 
     @staticmethod
-    def empty(cache: KVCache, places: int, columns: int) -> "KVRing":
+    def empty(cache: KVCache, places: int, columns: int, window: int | None) -> "KVRing":
         """Return rings for `places` sequences, with layers, shapes and dtype of `cache`."""
         _, layers, _, heads, width = cache.keys_BLRKH.shape
         rings = [cache.keys_BLRKH.new_zeros(places, columns, heads, width) for _ in range(2 * layers)]
-        return KVRing(tuple(rings[:layers]), tuple(rings[layers:]))
+        return KVRing(tuple(rings[:layers]), tuple(rings[layers:]), window)
 
     @property
     def entries(self) -> int:
@@ -99,7 +111,8 @@ class KVRing:
         assert self.place_B is not None, "a pass is about some rows"
         assert self.position_B is not None
         slots = self.slots[index] if self.slots else None
-        return RingLayer(self.keys[index], self.values[index], self.place_B, self.position_B, slots, self.whole)
+        own = self.keys[index], self.values[index]
+        return RingLayer(*own, self.place_B, self.position_B, slots, self.whole, self.window)
 
     def after(self, chunk: object, count_B: Tensor, timeline: Timeline, window: int | None) -> "KVRing":
         """Return itself: the pass has written the chunk, and the position of the state says what of it counts."""
