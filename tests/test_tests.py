@@ -21,6 +21,7 @@ ELSEWHERE = {
     "model/fresh_state": "tests/generate/test_state.py",
     "model/modules": "tests/model/test_network.py",
     "ops/triton/attention": "tests/ops/test_attention_kernel.py",
+    "ops/triton/choose": "tests/ops/test_choose.py",
     "ops/triton/cross_entropy": "tests/ops/test_cross_entropy_kernel.py",
     "ops/triton/delta_rule": "tests/ops/test_delta_rule_kernel.py",
     "runtime/cuda_graphs": "tests/train/test_micro_step.py",
