@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lepton.engine.scheduler import Launch, Prefill
 from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.model import Network, State
-from lepton.ops.choose import sampling_of
+from lepton.ops.choose import CHOOSE, sampling_of
 
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
@@ -92,7 +92,11 @@ class Runner:
         self._proposals_ZE = None if drafter is None else drafter.rows(model.embed).to(model.dtype)
         window = model.config.window
         self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
-        self.pool = Pool(model, places, self._longest or (window or 0) + self.drafts)
+        on_gpu = self._device.type == "cuda"
+        self.pool = Pool(model, places + on_gpu, self._longest or (window or 0) + self.drafts)
+        self._graphs = CudaGraphs(self._device)
+        self._place_B = torch.zeros(bucket_of(places), dtype=torch.int64, device=self._device)
+        self._places_before: list[int] = []
         self._made_for = self._fingerprint()
 
     def fits(self, places: int, longest: int) -> bool:
@@ -113,7 +117,12 @@ class Runner:
     def _fingerprint(self) -> tuple[object, ...]:
         """Where the weights lie, and what else a captured pass depends on."""
         model = self.model
-        return (model.dtype, model.left_out, id(model.idea("drafter")), *(each.data_ptr() for each in model.parameters()))
+        return (
+            model.dtype,
+            model.left_out,
+            id(model.idea("drafter")),
+            *(each.data_ptr() for each in model.parameters()),
+        )
 
     @torch.no_grad()
     def prefill(self, work: Prefill) -> list[tuple[list[int], Running]]:
@@ -154,16 +163,47 @@ class Runner:
             rows=len(places),
             drafts=work.drafts,
             opening=work.opening,
-            rounds=work.rounds,
+            rounds=work.rounds if work.opening else 0,
             depth=work.depth,
-            whole=places == list(range(self.pool.places)),
         )
+        outcome = self._captured(places, shape) if self._captures(shape) else self._plain(places, shape)
+        row_of = {i: row for row, i in enumerate(order)}
+        return Running(outcome, [row_of[i] for i in range(len(order))], 1 + work.drafts)
+
+    def _plain(self, places: list[int], shape: Shape) -> Outcome:
+        shape = replace(shape, whole=places == list(range(self.pool.places)))
         place_B = torch.tensor(places, device=self._device)
-        outcome = cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
-        back = [0] * len(order)
-        for position, i in enumerate(order):
-            back[i] = position
-        return Running(outcome, back, 1 + work.drafts)
+        return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+
+    def _captures(self, shape: Shape) -> bool:
+        """Whether such a cycle can be captured: nothing in it may wait for the device."""
+        if self._device.type != "cuda" or not CHOOSE.works(self._device, torch.float32):
+            return False
+        return shape.depth >= 1 and self.model.dtype != torch.float64
+
+    def _captured(self, places: list[int], shape: Shape) -> Outcome:
+        """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
+        rows = bucket_of(len(places))
+        shape = replace(shape, rows=rows, rounds=bucket_of(shape.rounds) if shape.rounds else 0)
+        place_B = self._place_B[:rows]
+        if shape not in self._graphs:
+            self._capture(shape, place_B)
+        padded = places + [self.places] * (rows - len(places))
+        if self._places_before != padded:
+            place_B.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
+            self._places_before = padded
+        return cast(Outcome, self._graphs.replay(shape))
+
+    def _capture(self, shape: Shape, place_B: Tensor) -> None:
+        place_B.fill_(self.places)
+        self._places_before = []
+
+        def action() -> Outcome:
+            return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+
+        action()  # what is built at first use is built now
+        torch.cuda.synchronize(self._device)
+        self._graphs.capture(shape, action)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device

@@ -10,6 +10,7 @@ from lepton.model.layers import Linear, norm, products
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan
+from lepton.ops.heads import ending_in, rotate
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,7 @@ class Rotary:
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate the first half of each head of `x` [..., heads, head_dim]; the second half has no position."""
-        pairs = self.cos.shape[-1]
-        first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
-        return torch.cat(
-            [first * self.cos - second * self.sin, first * self.sin + second * self.cos, rest],
-            -1,
-        )
+        return rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class Attention(nn.Module):
     def _as_query(self, q: Tensor, rotary: Rotary) -> Tensor:
         q = rotary.rotate(norm(q.unflatten(-1, (self.heads, self.head_dim))))
         # Scores are divided by sqrt(head_dim).
-        return _ending_in(q, q.new_full((), self.head_dim**0.5)) if self.biased else q
+        return ending_in(q, q.new_full((), self.head_dim**0.5)) if self.biased else q
 
     def _as_key(self, k: Tensor, rotary: Rotary | None, bias: Tensor | None = None) -> Tensor:
         k = norm(k.unflatten(-1, (self.kv_heads, self.head_dim)))
@@ -111,7 +107,7 @@ class Attention(nn.Module):
             k = torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
         else:
             k = rotary.rotate(k)
-        return _ending_in(k, k.new_zeros(()) if bias is None else bias.to(k.dtype)) if self.biased else k
+        return ending_in(k, k.new_zeros(()) if bias is None else bias.to(k.dtype)) if self.biased else k
 
     def _as_value(self, v: Tensor) -> Tensor:
         return v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -132,13 +128,3 @@ class Attention(nn.Module):
         if isinstance(slots, Slots):  # without queries, slots need no keys
             slots = self.key_value(slots.states_BCD, None, slots.bias_BC) if len(q) else None
         return self.out(attend(q, k_BJKH, v_BJKH, plan, slots).flatten(-2))
-
-
-def _ending_in(x: Tensor, last: Tensor) -> Tensor:
-    """Return heads [..., N, H] with `last` [...] as their last coordinate.
-
-    It does not use `F.pad`: PyTorch 2.11's Inductor drops the padded constant if the same kernel produces the tensor
-    (pytorch/pytorch#189895).
-    """
-    is_last_H = torch.arange(x.shape[-1], device=x.device) == x.shape[-1] - 1
-    return torch.where(is_last_H, last[..., None, None], x)

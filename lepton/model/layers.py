@@ -6,12 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPS = 1e-6
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without weights (Zhang and Sennrich, 2019)."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+from lepton.ops.heads import norm as norm  # used as one of the layers
 
 
 def at_indices(x: Tensor, index_BC: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Matrix products of a block with few tokens, with the norm before them and what follows them in the same launch.
+
+In a decode step a block is bound by memory and by the number of launches. `products` reads each weight once, from
+where it is, and leaves no launch between the norm and the squared ReLU or the residual stream. `plain_products` is the
+same in PyTorch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lepton.ops.heads import norm
+from lepton.ops.kernels import HALF, Kernel
+
+
+def products(
+    x_MD: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    normed: bool = False,
+    squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T) + residual``.
+
+    On a GPU in half precision it is one launch. The result is the same in each call, and that of a row does not depend
+    on the other rows. It may differ in rounding where a call has more rows, and from `plain_products`: the kernel
+    applies the norm to the sums, not to the inputs. It has no gradient, and neither copies nor synchronises, so it can
+    be captured in a CUDA graph after a first call that builds the kernel.
+
+    Args:
+        x_MD: inputs.
+        weights: matrices [outputs, D] in the dtype of `x_MD`, contiguous; one to three of them.
+        normed: whether the inputs are normed first, as by `heads.norm`.
+        squared_relu: whether f is ``relu(y) ** 2``; else it is y.
+        residual: added to the result [M, outputs]; only with one matrix.
+
+    Returns:
+        A new tensor [M, outputs] for each matrix.
+    """
+    assert residual is None or len(weights) == 1
+    if PRODUCTS.works(x_MD.device, x_MD.dtype):
+        return _products(x_MD, list(weights), residual, normed, squared_relu)
+    return plain_products(x_MD, weights, normed=normed, squared_relu=squared_relu, residual=residual)
+
+
+def plain_products(
+    x_MD: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    normed: bool = False,
+    squared_relu: bool = False,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """As `products`, in PyTorch."""
+    x_MD = norm(x_MD) if normed else x_MD
+    outputs = [F.linear(x_MD, weight) for weight in weights]
+    if squared_relu:
+        outputs = [F.relu(y).square() for y in outputs]
+    return outputs if residual is None else [residual + outputs[0]]
+
+
+def _trial(device: torch.device, dtype: torch.dtype) -> None:
+    from lepton.ops.triton.products import DEPENDS_ON_ROWS
+
+    weight = torch.zeros(32, 256, dtype=dtype, device=device)
+    for rows in DEPENDS_ON_ROWS:
+        x_MD = weight.new_zeros(rows, 256)
+        _products(x_MD, [weight, weight], None, True, True)
+        _products(x_MD, [weight], x_MD[:, :32].contiguous(), False, False)
+
+
+PRODUCTS = Kernel("decoding", HALF, _trial)
+"""`PRODUCTS.works(device, dtype)`."""
+
+
+@torch.library.custom_op("lepton::products", mutates_args=())
+def _products(
+    x_MD: Tensor, weights: list[Tensor], residual: Tensor | None, normed: bool, squared_relu: bool
+) -> list[Tensor]:
+    from lepton.ops.triton import products as kernels
+
+    residual = None if residual is None else residual.contiguous()
+    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu)
+
+
+@_products.register_fake
+def _(x_MD: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x_MD.new_empty(x_MD.shape[0], weight.shape[0]) for weight in weights]
+
+
+@register_flop_formula(torch.ops.lepton.products)
+def _flops(x: Any, weights: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+    return int(2 * x[0] * x[1] * sum(weight[0] for weight in weights))

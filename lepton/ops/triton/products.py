@@ -1,0 +1,230 @@
+"""Products of the same rows with up to three matrices; the norm, the squared ReLU and the residual in one launch.
+
+Two kernels. `_stream`, for a few rows, multiplies without matrix units: a program reads a few rows of a matrix from
+end to end, and sums stay in its threads until the end. So there are many programs, and many loads under way. `_tiles`
+is the usual product in tiles; for small tiles it cuts the depth in parts that groups of warps compute beside each
+other, since a chain of small products would take longer than the loads. No sum goes through an atomic operation: the
+order of additions is fixed.
+
+The norm multiplies the sums at the end, since a program that has read its rows has also seen all their squares.
+In a kernel, N are the outputs of a block, D is the part of the depth that a step reads.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lepton.ops.heads import NORM_EPS
+
+
+class Stream(NamedTuple):
+    """How `_stream` splits its work."""
+
+    outputs: int
+    """Rows of a matrix that a program reads."""
+    warps: int
+    """Each reads 256 columns at a time."""
+    steps: int
+    """Most steps whose loads are under way at once."""
+
+
+class Tile(NamedTuple):
+    """How `_tiles` splits its work."""
+
+    rows: int
+    outputs: int
+    depth: int
+    """Columns that each part reads at a time."""
+    parts: int
+    """Parts of the depth that are summed beside each other; with more than one, one for each warp."""
+    warps: int
+    stages: int
+
+
+# The tables of the kernels' sizes, for an H100 (132 multiprocessors).
+STREAM_ROWS = 8
+"""Largest number of rows for `_stream`: from then on its arithmetic takes longer than its loads."""
+STREAMS = ((4096, Stream(4, 1, 4)), (1536, Stream(2, 1, 4)), (0, Stream(2, 1, 8)))
+"""For `_stream`: the first line whose number of outputs, of all matrices, is reached."""
+TILES = (
+    Tile(128, 128, 64, 1, 8, 4),
+    Tile(128, 64, 64, 1, 4, 4),
+    Tile(64, 64, 64, 1, 4, 4),
+    Tile(64, 32, 128, 1, 4, 4),
+    Tile(32, 32, 64, 4, 4, 3),
+    Tile(32, 16, 64, 4, 4, 3),
+    Tile(16, 16, 64, 4, 4, 4),
+)
+"""For `_tiles`: the first that makes enough programs, else the last."""
+ENOUGH = 96
+"""Programs that are enough."""
+DEPENDS_ON_ROWS = (1, STREAM_ROWS + 1, 4096)
+"""Numbers of rows that take each form of the kernels, for the trial."""
+
+
+@triton.jit
+def _matrix(
+    block, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The matrix of a block of outputs, where they go, how many there are, and the first of the block."""
+    w_ptr, y_ptr, outputs = w0_ptr, y0_ptr, N0
+    BLOCKS0: tl.constexpr = (N0 + BLOCK - 1) // BLOCK
+    BLOCKS1: tl.constexpr = (N1 + BLOCK - 1) // BLOCK
+    if N1 > 0 and block >= BLOCKS0:
+        if N2 > 0 and block >= BLOCKS0 + BLOCKS1:
+            w_ptr, y_ptr, outputs, block = w2_ptr, y2_ptr, N2, block - (BLOCKS0 + BLOCKS1)
+        else:
+            w_ptr, y_ptr, outputs, block = w1_ptr, y1_ptr, N1, block - BLOCKS0
+    return w_ptr, y_ptr, outputs, block * BLOCK
+
+
+@triton.jit
+def _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Round, apply what follows, and store."""
+    y_MN = y_MN.to(y_ptr.dtype.element_ty)
+    if SQUARED:
+        positive_MN = tl.maximum(y_MN.to(tl.float32), 0.0)
+        y_MN = (positive_MN * positive_MN).to(y_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual_MN = tl.load(residual_ptr + place_MN, mask=mask_MN, other=0.0)
+        y_MN = (residual_MN.to(tl.float32) + y_MN.to(tl.float32)).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + place_MN, y_MN, mask=mask_MN)
+
+
+@triton.jit
+def _stream(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
+    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """A thread reads 8 neighbouring columns of all its rows in each step."""
+    w_ptr, y_ptr, outputs, first_output = _matrix(
+        tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
+    )
+    m, n = tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
+    # [lanes, rows, outputs, 8]: the compiler gives each thread one lane of all the rest.
+    d = tl.arange(0, LANES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+    # What is past the end is read twice, and not stored.
+    x_at = tl.minimum(m, rows - 1)[None, :, None, None] * DEPTH + d
+    w_at = tl.minimum(n, outputs - 1)[None, None, :, None] * DEPTH + d
+    sums = tl.zeros([LANES, ROWS, OUTPUTS], tl.float32)
+    squares = tl.zeros([LANES, ROWS, 1], tl.float32)
+    for first in tl.range(0, DEPTH, LANES * 8, loop_unroll_factor=UNROLL):
+        if DEPTH % (LANES * 8) == 0:
+            w = tl.load(w_ptr + first + w_at)
+            x = tl.load(x_ptr + first + x_at).to(tl.float32)
+        else:
+            w = tl.load(w_ptr + first + w_at, mask=first + d < DEPTH, other=0.0)
+            x = tl.load(x_ptr + first + x_at, mask=first + d < DEPTH, other=0.0).to(tl.float32)
+        sums += tl.sum(x * w.to(tl.float32), 3)
+        if NORMED:
+            squares += tl.sum(x * x, 3)
+    y_MN = tl.sum(sums, 0)
+    if NORMED:
+        y_MN *= tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
+    place_MN = m[:, None] * outputs + n[None, :]
+    mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
+    _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED, RESIDUAL)
+
+
+@triton.jit
+def _tiles(
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
+    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of outputs. With parts, each reads every `PARTS`-th step of the depth."""
+    w_ptr, y_ptr, outputs, first_output = _matrix(
+        tl.program_id(1), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
+    )
+    m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
+    x_row, w_row = tl.minimum(m, rows - 1), tl.minimum(n, outputs - 1)
+    WHOLE: tl.constexpr = DEPTH % (PARTS * STEP) == 0
+    if PARTS == 1:
+        d = tl.arange(0, STEP)
+        x_at, w_at = x_row[:, None] * DEPTH + d[None, :], w_row[:, None] * DEPTH + d[None, :]
+        y_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
+        squares_M = tl.zeros([ROWS], tl.float32)
+        for first in range(0, DEPTH, STEP):
+            mask = None if WHOLE else first + d[None, :] < DEPTH
+            x_MD = tl.load(x_ptr + first + x_at, mask=mask, other=None if WHOLE else 0.0)
+            w_ND = tl.load(w_ptr + first + w_at, mask=mask, other=None if WHOLE else 0.0)
+            y_MN = tl.dot(x_MD, tl.trans(w_ND), y_MN, input_precision=EXACT)
+            if NORMED:
+                squares_M += tl.sum(x_MD.to(tl.float32) * x_MD.to(tl.float32), 1)
+    else:
+        d = (tl.arange(0, PARTS)[:, None] * STEP + tl.arange(0, STEP)[None, :])[:, None, :]
+        x_at, w_at = x_row[None, :, None] * DEPTH + d, w_row[None, :, None] * DEPTH + d
+        parts = tl.zeros([PARTS, ROWS, OUTPUTS], tl.float32)
+        squares = tl.zeros([PARTS, ROWS], tl.float32)
+        for first in range(0, DEPTH, PARTS * STEP):
+            mask = None if WHOLE else first + d < DEPTH
+            x = tl.load(x_ptr + first + x_at, mask=mask, other=None if WHOLE else 0.0)
+            w = tl.load(w_ptr + first + w_at, mask=mask, other=None if WHOLE else 0.0)
+            parts = tl.dot(x, tl.permute(w, (0, 2, 1)), parts, input_precision=EXACT)
+            if NORMED:
+                squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 2)
+        y_MN, squares_M = tl.sum(parts, 0), tl.sum(squares, 0)
+    if NORMED:
+        y_MN *= tl.rsqrt(squares_M / DEPTH + eps)[:, None]
+    place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
+    mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
+    _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED, RESIDUAL)
+
+
+def stream_of(outputs: int) -> Stream:
+    """Return the sizes of `_stream` for matrices with so many outputs in all."""
+    return next(stream for least, stream in STREAMS if outputs >= least)
+
+
+def unroll_of(depth: int, stream: Stream) -> int:
+    """Return how many steps of `_stream` are unrolled: a divisor of their number, so that none remains."""
+    steps = triton.cdiv(depth, 256 * stream.warps)
+    return max(each for each in range(1, stream.steps + 1) if steps % each == 0)
+
+
+def tile_of(rows: int, outputs: int) -> Tile:
+    """Return the sizes of `_tiles` for so many rows, and matrices with so many outputs in all."""
+    for tile in TILES:
+        if triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs) >= ENOUGH:
+            return tile
+    return TILES[-1]
+
+
+def products(
+    x_MD: Tensor, weights: list[Tensor], residual: Tensor | None, normed: bool, squared_relu: bool
+) -> list[Tensor]:
+    """As `plain_products` in `lepton/ops/products.py`, in one launch. All tensors are contiguous."""
+    rows, depth = x_MD.shape
+    assert all(weight.is_contiguous() and weight.dtype == x_MD.dtype for weight in weights)
+    counts = [weight.shape[0] for weight in weights]
+    outputs = [x_MD.new_empty(rows, count) for count in counts]
+    absent = 3 - len(weights)
+    given = (
+        x_MD, *weights, *weights[:1] * absent, *outputs, *outputs[:1] * absent,
+        outputs[0] if residual is None else residual, rows, NORM_EPS, *counts, *[0] * absent, depth,
+    )  # fmt: skip
+    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None}
+    with torch.cuda.device_of(x_MD):  # Triton launches on the current device
+        if rows <= STREAM_ROWS:
+            stream = stream_of(sum(counts))
+            blocks = sum(triton.cdiv(count, stream.outputs) for count in counts)
+            _stream[(blocks,)](
+                *given, ROWS=triton.next_power_of_2(rows), OUTPUTS=stream.outputs, LANES=32 * stream.warps,
+                UNROLL=unroll_of(depth, stream), num_warps=stream.warps, **flags,
+            )  # fmt: skip
+        else:
+            tile = tile_of(rows, sum(counts))
+            blocks = sum(triton.cdiv(count, tile.outputs) for count in counts)
+            _tiles[(triton.cdiv(rows, tile.rows), blocks)](
+                *given, ROWS=tile.rows, OUTPUTS=tile.outputs, STEP=tile.depth, PARTS=tile.parts,
+                EXACT="ieee" if x_MD.dtype == torch.float32 else "tf32", num_warps=tile.warps,
+                num_stages=tile.stages, **flags,
+            )  # fmt: skip
+    return outputs
