@@ -16,6 +16,7 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.model import Network, State
 from lepton.ops.choose import CHOOSE, sampling_of
+from lepton.runtime.cuda_graphs import CudaGraphs
 
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
