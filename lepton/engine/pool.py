@@ -1,6 +1,7 @@
 """The states of many sequences, in place: a sequence keeps its place in the pool for as long as it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -120,10 +121,38 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """Bytes of all sequences."""
-        tensors = [each for each in leaves(self.held) if isinstance(each, Tensor)]
-        for ring in (each for each in leaves(self.held) if isinstance(each, KVRing)):
-            tensors += [*ring.keys, *ring.values, *(each for pair in ring.slots for each in pair)]
-        return sum(each.nbytes for each in tensors)
+        return sum(each.nbytes for each in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in an order that does not change."""
+        found: list[Tensor] = []
+
+        def of_ring(ring: KVRing) -> KVRing:
+            found.extend([*ring.keys, *ring.values, *(each for pair in ring.slots for each in pair)])
+            return ring
+
+        def of_tensor(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
+
+        renewed(self.held, of_tensor, of_ring)
+        return found
+
+    @contextmanager
+    def holding(self, tensors: list[Tensor]) -> Iterator[None]:
+        """Hold other tensors inside the block, in the order of `tensors()`."""
+        own, others = self.held, iter(tensors)
+
+        def of_ring(ring: KVRing) -> KVRing:
+            keys, values = (tuple(next(others) for _ in part) for part in (ring.keys, ring.values))
+            slots = tuple((next(others), next(others)) for _ in ring.slots)
+            return replace(ring, keys=keys, values=values, slots=slots)
+
+        try:
+            self.held = renewed(own, lambda _value: next(others), of_ring)
+            yield
+        finally:
+            self.held = own
 
     def take(self, place_B: Tensor, *, read_slots: bool, whole: bool) -> Held:
         """Return the rows in some places: tensors as copies, kv caches as rings that a pass writes to.

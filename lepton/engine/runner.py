@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lepton.engine.compiled import compiled_cycle
 from lepton.engine.cycle import Outcome, Shape, choices, cycle
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.engine.prefill import read_prompts
@@ -18,6 +19,7 @@ from lepton.model import Network, State
 from lepton.ops.choose import CHOOSE, sampling_of
 from lepton.runtime.cuda_graphs import CudaGraphs
 
+COMPILE = True
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
 
@@ -203,6 +205,9 @@ class Runner:
             return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
 
         action()  # what is built at first use is built now
+        if COMPILE:
+            action = compiled_cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+            action()
         torch.cuda.synchronize(self._device)
         self._graphs.capture(shape, action)
 
