@@ -121,7 +121,8 @@ class Scheduler:
             if sequence.unread.popleft():
                 sequence.phase = (sequence.phase + len(new)) % self._segment
             counted.append(sequence.take(new))
-            self._free_ended(sequence)
+            if sequence.ended:
+                self._free_ended(sequence)
         return counted
 
     def _admit(self) -> Sequence:
