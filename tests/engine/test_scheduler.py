@@ -68,12 +68,12 @@ def test_the_first_that_waits_get_the_free_slots():
 def test_one_pass_for_each_depth():
     fields = [{}, {"depth": 0.5}, {"depth": 1}, {"think": 7}, {"depth": 0.5, "think": 0}]
     sequences = [sequence_of(**each) for each in fields]
-    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows: 10 + rows)
+    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, depth: rows + 10 * depth)
     for sequence in sequences:
         scheduler.add(sequence)
     full, half = scheduler.schedule().launches
     assert (full.sequences, full.depth, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], 1.0, 7, 13)
-    assert (half.sequences, half.depth, half.rounds, half.drafts) == ([sequences[i] for i in (1, 4)], 0.5, 2, 12)
+    assert (half.sequences, half.depth, half.rounds, half.drafts) == ([sequences[i] for i in (1, 4)], 0.5, 2, 7)
     assert full.slots == [0, 2, 3]
     for sequence in (sequences[0], sequences[3]):
         scheduler.cancel(sequence)
@@ -82,7 +82,7 @@ def test_one_pass_for_each_depth():
 
 
 def test_drafts_are_only_for_those_who_want_some():
-    scheduler = Scheduler(2, 8, drafts=lambda _rows: 4)
+    scheduler = Scheduler(2, 8, drafts=lambda *_: 4)
     scheduler.add(sequence_of(use_speculative=False))
     assert scheduler.schedule().launches[0].drafts == 0
     scheduler.add(sequence_of())
@@ -178,7 +178,7 @@ def wanted(sequence, text):
 @pytest.mark.parametrize(("slots", "ahead", "segment"), [(1, 1, 8), (3, 1, 8), (5, 2, 4), (7, 0, 64), (4, 3, 1)])
 def test_a_thousand_requests_with_cancels(slots, ahead, segment):
     stream = random.Random(slots)
-    scheduler = Scheduler(slots, segment, rounds=2, drafts=lambda _rows: stream.choice((0, 2, 4)))
+    scheduler = Scheduler(slots, segment, rounds=2, drafts=lambda *_: stream.choice((0, 2, 4)))
     device, unread = Device(slots, segment), deque()
     sequences = [
         Sequence(
@@ -235,7 +235,7 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
 def test_a_pass_says_that_it_may_open_a_segment_only_if_it_may():
     """Of one sequence, with one pass ahead: exactly if some outcome of that pass leads to an opening."""
     for segment, drafts, start in product((4, 8), range(4), range(8)):
-        scheduler = Scheduler(1, segment, drafts=lambda _rows, drafts=drafts: drafts)
+        scheduler = Scheduler(1, segment, drafts=lambda *_, drafts=drafts: drafts)
         scheduler.add(sequence_of([3], most=99, past_phase=start % segment))
         first = scheduler.schedule()
         phase = (start + 1) % segment
