@@ -56,7 +56,12 @@ class Scheduler:
     """
 
     def __init__(
-        self, slots: int, segment: int, *, rounds: int = 0, drafts: Callable[[int], int] = lambda _rows: 0
+        self,
+        slots: int,
+        segment: int,
+        *,
+        rounds: int = 0,
+        drafts: Callable[[int, float], int] = lambda _rows, _depth: 0,
     ) -> None:
         """Make a scheduler without sequences.
 
@@ -64,7 +69,7 @@ class Scheduler:
             slots: rows of the pool, numbered from 0.
             segment: tokens of a segment.
             rounds: rounds of thinking of a sequence that asks for no number.
-            drafts: how many tokens to draft in a pass of so many rows.
+            drafts: how many tokens to draft in a pass of so many rows at a share of depth; asked once for each launch.
         """
         assert slots > 0, "no slots"
         assert segment > 0, "an empty segment"
@@ -133,7 +138,8 @@ class Scheduler:
             if sequence.unread.popleft():
                 sequence.phase = (sequence.phase + len(new)) % self._segment
             counted.append(sequence.take(new))
-            self._free_ended(sequence)
+            if sequence.ended:
+                self._free_ended(sequence)
         return counted
 
     def _admit(self) -> Sequence:
@@ -146,7 +152,7 @@ class Scheduler:
 
     def _launch(self, depth: float, sequences: list[Sequence]) -> Launch:
         speculative = any(each.options.use_speculative for each in sequences)
-        drafts = self._drafts(len(sequences)) if speculative else 0
+        drafts = self._drafts(len(sequences), depth) if speculative else 0
         opening = any(possible_phases(each, self._segment) & 1 for each in sequences)
         thinks = {each.options.think for each in sequences}
         rounds = max(self._rounds if think is None else think for think in thinks)

@@ -65,10 +65,8 @@ class Sequence:
         self.unread: deque[int] = deque()
         """Tokens of each pass whose outcome is not known yet, the oldest first; 0 for the prefill, which leaves a
         known phase."""
-        self._endings: dict[int, list[list[int]]] = {}
-        """Stop sequences by their last id, so that most tokens are compared with none."""
-        for stop in stops[1:]:
-            self._endings.setdefault(stop[-1], []).append(stop)
+        self._last_ids = {stop[-1] for stop in stops}
+        """The tokens that may end the text: only after one of them is it compared with the stop sequences."""
 
     @property
     def eos_id(self) -> int:
@@ -83,25 +81,28 @@ class Sequence:
     @property
     def exhausted(self) -> bool:
         """Whether it has ended, or will by the passes whose outcome is not known yet: each gives a token or more."""
-        return self.ended or len(self.new) + len(self.unread) >= self.options.max_new_tokens
+        return self.reason is not None or len(self.new) + len(self.unread) >= self.options.max_new_tokens
 
-    def take(self, ids: Iterable[int]) -> list[int]:
+    def take(self, ids: list[int]) -> list[int]:
         """Append the new tokens of a pass until the text ends; return those that count.
 
         None counts once it has ended. The time does not depend on the length of the text.
         """
-        most = self.options.max_new_tokens
+        room = self.options.max_new_tokens - len(self.new)
+        if self._last_ids.isdisjoint(ids) and len(ids) < room and self.reason is None:  # nearly always
+            self.new += ids
+            return ids
         counted: list[int] = []
-        for token in ids:
-            if self.ended or len(self.new) == most:
+        for token in ids[:room]:
+            if self.ended:
                 break
             counted.append(token)
             self.new.append(token)
             if token == self.eos_id:
                 self._end("end_of_document")
-            elif any(self.new[-len(stop) :] == stop for stop in self._endings.get(token, ())):
+            elif any(self.new[-len(stop) :] == stop for stop in self.stops[1:] if stop[-1] == token):
                 self._end("stop")
-        if len(self.new) == most and not self.ended:
+        if len(self.new) == self.options.max_new_tokens and not self.ended:
             self._end("length")
         return counted
 
