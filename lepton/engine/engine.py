@@ -50,7 +50,11 @@ class Engine:
         self.runner, self.stats = runner, stats or Stats()
         self.speculation = runner.speculation
         self._scheduler = Scheduler(
-            runner.places, runner.model.config.segment, rounds=runner.rounds, drafts=self._choose_drafts
+            runner.places,
+            runner.model.config.segment,
+            rounds=runner.rounds,
+            drafts=self._choose_drafts,
+            together=runner.together,
         )
         self._lag = 1 if runner.model.device.type == "cuda" else 0
         self._launched: deque[list[Work]] = deque()
@@ -125,5 +129,5 @@ class Engine:
         if isinstance(work.plan, Launch) and tokens:
             self.stats.add_step(tokens, drafted=result.allowed, accepted=result.accepted)
 
-    def _choose_drafts(self, rows: int) -> int:
+    def _choose_drafts(self, rows: int, _depth: float) -> int:
         return self.speculation.choose(bucket_of(rows)) if self.runner.drafts else 0

@@ -20,6 +20,7 @@ from lepton.ops.choose import CHOOSE, sampling_of
 from lepton.runtime.cuda_graphs import CudaGraphs
 
 COMPILE = True
+TOGETHER = 32
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
 
@@ -96,6 +97,8 @@ class Runner:
         window = model.config.window
         self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
         on_gpu = self._device.type == "cuda"
+        self.together = TOGETHER if on_gpu else None
+        """Rows that share a pass whether they open a segment or not."""
         self.pool = Pool(model, places + on_gpu, self._longest or (window or 0) + self.drafts)
         self._graphs = CudaGraphs(self._device)
         self._place_B = torch.zeros(bucket_of(places), dtype=torch.int64, device=self._device)

@@ -13,6 +13,11 @@ from functools import lru_cache
 
 from lepton.engine.sequence import Sequence
 
+PATIENCE = 4
+"""Cycles that a sequence waits for others that open a segment too."""
+ENOUGH = 16
+"""It does not wait if one in so many of the sequences may open one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
@@ -62,6 +67,7 @@ class Scheduler:
         *,
         rounds: int = 0,
         drafts: Callable[[int, float], int] = lambda _rows, _depth: 0,
+        together: int | None = None,
     ) -> None:
         """Make a scheduler without sequences.
 
@@ -70,13 +76,17 @@ class Scheduler:
             segment: tokens of a segment.
             rounds: rounds of thinking of a sequence that asks for no number.
             drafts: how many tokens to draft in a pass of so many rows at a share of depth; asked once for each launch.
+            together: largest number of rows that share a pass whether they may open a segment or not; None: no limit.
+                Of more rows, those that may open one have passes of their own: an opening costs every row of its pass.
         """
         assert slots > 0, "no slots"
         assert segment > 0, "an empty segment"
-        self._segment, self._rounds, self._drafts = segment, rounds, drafts
+        self._segment, self._rounds, self._drafts, self._together = segment, rounds, drafts, together
         self._free = list(range(slots))  # a heap: the pool is used from its start
         self._waiting: OrderedDict[Sequence, None] = OrderedDict()
         self._running: dict[Sequence, None] = {}
+        self._held: dict[Sequence, int] = {}
+        """Sequences that wait to open a segment together with others, and how many cycles they have waited."""
 
     @property
     def waiting(self) -> int:
@@ -120,7 +130,23 @@ class Scheduler:
         for sequence in self._running:
             if not sequence.exhausted:
                 groups.setdefault(sequence.depth, []).append(sequence)
-        return [self._launch(depth, sequences) for depth, sequences in groups.items()]
+        return [self._launch(depth, part) for depth, sequences in groups.items() for part in self._apart(sequences)]
+
+    def _apart(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """Split the sequences of a pass into those that open no segment and those that may, if they are many.
+
+        The latter wait for others, at most `PATIENCE` cycles.
+        """
+        if self._together is None or len(sequences) <= self._together:
+            return [sequences]
+        openers = [each for each in sequences if possible_phases(each, self._segment) & 1]
+        held = {each: self._held.get(each, 0) + 1 for each in openers}
+        others = [each for each in sequences if each not in held]
+        if openers and (len(openers) * ENOUGH >= len(sequences) or max(held.values()) > PATIENCE):
+            self._held = {}
+            return [part for part in (others, openers) if part]
+        self._held = held
+        return [others] if others else []
 
     def finish(self, sequences: Iterable[Sequence], ids: Iterable[list[int]]) -> list[list[int]]:
         """Take in the outcome of a prefill or a launch, or a part of it; free the slots of those that have ended.

@@ -1,7 +1,6 @@
 """A text that is being generated: what was asked for, the new tokens, where it ended, and its place in the pool."""
 
 from collections import deque
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lepton.engine.options import GenerationOptions

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lepton.engine.options import GenerationOptions
-from lepton.engine.scheduler import Scheduler, phase_after_prompt, phases_after
+from lepton.engine.scheduler import PATIENCE, Scheduler, phase_after_prompt, phases_after
 from lepton.engine.sequence import Sequence
 from lepton.model.timeline import Timeline
 
@@ -60,7 +60,7 @@ def test_the_first_that_waits_get_the_free_slots():
     assert (plan.prefill.sequences, plan.prefill.slots, plan.launches) == (sequences[:2], [0, 1], [])
     assert [each.status for each in sequences] == ["running"] * 2 + ["waiting"] * 3
     assert scheduler.schedule().prefill.sequences == [], "a slot is free when its passes have been read"
-    assert scheduler.finish(plan.prefill, [[3], [4]]) == [[3], [4]]
+    assert scheduler.finish(plan.prefill.sequences, [[3], [4]]) == [[3], [4]]
     assert (scheduler.waiting, scheduler.running) == (3, 0)
     assert scheduler.schedule().prefill.sequences == sequences[2:4]
 
@@ -68,7 +68,7 @@ def test_the_first_that_waits_get_the_free_slots():
 def test_one_pass_for_each_depth():
     fields = [{}, {"depth": 0.5}, {"depth": 1}, {"think": 7}, {"depth": 0.5, "think": 0}]
     sequences = [sequence_of(**each) for each in fields]
-    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, depth: rows + 10 * depth)
+    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, depth: rows + int(10 * depth))
     for sequence in sequences:
         scheduler.add(sequence)
     full, half = scheduler.schedule().launches
@@ -107,7 +107,7 @@ def test_no_pass_runs_beyond_the_last_token_wanted(most):
 def finish(scheduler, plan, ids_of):
     """Give the outcome of a plan, work by work."""
     for work in (plan.prefill, *plan.launches):
-        scheduler.finish(work, [ids_of(each) for each in work.sequences])
+        scheduler.finish(work.sequences, [ids_of(each) for each in work.sequences])
 
 
 def test_cancelling():
@@ -215,7 +215,7 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
         if len(unread) > ahead:
             plan, outcomes = unread.popleft()
             for work, ids in zip((plan.prefill, *plan.launches), outcomes, strict=True):
-                scheduler.finish(work, ids)
+                scheduler.finish(work.sequences, ids)
     assert admitted == [each for each in sequences if each in device.text], "first come, first served"
     for sequence in sequences:
         assert sequence.ended
@@ -246,3 +246,33 @@ def test_a_pass_says_that_it_may_open_a_segment_only_if_it_may():
         third = scheduler.schedule()
         phase = (phase + 1) % segment
         assert third.launches[0].opening == (phase + 1 + drafts >= segment)
+
+
+def test_many_open_segments_apart():
+    """Those that may open one wait for others, but not for long, and the rest never waits."""
+    segment, rows = 32, 40
+    scheduler = Scheduler(rows, segment, together=4)
+    sequences = [sequence_of([5], most=100, past_phase=5 * i % segment) for i in range(rows)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    prefill = scheduler.admit()
+    scheduler.finish(prefill.sequences, [[9]] * rows)
+    waited, longest, apart = dict.fromkeys(sequences, 0), 0, 0
+    while scheduler.running:
+        launches = scheduler.launches()
+        taken = [each for launch in launches for each in launch.sequences]
+        assert len(taken) == len({*taken})
+        for launch in launches:
+            opens = [each.phase == 0 for each in launch.sequences]
+            if scheduler.running > 4:
+                assert all(opens) if launch.opening else not any(opens)
+            apart += launch.opening
+        for sequence in scheduler.sequences:
+            waited[sequence] = 0 if sequence in taken else waited[sequence] + 1
+            assert not waited[sequence] or sequence.phase == 0
+            longest = max(longest, waited[sequence])
+        for launch in launches:
+            scheduler.finish(launch.sequences, [[9]] * len(launch.sequences))
+    assert 0 < longest <= PATIENCE
+    assert apart < rows * 100 / segment / 2, "several open together"
+    assert all(len(each.new) == 100 for each in sequences)

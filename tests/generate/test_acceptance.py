@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from lepton.generate.acceptance import accept
 
 V = 4

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from lepton.generate.drafting import draft, no_drafts
+
 from lepton.generate.sampling import probabilities
 from tests.laws.lab import VOCAB, build
 

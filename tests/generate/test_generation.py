@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lepton.errors import InputError
 from lepton.engine import prefill
+from lepton.errors import InputError
 from tests.generate.models import BATCH, PROMPT, always_drafting, lively
 from tests.laws.lab import VARIANTS, build
 

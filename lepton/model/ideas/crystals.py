@@ -30,6 +30,8 @@ QUANTUM = 1024
 """Quantisation steps per unit of log-score: a discrete choice may only depend on differences well above rounding."""
 CONTEXT = 16
 """Token ids that a crystal carries (X), its own last, so that it can be shown as text."""
+FEW = 256
+"""Largest number of keys that are compared each with each."""
 EMPTY = -(1 << 40)
 """Position of an empty entry. Crystals carried over from another stream have negative positions."""
 
@@ -122,6 +124,20 @@ class RatedTokens:
         return torch.where(self.position_BC > EMPTY, (key_BC << 31) + self.position_BC, torch.iinfo(torch.int64).min)
 
 
+def order_of(key_BJ: Tensor, *, descending: bool = False) -> Tensor:
+    """Return the indices that sort each row; equals stay in their order.
+
+    A few keys are compared each with each: decoding has no more, and kernels that sort are slow, also to compile.
+    """
+    if key_BJ.shape[1] > FEW:
+        return key_BJ.argsort(dim=1, descending=descending, stable=True)
+    index_J = torch.arange(key_BJ.shape[1], device=key_BJ.device)
+    first, second = key_BJ[:, :, None], key_BJ[:, None]
+    before = second > first if descending else second < first
+    place_BJ = (before | ((second == first) & (index_J < index_J[:, None]))).sum(2)
+    return torch.zeros_like(place_BJ).scatter(1, place_BJ, index_J.expand_as(place_BJ))
+
+
 def best_of_groups(priority_BJ: Tensor, group_BJ: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
     """Return the indices [B, groups x count] of the best `count` elements of each group, and which of them exist, bool.
 
@@ -130,11 +146,15 @@ def best_of_groups(priority_BJ: Tensor, group_BJ: Tensor, groups: int, count: in
     """
     lowest = torch.iinfo(torch.int64).min
     group_BJ = torch.where(priority_BJ > lowest, group_BJ, groups)
-    by_priority = priority_BJ.argsort(dim=1, descending=True, stable=True)
-    by_group = group_BJ.gather(1, by_priority).argsort(dim=1, stable=True)
+    by_priority = order_of(priority_BJ, descending=True)
+    by_group = order_of(group_BJ.gather(1, by_priority))
     order_BJ = by_priority.gather(1, by_group)
     sorted_group_BJ = group_BJ.gather(1, order_BJ)
-    first_BJ = torch.searchsorted(sorted_group_BJ, sorted_group_BJ)
+    first_BJ = (
+        (sorted_group_BJ[:, None] < sorted_group_BJ[:, :, None]).sum(2)
+        if sorted_group_BJ.shape[1] <= FEW
+        else torch.searchsorted(sorted_group_BJ, sorted_group_BJ)
+    )
     rank_BJ = torch.arange(order_BJ.shape[1], device=order_BJ.device) - first_BJ
     chosen_BJ = (rank_BJ < count) & (sorted_group_BJ < groups)
     chosen_BJ = torch.zeros_like(chosen_BJ).scatter(1, order_BJ, chosen_BJ)
@@ -309,7 +329,7 @@ class CrystalUpdate:
         group_G = torch.arange(groups, device=index.device)
         eligible_BGC = (enters_C <= group_G[:, None]) & (entries.position_BC > EMPTY)[:, None]
         eligible_BGC = eligible_BGC & (document_BC[:, None] == document_BG[:, :, None])
-        order_BC = entries.priority().argsort(dim=1, descending=True, stable=True)
+        order_BC = order_of(entries.priority(), descending=True)
         sorted_BGC = eligible_BGC.gather(2, order_BC[:, None].expand(-1, groups, -1))
         stays_BGC = sorted_BGC & (sorted_BGC.cumsum(2) <= self.slots)
         alive_BGC = torch.zeros_like(stays_BGC).scatter(2, order_BC[:, None].expand(-1, groups, -1), stays_BGC)
@@ -337,8 +357,10 @@ class CrystalUpdate:
         ids_BR = self.history_BJ.gather(1, index_BR).masked_fill(~in_document_BR, -1)
         if self.within_segment:
             rated, priority_BJ = self.rated(count_B)
-            least_B1 = priority_BJ.topk(self.count, 1).values[:, -1:]
-            best_BJ = (priority_BJ >= least_B1) & (priority_BJ > torch.iinfo(torch.int64).min) & goes_on_B1
+            order_BJ = order_of(priority_BJ, descending=True)
+            index_J = torch.arange(order_BJ.shape[1], device=count_B.device)
+            best_BJ = torch.zeros_like(order_BJ).scatter(1, order_BJ, index_J.expand_as(order_BJ)) < self.count
+            best_BJ = best_BJ & (priority_BJ > torch.iinfo(torch.int64).min) & goes_on_B1
             pending = _oldest_first(rated, best_BJ, self.count)
             return Store(self.past.kept.where(goes_on_B1), pending, ids_BR)
         entries, alive_BGC = self.candidates(count_B)
@@ -360,5 +382,5 @@ def _oldest_first(entries: RatedTokens, keep_BC: Tensor, places: int) -> RatedTo
         blank = RatedTokens.empty(rows, missing, width, entries.states_BCD.dtype, entries.states_BCD.device)
         entries, keep_BC = entries.join(blank), F.pad(keep_BC, (0, missing))
     position_BC = torch.where(keep_BC, entries.position_BC, torch.iinfo(torch.int64).max)
-    index = position_BC.argsort(dim=1, stable=True)[:, :places]
+    index = order_of(position_BC)[:, :places]
     return entries.take(index, keep_BC.gather(1, index))
