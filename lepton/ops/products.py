@@ -65,10 +65,10 @@ def plain_products(
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
-    from lepton.ops.triton.products import DEPENDS_ON_ROWS
+    from lepton.ops.triton.products import TRIAL_ROWS
 
     weight = torch.zeros(32, 256, dtype=dtype, device=device)
-    for rows in DEPENDS_ON_ROWS:
+    for rows in TRIAL_ROWS:
         x_MD = weight.new_zeros(rows, 256)
         _products(x_MD, [weight, weight], None, True, True)
         _products(x_MD, [weight], x_MD[:, :32].contiguous(), False, False)

@@ -8,6 +8,8 @@ from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.ops.delta_rule import DELTA_RULE
 from lepton.ops.kernels import Kernel
+from lepton.ops.products import PRODUCTS
+from lepton.ops.ring_attention import RING_ATTENTION
 from tests.ops.devices import GPU
 
 CUDA = torch.device("cuda")
@@ -79,7 +81,10 @@ def test_the_compiler_asks_while_it_traces(tried):
     assert trials == [(CUDA, torch.float32, 16)]
 
 
-@pytest.mark.parametrize("kernel", [ATTENTION, CROSS_ENTROPY, DELTA_RULE], ids=lambda kernel: kernel.what)
+KERNELS = [ATTENTION, CROSS_ENTROPY, DELTA_RULE, PRODUCTS, RING_ATTENTION]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.what)
 def test_a_cpu_has_none(kernel):
     assert not any(kernel.works(torch.device("cpu"), dtype, 64, 64) for dtype in (torch.bfloat16, torch.float32))
 
@@ -91,6 +96,8 @@ def test_a_cpu_has_none(kernel):
         (ATTENTION, torch.bfloat16, [64]),
         (CROSS_ENTROPY, torch.bfloat16, []),
         (DELTA_RULE, torch.float32, [64, 128]),
+        (PRODUCTS, torch.bfloat16, []),
+        (RING_ATTENTION, torch.float16, [128]),
     ],
     ids=lambda value: getattr(value, "what", None),
 )

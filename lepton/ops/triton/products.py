@@ -61,7 +61,7 @@ TILES = (
 """For `_tiles`: the first that makes enough programs, else the last."""
 ENOUGH = 96
 """Programs that are enough."""
-DEPENDS_ON_ROWS = (1, STREAM_ROWS + 1, 4096)
+TRIAL_ROWS = (1, STREAM_ROWS + 1, 4096)
 """Numbers of rows that take each form of the kernels, for the trial."""
 
 

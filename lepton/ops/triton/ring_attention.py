@@ -35,6 +35,9 @@ BLOCKS = ((132, Blocks(64, 64, 4, 2)), (0, Blocks(256, 128, 8, 1)))
 """The first line whose number of programs, rows times kv heads, is reached. With few, a program has a multiprocessor to
 itself, and reads a whole window at once."""
 
+SCORES = 8192
+"""Most scores of a block, queries times entries: more of them do not fit into registers."""
+
 LOWEST = tl.constexpr(-1e30)
 """The score of what a query does not see. It is finite, so that differences are numbers."""
 
@@ -45,11 +48,13 @@ def _head(x_ptr, x_at, cos_ptr, sin_ptr, angle_at, last, eps, HEAD: tl.constexpr
     PAIRS: tl.constexpr = HEAD // 4
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     h = tl.arange(0, HEAD)
+    pair = tl.max_contiguous(tl.multiple_of(h % PAIRS, PAIRS), PAIRS)
     partner = tl.where(h < 2 * PAIRS, h ^ PAIRS, h)
+    partner = tl.max_contiguous(tl.multiple_of(partner, PAIRS), PAIRS)  # so that loads are wide
     x = tl.load(x_ptr + x_at[:, None] + h[None, :]).to(tl.float32)
     other = tl.load(x_ptr + x_at[:, None] + partner[None, :]).to(tl.float32)
-    cos = tl.load(cos_ptr + angle_at[:, None] + h[None, :] % PAIRS).to(tl.float32)
-    sin = tl.load(sin_ptr + angle_at[:, None] + h[None, :] % PAIRS).to(tl.float32)
+    cos = tl.load(cos_ptr + angle_at[:, None] + pair[None, :]).to(tl.float32)
+    sin = tl.load(sin_ptr + angle_at[:, None] + pair[None, :]).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD + eps)[:, None]
     x, other = (x * scale).to(dtype).to(tl.float32), (other * scale).to(dtype).to(tl.float32)
     along, across = (x * cos).to(dtype).to(tl.float32), (other * sin).to(dtype).to(tl.float32)
@@ -196,17 +201,18 @@ def ring_attention(
         assert extra_v.is_contiguous()
         count, entries = extra_k.shape[1], (extra_k, extra_v, extra_B, mask_BTC.contiguous().view(torch.uint8))
     blocks = blocks_of(rows * kv_heads)
-    scores = head_dim**0.5
+    queries = max(16, triton.next_power_of_2(heads // kv_heads * tokens))
+    root, wide = head_dim**0.5, max(64, head_dim)
+    most = max(16, min(blocks.entries * 64 // wide, SCORES // queries))
+    most_extra = max(16, min(blocks.extra * 64 // wide, SCORES // queries))
     out = torch.empty_like(new[0])
     with torch.cuda.device_of(out):  # Triton launches on the current device
         _ring_attention[(kv_heads, rows)](
-            *new, *ring, slot_B, position_B, *entries, out, columns, count, window, scores,
-            math.log2(math.e) / scores, NORM_EPS,
+            *new, *ring, slot_B, position_B, *entries, out, columns, count, window, root,
+            math.log2(math.e) / root, NORM_EPS,
             HEADS=heads, KV_HEADS=kv_heads, HEAD=head_dim, TOKENS=tokens,
-            QUERIES=max(16, triton.next_power_of_2(heads // kv_heads * tokens)),
-            NEW=max(16, triton.next_power_of_2(tokens)),
-            ENTRIES=max(16, blocks.entries * 64 // max(64, head_dim)),
-            EXTRA=count and max(16, min(triton.next_power_of_2(count), blocks.extra * 64 // max(64, head_dim))),
+            QUERIES=queries, NEW=max(16, triton.next_power_of_2(tokens)), ENTRIES=most,
+            EXTRA=count and max(16, min(triton.next_power_of_2(count), most_extra)),
             BIASED=biased, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
