@@ -46,7 +46,11 @@ class Work:
 class Engine:
     """Generates for many sequences at once. They join and leave between cycles; each is as it would be alone."""
 
-    def __init__(self, runner: Runner, *, stats: Stats | None = None) -> None:
+    def __init__(self, runner: Runner, *, stats: Stats | None = None, ahead: int | None = None) -> None:
+        """Make an engine that uses `runner` alone.
+
+        `ahead` is the number of cycles that are launched before one is read; None: 1 on a GPU, else 0.
+        """
         self.runner, self.stats = runner, stats or Stats()
         self.speculation = runner.speculation
         self._scheduler = Scheduler(
@@ -56,7 +60,7 @@ class Engine:
             drafts=self._choose_drafts,
             together=runner.together,
         )
-        self._lag = 1 if runner.model.device.type == "cuda" else 0
+        self._ahead = int(runner.model.device.type == "cuda") if ahead is None else ahead
         self._launched: deque[list[Work]] = deque()
         self._read_at = 0.0
 
@@ -87,14 +91,14 @@ class Engine:
         works = []
         if prefill.sequences:
             works += [Work(prefill, *each) for each in self.runner.prefill(prefill)]
-        if self._lag or not works:  # without a lag, what the prompts gave is known before the next cycle
+        if self._ahead or not works:  # without a lag, what the prompts gave is known before the next cycle
             works += [
                 Work(launch, [*range(len(launch.sequences))], self.runner.launch(launch))
                 for launch in self._scheduler.launches()
             ]
         if works:
             self._launched.append(works)
-        if self._launched and (len(self._launched) > self._lag or not works):
+        if self._launched and (len(self._launched) > self._ahead or not works):
             return [output for work in self._launched.popleft() for output in self._finish(work)]
         return []
 

@@ -10,7 +10,7 @@ from tests.generate.models import BATCH, PROMPT, lively
 from tests.laws.lab import VARIANTS, assert_states, build
 
 GREEDY = {"temperature": 0}
-SAMPLED = {"temperature": 1.3, "top_p": 1.0, "seed": 3}
+SAMPLED = {"temperature": 1.3, "top_p": 1.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")

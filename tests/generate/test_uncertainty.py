@@ -20,7 +20,7 @@ def test_uncertainty_is_what_the_head_said_where_the_token_was_predicted(specula
     out = model(torch.tensor([tokens]), opens=opens)
     assert doubts == pytest.approx(out.uncertainty[0, len(PROMPT) - 1 : -1].tolist(), abs=1e-9)
     assert all(0 <= doubt <= 1 for doubt in doubts)
-    assert max(doubts) - min(doubts) > 0.5
+    assert max(doubts) - min(doubts) > 0.4
 
 
 @pytest.mark.parametrize("variant", ["dense", "no uncertainty"])

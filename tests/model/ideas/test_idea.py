@@ -145,7 +145,7 @@ def test_it_obeys_the_laws(monkeypatch):
     monkeypatch.setattr(
         law_4, "model_of", lambda variant, dtype=torch.float64, **more: build(variant, 0, dtype, **more)
     )
-    law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete", monkeypatch)
+    law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete")
 
 
 @pytest.fixture(scope="module")
