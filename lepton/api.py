@@ -1,6 +1,6 @@
 """The public face: `Lepton` is the network with files and generation, and a constructor for each of the eight sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
@@ -11,11 +11,13 @@ from lepton import checkpoint
 from lepton.config import LeptonConfig
 from lepton.data.tokenizer import Tokenizer
 from lepton.engine.options import GenerationOptions
+from lepton.engine.runners import Lease
 from lepton.engine.stats import Stats
-from lepton.errors import naming
+from lepton.errors import InputError, naming
 from lepton.generate.completion import (
     Arguments,
     Tokens,
+    TokensAndLogprobs,
     TokensAndState,
     TokensAndStats,
     TokensAndUncertainties,
@@ -23,11 +25,13 @@ from lepton.generate.completion import (
     started,
     takes_arguments,
 )
+from lepton.generate.generation import MOST_AT_ONCE
 from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
 from lepton.model.size_config import size_config
 from lepton.model.weights import on_meta_device
+from lepton.values import whole
 
 __all__ = [
     "GenerationOptions",
@@ -83,6 +87,9 @@ class Lepton(Network):
         return None if self._tokenizer_json is None else Tokenizer.from_json(self._tokenizer_json)
 
     @overload
+    def generate(self, prompt_ids: str, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]) -> str: ...
+
+    @overload
     def generate(
         self, prompt_ids: Sequence[int], max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> list[int]: ...
@@ -98,12 +105,15 @@ class Lepton(Network):
     ) -> Any: ...
 
     @takes_arguments
-    def generate(self, prompt_ids: Prompt, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]) -> Tokens:
+    def generate(
+        self, prompt_ids: Prompt | str, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
+    ) -> Tokens | str:
         """Continue `prompt_ids` and return prompt and new tokens.
 
         A flat list, or a tensor [T] or [1, T], gives a flat list. A list of lists or of tensors [T], whose lengths may
         differ, or a tensor [B, T] gives a list of lists; each row is what it would be by itself. The end-of-document
-        id by itself, `[model.config.eos_id]`, gives a text from its beginning.
+        id by itself, `[model.config.eos_id]`, gives a text from its beginning. A text gives a text, if the checkpoint
+        carries a tokenizer.
 
         No parameter, buffer, mode or global random state changes.
 
@@ -117,7 +127,28 @@ class Lepton(Network):
         Raises:
             InputError: a prompt or an option that cannot be used.
         """
-        return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
+        if not isinstance(prompt_ids, str):
+            return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
+        if self.tokenizer is None:
+            raise InputError(
+                "the prompt is text, and this model has no tokenizer: load one from a checkpoint that carries it, or "
+                "encode the prompt first"
+            )
+        ids = self.tokenizer.encode(prompt_ids) or [self.config.eos_id]
+        found = complete(self, ids, max_new_tokens, **arguments)
+        return prompt_ids + self.tokenizer.decode(found.rows[0][len(ids) :])
+
+    def warm_up(
+        self, batch_size: int = 1, *, speculative: bool = True, say: Callable[[str], None] | None = None
+    ) -> None:
+        """Compile on a GPU what generates for `batch_size` prompts at once, so that it runs at full speed from then on.
+
+        Without it, generation needs no compiler and is several times slower. It takes a few minutes, much less when
+        Inductor's cache on disk has the kernels; `say` (such as `print`) is told what happens. It is lost when the
+        weights are replaced, not when they change in place.
+        """
+        with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:
+            lease.runner.warm_up(batch_size, speculative=speculative, say=say)
 
     @takes_arguments
     def generate_stream(
@@ -150,6 +181,23 @@ class Lepton(Network):
         """
         found = complete(self, prompt_ids, max_new_tokens, uncertainty=True, **arguments)
         return TokensAndUncertainties(found.tokens, found.uncertainties)
+
+    @takes_arguments
+    def generate_with_logprobs(
+        self,
+        prompt_ids: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        logprobs: int = 0,
+        **arguments: Unpack[Arguments],
+    ) -> TokensAndLogprobs:
+        """Return (what `generate` returns, log-probabilities for each new token).
+
+        They are the token's own and those of the `logprobs` most probable tokens: the model's, before temperature,
+        `top_p` and `top_k`. For a list of prompts both are lists of lists.
+        """
+        found = complete(self, prompt_ids, max_new_tokens, logprobs=logprobs, **arguments)
+        return TokensAndLogprobs(found.tokens, found.logprobs)
 
     @takes_arguments
     def generate_with_state(

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lepton.engine.runner import RowResult, Runner, Running
+from lepton.engine.runner import RowResult, Runner, Running, TokenLogprobs
 from lepton.engine.scheduler import Launch, Prefill, Scheduler
 from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import bucket_of
@@ -28,7 +28,7 @@ class SequenceOutput(NamedTuple):
     tokens: list[int]
     uncertainties: list[float]
     """One for each token if they were asked for, else empty."""
-    logprobs: list[tuple[float, dict[int, float]]]
+    logprobs: list[TokenLogprobs]
     """For each token its log-probability and those of the most probable ones by id, if they were asked for."""
 
 

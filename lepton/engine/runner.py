@@ -1,9 +1,11 @@
 """The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
 
+import warnings
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,17 +14,27 @@ from lepton.engine.compiled import compiled_cycle
 from lepton.engine.cycle import Outcome, Shape, choices, cycle
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.engine.prefill import read_prompts
-from lepton.engine.scheduler import Launch, Prefill
+from lepton.engine.scheduler import ENOUGH, Launch, Prefill
 from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
+from lepton.errors import reason
 from lepton.model import Network, State
 from lepton.ops.choose import CHOOSE, sampling_of
 from lepton.runtime.cuda_graphs import CudaGraphs
 
-COMPILE = True
 TOGETHER = 32
+"""On a GPU: rows that share a pass whether they open a segment or not."""
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities where a token was chosen: those of the model, whatever the temperature."""
+
+    chosen: float
+    """That of the token."""
+    most_probable: dict[int, float]
+    """Those of the most probable tokens by id, the most probable first."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,7 @@ class RowResult:
     blocks: int
     finite: bool
     uncertainties: list[float]
-    logprobs: list[tuple[float, dict[int, float]]]
-    """For each token its log-probability, and those of the most probable ones by id."""
+    logprobs: list[TokenLogprobs]
 
 
 class Running:
@@ -70,8 +81,8 @@ class Running:
             kept = 1 + accepted
             probable = (
                 [
-                    (each[0], dict(zip(best, each[1:], strict=True)))
-                    for each, best in zip(scores[i][:kept], ids[i][:kept], strict=True)
+                    TokenLogprobs(own, dict(zip(best, others, strict=True)))
+                    for (own, *others), best in zip(scores[i][:kept], ids[i][:kept], strict=True)
                 ]
                 if scores
                 else []
@@ -101,9 +112,10 @@ class Runner:
         """Rows that share a pass whether they open a segment or not."""
         self.pool = Pool(model, places + on_gpu, self._longest or (window or 0) + self.drafts)
         self._graphs = CudaGraphs(self._device)
-        self._place_B = torch.zeros(bucket_of(places), dtype=torch.int64, device=self._device)
+        self._place_B = torch.zeros(2 * bucket_of(places), dtype=torch.int64, device=self._device)
         self._places_before: list[int] = []
         self._made_for = self._fingerprint()
+        self._said = False
 
     def fits(self, places: int, longest: int) -> bool:
         """Whether it can run so many sequences of so many tokens, with the model as it is now."""
@@ -185,12 +197,15 @@ class Runner:
         """Whether such a cycle can be captured: nothing in it may wait for the device."""
         if self._device.type != "cuda" or not CHOOSE.works(self._device, torch.float32):
             return False
+        if shape.depth < 1 and not self._said:
+            self._said = True
+            warnings.warn(f"depth={shape.depth} is decoded without a CUDA graph, which is slower", stacklevel=2)
         return shape.depth >= 1 and self.model.dtype != torch.float64
 
     def _captured(self, places: list[int], shape: Shape) -> Outcome:
         """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
-        rows = bucket_of(len(places))
-        shape = replace(shape, rows=rows, rounds=bucket_of(shape.rounds) if shape.rounds else 0)
+        rows = self._bucket(len(places), shape.opening)
+        shape = replace(shape, rows=rows, rounds=self._rounds(shape.opening, shape.rounds))
         place_B = self._place_B[:rows]
         if shape not in self._graphs:
             self._capture(shape, place_B)
@@ -200,19 +215,59 @@ class Runner:
             self._places_before = padded
         return cast(Outcome, self._graphs.replay(shape))
 
-    def _capture(self, shape: Shape, place_B: Tensor) -> None:
+    def _bucket(self, rows: int, opening: bool) -> int:
+        """Return the number of rows that a captured cycle has. Openings apart have a least number of their own."""
+        apart = opening and self.places > TOGETHER
+        return max(bucket_of(rows), bucket_of(self.places) // ENOUGH if apart else 1)
+
+    @staticmethod
+    def _rounds(opening: bool, rounds: int) -> int:
+        return bucket_of(rounds) if opening and rounds else 0
+
+    def _capture(self, shape: Shape, place_B: Tensor, *, compiled: bool = False) -> None:
+        """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""
         place_B.fill_(self.places)
         self._places_before = []
 
         def action() -> Outcome:
             return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
 
-        action()  # what is built at first use is built now
-        if COMPILE:
-            action = compiled_cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
-            action()
+        if compiled:
+            try:
+                action = compiled_cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler can fail in many ways; the cycle works without it
+                warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=2)
+        action()
         torch.cuda.synchronize(self._device)
         self._graphs.capture(shape, action)
+
+    @torch.no_grad()
+    def warm_up(self, rows: int, *, speculative: bool = True, say: Callable[[str], None] | None = None) -> None:
+        """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
+
+        It takes up to a minute for each kind of cycle, or seconds where Inductor's cache on disk has them. `say` is
+        told what happens. On a CPU there is nothing to do.
+        """
+        drafts = sorted({0, self.drafts}) if speculative else [0]
+        opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
+        shapes = [
+            Shape(
+                self._bucket(rows if not opening or rows <= TOGETHER else 1, opening),
+                count,
+                opening,
+                self._rounds(opening, self.rounds),
+            )
+            for count in drafts
+            for opening in opens
+        ]
+        for number, shape in enumerate(shapes if self._captures(shapes[0]) else [], 1):
+            if say is not None:
+                what = f"{shape.drafts} drafts" if shape.drafts else "plain decoding"
+                opening = ", opening a segment" if shape.opening else ""
+                say(f"compiling cycle {number} of {len(shapes)}: {shape.rows} rows, {what}{opening}")
+            self._capture(shape, self._place_B[: shape.rows], compiled=True)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device

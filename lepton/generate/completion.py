@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, Unpack, cast
 
 from lepton.engine.options import GenerationOptions, OptionFields, resolved
+from lepton.engine.runner import TokenLogprobs
 from lepton.engine.stats import Stats
 from lepton.errors import InputError, nearest, shown
 from lepton.generate.generation import Generation
 from lepton.generate.prompts import Prompt
 from lepton.model import Memory, Network, State
+from lepton.values import whole
 
 Tokens: TypeAlias = list[int] | list[list[int]]
 """Prompt and new tokens: a list for one flat prompt, else a list for each prompt."""
@@ -35,6 +37,14 @@ class TokensAndState(NamedTuple):
     state: State
 
 
+class TokensAndLogprobs(NamedTuple):
+    """Result of `Lepton.generate_with_logprobs`."""
+
+    tokens: Tokens
+    logprobs: list[TokenLogprobs] | list[list[TokenLogprobs]]
+    """Of each new token."""
+
+
 class TokensAndStats(NamedTuple):
     """Result of `Lepton.generate_with_stats`."""
 
@@ -50,6 +60,8 @@ class Completion:
     """Prompt and new tokens of each row."""
     row_uncertainties: list[list[float]]
     """For each new token of each row; empty unless they were asked for."""
+    row_logprobs: list[list[TokenLogprobs]]
+    """Likewise."""
     generation: Generation
 
     @property
@@ -61,6 +73,11 @@ class Completion:
     def uncertainties(self) -> Uncertainties:
         """The uncertainties in the same form."""
         return self.row_uncertainties[0] if self.generation.flat else self.row_uncertainties
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | list[list[TokenLogprobs]]:
+        """The log-probabilities in the same form."""
+        return self.row_logprobs[0] if self.generation.flat else self.row_logprobs
 
     @property
     def stats(self) -> Stats:
@@ -127,13 +144,17 @@ def started(
     state: State | None = None,
     memory: Memory | str | Path | None = None,
     uncertainty: bool = False,
+    logprobs: int | None = None,
     **fields: Unpack[OptionFields],
 ) -> Generation:
     """Return a generation that has computed nothing yet; all arguments are checked."""
+    if logprobs is not None:
+        whole("logprobs", logprobs, 0, model.config.vocab_size, " most probable tokens")
     if not isinstance(uncertainty, bool):
         raise InputError(f"uncertainty={shown(uncertainty)}: must be True or False")
     checked_options = resolved(options, max_new_tokens, **fields)
-    return Generation(model, prompt_ids, checked_options, state=state, memory=memory, uncertainty=uncertainty)
+    wanted: dict[str, Any] = {"uncertainty": uncertainty, "logprobs": logprobs}
+    return Generation(model, prompt_ids, checked_options, state=state, memory=memory, **wanted)
 
 
 def complete(
@@ -143,14 +164,18 @@ def complete(
     /,
     *,
     uncertainty: bool = False,
+    logprobs: int | None = None,
     **arguments: Unpack[Arguments],
 ) -> Completion:
     """Generate to the end; `lepton.Lepton.generate` describes the arguments."""
-    generation = started(model, prompt_ids, max_new_tokens, uncertainty=uncertainty, **arguments)
+    wanted: dict[str, Any] = {"uncertainty": uncertainty, "logprobs": logprobs}
+    generation = started(model, prompt_ids, max_new_tokens, **wanted, **arguments)
     rows = [list(prompt) for prompt in generation.prompts]
     uncertainties: list[list[float]] = [[] for _ in rows]
+    scores: list[list[TokenLogprobs]] = [[] for _ in rows]
     for outputs in generation:
         for output in outputs:
             rows[output.row] += output.tokens
             uncertainties[output.row] += output.uncertainties
-    return Completion(rows, uncertainties, generation)
+            scores[output.row] += output.logprobs
+    return Completion(rows, uncertainties, scores, generation)

@@ -10,6 +10,7 @@ import torch
 from lepton.engine.engine import Engine, SequenceOutput
 from lepton.engine.options import GenerationOptions
 from lepton.engine.prefill import PREFILL_CHUNK, padded, read_prompts
+from lepton.engine.runner import TokenLogprobs
 from lepton.engine.runners import Lease
 from lepton.engine.sequence import Sequence
 from lepton.engine.stats import Stats
@@ -32,7 +33,7 @@ class RowOutput(NamedTuple):
     tokens: list[int]
     uncertainties: list[float]
     """One for each token if they were asked for, else empty."""
-    logprobs: list[tuple[float, dict[int, float]]]
+    logprobs: list[TokenLogprobs]
     """Likewise: the log-probability of each token, and those of the most probable ones by id."""
 
 
