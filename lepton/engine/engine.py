@@ -6,7 +6,7 @@ its host, so there a step reads what it has launched.
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lepton.engine.runner import RowResult, Runner, Running, TokenLogprobs
@@ -40,7 +40,8 @@ class Work:
     indices: list[int]
     """The sequences of the plan that it is about."""
     running: Running
-    since: float = field(default_factory=time.perf_counter)
+    since: float
+    """When it was launched, in seconds."""
 
 
 class Engine:
@@ -90,12 +91,12 @@ class Engine:
         prefill = self._scheduler.admit()
         works = []
         if prefill.sequences:
-            works += [Work(prefill, *each) for each in self.runner.prefill(prefill)]
+            since = time.perf_counter()
+            works += [Work(prefill, *each, since) for each in self.runner.prefill(prefill)]
         if self._ahead or not works:  # without a lag, what the prompts gave is known before the next cycle
-            works += [
-                Work(launch, [*range(len(launch.sequences))], self.runner.launch(launch))
-                for launch in self._scheduler.launches()
-            ]
+            for launch in self._scheduler.launches():
+                since = time.perf_counter()
+                works.append(Work(launch, [*range(len(launch.sequences))], self.runner.launch(launch), since))
         if works:
             self._launched.append(works)
         if self._launched and (len(self._launched) > self._ahead or not works):

@@ -179,15 +179,20 @@ def cpu_choose(logits_AV: Tensor, noise: Noise, sampling: Sampling, ids_V: Tenso
 def kept_columns(logits_V: Tensor, weights_V: Tensor, top_p: float, top_k: int) -> Tensor | None:
     """Return the columns of the kept tokens [M] in falling order of their logits; None if all are kept.
 
-    `weights_V` are unnormalised probabilities. Only tokens that may be kept are sorted: a kept one and those that rank
-    after it hold more than 1 - top_p of the mass, so its own share of it is more than (1 - top_p) / V.
+    `weights_V` are probabilities relative to the greatest one. Only tokens that may be kept are sorted. Often a few
+    tokens hold the mass that is wanted. If not: a kept token and those that rank after it hold more than 1 - top_p of
+    the mass, so its own share of it is more than (1 - top_p) / V.
     """
     size = len(logits_V)
     if 0 < top_k < size:
         candidates_M = (logits_V >= logits_V.topk(top_k).values[-1]).nonzero()[:, 0]
     elif top_p < 1:
-        least = 0.999 * (1 - top_p) / size * weights_V.sum()  # rounding must lose no token
-        candidates_M = (weights_V > least).nonzero()[:, 0]
+        total = weights_V.sum()
+        sure = 0.999 * (1 - top_p) / size * total  # rounding must lose no token
+        for least in (1e-2, 1e-4, sure):
+            candidates_M = (weights_V > least).nonzero()[:, 0]
+            if weights_V[candidates_M].sum() > 1.001 * top_p * total:
+                break
     else:
         return None
     order_M = logits_V[candidates_M].sort(descending=True, stable=True).indices

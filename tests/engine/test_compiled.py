@@ -1,0 +1,58 @@
+"""The trace of a cycle: one graph of operators that does what the cycle does."""
+
+import pytest
+import torch
+
+from lepton.engine import cycle as cycles
+from lepton.engine.compiled import traced_cycle
+from lepton.engine.cycle import Shape, cycle
+from lepton.engine.engine import Engine
+from lepton.engine.options import GenerationOptions
+from lepton.engine.runner import Runner
+from lepton.engine.sequence import Sequence
+from tests.generate.models import BATCH, lively
+
+
+@pytest.mark.parametrize("variant", ["complete", "dense", "no crystals"])
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize("opening", [False, True])
+def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):
+    """Nothing in it depends on values: the graph gives the same outcome and the same pool, also for other values."""
+    monkeypatch.setattr(cycles, "choose", lambda logits, noise, sampling, ids=None: logits.argmax(-1))
+    model = lively(variant)
+    if drafts and model.drafter is None:
+        pytest.skip("it drafts nothing")
+    runner = Runner(model, 4, 100)
+    engine = Engine(runner)
+    for row, prompt in enumerate(BATCH):
+        engine.add(Sequence(prompt, GenerationOptions(temperature=0), stops=[[0]], stream=(1, row)))
+    engine.step()
+    pool, place_B = runner.pool, torch.tensor([0, 2, 3])
+    shape = Shape(3, drafts, opening, 2 if opening else 0, uncertainty=variant != "dense", scored=True, logprobs=2)
+    with torch.no_grad():
+        before = [value.clone() for value in pool.tensors()]
+        graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner._proposals_ZE)
+        assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "all tensors are inputs"
+        for other in (0, 1):  # the second time from the state after the first
+            start = [value.clone() for value in (before if other == 0 else pool.tensors())]
+            for value, old in zip(pool.tensors(), start, strict=True):
+                value.copy_(old)
+            expected = cycle(model, pool, place_B, shape, runner._proposals_ZE)
+            after = [value.clone() for value in pool.tensors()]
+            for value, old in zip(pool.tensors(), start, strict=True):
+                value.copy_(old)
+            found = dict(zip(fields, graph(*tensors), strict=True))
+            for name, value in expected._asdict().items():
+                assert (value is None and name not in found) or torch.equal(value, found[name])
+            assert all(torch.equal(a, b) for a, b in zip(after, pool.tensors(), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_compiled_cycle_gives_the_same_text():
+    model = lively("complete", torch.float32).cuda()
+    options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 40}
+    expected = model.generate(BATCH, **options)
+    said = []
+    model.warm_up(4, say=said.append)
+    assert len(said) == 4
+    assert model.generate(BATCH, **options) == expected

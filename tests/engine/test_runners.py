@@ -1,0 +1,64 @@
+"""Who has which runner."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lepton.engine.runners import Lease
+from tests.generate.models import PROMPT, lively
+
+
+def test_a_runner_serves_one_at_a_time_and_is_used_again():
+    model = lively("complete")
+    with Lease(model, 2, 10) as first:
+        with Lease(model, 2, 10) as second:
+            assert second.runner is not first.runner
+        with Lease(model, 1, 10) as third:
+            assert third.runner is second.runner, "a larger pool does as well"
+        with Lease(model, 3, 10) as fourth:
+            assert fourth.runner.places >= 3
+    with Lease(model, 2, 10) as again:
+        assert again.runner in (first.runner, second.runner)
+
+
+def test_a_runner_of_other_weights_is_not_used_again():
+    model = lively("complete")
+    text = model.generate(PROMPT, 8, temperature=0)
+    with Lease(model, 1, 10) as before:
+        pass
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight.mul_(3)  # in place: it reads the new values
+    with Lease(model, 1, 10) as changed:
+        assert changed.runner is before.runner
+    assert model.generate(PROMPT, 8, temperature=0) != text
+    model.float()
+    with Lease(model, 1, 10) as replaced:
+        assert replaced.runner is not before.runner
+        assert replaced.runner.pool.held.rows.hidden_BD.dtype == torch.float32
+
+
+def test_a_pool_without_a_window_is_long_enough():
+    model = lively("dense")
+    with Lease(model, 1, 10) as short:
+        pass
+    with Lease(model, 1, 500) as long:
+        assert long.runner is not short.runner
+    assert len(model.generate(PROMPT, 300, temperature=0)) > len(PROMPT)
+
+
+def test_runners_are_not_copied_or_pickled():
+    model = lively("complete")
+    expected = model.generate(PROMPT, 5, temperature=0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._runners == []
+        assert other.generate(PROMPT, 5, temperature=0) == expected
+
+
+def test_a_runner_is_dropped_after_an_error():
+    model = lively("complete")
+    with pytest.raises(ValueError, match="stop"), Lease(model, 1, 10) as lease:
+        raise ValueError("stop")
+    with Lease(model, 1, 10) as other:
+        assert other.runner is not lease.runner
