@@ -41,7 +41,7 @@ from benchmarks.bars import Bar, bar_chart
 from benchmarks.decoding import MODES, Decoding, Found, Round, Shelf, Watched, bandwidth
 from benchmarks.long_stream import measure_stream
 from benchmarks.peer_decoding import CACHES, PeerDecoding
-from benchmarks.subjects import Subject, loaded_subject, random_subject, trained_subject
+from benchmarks.subjects import Data, Subject, loaded_subject, random_subject, trained_subject
 from benchmarks.train_speed import table
 from lepton.engine import runner as engine_runner
 from lepton.errors import InputError, nearest
@@ -288,7 +288,7 @@ def chart(found: list[Found]) -> str:
 
 def makers(chosen: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Subject]]]:
     """Return the names of the models, and what loads, makes or trains each."""
-    device, data = chosen.device, chosen.data_dir
+    device, data = chosen.device, Data(chosen.data_dir, chosen.tokenizer)
     for path in chosen.checkpoint:
         yield str(path), partial(loaded_subject, path, data, device)
     for size in chosen.size if chosen.size or chosen.checkpoint else DEFAULT_SIZES[device.type]:
@@ -311,6 +311,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--random", action="store_true", help="random weights instead of training: for timing alone")
     add("--data_dir", type=Path, help="folder of shard_*.npy, for training and prompts (default: the standard library)")
+    add("--tokenizer", type=Path, help="the tokenizer that the data were made with (default: that of train.py)")
     add("--train_tokens", type=float, help="tokens to train on (default: 49e6; on a CPU 2e5)")
     add("--models_dir", type=Path, help="where trained models are kept, and found again (default: nowhere)")
     add("--cases", nargs="+", metavar="ROWSxCONTEXT[/MODE[/TEMPERATURE]]", help="what to measure")

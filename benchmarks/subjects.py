@@ -80,27 +80,37 @@ def shake(model: Network) -> None:
         drafter.ids.copy_(torch.arange(len(drafter.ids)))
 
 
-def random_subject(size: str, data_dir: Path | None, device: torch.device) -> Subject:
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what prompts are cut from."""
+
+    folder: Path | None = None
+    """Folder of shard_*.npy; None: the default corpus."""
+    tokenizer: Path | None = None
+    """The tokenizer that they were made with; None: what train.py takes by default."""
+
+
+def random_subject(size: str, data: Data, device: torch.device) -> Subject:
     """Build a model of random weights. Its speed is that of a trained one, but for what drafts bring."""
     model = Lepton(size_config(size)).eval()
     shake(model)
-    if data_dir is None:
+    if data.folder is None:
         text = np.random.default_rng(0).integers(1, model.config.vocab_size, 1 << 16)
     else:
-        text = held_out(data_dir, model)
+        text = held_out(data.folder, model)
     return Subject(size, size, model.to(device, pick_dtype("auto", device)), text, "random weights: timing alone")
 
 
-def loaded_subject(path: Path, data_dir: Path | None, device: torch.device) -> Subject:
-    """Load a checkpoint; without `data_dir` its prompts come from the default corpus."""
+def loaded_subject(path: Path, data: Data, device: torch.device) -> Subject:
+    """Load a checkpoint; without a folder its prompts come from the default corpus."""
     content = checkpoint.load(path)
     model, size = Lepton.restored(content, path), content.get("size")
-    text = held_out(data_dir or default_corpus(model.tokenizer or load_tokenizer()), model)
+    text = held_out(data.folder or default_corpus(model.tokenizer or load_tokenizer(data.tokenizer)), model)
     origin = f"{path.name}, step {content['step']}"
     return Subject(size or path.stem, size, model.to(device, pick_dtype("auto", device)), text, origin)
 
 
-def training_command(size: str, tokens: float, data_dir: Path | None, folder: Path, device: torch.device) -> list[str]:
+def training_command(size: str, tokens: float, data: Data, folder: Path, device: torch.device) -> list[str]:
     """Return the command that trains a model on so many tokens."""
     rows = TRAINING_ROWS[device.type]
     flags: dict[str, object] = {
@@ -108,14 +118,12 @@ def training_command(size: str, tokens: float, data_dir: Path | None, folder: Pa
         "batch_size": rows, "grad_accum": 1, "max_steps": max(1, int(tokens) // (rows * TRAINING_LENGTH)),
         "log_every": 100, "eval_every": NEVER, "save_every": NEVER, "sample_every": NEVER,
     }  # fmt: skip
-    if data_dir is not None:
-        flags["data_dir"] = data_dir
+    given = {"data_dir": data.folder, "tokenizer": data.tokenizer}
+    flags |= {name: path for name, path in given.items() if path is not None}
     return [sys.executable, str(ROOT / "train.py"), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def trained_subject(
-    size: str, tokens: float, data_dir: Path | None, folder: Path | None, device: torch.device
-) -> Subject:
+def trained_subject(size: str, tokens: float, data: Data, folder: Path | None, device: torch.device) -> Subject:
     """Train a model in a process of its own, or take the one that an earlier run has left in `folder`.
 
     Raises:
@@ -125,9 +133,9 @@ def trained_subject(
         kept = Path(temporary if folder is None else folder) / f"{size}-{tokens:g}"
         final = kept / "final.pt"
         if not final.exists():
-            command = training_command(size, tokens, data_dir, kept, device)
+            command = training_command(size, tokens, data, kept, device)
             print("training:", *command, flush=True)
             if subprocess.run(command, check=False).returncode:
                 raise InputError(f"training of '{size}' failed; give a trained one with --checkpoint, or --random")
-        subject = loaded_subject(final, data_dir, device)
-    return Subject(size, size, subject.model, subject.text, f"{tokens:g} tokens of {data_dir or 'the default data'}")
+        subject = loaded_subject(final, data, device)
+    return Subject(size, size, subject.model, subject.text, f"{tokens:g} tokens of {data.folder or 'the default data'}")

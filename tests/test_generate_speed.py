@@ -92,19 +92,22 @@ def test_held_out_text_is_the_validation_split_in_order(tmp_path, model):
 
 
 def test_the_command_that_trains_is_one_that_train_py_takes(tmp_path):
-    _, script, *flags = subjects.training_command("nano", 20_000, tmp_path, tmp_path / "out", CPU)
+    data = subjects.Data(tmp_path, tmp_path / "tokenizer.json")
+    _, script, *flags = subjects.training_command("nano", 20_000, data, tmp_path / "out", CPU)
     parser = Parser()
     train.add_arguments(parser)
     settings = train.settings_of(vars(parser.parse_args(flags)))
     assert Path(script).name == "train.py"
     assert (settings.model_size, settings.max_steps, settings.data_dir) == ("nano", 9, str(tmp_path))
+    assert settings.tokenizer == str(data.tokenizer)
 
 
 def test_a_trained_model_is_found_again(tmp_path, model):
     kept = tmp_path / "models" / "nano-1000"
     kept.mkdir(parents=True)
     save_tiny(kept / "final.pt", size="nano")
-    found = subjects.trained_subject("nano", 1000, data_folder(tmp_path / "data"), tmp_path / "models", CPU)
+    data = subjects.Data(data_folder(tmp_path / "data"))
+    found = subjects.trained_subject("nano", 1000, data, tmp_path / "models", CPU)
     assert (found.name, found.size, found.model.config) == ("nano", "nano", model.config)
 
 
