@@ -252,10 +252,10 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def table(found: list[Found]) -> str:
-    """What was found, for people: a line a case."""
-    cells = [[str(each.get(key)) if each.get(key) is not None else "-" for key in COLUMNS.values()] for each in found]
-    lines = [list(COLUMNS), *cells]
+def table(found: list[Found], columns: dict[str, str] = COLUMNS) -> str:
+    """What was found, for people: a line a case. `columns` are their names, and what of it they show."""
+    cells = [[str(each.get(key)) if each.get(key) is not None else "-" for key in columns.values()] for each in found]
+    lines = [list(columns), *cells]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = []
     for first, *rest in lines:

@@ -42,6 +42,7 @@ OF_SEVERAL = {
     "test_architecture",
     "test_docs",
     "test_examples",
+    "test_generate_speed",
     "test_package",
     "test_readme",
     "test_seed_surface",
