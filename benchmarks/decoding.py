@@ -90,6 +90,8 @@ class Watched(Runner):
     """A runner that tells what the engine has launched since it was last asked."""
 
     launched_rows, launched_drafts, prefills = 0, 0, 0
+    compiles = False
+    """Whether a case that uses it compiles its cycles first."""
 
     def forget(self) -> None:
         self.launched_rows, self.launched_drafts, self.prefills = 0, 0, 0
@@ -107,7 +109,8 @@ class Watched(Runner):
 class Shelf:
     """Runners that are free: what one case has captured serves the next one of as many rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool = False) -> None:
+        self._compiled = compiled
         self._free: dict[tuple[int, int], list[Watched]] = {}
 
     def take(self, model: Network, rows: int, context: int) -> Watched:
@@ -116,7 +119,9 @@ class Shelf:
         longest = context + MOST_TOKENS_WITHOUT_WINDOW
         found = next((each for each in free if each.fits(rows, longest)), None)
         if found is None:
-            return Watched(model, rows, longest)
+            found = Watched(model, rows, longest)
+            found.compiles = self._compiled
+            return found
         free.remove(found)
         return found
 
@@ -158,6 +163,9 @@ class Decoding:
 
     def warm_up(self, _tokens: int) -> None:
         """Run until all that the mode needs is compiled and captured, an opening segment included."""
+        if self.runner.compiles and self.mode != "depth":
+            drafts = {"plain": [0], "drafts": [self.runner.drafts]}.get(self.mode)
+            self.runner.warm_up(self.rows, drafts=drafts, say=lambda text: print(text, flush=True))
         own = self.speculation
         before = [Speculation((0,)), Always(own.choices)] if self.mode == "auto" else []
         for speculation in [*before, own]:

@@ -43,7 +43,6 @@ from benchmarks.long_stream import measure_stream
 from benchmarks.peer_decoding import CACHES, PeerDecoding
 from benchmarks.subjects import Data, Subject, loaded_subject, random_subject, trained_subject
 from benchmarks.train_speed import table
-from lepton.engine import runner as engine_runner
 from lepton.errors import InputError, nearest
 from lepton.runtime.device import device_name, keep_freed_memory, pick_device, pick_dtype, synchronize
 
@@ -146,7 +145,7 @@ class Bench:
 
     def __init__(self, chosen: argparse.Namespace, device: torch.device) -> None:
         self.chosen, self.device = chosen, device
-        self.shelf = Shelf()
+        self.shelf = Shelf(compiled=not chosen.no_compile)
         self.found: list[Found] = []
         self.bandwidth = bandwidth(device)
         self.begun = time.perf_counter()
@@ -344,7 +343,6 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     kept = device.type == "cpu" and keep_freed_memory()
-    engine_runner.COMPILE = not chosen.no_compile
     bench, models, streams = Bench(chosen, device), [], []
     for name, make in makers(chosen):
         try:

@@ -148,7 +148,7 @@ class Lepton(Network):
         weights are replaced, not when they change in place.
         """
         with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:
-            lease.runner.warm_up(batch_size, speculative=speculative, say=say)
+            lease.runner.warm_up(batch_size, drafts=None if speculative else [0], say=say)
 
     @takes_arguments
     def generate_stream(

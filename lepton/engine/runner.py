@@ -1,7 +1,8 @@
 """The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -116,6 +117,7 @@ class Runner:
         self._places_before: list[int] = []
         self._made_for = self._fingerprint()
         self._said = False
+        self._compiled: set[Shape] = set()
 
     def fits(self, places: int, longest: int) -> bool:
         """Whether it can run so many sequences of so many tokens, with the model as it is now."""
@@ -205,7 +207,7 @@ class Runner:
     def _captured(self, places: list[int], shape: Shape) -> Outcome:
         """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
         rows = self._bucket(len(places), shape.opening)
-        shape = replace(shape, rows=rows, rounds=self._rounds(shape.opening, shape.rounds))
+        shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds))
         place_B = self._place_B[:rows]
         if shape not in self._graphs:
             self._capture(shape, place_B)
@@ -221,7 +223,8 @@ class Runner:
         return max(bucket_of(rows), bucket_of(self.places) // ENOUGH if apart else 1)
 
     @staticmethod
-    def _rounds(opening: bool, rounds: int) -> int:
+    def _bound(opening: bool, rounds: int) -> int:
+        """Return the bound of the rounds of thinking of a captured cycle: few different ones."""
         return bucket_of(rounds) if opening and rounds else 0
 
     def _capture(self, shape: Shape, place_B: Tensor, *, compiled: bool = False) -> None:
@@ -244,30 +247,32 @@ class Runner:
         self._graphs.capture(shape, action)
 
     @torch.no_grad()
-    def warm_up(self, rows: int, *, speculative: bool = True, say: Callable[[str], None] | None = None) -> None:
+    def warm_up(
+        self, rows: int, *, drafts: Iterable[int] | None = None, say: Callable[[str], None] | None = None
+    ) -> None:
         """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
 
-        It takes up to a minute for each kind of cycle, or seconds where Inductor's cache on disk has them. `say` is
-        told what happens. On a CPU there is nothing to do.
+        It takes up to a minute for each kind of cycle, or seconds where Inductor's cache on disk has them. On a CPU
+        there is nothing to do.
+
+        Args:
+            rows: sequences that run at once.
+            drafts: numbers of drafts of the cycles; None: none, and as many as the drafter gives.
+            say: is told what is compiled, before it is.
         """
-        drafts = sorted({0, self.drafts}) if speculative else [0]
+        counts = sorted({0, self.drafts} if drafts is None else {*drafts})
         opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
-        shapes = [
-            Shape(
-                self._bucket(rows if not opening or rows <= TOGETHER else 1, opening),
-                count,
-                opening,
-                self._rounds(opening, self.rounds),
-            )
-            for count in drafts
-            for opening in opens
-        ]
-        for number, shape in enumerate(shapes if self._captures(shapes[0]) else [], 1):
+        for count, opening in itertools.product(counts, opens):
+            apart = opening and rows > TOGETHER
+            bucket = self._bucket(1 if apart else rows, opening)
+            shape = Shape(bucket, count, opening, self._bound(opening, self.rounds))
+            if not self._captures(shape) or shape in self._compiled:
+                continue
             if say is not None:
-                what = f"{shape.drafts} drafts" if shape.drafts else "plain decoding"
-                opening = ", opening a segment" if shape.opening else ""
-                say(f"compiling cycle {number} of {len(shapes)}: {shape.rows} rows, {what}{opening}")
-            self._capture(shape, self._place_B[: shape.rows], compiled=True)
+                what = f"{count} drafts" if count else "plain decoding"
+                say(f"compiling a cycle: {bucket} rows, {what}{', opening a segment' if opening else ''}")
+            self._capture(shape, self._place_B[:bucket], compiled=True)
+            self._compiled.add(shape)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lepton.engine.options import GenerationOptions
-from lepton.engine.pool import Held, Pool, Rows, leaves
+from lepton.engine.pool import Held, Pool, leaves
 from lepton.engine.prefill import read_prompts
 from lepton.engine.runner import Runner
 from lepton.engine.sequence import Sequence
