@@ -16,6 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 from lepton.ops.heads import norm
 from lepton.ops.kernels import HALF, Kernel
 
+MOST_ROWS = 512
+"""From there on, PyTorch's products are as fast, and the launches between them cost little."""
+
 
 def products(
     x_MD: Tensor,
@@ -27,10 +30,10 @@ def products(
 ) -> list[Tensor]:
     """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T) + residual``.
 
-    On a GPU in half precision it is one launch. The result is the same in each call, and that of a row does not depend
-    on the other rows. It may differ in rounding where a call has more rows, and from `plain_products`: the kernel
-    applies the norm to the sums, not to the inputs. It has no gradient, and neither copies nor synchronises, so it can
-    be captured in a CUDA graph after a first call that builds the kernel.
+    On a GPU in half precision it is one launch, for at most `MOST_ROWS` rows. There the result is the same in each
+    call, and that of a row does not depend on the other rows. It may differ in rounding where a call has more rows, and
+    from `plain_products`: the kernel applies the norm to the sums, not to the inputs. It has no gradient, and neither
+    copies nor synchronises, so it can be captured in a CUDA graph after a first call that builds the kernel.
 
     Args:
         x_MD: inputs.
@@ -43,7 +46,7 @@ def products(
         A new tensor [M, outputs] for each matrix.
     """
     assert residual is None or len(weights) == 1
-    if PRODUCTS.works(x_MD.device, x_MD.dtype):
+    if x_MD.shape[0] <= MOST_ROWS and PRODUCTS.works(x_MD.device, x_MD.dtype):
         return _products(x_MD, list(weights), residual, normed, squared_relu)
     return plain_products(x_MD, weights, normed=normed, squared_relu=squared_relu, residual=residual)
 
@@ -67,11 +70,11 @@ def plain_products(
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
     from lepton.ops.triton.products import TRIAL_ROWS
 
-    weight = torch.zeros(32, 256, dtype=dtype, device=device)
+    weight = torch.zeros(1536, 256, dtype=dtype, device=device)
     for rows in TRIAL_ROWS:
         x_MD = weight.new_zeros(rows, 256)
         _products(x_MD, [weight, weight], None, True, True)
-        _products(x_MD, [weight], x_MD[:, :32].contiguous(), False, False)
+        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False)
 
 
 PRODUCTS = Kernel("decoding", HALF, _trial)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lepton.ops.heads import NORM_EPS
 
@@ -43,26 +44,58 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    @property
+    def norms(self) -> bool:
+        """Whether it can apply the norm: not if its products are Hopper's asynchronous ones (WGMMA).
+
+        The norm reads the inputs beside the product. For a load with such a second use, Triton reserves one buffer less
+        than an asynchronous product needs, and the next load overwrites what the product still reads
+        (triton-lang/triton#7110, in 3.6).
+        """
+        return self.parts > 1 or self.rows < 64 or self.warps < 4
+
 
 # The tables of the kernels' sizes, for an H100 (132 multiprocessors).
-STREAM_ROWS = 8
-"""Largest number of rows for `_stream`: from then on its arithmetic takes longer than its loads."""
-STREAMS = ((4096, Stream(4, 1, 4)), (1536, Stream(2, 1, 4)), (0, Stream(2, 1, 8)))
-"""For `_stream`: the first line whose number of outputs, of all matrices, is reached."""
+FEW: tuple[tuple[int, int, Stream | Tile], ...] = (
+    (1, 4096, Stream(4, 1, 4)),
+    (1, 2048, Stream(2, 1, 8)),
+    (1, 0, Stream(1, 1, 3)),
+    (8, 4096, Stream(4, 1, 4)),
+    (8, 0, Stream(2, 1, 3)),
+)
+"""Most rows, least outputs of all matrices, and sizes for them: the first line that fits. If none does, `TILES`."""
 TILES = (
-    Tile(128, 128, 64, 1, 8, 4),
     Tile(128, 64, 64, 1, 4, 4),
     Tile(64, 64, 64, 1, 4, 4),
-    Tile(64, 32, 128, 1, 4, 4),
+    Tile(32, 64, 64, 1, 4, 4),
     Tile(32, 32, 64, 4, 4, 3),
     Tile(32, 16, 64, 4, 4, 3),
     Tile(16, 16, 64, 4, 4, 4),
 )
-"""For `_tiles`: the first that makes enough programs, else the last."""
+"""The first that makes enough programs and has the norm if needed, else the last."""
 ENOUGH = 96
 """Programs that are enough."""
-TRIAL_ROWS = (1, STREAM_ROWS + 1, 4096)
+TRIAL_ROWS = (1, 9, 512)
 """Numbers of rows that take each form of the kernels, for the trial."""
+EARLY = False
+"""Whether a launch starts while the one before it ends (programmatic dependent launch, from Hopper on): it then brings
+its weights into the L2 cache before it waits for its inputs."""
+
+
+@triton.jit
+def _wait(w_ptr, first_output, outputs, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """Bring the weights of a block into the L2 cache, then wait until earlier launches have ended."""
+    LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = (DEPTH + LINE - 1) // LINE
+    n = tl.minimum(first_output + tl.arange(0, OUTPUTS), outputs - 1)
+    for first in tl.static_range(0, LINES, 32):
+        line = tl.minimum(first + tl.arange(0, 32), LINES - 1)
+        at = n[:, None] * DEPTH + line[None, :] * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [w_ptr + at], dtype=tl.int32, is_pure=False, pack=1
+        )
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -100,12 +133,14 @@ def _stream(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A thread reads 8 neighbouring columns of all its rows in each step."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
         tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
     )
+    if EARLY:
+        _wait(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
     m, n = tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
     # [lanes, rows, outputs, 8]: the compiler gives each thread one lane of all the rest.
     d = tl.arange(0, LANES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
@@ -137,50 +172,53 @@ def _tiles(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr,
+    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs. With parts, each reads every `PARTS`-th step of the depth."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
         tl.program_id(1), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
     )
+    if EARLY:
+        _wait(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
     m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
-    x_row, w_row = tl.minimum(m, rows - 1), tl.minimum(n, outputs - 1)
+    w_row = tl.minimum(n, outputs - 1)  # what is past the end is read twice, and not stored
     WHOLE: tl.constexpr = DEPTH % (PARTS * STEP) == 0
     if PARTS == 1:
         d = tl.arange(0, STEP)
-        x_at, w_at = x_row[:, None] * DEPTH + d[None, :], w_row[:, None] * DEPTH + d[None, :]
+        x_at, w_at = m[:, None] * DEPTH + d[None, :], w_row[:, None] * DEPTH + d[None, :]
         y_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
         squares_M = tl.zeros([ROWS], tl.float32)
         for first in range(0, DEPTH, STEP):
-            mask = None if WHOLE else first + d[None, :] < DEPTH
-            x_MD = tl.load(x_ptr + first + x_at, mask=mask, other=None if WHOLE else 0.0)
-            w_ND = tl.load(w_ptr + first + w_at, mask=mask, other=None if WHOLE else 0.0)
+            x_mask, w_mask = (m < rows)[:, None], None if WHOLE else first + d[None, :] < DEPTH
+            x_mask = x_mask if WHOLE else x_mask & w_mask
+            x_MD = tl.load(x_ptr + first + x_at, mask=x_mask, other=0.0)
+            w_ND = tl.load(w_ptr + first + w_at, mask=w_mask, other=None if WHOLE else 0.0)
             y_MN = tl.dot(x_MD, tl.trans(w_ND), y_MN, input_precision=EXACT)
             if NORMED:
                 squares_M += tl.sum(x_MD.to(tl.float32) * x_MD.to(tl.float32), 1)
     else:
         d = (tl.arange(0, PARTS)[:, None] * STEP + tl.arange(0, STEP)[None, :])[:, None, :]
-        x_at, w_at = x_row[None, :, None] * DEPTH + d, w_row[None, :, None] * DEPTH + d
+        x_at, w_at = m[None, :, None] * DEPTH + d, w_row[None, :, None] * DEPTH + d
         parts = tl.zeros([PARTS, ROWS, OUTPUTS], tl.float32)
-        squares = tl.zeros([PARTS, ROWS], tl.float32)
+        squares = tl.zeros([PARTS, ROWS, ROWS], tl.float32)
         for first in range(0, DEPTH, PARTS * STEP):
-            mask = None if WHOLE else first + d < DEPTH
-            x = tl.load(x_ptr + first + x_at, mask=mask, other=None if WHOLE else 0.0)
-            w = tl.load(w_ptr + first + w_at, mask=mask, other=None if WHOLE else 0.0)
+            x_mask, w_mask = (m < rows)[None, :, None], None if WHOLE else first + d < DEPTH
+            x_mask = x_mask if WHOLE else x_mask & w_mask
+            x = tl.load(x_ptr + first + x_at, mask=x_mask, other=0.0)
+            w = tl.load(w_ptr + first + w_at, mask=w_mask, other=None if WHOLE else 0.0)
             parts = tl.dot(x, tl.permute(w, (0, 2, 1)), parts, input_precision=EXACT)
             if NORMED:
-                squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 2)
-        y_MN, squares_M = tl.sum(parts, 0), tl.sum(squares, 0)
+                squares = tl.dot(x, tl.permute(x, (0, 2, 1)), squares, input_precision=EXACT)
+        y_MN = tl.sum(parts, 0)
+        if NORMED:
+            # The product of the inputs with themselves has them on its diagonal, and costs less.
+            r = tl.arange(0, ROWS)
+            squares_M = tl.sum(tl.sum(tl.where(r[:, None] == r[None, :], squares, 0.0), 2), 0)
     if NORMED:
         y_MN *= tl.rsqrt(squares_M / DEPTH + eps)[:, None]
     place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
     mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
     _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED, RESIDUAL)
-
-
-def stream_of(outputs: int) -> Stream:
-    """Return the sizes of `_stream` for matrices with so many outputs in all."""
-    return next(stream for least, stream in STREAMS if outputs >= least)
 
 
 def unroll_of(depth: int, stream: Stream) -> int:
@@ -189,10 +227,14 @@ def unroll_of(depth: int, stream: Stream) -> int:
     return max(each for each in range(1, stream.steps + 1) if steps % each == 0)
 
 
-def tile_of(rows: int, outputs: int) -> Tile:
-    """Return the sizes of `_tiles` for so many rows, and matrices with so many outputs in all."""
+def sizes_of(rows: int, outputs: int, normed: bool) -> Stream | Tile:
+    """Return the kernel's sizes for so many rows, and matrices with so many outputs in all."""
+    for most, least, sizes in FEW:
+        if rows <= most and outputs >= least:
+            return sizes
     for tile in TILES:
-        if triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs) >= ENOUGH:
+        programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
+        if programs >= ENOUGH and (tile.norms or not normed):
             return tile
     return TILES[-1]
 
@@ -210,21 +252,22 @@ def products(
         x_MD, *weights, *weights[:1] * absent, *outputs, *outputs[:1] * absent,
         outputs[0] if residual is None else residual, rows, NORM_EPS, *counts, *[0] * absent, depth,
     )  # fmt: skip
-    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None}
+    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None, "EARLY": EARLY}
+    if EARLY:
+        flags["launch_pdl"] = True
+    sizes = sizes_of(rows, sum(counts), normed)
+    blocks = sum(triton.cdiv(count, sizes.outputs) for count in counts)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
-        if rows <= STREAM_ROWS:
-            stream = stream_of(sum(counts))
-            blocks = sum(triton.cdiv(count, stream.outputs) for count in counts)
+        if isinstance(sizes, Stream):
             _stream[(blocks,)](
-                *given, ROWS=triton.next_power_of_2(rows), OUTPUTS=stream.outputs, LANES=32 * stream.warps,
-                UNROLL=unroll_of(depth, stream), num_warps=stream.warps, **flags,
+                *given, ROWS=triton.next_power_of_2(rows), OUTPUTS=sizes.outputs, LANES=32 * sizes.warps,
+                UNROLL=unroll_of(depth, sizes), num_warps=sizes.warps, **flags,
             )  # fmt: skip
         else:
-            tile = tile_of(rows, sum(counts))
-            blocks = sum(triton.cdiv(count, tile.outputs) for count in counts)
-            _tiles[(triton.cdiv(rows, tile.rows), blocks)](
-                *given, ROWS=tile.rows, OUTPUTS=tile.outputs, STEP=tile.depth, PARTS=tile.parts,
-                EXACT="ieee" if x_MD.dtype == torch.float32 else "tf32", num_warps=tile.warps,
-                num_stages=tile.stages, **flags,
+            assert sizes.norms or not normed
+            _tiles[(triton.cdiv(rows, sizes.rows), blocks)](
+                *given, ROWS=sizes.rows, OUTPUTS=sizes.outputs, STEP=sizes.depth, PARTS=sizes.parts,
+                EXACT="ieee" if x_MD.dtype == torch.float32 else "tf32", num_warps=sizes.warps,
+                num_stages=sizes.stages, **flags,
             )  # fmt: skip
     return outputs
