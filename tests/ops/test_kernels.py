@@ -7,6 +7,7 @@ from lepton.ops import kernels
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.ops.delta_rule import DELTA_RULE
+from lepton.ops.few_writes import FEW_WRITES
 from lepton.ops.kernels import Kernel
 from tests.ops.devices import GPU
 
@@ -79,7 +80,7 @@ def test_the_compiler_asks_while_it_traces(tried):
     assert trials == [(CUDA, torch.float32, 16)]
 
 
-@pytest.mark.parametrize("kernel", [ATTENTION, CROSS_ENTROPY, DELTA_RULE], ids=lambda kernel: kernel.what)
+@pytest.mark.parametrize("kernel", [ATTENTION, CROSS_ENTROPY, DELTA_RULE, FEW_WRITES], ids=lambda kernel: kernel.what)
 def test_a_cpu_has_none(kernel):
     assert not any(kernel.works(torch.device("cpu"), dtype, 64, 64) for dtype in (torch.bfloat16, torch.float32))
 
@@ -91,6 +92,7 @@ def test_a_cpu_has_none(kernel):
         (ATTENTION, torch.bfloat16, [64]),
         (CROSS_ENTROPY, torch.bfloat16, []),
         (DELTA_RULE, torch.float32, [64, 128]),
+        (FEW_WRITES, torch.float32, [64, 128]),
     ],
     ids=lambda value: getattr(value, "what", None),
 )
