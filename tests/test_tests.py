@@ -24,6 +24,7 @@ ELSEWHERE = {
     "ops/triton/choose": "tests/ops/test_choose.py",
     "ops/triton/cross_entropy": "tests/ops/test_cross_entropy_kernel.py",
     "ops/triton/delta_rule": "tests/ops/test_delta_rule_kernel.py",
+    "ops/triton/few_writes": "tests/ops/test_few_writes.py",
     "ops/triton/products": "tests/ops/test_products.py",
     "ops/triton/ring_attention": "tests/ops/test_ring_attention.py",
     "runtime/cuda_graphs": "tests/train/test_micro_step.py",

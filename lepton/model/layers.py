@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.ops.heads import norm as norm  # used as one of the layers
+from lepton.ops.products import PRODUCTS
+from lepton.ops.products import products as few_products
 
 
 def at_indices(x: Tensor, index_BC: Tensor) -> Tensor:
     """Return the values [B, C, ...] of `x` [B, T, ...] at the tokens (or other entries) with indices `index_BC`."""
     index = index_BC.view(*index_BC.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
     return x.gather(1, index)
+
+
+FEW_ROWS = 8
+"""Most inputs for which a kernel that reads the weight once is faster than a general product."""
 
 
 class Linear(nn.Linear):
@@ -22,7 +28,12 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight.to(x.dtype)
+        rows = x.numel() // x.shape[-1]
+        if 0 < rows <= FEW_ROWS and not torch.is_grad_enabled() and PRODUCTS.works(x.device, x.dtype):
+            (y,) = few_products(x.reshape(rows, x.shape[-1]), [weight])
+            return y.view(*x.shape[:-1], -1)
+        return F.linear(x, weight)
 
 
 def products(x: Tensor, *linears: Linear) -> Sequence[Tensor]:

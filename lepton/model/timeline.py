@@ -36,6 +36,9 @@ class Timeline:
     segment."""
     segment: int
     """Tokens per segment."""
+    one_document: bool = False
+    """Whether it is known without a look at the tokens that none of them ends a document or, after the first, starts
+    one."""
 
     @staticmethod
     def read(
@@ -101,6 +104,7 @@ class Timeline:
             start_B=start_B,
             phase_B=phase_B,
             segment=segment,
+            one_document=True,
         )
 
     def at(self, value_BT: Tensor, count_B: Tensor, before: Tensor | int) -> Tensor:
@@ -114,10 +118,14 @@ class Timeline:
 
     def position_after(self, count_B: Tensor) -> Tensor:
         """Return the position [B] of the token after the first `count_B` tokens."""
+        if self.one_document:
+            return self.start_B + count_B
         return torch.where(self.ended(count_B), 0, self.at(self.position_BT + 1, count_B, self.start_B))
 
     def phase_after(self, count_B: Tensor) -> Tensor:
         """Return the phase [B] of the token after the first `count_B` tokens."""
+        if self.one_document:
+            return (self.phase_B + count_B) % self.segment
         return torch.where(self.ended(count_B), 0, self.at((self.since_BT + 1) % self.segment, count_B, self.phase_B))
 
 

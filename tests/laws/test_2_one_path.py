@@ -6,6 +6,11 @@ import random
 import pytest
 import torch
 
+from lepton.engine.pool import Held, Pool
+from lepton.model.ideas import working_memory
+from lepton.model.ideas.idea import Call, Rounds
+from lepton.model.output import commit
+from lepton.ops.few_writes import FEW
 from tests.laws.lab import EOS, LENGTH, VARIANTS, assert_outputs, assert_states, build, cut, half_depth, text, views
 
 ROWS = slice(None)
@@ -132,3 +137,39 @@ def test_padding_and_idle_rows_are_the_same_function(variant):
     idle = model(tokens[:, :1], out.state, lengths=torch.tensor([1, 0, 1, 0])).state
     still = torch.tensor([1, 3])
     assert_states(out.state.rows(still), idle.rows(still), "idle rows")
+
+
+def decoded(model, tokens: torch.Tensor, prompt: int, drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states of what follows a prompt, some tokens a cycle, after which come drafts that are rejected; and the
+    working memory after it.
+    """
+    config, place_B, found = model.config, torch.arange(len(tokens)), []
+    pool = Pool(model, len(tokens), LENGTH if config.window is None else config.window + drafts)
+    rows = pool.take(place_B, read_slots=False, whole=False).rows
+    pool.load(place_B, Held(model(tokens[:, :prompt]).state, rows))
+    junk, first = text(11, rows=len(tokens), documents=False), prompt
+    while first < 40:
+        count = min(1 + first % (1 + drafts), config.segment - first % config.segment)
+        chunk = torch.cat([tokens[:, first : first + count], junk[:, : 1 + drafts - count]], 1)
+        held = pool.take(place_B, read_slots=False, whole=False)
+        out = model.decode(chunk, held.state, Call(1.0, Rounds(torch.full_like(place_B, 2), 2)), opening=True)
+        found.append(out.hidden[:, :count])
+        pool.put(place_B, held, Held(commit(out.chunk, torch.full_like(place_B, count)), held.rows))
+        first += count
+    memory = pool.held.state.part("memory")
+    return torch.cat(found, 1), None if memory is None else memory.matrix_BNHU
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("drafts", [0, 3, FEW - 1])
+@torch.no_grad()
+def test_decoding_equals_the_full_forward(variant, drafts, monkeypatch):
+    """Also where the memory takes a few tokens for a chunk like any other."""
+    model, tokens = build(variant), text(10, rows=3, documents=False)
+    for few in (FEW, 0):
+        monkeypatch.setattr(working_memory, "FEW", few)
+        hidden, memory = decoded(model, tokens, 13, drafts)
+        full = model(tokens[:, : 13 + hidden.shape[1]], think=2 if model.idea("thoughts") else None)
+        assert_outputs({"hidden": full.hidden[:, 13:]}, {"hidden": hidden}, (drafts, few))
+        if memory is not None:
+            assert_outputs({"m": full.state.part("memory").matrix_BNHU}, {"m": memory}, (drafts, few))

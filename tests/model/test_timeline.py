@@ -53,3 +53,21 @@ def test_room_for_more_segments_changes_no_place_and_too_little_is_refused():
     assert torch.equal(exact.group_BT, roomy.group_BT)
     with pytest.raises(InputError, match=r"more segments than `groups` allows: 3: must lie in 0\.\.2"):
         Timeline.read(tokens, zero, zero, eos_id=EOS, segment=4, groups=2)
+
+
+@pytest.mark.parametrize("opening", [False, True])
+def test_within_a_document_it_is_that_of_the_tokens(opening):
+    """As long as no later token opens a segment."""
+    start, phase, tokens = torch.tensor([0, 5, 11, 6]), torch.tensor([0, 1, 4, 3]), torch.full((4, 3), 5)
+    read = Timeline.read(tokens, start, phase, eos_id=EOS, segment=8)
+    known = Timeline.within_document(start, phase, 3, segment=8, opening=opening)
+    assert known.one_document
+    assert not read.one_document
+    for name in ("position_BT", "ends_BT", "document_BT", "since_BT", *(["group_BT", "opening_BG"] * opening)):
+        assert torch.equal(getattr(known, name), getattr(read, name)), name
+    for count_B in (torch.tensor([0, 1, 2, 3]), torch.tensor([3, 0, 3, 1])):
+        assert torch.equal(known.position_after(count_B), read.position_after(count_B))
+        assert torch.equal(known.phase_after(count_B), read.phase_after(count_B))
+        assert not known.ended(count_B).any()
+    last = Timeline.within_document(start, phase + 3, 3, segment=8, opening=False)
+    assert last.phase_after(torch.tensor([3, 3, 1, 2])).tolist() == [6, 7, 0, 0]

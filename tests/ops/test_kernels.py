@@ -7,6 +7,7 @@ from lepton.ops import kernels
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.ops.delta_rule import DELTA_RULE
+from lepton.ops.few_writes import FEW_WRITES
 from lepton.ops.kernels import Kernel
 from lepton.ops.products import PRODUCTS
 from lepton.ops.ring_attention import RING_ATTENTION
@@ -81,7 +82,7 @@ def test_the_compiler_asks_while_it_traces(tried):
     assert trials == [(CUDA, torch.float32, 16)]
 
 
-KERNELS = [ATTENTION, CROSS_ENTROPY, DELTA_RULE, PRODUCTS, RING_ATTENTION]
+KERNELS = [ATTENTION, CROSS_ENTROPY, DELTA_RULE, FEW_WRITES, PRODUCTS, RING_ATTENTION]
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.what)
@@ -96,6 +97,7 @@ def test_a_cpu_has_none(kernel):
         (ATTENTION, torch.bfloat16, [64]),
         (CROSS_ENTROPY, torch.bfloat16, []),
         (DELTA_RULE, torch.float32, [64, 128]),
+        (FEW_WRITES, torch.float32, [64, 128]),
         (PRODUCTS, torch.bfloat16, []),
         (RING_ATTENTION, torch.float16, [128]),
     ],

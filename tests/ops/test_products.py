@@ -88,7 +88,7 @@ def test_tiles_of_every_kind_are_the_same(form, tile, device, monkeypatch):
     from lepton.ops.triton import products as kernels
 
     force(monkeypatch, PRODUCTS)
-    monkeypatch.setattr(kernels, "FEW", ((37, 0, kernels.Tile(*tile)),))
+    monkeypatch.setattr(kernels, "FEW", ((37, 0, kernels.MOST, kernels.Tile(*tile)),))
     compare(device, form, 37, 200)
 
 
@@ -98,7 +98,7 @@ def test_streams_of_every_kind_are_the_same(stream, device, monkeypatch):
     from lepton.ops.triton import products as kernels
 
     force(monkeypatch, PRODUCTS)
-    monkeypatch.setattr(kernels, "FEW", ((5, 0, kernels.Stream(*stream)),))
+    monkeypatch.setattr(kernels, "FEW", ((5, 0, kernels.MOST, kernels.Stream(*stream)),))
     compare(device, "query, key, value", 5, 1100)
 
 
@@ -137,10 +137,10 @@ def test_every_size_has_a_line_in_the_tables(device):
 
     for size, normed in itertools.product(SIZES.values(), (True, False)):
         for depth, outputs in ((size.width, size.ffn), (size.ffn, size.width)):
-            stream = kernels.sizes_of(1, outputs, normed)
+            stream = kernels.sizes_of(1, outputs, 768, normed)
             steps = -(-depth // (256 * stream.warps))
             assert steps % kernels.unroll_of(depth, stream) == 0
-            tiles = [kernels.sizes_of(rows, outputs, normed) for rows in (9, 64, MOST_ROWS)]
+            tiles = [kernels.sizes_of(rows, outputs, 768, normed) for rows in (9, 64, MOST_ROWS)]
             assert tiles == sorted(tiles, key=kernels.TILES.index, reverse=True)
             assert all(tile.norms for tile in tiles) or not normed
 
@@ -154,9 +154,9 @@ def test_a_tile_of_asynchronous_products_does_not_norm(device, monkeypatch):
     unsafe = kernels.Tile(64, 32, 64, 1, 4, 3)
     monkeypatch.setattr(kernels, "FEW", ())
     monkeypatch.setattr(kernels, "TILES", (unsafe, *kernels.TILES))
-    assert kernels.sizes_of(512, 2560, normed=False) == unsafe
-    assert kernels.sizes_of(512, 2560, normed=True) != unsafe
-    monkeypatch.setattr(kernels, "FEW", ((512, 0, unsafe),))
+    assert kernels.sizes_of(512, 2560, 768, normed=False) == unsafe
+    assert kernels.sizes_of(512, 2560, 768, normed=True) != unsafe
+    monkeypatch.setattr(kernels, "FEW", ((512, 0, kernels.MOST, unsafe),))
     x, weights, options = draw("up", 3, 64, device)
     with pytest.raises(AssertionError):
         products(x, weights, **options)

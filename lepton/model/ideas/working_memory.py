@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, replaced
-from lepton.model.layers import Linear
+from lepton.model.layers import Linear, at_indices
 from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
+from lepton.ops.few_writes import FEW, FewWrites, read_few, write_few
 
 CONV = 4
 """Width of the causal convolution."""
+UNIT_EPS = 1e-6
+"""Smallest norm that queries and keys are divided by."""
 READ_EPS = 1e-2
 """Epsilon of the norm of reads, about the mean square of a weak one. With a smaller one, reads of an empty memory would
 be scaled up to unit size, and their rounding errors and gradients with them."""
@@ -163,12 +166,14 @@ class WorkingMemory(Idea):
 
     def forward(
         self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
-    ) -> tuple[Tensor, Tensor, "MemoryUpdate"]:
+    ) -> tuple[Tensor, Tensor, "MemoryUpdate | FewUpdate"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
         `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
         mean square of the raw reads [B, T], and the update of the state.
         """
+        if timeline.one_document and u_BTD.shape[1] <= FEW and not torch.is_grad_enabled():
+            return self._few(u_BTD, tail_BRI, state_BNHU)
         raw_BTI = self.qkv(u_BTD)
         joined_BJI = torch.cat([tail_BRI, raw_BTI], 1)
         length = raw_BTI.shape[1]
@@ -185,8 +190,8 @@ class WorkingMemory(Idea):
         decay, rate = self.gates(u_BTD).to(precise).chunk(2, -1)
         chunk = min(CHUNK, length)
         writes = Writes(
-            _chunks(F.normalize(q, dim=-1, eps=1e-6), chunk),
-            _chunks(F.normalize(k, dim=-1, eps=1e-6), chunk),
+            _chunks(F.normalize(q, dim=-1, eps=UNIT_EPS), chunk),
+            _chunks(F.normalize(k, dim=-1, eps=UNIT_EPS), chunk),
             _chunks(v, chunk),
             _chunks(F.logsigmoid(decay + self.decay_bias.to(precise))[..., None], chunk)[..., 0],
             _chunks(rate.sigmoid()[..., None], chunk)[..., 0],
@@ -197,6 +202,28 @@ class WorkingMemory(Idea):
         read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
         update = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
+        normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
+        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
+
+    def _few(self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, "FewUpdate"]:
+        """`forward` for a few tokens of one document, without gradients, in few operators.
+
+        What the convolution sees of before the document is 0 in the tail.
+        """
+        joined_BJI = torch.cat([tail_BRI, self.qkv(u_BTD)], 1)
+        # The taps of a token lie as the inputs do: the oldest first.
+        taps_4I = self.conv.to(u_BTD.dtype).flip(1).t()
+        mixed_BTI = (joined_BJI.unfold(1, CONV, 1).transpose(2, 3) * taps_4I).sum(2)
+        parts = F.silu(mixed_BTI).to(state_BNHU.dtype).unflatten(2, (self.heads, -1))
+        qk, v_BTNU = parts.split([2 * self.key_dim, self.value_dim], 3)
+        qk_BTN2H = qk.unflatten(3, (2, self.key_dim))
+        size_BTN21 = torch.linalg.vector_norm(qk_BTN2H, dim=4, keepdim=True).clamp_min(UNIT_EPS)
+        decay_BTN, rate_BTN = self.gates(u_BTD).to(state_BNHU.dtype).chunk(2, 2)
+        log_decay_BTN = F.logsigmoid(decay_BTN + self.decay_bias.to(state_BNHU.dtype))
+        writes = FewWrites(qk_BTN2H / size_BTN21, v_BTNU, log_decay_BTN, rate_BTN.sigmoid())
+        read_BTNU, added_BTNU = read_few(writes, state_BNHU)
+        update = FewUpdate(writes, added_BTNU, state_BNHU, joined_BJI)
+        strength_BT = torch.linalg.vector_norm(read_BTNU, dim=(2, 3)) * (self.heads * self.value_dim) ** -0.5
         normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
         return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
 
@@ -252,3 +279,22 @@ class MemoryUpdate:
             torch.arange(CONV - 1, device=count_B.device) >= CONV - 1 - timeline.position_after(count_B)[:, None]
         )
         return WorkingMemoryState(state_BNHU, tail_BRI.where(in_document_BR[..., None], 0))
+
+
+@dataclass(frozen=True)
+class FewUpdate:
+    """As `MemoryUpdate`, of a few tokens of one document."""
+
+    writes: FewWrites
+    added_BTNU: Tensor
+    """What each token adds to the values of its key."""
+    state_BNHU: Tensor
+    """The memory before the chunk."""
+    joined_BJI: Tensor
+    """Inputs of the convolution: those before the chunk, then the chunk's."""
+
+    def after(self, count_B: Tensor, timeline: Timeline) -> WorkingMemoryState:
+        """Return the state after the first `count_B` tokens, none of which ends a document."""
+        state_BNHU = write_few(self.writes, self.added_BTNU, self.state_BNHU, count_B)
+        index_BR = count_B.unsqueeze(1) + torch.arange(CONV - 1, device=count_B.device)
+        return WorkingMemoryState(state_BNHU, at_indices(self.joined_BJI, index_BR))

@@ -56,14 +56,17 @@ class Tile(NamedTuple):
 
 
 # The tables of the kernels' sizes, for an H100 (132 multiprocessors).
-FEW: tuple[tuple[int, int, Stream | Tile], ...] = (
-    (1, 4096, Stream(4, 1, 4)),
-    (1, 2048, Stream(2, 1, 8)),
-    (1, 0, Stream(1, 1, 3)),
-    (8, 4096, Stream(4, 1, 4)),
-    (8, 0, Stream(2, 1, 3)),
+MOST = 1 << 30
+FEW: tuple[tuple[int, int, int, Stream | Tile], ...] = (
+    (1, 4096, MOST, Stream(4, 1, 4)),
+    (1, 2048, MOST, Stream(2, 1, 8)),
+    (1, 0, MOST, Stream(1, 1, 3)),
+    (8, 0, 1024, Tile(16, 8, 128, 2, 2, 4)),
+    (8, 4096, MOST, Stream(4, 1, 4)),
+    (8, 0, MOST, Stream(2, 4, 4)),
 )
-"""Most rows, least outputs of all matrices, and sizes for them: the first line that fits. If none does, `TILES`."""
+"""Most rows, least outputs of all matrices, most columns, and sizes for them: the first line that fits. A tile fits if
+its parts divide the columns. If no line fits, `TILES`."""
 TILES = (
     Tile(128, 64, 64, 1, 4, 4),
     Tile(64, 64, 64, 1, 4, 4),
@@ -77,9 +80,9 @@ ENOUGH = 96
 """Programs that are enough."""
 TRIAL_ROWS = (1, 9, 512)
 """Numbers of rows that take each form of the kernels, for the trial."""
-EARLY = False
-"""Whether a launch starts while the one before it ends (programmatic dependent launch, from Hopper on): it then brings
-its weights into the L2 cache before it waits for its inputs."""
+EARLY_ROWS = 16
+"""Most rows with which a launch starts while the one before it ends (programmatic dependent launch, from Hopper on): it
+then brings its weights into the L2 cache before it waits for its inputs. With more rows that takes longer."""
 
 
 @triton.jit
@@ -227,16 +230,21 @@ def unroll_of(depth: int, stream: Stream) -> int:
     return max(each for each in range(1, stream.steps + 1) if steps % each == 0)
 
 
-def sizes_of(rows: int, outputs: int, normed: bool) -> Stream | Tile:
-    """Return the kernel's sizes for so many rows, and matrices with so many outputs in all."""
-    for most, least, sizes in FEW:
-        if rows <= most and outputs >= least:
+def sizes_of(rows: int, outputs: int, depth: int, normed: bool) -> Stream | Tile:
+    """Return the kernel's sizes for so many rows, and matrices with so many outputs in all and so many columns."""
+    for most_rows, least_outputs, most_depth, sizes in FEW:
+        fits = isinstance(sizes, Stream) or depth % (sizes.depth * sizes.parts) == 0
+        if fits and rows <= most_rows and outputs >= least_outputs and depth <= most_depth:
             return sizes
     for tile in TILES:
         programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs)
         if programs >= ENOUGH and (tile.norms or not normed):
             return tile
     return TILES[-1]
+
+
+def _starts_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def products(
@@ -252,10 +260,11 @@ def products(
         x_MD, *weights, *weights[:1] * absent, *outputs, *outputs[:1] * absent,
         outputs[0] if residual is None else residual, rows, NORM_EPS, *counts, *[0] * absent, depth,
     )  # fmt: skip
-    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None, "EARLY": EARLY}
-    if EARLY:
+    early = rows <= EARLY_ROWS and _starts_early(x_MD.device)
+    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None, "EARLY": early}
+    if early:
         flags["launch_pdl"] = True
-    sizes = sizes_of(rows, sum(counts), normed)
+    sizes = sizes_of(rows, sum(counts), depth, normed)
     blocks = sum(triton.cdiv(count, sizes.outputs) for count in counts)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         if isinstance(sizes, Stream):

@@ -1,11 +1,13 @@
-"""Working memory: on constant text, beyond every window, and with the kernels of the delta rule."""
+"""Working memory: on constant text, beyond every window, for a few tokens, and with the kernels."""
 
 import pytest
 import torch
 
-from lepton.model.ideas.working_memory import MemoryUpdate
+from lepton.model.ideas import working_memory as module
+from lepton.model.ideas.working_memory import FewUpdate, MemoryUpdate
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
+from lepton.ops.few_writes import FEW, FEW_WRITES
 from tests.laws.lab import EOS, build, text
 from tests.ops.devices import DEVICES, GPU, force
 from tests.ops.test_delta_rule_kernel import assert_near, gradients
@@ -109,3 +111,65 @@ def test_a_model_with_the_kernels_equals_one_without(device, monkeypatch):
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
         assert len(asked) == 1
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def few(model, length, device="cpu"):
+    """Inputs of a few tokens of one document each, whose first is at position 0, 2 or 9."""
+    memory, dtype = model.memory, model.dtype
+    start_B = torch.tensor([0, 2, 9])
+    tail = torch.randn(3, 3, memory.channels, dtype=dtype)
+    tail[torch.arange(3) < 3 - start_B[:, None]] = 0  # what lies before the document
+    state = torch.randn(3, memory.heads, memory.key_dim, memory.value_dim, dtype=dtype)
+    u = torch.randn(3, length, model.config.width, dtype=dtype)
+    timeline = Timeline.within_document(start_B.to(device), start_B.to(device), length, segment=99, opening=False)
+    return u.to(device), tail.to(device), state.to(device), timeline
+
+
+def outcome(model, inputs):
+    """Reads, strengths, and the states after all numbers of tokens."""
+    reads, strength, update = model.memory(*inputs)
+    length = reads.shape[1]
+    states = []
+    for first in range(length + 1):
+        after = update.after((first + torch.arange(3, device=reads.device)) % (length + 1), inputs[3])
+        states += [after.matrix_BNHU, after.tail_BRI]
+    return [reads, strength, *states], type(update)
+
+
+@pytest.mark.parametrize("length", range(1, FEW + 1))
+@torch.no_grad()
+def test_a_few_tokens_are_the_same_as_a_chunk(length, monkeypatch):
+    model = build("complete")
+    inputs = few(model, length)
+    found, kind = outcome(model, inputs)
+    monkeypatch.setattr(module, "FEW", 0)
+    expected, other_kind = outcome(model, inputs)
+    assert (kind, other_kind) == (FewUpdate, MemoryUpdate)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_few_tokens_are_the_same_with_kernels(dtype, device, monkeypatch):
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    model.compute_dtype = dtype
+    u, tail, *rest = few(model, 5, device)
+    inputs = (u.to(dtype), tail.to(dtype), rest[0].float(), rest[1])
+    expected, _ = outcome(model, inputs)
+    asked = force(monkeypatch, FEW_WRITES)
+    found, _ = outcome(model, inputs)
+    assert len(asked) == 1 + 6
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_more_tokens_gradients_and_unknown_documents_take_the_long_way():
+    model = build("complete")
+    u, tail, state, timeline = few(model, FEW)
+    assert outcome(model, (u, tail, state, timeline))[1] is MemoryUpdate
+    with torch.no_grad():
+        assert outcome(model, (u, tail, state, timeline))[1] is FewUpdate
+        assert outcome(model, few(model, FEW + 1))[1] is MemoryUpdate
+        tokens = text(1, rows=3, length=FEW, documents=False)
+        read = Timeline.read(tokens, timeline.start_B, timeline.phase_B, eos_id=EOS, segment=99)
+        assert outcome(model, (u, tail, state, read))[1] is MemoryUpdate
