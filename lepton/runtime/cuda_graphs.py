@@ -1,6 +1,8 @@
 """CUDA graphs: what a GPU runs often is captured once, and from then on replayed in one launch."""
 
-from collections.abc import Callable, Hashable
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ class CudaGraphs:
         """Capture the kernels that `action` launches, without running them."""
         pool = next((graph.pool() for graph, _ in self._graphs.values()), None)
         # Entering the current stream restores it: a capture that fails leaves its own stream current.
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)), _no_garbage():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 result = action()
@@ -42,3 +44,16 @@ class CudaGraphs:
             torch.cuda.synchronize(self._device)
             self._graphs.clear()
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Collect no garbage inside the block: to free another graph would end a capture with an error."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
