@@ -206,7 +206,7 @@ class Runner:
 
     def _captured(self, places: list[int], shape: Shape) -> Outcome:
         """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
-        rows = self._bucket(len(places), shape.opening)
+        rows = self._bucket(len(places), shape.opening, shape.drafts)
         shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds))
         place_B = self._place_B[:rows]
         if shape not in self._graphs:
@@ -217,10 +217,11 @@ class Runner:
             self._places_before = padded
         return cast(Outcome, self._graphs.replay(shape))
 
-    def _bucket(self, rows: int, opening: bool) -> int:
-        """Return the number of rows that a captured cycle has. Openings apart have a least number of their own."""
+    def _bucket(self, rows: int, opening: bool, drafts: int) -> int:
+        """Return the number of rows that a captured cycle has. Openings apart have a least number of their own: those
+        that open, or with drafts those that may."""
         apart = opening and self.places > TOGETHER
-        return max(bucket_of(rows), bucket_of(self.places) // ENOUGH if apart else 1)
+        return max(bucket_of(rows), bucket_of(self.places) // (4 if drafts else ENOUGH) if apart else 1)
 
     @staticmethod
     def _bound(opening: bool, rounds: int) -> int:
@@ -264,7 +265,7 @@ class Runner:
         opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
         for count, opening in itertools.product(counts, opens):
             apart = opening and rows > TOGETHER
-            bucket = self._bucket(1 if apart else rows, opening)
+            bucket = self._bucket(1 if apart else rows, opening, count)
             shape = Shape(bucket, count, opening, self._bound(opening, self.rounds))
             if not self._captures(shape) or shape in self._compiled:
                 continue
