@@ -131,8 +131,8 @@ class Lepton(Network):
             return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
         if self.tokenizer is None:
             raise InputError(
-                "the prompt is text, and this model has no tokenizer: load one from a checkpoint that carries it, or "
-                "encode the prompt first"
+                "the prompt is text, and this model has no tokenizer: load a checkpoint that carries one, or encode it "
+                "with the tokenizer first"
             )
         ids = self.tokenizer.encode(prompt_ids) or [self.config.eos_id]
         found = complete(self, ids, max_new_tokens, **arguments)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.model import Network
-from lepton.model.ideas.idea import SIGNALS, Call, Rounds
+from lepton.model.ideas.idea import SIGNALS, Call
 from lepton.model.output import commit
+from lepton.model.timeline import Rounds
 from lepton.ops.choose import Noise, Sampling, choose
 
 

@@ -4,12 +4,21 @@ The letters of shape suffixes, here and in the whole package, are in `lepton/sha
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.model.checks import check_range
+
+
+class Rounds(NamedTuple):
+    """Rounds of thinking at the openings of a pass, where rows differ."""
+
+    each_B: Tensor
+    most: int
+    """Bound of them, a constant of the pass."""
 
 
 @dataclass(frozen=True)

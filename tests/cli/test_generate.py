@@ -70,8 +70,11 @@ def test_json_is_alone_on_stdout(saved):
     assert figures["tokens"] == tokens[-9:]
     assert figures["uncertainties"] == pytest.approx(uncertainties, abs=1e-4)
     stats = model.generate_with_stats(tokenizer.encode("fox"), 9, seed=2)[1]
-    assert figures["stats"] == stats.to_dict()
-    assert stats.forward_calls < 10
+    found, expected_stats = figures["stats"], stats.to_dict()
+    assert found.keys() == expected_stats.keys()
+    for name in ("new_tokens", "mean_depth"):  # how many tokens are drafted depends on measured times
+        assert found[name] == expected_stats[name]
+    assert 1 < found["forward_calls"] <= 9
 
 
 def test_json_of_a_model_without_the_ideas(baseline):

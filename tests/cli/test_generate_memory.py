@@ -14,15 +14,15 @@ from tests.cli.tiny import command_of, expected, run, run_json
 def test_the_memory_file_is_made_used_and_updated(saved, tmp_path):
     _, model, tokenizer = saved
     path = tmp_path / "memory.safetensors"
-    words = [*command_of(saved[0]), "--seed", 3, "--max_new_tokens", 20, "--memory", path]
+    words = [*command_of(saved[0]), "--seed", 3, "--max_new_tokens", 60, "--memory", path]
     first = run_json(*words, "--prompt", "The fox jumps over the lazy dog.")
-    assert first["text"] == expected(saved, first["prompt"], seed=3, max_new_tokens=20)
+    assert first["text"] == expected(saved, first["prompt"], seed=3, max_new_tokens=60)
     kept = model.new_state(1, memory=path).memory
     assert kept.parts["memory"].matrix_BNHU.any()
     second = run_json(*words, "--prompt", "Ein Käse")
-    tokens, state = model.generate_with_state(tokenizer.encode("Ein Käse"), 20, seed=3, memory=kept)
-    assert second["tokens"] == tokens[-20:]
-    assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=20), "the memory matters"
+    tokens, state = model.generate_with_state(tokenizer.encode("Ein Käse"), 60, seed=3, memory=kept)
+    assert second["tokens"] == tokens[-60:]
+    assert second["text"] != expected(saved, "Ein Käse", seed=3, max_new_tokens=60), "the memory matters"
     again = model.new_state(1, memory=path).part("memory").matrix_BNHU
     torch.testing.assert_close(again, state.part("memory").matrix_BNHU)
     assert [each.name for each in path.parent.iterdir()] == [path.name]

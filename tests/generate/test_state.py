@@ -106,12 +106,12 @@ def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
     """A fact from an earlier text, out of the window's reach: as a value, from a file, and in `forward`."""
     kept = model.generate_with_state(PROMPT * 3, 4, **SAMPLED)[1].memory
     kept.save(tmp_path / "memory.safetensors")
-    plain = model.generate([7, 8], 12, **SAMPLED)
-    by_value = model.generate([7, 8], 12, memory=kept, **SAMPLED)
+    plain = model.generate([7, 8], 40, **SAMPLED)
+    by_value = model.generate([7, 8], 40, memory=kept, **SAMPLED)
     assert by_value != plain
-    assert model.generate([7, 8], 12, memory=tmp_path / "memory.safetensors", **SAMPLED) == by_value
-    assert model.generate([7, 8], 12, memory=str(tmp_path / "memory.safetensors"), **SAMPLED) == by_value
-    both = model.generate([[7, 8], [7, 8]], 12, memory=kept, **SAMPLED)
+    assert model.generate([7, 8], 40, memory=tmp_path / "memory.safetensors", **SAMPLED) == by_value
+    assert model.generate([7, 8], 40, memory=str(tmp_path / "memory.safetensors"), **SAMPLED) == by_value
+    both = model.generate([[7, 8], [7, 8]], 40, memory=kept, **SAMPLED)
     assert both[0] == by_value, "the rows of a batch share a memory of one row"
     tokens = torch.tensor([[7, 8]])
     with torch.no_grad():

@@ -181,7 +181,7 @@ def test_the_state_is_that_of_a_model_that_never_drafted(variant):
 
     with torch.no_grad():
         stats = with_drafter(model, drafter, check)
-    assert 1.5 < stats.tokens_per_step < 4.5
+    assert 1.3 < stats.tokens_per_step < 4.5
 
 
 # What it saves

@@ -237,7 +237,8 @@ class Crystals(Idea):
         chunk = RatedTokens(h_BTD, log_score_BT, timeline.position_BT, ids_BTX)
         update = CrystalUpdate(self.slots, self.count, past, chunk, history_BJ, timeline)
         if update.within_segment:
-            candidates, alive_BTC = past.kept, (past.kept.position_BC > EMPTY)[:, None]
+            candidates = past.kept
+            alive_BTC = (candidates.position_BC > EMPTY)[:, None].expand(-1, timeline.position_BT.shape[1], -1)
         else:
             candidates, alive_BGC = update.candidates(None)
             alive_BTC = at_indices(alive_BGC, timeline.group_BT)

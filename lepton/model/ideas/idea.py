@@ -35,7 +35,7 @@ from lepton.errors import InputError
 from lepton.model.attention import Rotary, Slots
 from lepton.model.layers import norm
 from lepton.model.parameters import Declarations
-from lepton.model.timeline import Timeline
+from lepton.model.timeline import Rounds, Timeline
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import linear_cross_entropy
 
@@ -72,18 +72,8 @@ class Call:
 
     depth: float = 1.0
     """Share of the tokens that may go through the deep blocks."""
-    think: "int | Tensor | Rounds | None" = None
-    """Rounds of thinking, for all rows or per row; None is the configuration's number. A tensor [B] is for training,
-    where few rows think for long."""
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Rounds of thinking of each row of a pass, when rows differ."""
-
-    each_B: Tensor
-    most: int
-    """Bound of them, a constant of the pass."""
+    think: int | Tensor | Rounds | None = None
+    """Rounds of thinking; None is the configuration's. A tensor [B] is for training, where few rows think for long."""
 
 
 @dataclass(frozen=True)
@@ -307,10 +297,9 @@ class Idea(nn.Module):
         return None
 
     def lasting_slots(self, past: Any) -> tuple[Tensor, Tensor] | None:
-        """Return normed states [B, C, D] and biases [B, C] of its slots, if they stay the same until a segment opens.
+        """Return normed states [B, C, D] and biases [B, C] of its slots if they stay the same until a segment opens.
 
-        They are those that `contribute` gives for a chunk in which no segment opens, whatever its tokens are; only the
-        mask may differ. Decoding then keeps their keys and values. None: it makes no such promise.
+        Only the mask then depends on the tokens, and decoding keeps the keys and values. None: they may change.
         """
         return None
 

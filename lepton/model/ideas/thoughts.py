@@ -19,12 +19,12 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import check_range
-from lepton.model.ideas.idea import Contribution, Flow, Idea, Rounds, Switch, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
 from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.kv_ring import joined
 from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import MATRIX, SCORE, normal
-from lepton.model.timeline import Timeline
+from lepton.model.timeline import Rounds, Timeline
 from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 
