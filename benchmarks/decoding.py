@@ -18,7 +18,7 @@ from lepton.engine.engine import Engine
 from lepton.engine.options import GenerationOptions
 from lepton.engine.runner import Launch, Prefill, Runner, Running
 from lepton.engine.sequence import Sequence
-from lepton.engine.speculation import Speculation
+from lepton.engine.speculation import Always, Speculation
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
 from lepton.model import Network
@@ -68,13 +68,6 @@ class Round:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / sum(self.cycles)
-
-
-class Always(Speculation):
-    """Drafts in every cycle."""
-
-    def choose(self, bucket: int) -> int:
-        return self.choices[-1]
 
 
 class Endless(Sequence):

@@ -165,7 +165,7 @@ class Lepton(Network):
         taken. Bad values raise at the call. It may be left early; its `state` is that of the tokens taken, as
         `generate_with_state` describes it.
         """
-        return Stream(started(self, prompt_ids, max_new_tokens, uncertainty=uncertainty, **arguments))
+        return Stream(started(self, prompt_ids, max_new_tokens, wanted={"uncertainty": uncertainty}, **arguments))
 
     @takes_arguments
     def generate_with_uncertainty(

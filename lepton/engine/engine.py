@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lepton.engine.runner import RowResult, Runner, Running, TokenLogprobs
 from lepton.engine.scheduler import Launch, Prefill, Scheduler
 from lepton.engine.sequence import Sequence
-from lepton.engine.speculation import bucket_of
+from lepton.engine.speculation import Speculation, bucket_of
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
 
@@ -47,13 +47,24 @@ class Work:
 class Engine:
     """Generates for many sequences at once. They join and leave between cycles; each is as it would be alone."""
 
-    def __init__(self, runner: Runner, *, stats: Stats | None = None, ahead: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        stats: Stats | None = None,
+        speculation: Speculation | None = None,
+        ahead: int | None = None,
+    ) -> None:
         """Make an engine that uses `runner` alone.
 
-        `ahead` is the number of cycles that are launched before one is read; None: 1 on a GPU, else 0.
+        Args:
+            runner: the model on its device.
+            stats: what is counted is added here.
+            speculation: decides how many tokens are drafted; None: by what the runner has measured so far.
+            ahead: number of cycles that are launched before one is read; None: 1 on a GPU, else 0.
         """
         self.runner, self.stats = runner, stats or Stats()
-        self.speculation = runner.speculation
+        self.speculation = speculation or runner.speculation
         self._scheduler = Scheduler(
             runner.places,
             runner.model.config.segment,

@@ -44,5 +44,6 @@ def measure_speculation(
     found = {}
     for temperature in TEMPERATURES:
         options = GenerationOptions(temperature=temperature, top_p=1.0, seed=seed, depth=depth, think=think)
-        found[temperature] = complete(model, prompts, max_new_tokens, options=options).stats
+        # The measure must not depend on what the machine else does: every cycle drafts.
+        found[temperature] = complete(model, prompts, max_new_tokens, options=options, always_draft=True).stats
     return found

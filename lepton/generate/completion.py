@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar, Unpack, cast
+from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 from lepton.engine.options import GenerationOptions, OptionFields, resolved
 from lepton.engine.runner import TokenLogprobs
@@ -134,6 +134,14 @@ def takes_arguments(method: Method) -> Method:
     return cast(Method, checked)
 
 
+class Wanted(TypedDict, total=False):
+    """What a generation is to compute beside the tokens; see `Generation`."""
+
+    uncertainty: bool
+    logprobs: int | None
+    always_draft: bool
+
+
 def started(
     model: Network,
     prompt_ids: Prompt,
@@ -143,17 +151,16 @@ def started(
     options: GenerationOptions | None = None,
     state: State | None = None,
     memory: Memory | str | Path | None = None,
-    uncertainty: bool = False,
-    logprobs: int | None = None,
+    wanted: Wanted | None = None,
     **fields: Unpack[OptionFields],
 ) -> Generation:
     """Return a generation that has computed nothing yet; all arguments are checked."""
-    if logprobs is not None:
+    wanted = wanted or {}
+    if (logprobs := wanted.get("logprobs")) is not None:
         whole("logprobs", logprobs, 0, model.config.vocab_size, " most probable tokens")
-    if not isinstance(uncertainty, bool):
+    if not isinstance(uncertainty := wanted.get("uncertainty", False), bool):
         raise InputError(f"uncertainty={shown(uncertainty)}: must be True or False")
     checked_options = resolved(options, max_new_tokens, **fields)
-    wanted: dict[str, Any] = {"uncertainty": uncertainty, "logprobs": logprobs}
     return Generation(model, prompt_ids, checked_options, state=state, memory=memory, **wanted)
 
 
@@ -165,11 +172,12 @@ def complete(
     *,
     uncertainty: bool = False,
     logprobs: int | None = None,
+    always_draft: bool = False,
     **arguments: Unpack[Arguments],
 ) -> Completion:
-    """Generate to the end; `lepton.Lepton.generate` describes the arguments."""
-    wanted: dict[str, Any] = {"uncertainty": uncertainty, "logprobs": logprobs}
-    generation = started(model, prompt_ids, max_new_tokens, **wanted, **arguments)
+    """Generate to the end; `lepton.Lepton.generate` and `Generation` describe the arguments."""
+    wanted: Wanted = {"uncertainty": uncertainty, "logprobs": logprobs, "always_draft": always_draft}
+    generation = started(model, prompt_ids, max_new_tokens, wanted=wanted, **arguments)
     rows = [list(prompt) for prompt in generation.prompts]
     uncertainties: list[list[float]] = [[] for _ in rows]
     scores: list[list[TokenLogprobs]] = [[] for _ in rows]

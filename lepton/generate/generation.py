@@ -13,6 +13,7 @@ from lepton.engine.prefill import PREFILL_CHUNK, padded, read_prompts
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.runners import Lease
 from lepton.engine.sequence import Sequence
+from lepton.engine.speculation import Always
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
 from lepton.generate.prompts import Prompt, read_stops
@@ -54,6 +55,7 @@ class Generation:
         memory: Memory | str | Path | None = None,
         uncertainty: bool = False,
         logprobs: int | None = None,
+        always_draft: bool = False,
     ) -> None:
         """Prepare to continue `prompts`.
 
@@ -66,6 +68,7 @@ class Generation:
             uncertainty: whether to compute that of each new token.
             logprobs: number of most probable tokens whose log-probabilities are wanted, beside that of each new token;
                 None: no log-probabilities.
+            always_draft: whether every cycle drafts, also where plain decoding is faster; the text is the same.
         """
         if uncertainty and model.idea("uncertainty") is None:
             raise InputError(
@@ -84,7 +87,7 @@ class Generation:
         stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         phases = [0] * rows if past is None else past.phase_B.tolist()
-        self.stats = Stats()
+        self.stats, self._always_draft = Stats(), always_draft
         self._past = past
         self._sequences = [
             Sequence(
@@ -107,7 +110,8 @@ class Generation:
             return
         longest = max(map(len, self.prompts)) + self.options.max_new_tokens
         with Lease(self.model, min(len(self.prompts), MOST_AT_ONCE), longest) as lease:
-            engine = Engine(lease.runner, stats=self.stats)
+            speculation = Always(lease.runner.speculation.choices) if self._always_draft else None
+            engine = Engine(lease.runner, stats=self.stats, speculation=speculation)
             for sequence in self._sequences:
                 engine.add(sequence)
             try:

@@ -69,7 +69,7 @@ def idea_figures(model: Network, data: ShardedDataset, *, batch_size: int) -> di
         chance_M = torch.sigmoid(scale * outcomes.uncertainty_logit_M + shift)
         figures["calibration_error"] = round(calibration_error(chance_M, outcomes.wrong_M), 4)
     if model.idea("drafter") is not None:
-        stats = complete(model, beginning(data), FIGURE_NEW_TOKENS, temperature=0.0).stats
+        stats = complete(model, beginning(data), FIGURE_NEW_TOKENS, temperature=0.0, always_draft=True).stats
         figures["tokens_per_step"] = round(stats.tokens_per_step, 3)
         figures["mean_depth"] = round(stats.mean_depth, 3)
     model.train(training)

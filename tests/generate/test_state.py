@@ -106,13 +106,16 @@ def test_what_is_remembered_changes_what_is_predicted(model, tmp_path):
     """A fact from an earlier text, out of the window's reach: as a value, from a file, and in `forward`."""
     kept = model.generate_with_state(PROMPT * 3, 4, **SAMPLED)[1].memory
     kept.save(tmp_path / "memory.safetensors")
-    plain = model.generate([7, 8], 40, **SAMPLED)
-    by_value = model.generate([7, 8], 40, memory=kept, **SAMPLED)
-    assert by_value != plain
-    assert model.generate([7, 8], 40, memory=tmp_path / "memory.safetensors", **SAMPLED) == by_value
-    assert model.generate([7, 8], 40, memory=str(tmp_path / "memory.safetensors"), **SAMPLED) == by_value
-    both = model.generate([[7, 8], [7, 8]], 40, memory=kept, **SAMPLED)
-    assert both[0] == by_value, "the rows of a batch share a memory of one row"
+
+    def scored(prompt=(7, 8), **memory):
+        return model.generate_with_logprobs(list(prompt), 12, **memory, **SAMPLED)
+
+    by_value = scored(memory=kept)
+    assert by_value.logprobs != scored().logprobs
+    assert scored(memory=tmp_path / "memory.safetensors").tokens == by_value.tokens
+    assert scored(memory=str(tmp_path / "memory.safetensors")).tokens == by_value.tokens
+    both = model.generate([[7, 8], [7, 8]], 12, memory=kept, **SAMPLED)
+    assert both[0] == by_value.tokens, "the rows of a batch share a memory of one row"
     tokens = torch.tensor([[7, 8]])
     with torch.no_grad():
         logits = [model(tokens, model.new_state(1, **memory)).logits for memory in ({}, {"memory": kept})]

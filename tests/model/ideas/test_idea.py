@@ -27,6 +27,7 @@ from lepton.train.micro_step import compiled_parts
 from lepton.train.optimizer import split_parameters
 from lepton.train.stop_request import Interrupted
 from lepton.train.trainer import train
+from tests.generate.models import always_drafting
 from tests.laws import lab
 from tests.laws import test_1_causality as law_1
 from tests.laws import test_2_one_path as law_2
@@ -145,7 +146,8 @@ def test_it_obeys_the_laws(monkeypatch):
     monkeypatch.setattr(
         law_4, "model_of", lambda variant, dtype=torch.float64, **more: build(variant, 0, dtype, **more)
     )
-    law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete")
+    with always_drafting():
+        law_4.test_the_state_is_that_of_a_model_that_never_drafted("complete")
 
 
 @pytest.fixture(scope="module")
