@@ -119,13 +119,14 @@ class Runner:
         self._said = False
         self._compiled: set[Shape] = set()
 
+    def is_current(self) -> bool:
+        """Whether the model's weights and ideas are those that it was made for."""
+        return self._made_for == self._fingerprint()
+
     def fits(self, places: int, longest: int) -> bool:
         """Whether it can run so many sequences of so many tokens, with the model as it is now."""
-        return (
-            places <= self.places
-            and (self._longest is None or longest + 1 + self.drafts <= self._longest)
-            and self._made_for == self._fingerprint()
-        )
+        room = self._longest is None or longest + 1 + self.drafts <= self._longest
+        return places <= self.places and room and self.is_current()
 
     def refresh(self) -> None:
         """Take in the present weights."""

@@ -8,6 +8,10 @@ from lepton.engine.speculation import bucket_of
 from lepton.model import Network
 
 _LOCK = threading.Lock()
+MOST_KEPT = 4
+"""Free runners that a model keeps."""
+MOST_BYTES = 1 << 30
+"""Bytes of a pool that a model keeps on a CPU, where a new one costs little. On a GPU graphs are worth any pool."""
 
 
 class Lease:
@@ -21,6 +25,7 @@ class Lease:
         model = self._model
         free = _free(model)
         with _LOCK:
+            free[:] = [each for each in free if each.is_current()]
             fitting = [each for each in free if each.fits(self._places, self._longest)]
             found = min(fitting, key=lambda each: each.places, default=None)
             if found is not None:
@@ -33,9 +38,12 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, GeneratorExit):
+        runner, free = self.runner, _free(self._model)
+        small = self._model.device.type == "cuda" or runner.pool.nbytes <= MOST_BYTES
+        if small and (kind is None or issubclass(kind, GeneratorExit)):
             with _LOCK:
-                _free(self._model).append(self.runner)
+                free.append(runner)
+                del free[:-MOST_KEPT]
 
 
 class Runners(list[Runner]):

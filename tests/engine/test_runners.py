@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from lepton.engine import runners
 from lepton.engine.runners import Lease
 from tests.generate.models import PROMPT, lively
 
@@ -62,3 +63,20 @@ def test_a_runner_is_dropped_after_an_error():
         raise ValueError("stop")
     with Lease(model, 1, 10) as other:
         assert other.runner is not lease.runner
+
+
+def test_few_runners_are_kept_and_none_of_old_weights(monkeypatch):
+    model = lively("complete")
+    for places in range(1, 9):
+        with Lease(model, places, 10):
+            pass
+    assert len(model._runners) == runners.MOST_KEPT
+    assert max(each.places for each in model._runners) == 8
+    model.float()
+    with Lease(model, 1, 10) as lease:
+        assert model._runners == []
+    assert model._runners == [lease.runner]
+    monkeypatch.setattr(runners, "MOST_BYTES", 1)
+    with Lease(model, 2, 10):
+        pass
+    assert model._runners == [lease.runner], "a large pool is given back"
