@@ -13,7 +13,7 @@ from lepton.engine.sequence import Sequence
 from tests.generate.models import BATCH, lively
 
 
-@pytest.mark.parametrize("variant", ["complete", "dense", "no crystals"])
+@pytest.mark.parametrize("variant", ["complete", "dense"])
 @pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize("opening", [False, True])
 def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):

@@ -99,7 +99,7 @@ def test_decode_equals_the_pass_over_the_same_tokens(variant):
         return dataclasses.replace(part, stem=of_rows(part.stem), deep=of_rows(part.deep), ideas=ideas)
 
     with torch.no_grad():
-        while at < 50:
+        while at < 30:
             phase = int(state.phase_B[0])
             room = model.config.segment - phase if any(idea.opens for idea in model.ideas.values()) else drafts + 1
             length = int(torch.randint(1, drafts + 2, (1,), generator=generator))
