@@ -8,11 +8,13 @@ with top-p 0.9.
 A round reads a prompt in each row and decodes `--new_tokens` more. Prompts are cut from held-out text, 256 different
 ones spread over it; a round has the same ones in all modes. Rounds before are the warm-up, whose time stands apart:
 compiling and capturing for the first case of so many rows. On a CPU the cases of one model and shape take their rounds
-in turns, so that whatever else the machine does hits them alike; `ratio` is to the fastest peer, `vs_plain` to plain
-decoding at the same temperature.
+in turns. So whatever else the machine does hits them alike. `ratio` is to the fastest peer, `vs_plain` to plain
+decoding at the same temperature. Examples:
 
     python -m benchmarks.generate_speed --data_dir D --size tiny --train_tokens 49e6 --cases 1x512 64x512 64x8192/plain
+
     python -m benchmarks.generate_speed --checkpoint nano.pt tiny.pt --json found.json --svg docs/generate_speed.svg
+
     python -m benchmarks.generate_speed --size medium --random --cases 1x512/plain/0 --profile 20
 
 Prints what is found as it is found, then a table, then all of it as one line of JSON. A case that fails says why, and

@@ -119,15 +119,14 @@ class Engine:
         now = time.perf_counter()
         seconds, self._read_at = now - max(work.since, self._read_at), now
         sequences = [work.plan.sequences[i] for i in work.indices]
-        before = [len(each.new) for each in sequences]
         ended = [each.ended for each in sequences]
         if not all(result.finite or over for result, over in zip(results, ended, strict=True)):
             raise NotFiniteError("the model's logits are not finite: its training diverged")
         counted = self._scheduler.finish(sequences, [each.tokens for each in results])
         outputs = []
         self.stats.forward_calls += work.running.passes
-        for sequence, result, tokens, had in zip(sequences, results, counted, before, strict=True):
-            self._count(sequence, result, len(tokens), had, work)
+        for sequence, result, tokens in zip(sequences, results, counted, strict=True):
+            self._count(sequence, result, len(tokens), work)
             if tokens:
                 count = len(tokens)
                 outputs.append(SequenceOutput(sequence, tokens, result.uncertainties[:count], result.logprobs[:count]))
@@ -138,7 +137,7 @@ class Engine:
             self.speculation.record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
         return outputs
 
-    def _count(self, sequence: Sequence, result: RowResult, tokens: int, had: int, work: Work) -> None:
+    def _count(self, sequence: Sequence, result: RowResult, tokens: int, work: Work) -> None:
         self.stats.positions += work.running.positions or len(sequence.prompt)
         self.stats.blocks += result.blocks
         self.stats.new_tokens += tokens

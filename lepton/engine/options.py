@@ -37,8 +37,8 @@ class GenerationOptions:
     use_speculative: bool = field(default=True, metadata=_flag("decode one token per step, without drafts"))
     """Whether several tokens are drafted and then verified in one pass, where the model has a drafter.
 
-    Fewer passes for the same text: greedy tokens are the same with and without it; sampled ones have the same
-    distribution, but a seed draws other ones from it.
+    The text is the same with and without it, also of a seed. How many tokens are drafted is decided by measured times:
+    none where that is faster.
     """
     seed: int | None = field(default=None, metadata=_flag("makes sampling repeatable", "N"))
     """Any of 64 bits. Row r draws from the stream (seed, r); asking for more tokens changes none of the first ones."""
@@ -62,10 +62,6 @@ class GenerationOptions:
             thinking_rounds(self.think)
         if not isinstance(self.use_speculative, bool):
             raise InputError(f"use_speculative={shown(self.use_speculative)}: must be True or False")
-
-    def distribution(self) -> dict[str, Any]:
-        """Return the fields that `lepton.generate.sampling.probabilities` takes."""
-        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
 
 
 class OptionFields(TypedDict, total=False):

@@ -44,20 +44,11 @@ class Launch:
     drafts: int
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The work of one cycle, in the order in which it runs."""
-
-    prefill: Prefill
-    """It may be empty. The launches hold its sequences already."""
-    launches: list[Launch]
-
-
 class Scheduler:
     """First come, first served: a free slot admits the first sequence that waits, and it keeps the slot until it ends.
 
-    Each plan must be finished: once the outcome of its prefill and of each launch is known, `finish` is called, in the
-    order in which they ran. Any number of plans may be made in between.
+    Once the outcome of a prefill or a launch is known, `finish` must be called, in the order in which they ran. Any
+    number of them may be launched in between.
     """
 
     def __init__(
@@ -114,10 +105,6 @@ class Scheduler:
         sequence.cancel()
         self._waiting.pop(sequence, None)
         self._free_ended(sequence)
-
-    def schedule(self) -> Plan:
-        """Admit what waits to the free slots, and group all that runs by depth."""
-        return Plan(self.admit(), self.launches())
 
     def admit(self) -> Prefill:
         """Give the free slots to what waits."""

@@ -155,8 +155,10 @@ class Speculation:
         state.debt = max(0.0, state.debt + lost - BOUND * cost.seconds)
 
     def figures(self) -> dict[str, Any]:
-        """Return what was measured: `tokens` of a row and pass for each number of drafts that ran, and for each bucket
-        the `seconds` of a pass and the number of `passes`, also for each, the number of `probes`, and the `best`.
+        """Return what was measured.
+
+        `tokens` of a row and pass are by number of drafts. `buckets` are by number of rows: the `seconds` of a pass and
+        the number of `passes`, both by number of drafts, the number of `probes`, and the `best` number of drafts.
         """
         measured = {
             bucket: {

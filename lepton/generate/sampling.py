@@ -1,16 +1,10 @@
-"""Sampling as pure functions: logits to probabilities, and probabilities with a uniform number to a token.
+"""The slow reference of how temperature, `top_k` and `top_p` cut probabilities; `lepton.ops.choose` is the fast form.
 
-Shapes: A rows, V vocabulary. Everything is fp64: it is cheap, and rounding errors over a long
-tail would add up.
+Everything is fp64, so that rounding errors over a long tail do not add up.
 """
-
-import random
 
 import torch
 from torch import Tensor
-
-USUAL_NUCLEUS = 1024
-"""Number of top tokens to try first: ranking the whole vocabulary would take as long as a step of a small model."""
 
 
 def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
@@ -26,7 +20,7 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top
     p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / float(temperature), -1)
     if top_k is None and top_p == 1:
         return p
-    ranked = _ranked(p, top_p, top_k)
+    ranked = p.sort(-1, descending=True).values[..., :top_k]
     count = torch.full_like(p[..., :1], ranked.shape[-1], dtype=torch.int64)
     if top_p < 1:
         mass = 1.0 if top_k is None else ranked.sum(-1, keepdim=True)
@@ -38,33 +32,3 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0, top
     places = count - above.sum(-1, keepdim=True)
     kept = p.where(above | (equal & (equal.cumsum(-1) <= places)), 0.0)
     return kept / kept.sum(-1, keepdim=True)
-
-
-def _ranked(p: Tensor, top_p: float, top_k: int | None) -> Tensor:
-    """Return the largest probabilities in falling order: `top_k` of them, or enough to hold `top_p`."""
-    if top_k is not None:
-        return p.topk(min(top_k, p.shape[-1])).values
-    # A GPU sorts everything in less time than it takes to ask whether that is needed.
-    if not p.is_cuda:
-        ranked = p.topk(min(USUAL_NUCLEUS, p.shape[-1])).values
-        if (ranked.cumsum(-1)[..., -1] >= top_p).all():
-            return ranked
-    return p.sort(-1, descending=True).values
-
-
-def sample(weights_AV: Tensor, uniforms_A: Tensor) -> Tensor:
-    """Return a token per row [A] by inverting the cumulative distribution at `uniforms_A`, numbers in [0, 1).
-
-    The weights need not sum to 1. A token of weight 0 is never returned.
-    """
-    cumulative_AV = weights_AV.cumsum(-1)
-    total_A1 = cumulative_AV[:, -1:].contiguous()
-    index_A1 = torch.searchsorted(cumulative_AV, uniforms_A.to(total_A1)[:, None] * total_A1, right=True)
-    last_A1 = torch.searchsorted(cumulative_AV, total_A1)  # the last token with weight, if the product is rounded up
-    # If weights are NaN, any valid index is returned; the caller checks.
-    return torch.minimum(index_A1, last_A1)[:, 0].clamp(max=weights_AV.shape[-1] - 1)
-
-
-def random_stream(seed: int, row: int) -> random.Random:
-    """Return row `row`'s own stream of uniforms: it depends on no other row and touches no global generator."""
-    return random.Random(f"lepton {seed} {row}")

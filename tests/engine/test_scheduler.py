@@ -3,16 +3,28 @@
 import random
 from collections import deque
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from lepton.engine.options import GenerationOptions
-from lepton.engine.scheduler import PATIENCE, Scheduler, phase_after_prompt, phases_after
+from lepton.engine.scheduler import PATIENCE, Launch, Prefill, Scheduler, phase_after_prompt, phases_after
 from lepton.engine.sequence import Sequence
 from lepton.model.timeline import Timeline
 
 EOS = 0
+
+
+class Plan(NamedTuple):
+    """A cycle in which the prompts are read and the sequences of these prompts take part in the same cycle."""
+
+    prefill: Prefill
+    launches: list[Launch]
+
+
+def schedule(scheduler):
+    return Plan(scheduler.admit(), scheduler.launches())
 
 
 def sequence_of(prompt=(5, 6), most=9, *, stops=(), past_phase=0, **fields):
@@ -56,13 +68,13 @@ def test_the_first_that_waits_get_the_free_slots():
     scheduler, sequences = Scheduler(2, 8), [sequence_of(most=1) for _ in range(5)]
     for sequence in sequences:
         scheduler.add(sequence)
-    plan = scheduler.schedule()
+    plan = schedule(scheduler)
     assert (plan.prefill.sequences, plan.prefill.slots, plan.launches) == (sequences[:2], [0, 1], [])
     assert [each.status for each in sequences] == ["running"] * 2 + ["waiting"] * 3
-    assert scheduler.schedule().prefill.sequences == [], "a slot is free when its passes have been read"
+    assert schedule(scheduler).prefill.sequences == [], "a slot is free when its passes have been read"
     assert scheduler.finish(plan.prefill.sequences, [[3], [4]]) == [[3], [4]]
     assert (scheduler.waiting, scheduler.running) == (3, 0)
-    assert scheduler.schedule().prefill.sequences == sequences[2:4]
+    assert schedule(scheduler).prefill.sequences == sequences[2:4]
 
 
 def test_one_pass_for_each_depth():
@@ -71,22 +83,22 @@ def test_one_pass_for_each_depth():
     scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, depth: rows + int(10 * depth))
     for sequence in sequences:
         scheduler.add(sequence)
-    full, half = scheduler.schedule().launches
+    full, half = schedule(scheduler).launches
     assert (full.sequences, full.depth, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], 1.0, 7, 13)
     assert (half.sequences, half.depth, half.rounds, half.drafts) == ([sequences[i] for i in (1, 4)], 0.5, 2, 7)
     assert full.slots == [0, 2, 3]
     for sequence in (sequences[0], sequences[3]):
         scheduler.cancel(sequence)
     scheduler.cancel(sequences[1])
-    assert {launch.depth: launch.rounds for launch in scheduler.schedule().launches} == {1.0: 2, 0.5: 0}
+    assert {launch.depth: launch.rounds for launch in schedule(scheduler).launches} == {1.0: 2, 0.5: 0}
 
 
 def test_drafts_are_only_for_those_who_want_some():
     scheduler = Scheduler(2, 8, drafts=lambda *_: 4)
     scheduler.add(sequence_of(use_speculative=False))
-    assert scheduler.schedule().launches[0].drafts == 0
+    assert schedule(scheduler).launches[0].drafts == 0
     scheduler.add(sequence_of())
-    assert scheduler.schedule().launches[0].drafts == 4
+    assert schedule(scheduler).launches[0].drafts == 4
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 7])
@@ -95,7 +107,7 @@ def test_no_pass_runs_beyond_the_last_token_wanted(most):
     scheduler.add(sequence := sequence_of(most=most))
     unread = deque()
     while not sequence.ended:
-        plan = scheduler.schedule()
+        plan = schedule(scheduler)
         unread.append(plan)
         launched += len(plan.launches)
         if len(unread) == 2:
@@ -114,22 +126,22 @@ def test_cancelling():
     scheduler, (running, waiting, other) = Scheduler(1, 8), [sequence_of() for _ in range(3)]
     for sequence in (running, waiting, other):
         scheduler.add(sequence)
-    plan = scheduler.schedule()
+    plan = schedule(scheduler)
     scheduler.cancel(waiting)
     scheduler.cancel(running)
     scheduler.cancel(running)
     assert (waiting.status, running.status, scheduler.waiting) == ("cancelled", "cancelled", 1)
     assert running.slot == 0, "passes that it is in have not been read"
-    assert scheduler.schedule().launches == []
+    assert schedule(scheduler).launches == []
     finish(scheduler, plan, lambda _sequence: [3])
     assert (running.slot, running.new) == (None, [])
-    plan = scheduler.schedule()
+    plan = schedule(scheduler)
     assert plan.prefill.sequences == [other]
     for _ in range(2):
         finish(scheduler, plan, lambda _sequence: [3])
         if not plan.launches:
             break
-        plan = scheduler.schedule()
+        plan = schedule(scheduler)
     scheduler.cancel(other)
     assert other.new, "what it has stays"
 
@@ -137,7 +149,7 @@ def test_cancelling():
 def test_one_that_is_in_no_pass_gives_its_slot_back_at_once():
     scheduler = Scheduler(1, 8)
     scheduler.add(sequence := sequence_of())
-    finish(scheduler, scheduler.schedule(), lambda _sequence: [3])
+    finish(scheduler, schedule(scheduler), lambda _sequence: [3])
     scheduler.cancel(sequence)
     assert sequence.slot is None
     assert scheduler.running == 0
@@ -199,7 +211,7 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
         if running and stream.random() < 0.1:
             scheduler.cancel(stream.choice(stream.choice((added, [each for each in added if each in running]))))
             running = {each for each in running if each.slot is not None}
-        plan = scheduler.schedule()
+        plan = schedule(scheduler)
         admitted += plan.prefill.sequences
         running.update(plan.prefill.sequences)
         assert len(running) <= slots
@@ -229,7 +241,7 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
     assert reached == {*ways, ("cancelled", False)}, "every way to end occurred"
     for _ in range(slots + 1):
         scheduler.add(sequence_of())
-    assert scheduler.schedule().prefill.slots == list(range(slots)), "each slot was freed once"
+    assert schedule(scheduler).prefill.slots == list(range(slots)), "each slot was freed once"
 
 
 def test_a_pass_says_that_it_may_open_a_segment_only_if_it_may():
@@ -237,13 +249,13 @@ def test_a_pass_says_that_it_may_open_a_segment_only_if_it_may():
     for segment, drafts, start in product((4, 8), range(4), range(8)):
         scheduler = Scheduler(1, segment, drafts=lambda *_, drafts=drafts: drafts)
         scheduler.add(sequence_of([3], most=99, past_phase=start % segment))
-        first = scheduler.schedule()
+        first = schedule(scheduler)
         phase = (start + 1) % segment
-        second = scheduler.schedule()
+        second = schedule(scheduler)
         assert first.launches[0].opening == (phase == 0)
         assert second.launches[0].opening == (phase + 1 + drafts >= segment)
         finish(scheduler, first, lambda _sequence: [3])
-        third = scheduler.schedule()
+        third = schedule(scheduler)
         phase = (phase + 1) % segment
         assert third.launches[0].opening == (phase + 1 + drafts >= segment)
 

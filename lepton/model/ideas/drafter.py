@@ -1,8 +1,8 @@
 """Speculative drafts: a small recurrent cell predicts the next tokens one by one, and the model verifies them.
 
 The cell starts from the last hidden state, detached, and reads the embedding of the token just drafted (EAGLE, 2024;
-recurrent drafter, 2024). It proposes only frequent tokens. Other tokens come from the residual distribution of the
-acceptance rule, so the output distribution stays exact. Trunk and embedding get no gradient from its loss.
+recurrent drafter, 2024). It proposes only frequent tokens. The model chooses its own token at each place, of the whole
+vocabulary; a draft is kept if it is that token. Trunk and embedding get no gradient from its loss.
 """
 
 from collections.abc import Callable, Mapping
