@@ -154,12 +154,13 @@ def save(key: str, note: object, graph: Any) -> None:
         packed = pickle.dumps((note, graph.serialize()))
         with replacing(path) as unfinished:
             unfinished.write_bytes(hashlib.sha256(packed).digest() + packed)
-        by_age = sorted(path.parent.glob("*.cycle"), key=lambda each: each.stat().st_mtime)
-        for old in by_age[:-MOST_FILES]:
-            old.unlink(missing_ok=True)
     except Exception as error:  # a full disk, another process, a graph that Inductor cannot pack: all but time is there
         text = f"the compiled cycle is not kept, so warming up will take as long again ({reason(error)})"
         warnings.warn(text, stacklevel=2)
+    with contextlib.suppress(OSError):  # another process may delete them as well
+        by_age = sorted(path.parent.glob("*.cycle"), key=lambda each: each.stat().st_mtime)
+        for old in by_age[:-MOST_FILES]:
+            old.unlink()
 
 
 def _path(key: str) -> Path:
