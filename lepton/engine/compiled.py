@@ -17,6 +17,13 @@ from lepton.engine import compiled_cache
 from lepton.engine.cycle import Outcome, Shape, cycle
 from lepton.engine.pool import Pool
 from lepton.model import Network
+from lepton.ops.choose import CHOOSE
+from lepton.ops.few_writes import FEW_WRITES
+from lepton.ops.products import PRODUCTS
+from lepton.ops.ring_attention import RING_ATTENTION
+
+KERNELS = (CHOOSE, FEW_WRITES, PRODUCTS, RING_ATTENTION)
+"""The large kernels of a cycle. A cycle that was traced without one of them works, but is too slow to be kept."""
 
 
 class _Cycle(nn.Module):
@@ -83,7 +90,8 @@ def compiled_cycle(
             return run
     graph, tensors, fields = traced_cycle(model, pool, place_B, shape, proposals_ZE)
     compiled = torch._inductor.standalone_compile(graph, [*tensors], dynamic_shapes="from_example_inputs", aot=True)
-    # A tensor that is no input is a constant of the graph, and the key does not tell its values.
-    if key is not None and not any(node.op == "get_attr" for node in graph.graph.nodes):
+    # The key does not tell the values of tensors that are no inputs, and not what went wrong with a kernel.
+    whole = not any(node.op == "get_attr" for node in graph.graph.nodes)
+    if key is not None and whole and all(each.sound for each in KERNELS):
         compiled_cache.save(key, fields, compiled)
     return runner(fields, compiled)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_a_graph_with_a_constant_is_not_kept(folder, monkeypatch):
 
     monkeypatch.setattr(compiled, "cycle", with_constant)
     assert len(chosen(compiled.compiled_cycle)) == 5
+    assert not folder.exists()
+
+
+def test_a_cycle_without_one_of_its_kernels_is_not_kept(folder, monkeypatch):
+    monkeypatch.setattr(compiled, "KERNELS", [*compiled.KERNELS, SimpleNamespace(sound=False)])
+    assert chosen(compiled.compiled_cycle) == EXPECTED
     assert not folder.exists()
 
 
