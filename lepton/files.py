@@ -19,6 +19,17 @@ from lepton.errors import InputError, shown
 UNFINISHED = ".tmp"
 """Suffix of a file that is still being written. Its name is hidden and has a random part, so that no two processes
 write the same one."""
+CACHE_VARIABLE = "LEPTON_CACHE"
+"""Environment variable that names another folder than the user's cache folder for what can be made again."""
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: $LEPTON_CACHE, or the user's cache folder of this platform."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    import platformdirs  # which nothing else needs, and machines without a package index may lack
+
+    return platformdirs.user_cache_path("lepton", appauthor=False)
 
 
 def as_path(path: object) -> Path:

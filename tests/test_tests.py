@@ -27,7 +27,6 @@ ELSEWHERE = {
     "ops/triton/few_writes": "tests/ops/test_few_writes.py",
     "ops/triton/products": "tests/ops/test_products.py",
     "ops/triton/ring_attention": "tests/ops/test_ring_attention.py",
-    "runtime/cuda_graphs": "tests/train/test_micro_step.py",
     "train/messages": "tests/train/test_assembly.py",
 }
 """Modules that are tested through those that use them, and where."""

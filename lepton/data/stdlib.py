@@ -10,22 +10,12 @@ from lepton.data.prepare import prepare
 from lepton.data.sources import is_text
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
+from lepton.files import CACHE_VARIABLE, cache_folder
 
-CACHE_VARIABLE = "LEPTON_CACHE"
-"""Environment variable that names another folder for prepared data than the user's cache folder."""
 MAX_BYTES = 12_000_000
 VAL_FRACTION = 0.04
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
 """Folders of installed packages, of tests, and of text that is no ordinary source."""
-
-
-def cache_folder() -> Path:
-    """Return the folder for prepared data: $LEPTON_CACHE, or the user's cache folder of this platform."""
-    if named := os.environ.get(CACHE_VARIABLE):
-        return Path(named)
-    import platformdirs  # which nothing else needs, and machines without a package index may lack
-
-    return platformdirs.user_cache_path("lepton", appauthor=False)
 
 
 def default_corpus(tokenizer: Tokenizer) -> Path:

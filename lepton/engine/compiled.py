@@ -2,18 +2,28 @@
 
 The cycle is traced to one graph of operators, whose inputs are all tensors that it reads or writes: weights, pool,
 places. Inductor compiles that graph. TorchDynamo is not used: there is no Python left to understand in a trace, and the
-result is called with the same tensors each time, so there are no guards to check.
+result is called with the same tensors each time, so there are no guards to check. It is kept on disk for the next
+process (`compiled_cache`).
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lepton.engine import compiled_cache
 from lepton.engine.cycle import Outcome, Shape, cycle
 from lepton.engine.pool import Pool
 from lepton.model import Network
+from lepton.ops.choose import CHOOSE
+from lepton.ops.few_writes import FEW_WRITES
+from lepton.ops.products import PRODUCTS
+from lepton.ops.ring_attention import RING_ATTENTION
+
+KERNELS = (CHOOSE, FEW_WRITES, PRODUCTS, RING_ATTENTION)
+"""The large kernels of a cycle. A cycle that was traced without one of them works, but is too slow to be kept."""
 
 
 class _Cycle(nn.Module):
@@ -33,33 +43,55 @@ def traced_cycle(
 ) -> tuple[torch.fx.GraphModule, list[Tensor], list[str]]:
     """Run a cycle once; return its graph, the tensors to call it with, and the fields of `Outcome` that it returns."""
     module = _Cycle(model, pool, shape)
-    named = dict(module.named_parameters()) | dict(module.named_buffers())
-    weights, held = [value.detach() for value in named.values()], pool.tensors()
-    given = [place_B] if proposals_ZE is None else [place_B, proposals_ZE]
+    named, held = _weights(module), pool.tensors()
     fields: list[str] = []
 
     def function(*tensors: Tensor) -> list[Tensor]:
-        swapped = dict(zip(named, tensors[: len(weights)], strict=True))
-        own = tensors[len(weights) : len(weights) + len(held)]
-        place, proposals = (*tensors[len(weights) + len(held) :], None)[:2]
+        swapped = dict(zip(named, tensors[: len(named)], strict=True))
+        own = tensors[len(named) : len(named) + len(held)]
+        place, proposals = (*tensors[len(named) + len(held) :], None)[:2]
         outcome = torch.func.functional_call(module, swapped, (list(own), place, proposals))
         found = {name: value for name, value in outcome._asdict().items() if value is not None}
         fields[:] = list(found)
         return list(found.values())
 
-    tensors: list[Tensor] = [*weights, *held, *given]
+    tensors = _inputs(module, place_B, proposals_ZE)
     return make_fx(function)(*tensors), tensors, fields
+
+
+def _weights(module: _Cycle) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _inputs(module: _Cycle, place_B: Tensor, proposals_ZE: Tensor | None) -> list[Tensor]:
+    """Return the tensors that a traced cycle is called with."""
+    given = [place_B] if proposals_ZE is None else [place_B, proposals_ZE]
+    return [*(each.detach() for each in _weights(module).values()), *module.pool.tensors(), *given]
 
 
 def compiled_cycle(
     model: Network, pool: Pool, place_B: Tensor, shape: Shape, proposals_ZE: Tensor | None
 ) -> Callable[[], Outcome]:
-    """Compile a cycle; return a function that runs it on the tensors that the arguments hold now."""
+    """Compile a cycle, or load it if it was compiled before; return a function that runs it on the tensors that the
+    arguments hold now. It runs once here.
+    """
+    tensors = _inputs(_Cycle(model, pool, shape), place_B, proposals_ZE)
+    key = compiled_cache.key_of(model, tensors, (shape, pool.places, pool.columns))
+
+    def runner(fields: list[str], compiled: Callable[..., list[Tensor]]) -> Callable[[], Outcome]:
+        nothing = dict.fromkeys(Outcome._fields)
+        return lambda: Outcome(**nothing | dict(zip(fields, compiled(*tensors), strict=True)))  # type: ignore[arg-type]
+
+    found = None if key is None else compiled_cache.load(key)
+    if found is not None:
+        run = runner(*found)
+        with contextlib.suppress(Exception):  # it may have been made where other kernels work: then it is made anew
+            run()
+            return run
     graph, tensors, fields = traced_cycle(model, pool, place_B, shape, proposals_ZE)
-    compiled = torch._inductor.compile(graph, list(tensors))
-    nothing = dict.fromkeys(Outcome._fields)
-
-    def run() -> Outcome:
-        return Outcome(**nothing | dict(zip(fields, compiled(*tensors), strict=True)))  # type: ignore[arg-type]
-
-    return run
+    compiled = torch._inductor.standalone_compile(graph, [*tensors], dynamic_shapes="from_example_inputs", aot=True)
+    # The key does not tell the values of tensors that are no inputs, and not what went wrong with a kernel.
+    whole = not any(node.op == "get_attr" for node in graph.graph.nodes)
+    if key is not None and whole and all(each.sound for each in KERNELS):
+        compiled_cache.save(key, fields, compiled)
+    return runner(fields, compiled)

@@ -254,13 +254,13 @@ class Runner:
     ) -> None:
         """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
 
-        It takes up to a minute for each kind of cycle, or seconds where Inductor's cache on disk has them. On a CPU
-        there is nothing to do.
+        It takes up to a minute for each kind of cycle. What was compiled is kept on disk (`compiled_cache`), and a
+        later process loads it in seconds. On a CPU there is nothing to do.
 
         Args:
             rows: sequences that run at once.
             drafts: numbers of drafts of the cycles; None: none, and as many as the drafter gives.
-            say: is told what is compiled, before it is.
+            say: is told what is compiled or loaded, before it is.
         """
         counts = sorted({0, self.drafts} if drafts is None else {*drafts})
         opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
@@ -272,7 +272,7 @@ class Runner:
                 continue
             if say is not None:
                 what = f"{count} drafts" if count else "plain decoding"
-                say(f"compiling a cycle: {bucket} rows, {what}{', opening a segment' if opening else ''}")
+                say(f"compiling or loading a cycle: {bucket} rows, {what}{', opening a segment' if opening else ''}")
             self._capture(shape, self._place_B[:bucket], compiled=True)
             self._compiled.add(shape)
 

@@ -44,6 +44,11 @@ class Kernel:
         """Called with (device, dtype, *sizes): whether the kernels work there. Warns if they should and do not. `sizes`
         are lengths of their blocks; the kernels need powers of two, at least 16."""
 
+    @property
+    def sound(self) -> bool:
+        """Whether no trial has failed so far."""
+        return all(self._results.values())
+
     def try_out(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
         """Run the trial on (device, dtype, *sizes); return whether it succeeds, and warn if it does not."""
         try:

@@ -27,7 +27,8 @@ class CudaGraphs:
         # Entering the current stream restores it: a capture that fails leaves its own stream current.
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)), _no_garbage():
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # What other threads do meanwhile, such as pinning memory, does not break it.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 result = action()
         self._graphs[key] = graph, result
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lepton.engine import compiled
 from lepton.engine import cycle as cycles
 from lepton.engine.compiled import traced_cycle
 from lepton.engine.cycle import Shape, cycle
@@ -48,7 +49,8 @@ def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_compiled_cycle_gives_the_same_text():
+def test_a_compiled_cycle_gives_the_same_text_and_is_loaded_later(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEPTON_CACHE", str(tmp_path))
     model = lively("complete", torch.float32).cuda()
     options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 40}
     expected = model.generate(BATCH, **options)
@@ -56,3 +58,7 @@ def test_a_compiled_cycle_gives_the_same_text():
     model.warm_up(4, say=said.append)
     assert len(said) == 4
     assert model.generate(BATCH, **options) == expected
+    monkeypatch.setattr(compiled, "traced_cycle", lambda *_: pytest.fail("traced again"))
+    later = lively("complete", torch.float32).cuda()
+    later.warm_up(4)
+    assert later.generate(BATCH, **options) == expected

@@ -37,6 +37,7 @@ def test_a_kernel_is_tried_once_whoever_asks_first(tried, mode):
         assert kernel.works(CUDA, torch.float32, 64, 128)
         assert kernel.works(CUDA, torch.float32, 64, 128)
     assert trials == [(CUDA, torch.float32, 64, 128)]
+    assert kernel.sound
 
 
 def test_other_devices_dtypes_and_sizes_are_not_tried(tried, monkeypatch):
@@ -59,6 +60,7 @@ def test_a_kernel_that_cannot_be_built_is_done_without(monkeypatch):
     with pytest.warns(UserWarning, match=r"a test runs slower: Triton cannot build its kernels here \(no compiler\)$"):
         assert not kernel.works(CUDA, torch.float32)
     assert not kernel.works(CUDA, torch.float32)  # and says so once
+    assert not kernel.sound
 
 
 def test_where_memory_ran_out_the_trial_means_nothing():
