@@ -17,6 +17,7 @@ from lepton.engine import compiled_cache
 from lepton.engine.cycle import Outcome, Shape, cycle
 from lepton.engine.pool import Pool
 from lepton.model import Network
+from lepton.model.ideas.drafter import Prepared
 from lepton.ops.choose import CHOOSE
 from lepton.ops.few_writes import FEW_WRITES
 from lepton.ops.products import PRODUCTS
@@ -33,13 +34,13 @@ class _Cycle(nn.Module):
         super().__init__()
         self.model, self.pool, self.shape = model, pool, shape
 
-    def forward(self, held: list[Tensor], place_B: Tensor, proposals_ZE: Tensor | None) -> Outcome:
+    def forward(self, held: list[Tensor], place_B: Tensor, prepared: Prepared | None) -> Outcome:
         with self.pool.holding(held):
-            return cycle(self.model, self.pool, place_B, self.shape, proposals_ZE)
+            return cycle(self.model, self.pool, place_B, self.shape, prepared)
 
 
 def traced_cycle(
-    model: Network, pool: Pool, place_B: Tensor, shape: Shape, proposals_ZE: Tensor | None
+    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None
 ) -> tuple[torch.fx.GraphModule, list[Tensor], list[str]]:
     """Run a cycle once; return its graph, the tensors to call it with, and the fields of `Outcome` that it returns."""
     module = _Cycle(model, pool, shape)
@@ -49,13 +50,14 @@ def traced_cycle(
     def function(*tensors: Tensor) -> list[Tensor]:
         swapped = dict(zip(named, tensors[: len(named)], strict=True))
         own = tensors[len(named) : len(named) + len(held)]
-        place, proposals = (*tensors[len(named) + len(held) :], None)[:2]
-        outcome = torch.func.functional_call(module, swapped, (list(own), place, proposals))
+        place, *parts = tensors[len(named) + len(held) :]
+        tables = None if prepared is None else type(prepared)(*parts)
+        outcome = torch.func.functional_call(module, swapped, (list(own), place, tables))
         found = {name: value for name, value in outcome._asdict().items() if value is not None}
         fields[:] = list(found)
         return list(found.values())
 
-    tensors = _inputs(module, place_B, proposals_ZE)
+    tensors = _inputs(module, place_B, prepared)
     return make_fx(function)(*tensors), tensors, fields
 
 
@@ -63,19 +65,19 @@ def _weights(module: _Cycle) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _inputs(module: _Cycle, place_B: Tensor, proposals_ZE: Tensor | None) -> list[Tensor]:
+def _inputs(module: _Cycle, place_B: Tensor, prepared: Prepared | None) -> list[Tensor]:
     """Return the tensors that a traced cycle is called with."""
-    given = [place_B] if proposals_ZE is None else [place_B, proposals_ZE]
-    return [*(each.detach() for each in _weights(module).values()), *module.pool.tensors(), *given]
+    weights = (each.detach() for each in _weights(module).values())
+    return [*weights, *module.pool.tensors(), place_B, *(prepared or ())]
 
 
 def compiled_cycle(
-    model: Network, pool: Pool, place_B: Tensor, shape: Shape, proposals_ZE: Tensor | None
+    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None
 ) -> Callable[[], Outcome]:
     """Compile a cycle, or load it if it was compiled before; return a function that runs it on the tensors that the
     arguments hold now. It runs once here.
     """
-    tensors = _inputs(_Cycle(model, pool, shape), place_B, proposals_ZE)
+    tensors = _inputs(_Cycle(model, pool, shape), place_B, prepared)
     key = compiled_cache.key_of(model, tensors, (shape, pool.places, pool.columns))
 
     def runner(fields: list[str], compiled: Callable[..., list[Tensor]]) -> Callable[[], Outcome]:
@@ -88,7 +90,7 @@ def compiled_cycle(
         with contextlib.suppress(Exception):  # it may have been made where other kernels work: then it is made anew
             run()
             return run
-    graph, tensors, fields = traced_cycle(model, pool, place_B, shape, proposals_ZE)
+    graph, tensors, fields = traced_cycle(model, pool, place_B, shape, prepared)
     compiled = torch._inductor.standalone_compile(graph, [*tensors], dynamic_shapes="from_example_inputs", aot=True)
     # The key does not tell the values of tensors that are no inputs, and not what went wrong with a kernel.
     whole = not any(node.op == "get_attr" for node in graph.graph.nodes)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.model import Network
+from lepton.model.ideas.drafter import Prepared
 from lepton.model.ideas.idea import SIGNALS, Call
 from lepton.model.output import commit
 from lepton.model.timeline import Rounds
@@ -52,13 +53,10 @@ class Outcome(NamedTuple):
     """Ids of the most probable tokens, int64 [B, T, alternatives]."""
 
 
-def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, proposals_ZE: Tensor | None) -> Outcome:
-    """Run a cycle of the sequences in some places of the pool.
-
-    `proposals_ZE` are the embeddings of the tokens that the drafter can propose.
-    """
+def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None) -> Outcome:
+    """Run a cycle of the sequences in some places of the pool; `prepared` is the drafter, needed if it drafts."""
     held = pool.take(place_B, read_slots=not shape.opening, whole=shape.whole)
-    tokens_BT = drafted(model, held.rows, shape.drafts, proposals_ZE)
+    tokens_BT = drafted(model, held.rows, shape.drafts, prepared)
     call = Call(shape.depth, Rounds(held.rows.rounds_B, shape.rounds))
     out = model.decode(tokens_BT, held.state, call, opening=shape.opening)
     allowed_B = allowed_drafts(model, held.state.phase_B, shape.drafts)
@@ -92,22 +90,23 @@ def allowed_drafts(model: Network, phase_B: Tensor, drafts: int) -> Tensor:
     return torch.minimum(allowed_B, model.config.segment - 1 - phase_B)
 
 
-def drafted(model: Network, rows: Rows, drafts: int, proposals_ZE: Tensor | None) -> Tensor:
-    """Return the newest token of each row and drafts of those after it, [B, T]."""
-    tokens = [rows.token_B]
-    if drafts:
-        drafter = model.idea("drafter")
-        assert proposals_ZE is not None
-        # The id that ends a document is never drafted: no later token of a chunk may begin another one.
-        never_Z = drafter.ids == model.config.eos_id
-        cell_BW = drafter.begin(rows.hidden_BD)
-        for i in range(drafts):
-            embedded_BE = F.embedding(tokens[-1], model.embed.weight).to(cell_BW.dtype)
-            cell_BW = drafter.step(cell_BW, embedded_BE)
-            logits_BZ = drafter.logits(cell_BW, proposals_ZE).masked_fill(never_Z, float("-inf"))
-            noise = Noise(rows.stream_B2, rows.index_B + i)
-            tokens.append(drafter.ids[choose(logits_BZ, noise, rows.sampling, drafter.ids)])
-    return torch.stack(tokens, 1)
+def drafted(model: Network, rows: Rows, drafts: int, prepared: Prepared | None) -> Tensor:
+    """Return the newest token of each row and drafts of those after it, [B, T].
+
+    The id that ends a document is never drafted (`Drafter.prepared`): no later token of a chunk may begin another one.
+    """
+    if not drafts:
+        return rows.token_B[:, None]
+    assert prepared is not None
+    embedded_BE = F.embedding(rows.token_B, model.embed.weight).to(rows.hidden_BD.dtype)
+    cell_BW = prepared.begin(rows.hidden_BD, embedded_BE)
+    columns: list[Tensor] = []
+    for i in range(drafts):
+        if columns:
+            cell_BW = prepared.step(cell_BW, columns[-1])
+        noise = Noise(rows.stream_B2, rows.index_B + i)
+        columns.append(choose(prepared.logits(cell_BW), noise, rows.sampling, prepared.ids_Z, model.config.logit_cap))
+    return torch.cat([rows.token_B[:, None], prepared.ids_Z[torch.stack(columns, 1)]], 1)
 
 
 def choices(

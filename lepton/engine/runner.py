@@ -20,6 +20,7 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.errors import reason
 from lepton.model import Network, State
+from lepton.model.ideas.drafter import Prepared
 from lepton.ops.choose import CHOOSE, sampling_of
 from lepton.runtime.cuda_graphs import CudaGraphs
 
@@ -105,7 +106,9 @@ class Runner:
         thoughts = model.idea("thoughts")
         self.rounds: int = 0 if thoughts is None else thoughts.rounds
         self.speculation = Speculation((0, self.drafts) if self.drafts else (0,))
-        self._proposals_ZE = None if drafter is None else drafter.rows(model.embed).to(model.dtype)
+        self._prepared: Prepared | None = None
+        self._prepared_of: list[int] | None = None
+        self._is_old = True
         window = model.config.window
         self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
         on_gpu = self._device.type == "cuda"
@@ -130,10 +133,27 @@ class Runner:
 
     def refresh(self) -> None:
         """Take in the present weights."""
-        drafter = self.model.idea("drafter")
-        if drafter is not None:
-            assert self._proposals_ZE is not None
-            self._proposals_ZE.copy_(drafter.rows(self.model.embed))
+        self._is_old = True
+
+    def prepared(self, drafts: int) -> Prepared | None:
+        """Return the drafter for a cycle, of the weights at the last `refresh`; None if it drafts nothing."""
+        if not drafts:
+            return None
+        if self._prepared is None or self._is_old:
+            drafter = self.model.idea("drafter")
+            sources = [*drafter.parameters(), *drafter.buffers(), self.model.embed.weight]
+            # A replayed graph, and a change under inference mode, leave no trace in the versions.
+            traced = not any(each.is_cuda or each.is_inference() for each in sources)
+            versions = [each._version for each in sources] if traced else None
+            if versions is None or versions != self._prepared_of:
+                prepared = drafter.prepared(self.model.embed, self.model.dtype, self.model.config.eos_id)
+                if self._prepared is None:
+                    self._prepared = prepared
+                for own, value in zip(self._prepared, prepared, strict=True):
+                    if own.data_ptr() != value.data_ptr():  # some are the weights themselves
+                        own.copy_(value)
+            self._prepared_of, self._is_old = versions, False
+        return self._prepared
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Where the weights lie, and what else a captured pass depends on."""
@@ -194,7 +214,7 @@ class Runner:
     def _plain(self, places: list[int], shape: Shape) -> Outcome:
         shape = replace(shape, whole=places == list(range(self.pool.places)))
         place_B = torch.tensor(places, device=self._device)
-        return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+        return cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
 
     def _captures(self, shape: Shape) -> bool:
         """Whether such a cycle can be captured: nothing in it may wait for the device."""
@@ -210,6 +230,7 @@ class Runner:
         rows = self._bucket(len(places), shape.opening, shape.drafts)
         shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds))
         place_B = self._place_B[:rows]
+        self.prepared(shape.drafts)
         if shape not in self._graphs:
             self._capture(shape, place_B)
         padded = places + [self.places] * (rows - len(places))
@@ -233,13 +254,14 @@ class Runner:
         """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""
         place_B.fill_(self.places)
         self._places_before = []
+        prepared = self.prepared(shape.drafts)
 
         def action() -> Outcome:
-            return cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+            return cycle(self.model, self.pool, place_B, shape, prepared)
 
         if compiled:
             try:
-                action = compiled_cycle(self.model, self.pool, place_B, shape, self._proposals_ZE)
+                action = compiled_cycle(self.model, self.pool, place_B, shape, prepared)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # a compiler can fail in many ways; the cycle works without it

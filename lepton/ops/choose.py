@@ -13,11 +13,12 @@ reference; on a CPU a faster form runs, on a GPU a Triton kernel.
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lepton.ops.cross_entropy import soft_cap
 from lepton.ops.kernels import Kernel
 
 TEMPERATURES = (1e-37, 1e37)
@@ -64,7 +65,9 @@ def sampling_of(settings: Sequence[tuple[float, float, int | None]], device: tor
     )
 
 
-def choose(logits_AV: Tensor, noise: Noise, sampling: Sampling, ids_V: Tensor | None = None) -> Tensor:
+def choose(
+    logits_AV: Tensor, noise: Noise, sampling: Sampling, ids_V: Tensor | None = None, cap: float | None = None
+) -> Tensor:
     """Choose a column per row.
 
     At temperature 0 it is that of the greatest logit. Otherwise it is Gumbel-max over the kept tokens: `top_k` of the
@@ -77,13 +80,16 @@ def choose(logits_AV: Tensor, noise: Noise, sampling: Sampling, ids_V: Tensor | 
         noise: rows with equal streams and indices get the same noise.
         sampling: parameters of each row.
         ids_V: int64, the token id of each column, which its noise belongs to; None: the column is the id.
+        cap: if given, the logits are `soft_cap(logits, cap)`.
 
     Returns:
         Columns, int64 [A].
     """
     if CHOOSE.works(logits_AV.device, logits_AV.dtype):
-        chosen: Tensor = _choose_in_kernel(logits_AV, *noise, *sampling, ids_V)
+        chosen: Tensor = _choose_in_kernel(logits_AV, *noise, *sampling, ids_V, cap)
         return chosen
+    if cap is not None:
+        logits_AV = soft_cap(_precise(logits_AV), cap)
     if logits_AV.device.type == "cpu":
         return cpu_choose(logits_AV, noise, sampling, ids_V)
     return naive_choose(logits_AV, noise, sampling, ids_V)
@@ -215,7 +221,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
 
     stream_A2 = torch.zeros(1, 2, dtype=torch.int64, device=device)
     logits_AV = torch.zeros(1, 16, dtype=dtype, device=device)
-    fused_choose(logits_AV, stream_A2, stream_A2[:, 0], *sampling_of([(1.0, 0.5, 2)], device), None)
+    fused_choose(logits_AV, stream_A2, stream_A2[:, 0], *sampling_of([(1.0, 0.5, 2)], device), None, None)
 
 
 CHOOSE = Kernel("choosing tokens", (torch.float32, torch.bfloat16, torch.float16), _trial)
@@ -230,12 +236,13 @@ def _choose_in_kernel(
     top_p_A: Tensor,
     top_k_A: Tensor,
     ids_V: Tensor | None,
+    cap: float | None,
 ) -> Tensor:
     from lepton.ops.triton.choose import fused_choose
 
-    return fused_choose(logits_AV, stream_A2, index_A, temperature_A, top_p_A, top_k_A, ids_V)
+    return fused_choose(logits_AV, stream_A2, index_A, temperature_A, top_p_A, top_k_A, ids_V, cap)
 
 
 @_choose_in_kernel.register_fake
-def _(logits_AV: Tensor, stream_A2: Tensor, index_A: Tensor, *_: Tensor | None) -> Tensor:
+def _(logits_AV: Tensor, stream_A2: Tensor, index_A: Tensor, *_: Any) -> Tensor:
     return logits_AV.new_empty(len(logits_AV), dtype=torch.int64)

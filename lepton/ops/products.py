@@ -6,7 +6,7 @@ same in PyTorch.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,25 @@ MOST_ROWS = 128
 """With more rows PyTorch's products are faster, and the launches between them cost little."""
 
 
+class Added(NamedTuple):
+    """Rows of a table, one for each row of a product."""
+
+    table: Tensor
+    """[any number, outputs], in the dtype of the product."""
+    row_M: Tensor
+    """int64, the index of each row."""
+
+
 def products(
     x_MD: Tensor,
     weights: Sequence[Tensor],
     *,
     normed: bool = False,
+    added: Added | None = None,
     squared_relu: bool = False,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T) + residual``.
+    """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T + added) + residual``.
 
     On a GPU in half precision it is one launch, for at most `MOST_ROWS` rows. There the result is the same in each
     call, and that of a row does not depend on the other rows. It may differ in rounding where a call has more rows, and
@@ -39,16 +49,18 @@ def products(
         x_MD: inputs.
         weights: matrices [outputs, D] in the dtype of `x_MD`, contiguous; one to three of them.
         normed: whether the inputs are normed first, as by `heads.norm`.
+        added: rows of a table that are added to the product; only with one matrix.
         squared_relu: whether f is ``relu(y) ** 2``; else it is y.
         residual: added to the result [M, outputs]; only with one matrix.
 
     Returns:
         A new tensor [M, outputs] for each matrix.
     """
-    assert residual is None or len(weights) == 1
+    assert (residual is None and added is None) or len(weights) == 1
     if x_MD.shape[0] <= MOST_ROWS and PRODUCTS.works(x_MD.device, x_MD.dtype):
-        return _products(x_MD, list(weights), residual, normed, squared_relu)
-    return plain_products(x_MD, weights, normed=normed, squared_relu=squared_relu, residual=residual)
+        table, row_M = (None, None) if added is None else added
+        return _products(x_MD, list(weights), residual, normed, squared_relu, table, row_M)
+    return plain_products(x_MD, weights, normed=normed, added=added, squared_relu=squared_relu, residual=residual)
 
 
 def plain_products(
@@ -56,12 +68,15 @@ def plain_products(
     weights: Sequence[Tensor],
     *,
     normed: bool = False,
+    added: Added | None = None,
     squared_relu: bool = False,
     residual: Tensor | None = None,
 ) -> list[Tensor]:
     """As `products`, in PyTorch."""
     x_MD = norm(x_MD) if normed else x_MD
     outputs = [F.linear(x_MD, weight) for weight in weights]
+    if added is not None:
+        outputs = [outputs[0] + added.table.index_select(0, added.row_M)]
     if squared_relu:
         outputs = [F.relu(y).square() for y in outputs]
     return outputs if residual is None else [residual + outputs[0]]
@@ -74,7 +89,8 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
     for rows in TRIAL_ROWS:
         x_MD = weight.new_zeros(rows, 256)
         _products(x_MD, [weight, weight], None, True, True)
-        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False)
+        table, row_M = x_MD.new_zeros(2, 1536), torch.ones(rows, dtype=torch.int64, device=device)
+        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False, table, row_M)
 
 
 PRODUCTS = Kernel("decoding", HALF, _trial)
@@ -83,12 +99,18 @@ PRODUCTS = Kernel("decoding", HALF, _trial)
 
 @torch.library.custom_op("lepton::products", mutates_args=())
 def _products(
-    x_MD: Tensor, weights: list[Tensor], residual: Tensor | None, normed: bool, squared_relu: bool
+    x_MD: Tensor,
+    weights: list[Tensor],
+    residual: Tensor | None,
+    normed: bool,
+    squared_relu: bool,
+    table: Tensor | None = None,
+    row_M: Tensor | None = None,
 ) -> list[Tensor]:
     from lepton.ops.triton import products as kernels
 
     residual = None if residual is None else residual.contiguous()
-    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu)
+    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu, table, row_M)
 
 
 @_products.register_fake

@@ -19,7 +19,7 @@ from tests.generate.models import BATCH, lively
 @pytest.mark.parametrize("opening", [False, True])
 def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):
     """Nothing in it depends on values: the graph gives the same outcome and the same pool, also for other values."""
-    monkeypatch.setattr(cycles, "choose", lambda logits, noise, sampling, ids=None: logits.argmax(-1))
+    monkeypatch.setattr(cycles, "choose", lambda logits, *_: logits.argmax(-1))
     model = lively(variant)
     if drafts and model.drafter is None:
         pytest.skip("it drafts nothing")
@@ -32,13 +32,13 @@ def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):
     shape = Shape(3, drafts, opening, 2 if opening else 0, uncertainty=variant != "dense", scored=True, logprobs=2)
     with torch.no_grad():
         before = [value.clone() for value in pool.tensors()]
-        graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner._proposals_ZE)
+        graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner.prepared(drafts))
         assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "all tensors are inputs"
         for other in (0, 1):  # the second time from the state after the first
             start = [value.clone() for value in (before if other == 0 else pool.tensors())]
             for value, old in zip(pool.tensors(), start, strict=True):
                 value.copy_(old)
-            expected = cycle(model, pool, place_B, shape, runner._proposals_ZE)
+            expected = cycle(model, pool, place_B, shape, runner.prepared(drafts))
             after = [value.clone() for value in pool.tensors()]
             for value, old in zip(pool.tensors(), start, strict=True):
                 value.copy_(old)

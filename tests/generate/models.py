@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -38,11 +39,27 @@ def always_drafting() -> Iterator[None]:
         yield
 
 
-class Oracle(Idea):
-    """A drafter that recognises where in known texts it is, and drafts what comes, or a wrong token where told to.
+class Path(NamedTuple):
+    """What an `Oracle` is in decoding; its cell's state is the place of the next token."""
 
-    It has the surface of `lepton.model.ideas.drafter.Drafter`; its cell's state is the place of the next token.
-    """
+    ids_Z: Tensor
+    hidden_PD: Tensor
+    drafted_P: Tensor
+
+    def begin(self, hidden_BD: Tensor, _embedded_BE: Tensor) -> Tensor:
+        distance_B, place_B = torch.cdist(hidden_BD.double(), self.hidden_PD.double()).min(-1)
+        assert distance_B.max() < 1e-3, "the text left the known path"
+        return self.step(place_B, place_B)
+
+    def step(self, place_B: Tensor, _column_B: Tensor) -> Tensor:
+        return (place_B + 1).clamp(max=len(self.drafted_P) - 1)
+
+    def logits(self, place_B: Tensor) -> Tensor:
+        return 100.0 * nn.functional.one_hot(self.drafted_P[place_B], len(self.ids_Z))
+
+
+class Oracle(Idea):
+    """A drafter that recognises where in known texts it is, and drafts what comes, or a wrong token where told to."""
 
     def __init__(self, count: int, vocab_size: int, hidden_PD: Tensor, following_P: Tensor, wrong_P: Tensor) -> None:
         super().__init__()
@@ -50,20 +67,8 @@ class Oracle(Idea):
         self.ids = torch.arange(vocab_size)
         self.hidden_PD, self.following_P, self.wrong_P = hidden_PD, following_P, wrong_P
 
-    def begin(self, hidden: Tensor) -> Tensor:
-        distance, place = torch.cdist(hidden.double(), self.hidden_PD.double()).min(-1)
-        assert distance.max() < 1e-3, "the text left the known path"
-        return place[:, None]
-
-    def step(self, state: Tensor, embedded: Tensor) -> Tensor:
-        return (state + 1).clamp(max=len(self.following_P) - 1)
-
-    def rows(self, embedding: nn.Embedding) -> Tensor:
-        return embedding.weight[self.ids]
-
-    def logits(self, state: Tensor, rows: Tensor) -> Tensor:
-        token = (self.following_P + self.wrong_P)[state[..., 0]] % len(self.ids)
-        return 100.0 * nn.functional.one_hot(token, len(self.ids))
+    def prepared(self, *_: Any) -> Path:
+        return Path(self.ids, self.hidden_PD, (self.following_P + self.wrong_P) % len(self.ids))
 
 
 def oracle(

@@ -74,8 +74,8 @@ def test_drafts_from_a_state_do_not_see_what_follows():
     drafts = []
     for version in (tokens, changed):
         hidden = model.trunk(version).hidden[:, 59]
-        state = model.drafter.step(model.drafter.begin(hidden), model.embed(version[:, 59]))
-        drafts.append(model.drafter.logits(state, model.drafter.rows(model.embed)))
+        prepared = model.drafter.prepared(model.embed, model.dtype, model.config.eos_id)
+        drafts.append(prepared.logits(prepared.begin(hidden, model.embed(version[:, 59]))))
     assert_close(drafts[0], drafts[1], "draft")
 
 

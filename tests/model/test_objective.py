@@ -9,6 +9,7 @@ from lepton.model.ideas.drafter import STRIDE
 from lepton.model.ideas.idea import picks
 from lepton.model.ideas.peek import FADE
 from lepton.model.layers import norm
+from lepton.ops.cross_entropy import soft_cap
 from tests.laws.lab import EOS, build, text
 
 OWN = ("peek.", "router.", "drafter.", "uncertainty.")
@@ -78,7 +79,7 @@ def slow_parts(model, tokens, lengths):
                 break
             state = drafter.step(state, model.embed.weight[inputs[row, place]])
             if following[row, place] in drafter.ids:
-                logits = drafter.logits(state, drafter.rows(model.embed))
+                logits = soft_cap(drafter.leave(state) @ drafter.rows(model.embed).T, drafter.cap)
                 target = torch.tensor(proposals.index(following[row, place]))
                 drafts[i].append(torch.nn.functional.cross_entropy(logits, target))
     weights = [drafting.FADE**i for i in range(drafter.count)]

@@ -20,6 +20,7 @@ from lepton.ops.choose import (
     sampling_of,
     stream_words,
 )
+from lepton.ops.cross_entropy import soft_cap
 from tests.ops.choosing import assert_frequencies, in_one_stream, noise_of
 from tests.ops.devices import DEVICES, GPU, force
 
@@ -91,21 +92,34 @@ def test_the_kept_tokens_are_those_of_the_reference(kind, columns):
         assert_kept(kept, logits[row], setting)
 
 
-@pytest.fixture(params=["choose", "naive", *[pytest.param(each.values[0], marks=each.marks) for each in DEVICES]])
+KERNELS = {"registers": {}, "parts": {"RESIDENT": 128, "PART": 128, "KEEPING_ROWS": 15}}
+"""The forms of the kernel. With parts, all passes read two blocks of a row, the last one cut off; in some tests noise is
+kept."""
+
+
+def on_devices():
+    for each in DEVICES:
+        for kernel in KERNELS:
+            yield pytest.param((*each.values, kernel), marks=each.marks, id=f"{each.values[0]}-{kernel}")
+
+
+@pytest.fixture(params=["choose", "naive", *on_devices()])
 def form(request, monkeypatch):
-    """A form of `choose` for tensors on a CPU. The kernel reads several blocks of a row, the last one cut off."""
+    """A form of `choose` for tensors on a CPU."""
     if request.param == "choose":
         return choose
     if request.param == "naive":
         return naive_choose
     from lepton.ops.triton import choose as kernel
 
+    device, kind = request.param
     force(monkeypatch, CHOOSE)
-    monkeypatch.setattr(kernel, "BLOCK", 128)
+    for name, value in KERNELS[kind].items():
+        monkeypatch.setattr(kernel, name, value)
 
-    def on_device(logits, noise, sampling, ids=None):
-        noise, sampling = (kind(*(each.to(request.param) for each in part)) for kind, part in parts(noise, sampling))
-        return choose(logits.to(request.param), noise, sampling, None if ids is None else ids.to(request.param)).cpu()
+    def on_device(logits, noise, sampling, ids=None, cap=None):
+        noise, sampling = (kind(*(each.to(device) for each in part)) for kind, part in parts(noise, sampling))
+        return choose(logits.to(device), noise, sampling, None if ids is None else ids.to(device), cap).cpu()
 
     return on_device
 
@@ -124,6 +138,17 @@ def test_every_form_chooses_the_same(form, kind):
         assert torch.equal(form(logits, noise, sampling, ids), naive_choose(logits, noise, sampling, ids))
     half = logits.bfloat16()
     assert torch.equal(form(half, noise, sampling), naive_choose(half.float(), noise, sampling))
+
+
+def test_a_cap_is_that_of_the_logits(form):
+    if form is naive_choose:
+        pytest.skip("it takes capped logits")
+    rows = 2 * len(SETTINGS)
+    logits = 8 * torch.randn(rows, 201)
+    noise, sampling = noise_of(rows), sampling_of(2 * SETTINGS)
+    expected = naive_choose(soft_cap(logits, 5.0), noise, sampling)
+    assert torch.equal(form(logits, noise, sampling, None, 5.0), expected)
+    assert not torch.equal(expected, naive_choose(logits, noise, sampling))
 
 
 def test_only_kept_tokens_are_chosen(form):
@@ -271,7 +296,7 @@ def test_the_operator_keeps_its_word_to_the_compiler(device):
     noise, sampling = noise_of(4, device=device), sampling_of(SETTINGS[:4], device)
     logits = torch.randn(4, 64, device=device)
     for ids in (None, torch.arange(64, device=device)):
-        torch.library.opcheck(module._choose_in_kernel, (logits, *noise, *sampling, ids))
+        torch.library.opcheck(module._choose_in_kernel, (logits, *noise, *sampling, ids, 5.0))
 
 
 @pytest.mark.parametrize("device", GPU)

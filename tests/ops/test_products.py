@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lepton.model.block import MLP
 from lepton.model.layers import Linear, norm
 from lepton.ops import products as module
-from lepton.ops.products import MOST_ROWS, PRODUCTS, plain_products, products
+from lepton.ops.products import MOST_ROWS, PRODUCTS, Added, plain_products, products
 from lepton.presets import SIZES
 from tests.ops.devices import DEVICES, GPU, force
 
@@ -22,6 +22,7 @@ FORMS = {
     "key, value": ([24, 24], {"normed": True}),
     "out": ([40], {"residual": True}),
     "up": ([72], {"normed": True, "squared_relu": True}),
+    "up, with rows of a table": ([72], {"added": True, "squared_relu": True}),
     "none of it": ([33], {}),
 }
 """What a block needs: numbers of outputs, and options."""
@@ -39,12 +40,17 @@ def draw(form, rows, depth, device="cpu", dtype=torch.float32):
     x = (torch.randn(rows, depth) * torch.linspace(0.2, 4, rows)[:, None]).to(device, dtype)
     weights = [(torch.randn(count, depth) / depth**0.5).to(device, dtype) for count in counts]
     residual = torch.randn(rows, counts[0]).to(device, dtype) if options.get("residual") else None
-    return x, weights, {**options, "residual": residual}
+    added = None
+    if options.get("added"):
+        table = torch.randn(5, counts[0]).to(device, dtype)
+        added = Added(table, torch.randint(0, 5, (rows,), device=device))
+    return x, weights, {**options, "residual": residual, "added": added}
 
 
 def doubled(x, weights, options):
-    residual = options["residual"]
+    residual, added = options["residual"], options["added"]
     options = {**options, "residual": None if residual is None else residual.double()}
+    options["added"] = None if added is None else added._replace(table=added.table.double())
     return plain_products(x.double(), [weight.double() for weight in weights], **options)
 
 
@@ -113,6 +119,8 @@ def test_a_row_does_not_depend_on_others(few, many, form, device, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(products(x, weights, **options), first, strict=True))
     if options["residual"] is not None:
         options["residual"] = options["residual"][:few]
+    if options["added"] is not None:
+        options["added"] = options["added"]._replace(row_M=options["added"].row_M[:few])
     x = x[:few].clone()
     x[0] = 3
     found = products(x, weights, **options)
@@ -127,7 +135,13 @@ def test_roundings_are_those_of_the_plain_form(rows, device, monkeypatch):
     x, weight = (torch.randint(-15, 16, (count, 256)).to(device, half(device)) for count in (rows, 24))
     x /= 256
     residual = torch.randn(rows, 24).to(x)
-    for options in ({"squared_relu": True}, {"residual": residual}, {"squared_relu": True, "residual": residual}):
+    added = Added(torch.randn(3, 24).to(x), torch.arange(rows, device=device) % 3)
+    for options in (
+        {"added": added, "squared_relu": True},
+        {"squared_relu": True},
+        {"residual": residual},
+        {"squared_relu": True, "residual": residual},
+    ):
         assert torch.equal(products(x, [weight], **options)[0], plain_products(x, [weight], **options)[0])
 
 
@@ -176,7 +190,8 @@ def test_pytorch_computes_many_rows(device, monkeypatch):
 def test_the_operator_keeps_its_word_to_the_compiler(form, device):
     x, weights, options = draw(form, 2, 64, device)
     flags = (options.get("normed", False), options.get("squared_relu", False))
-    torch.library.opcheck(module._products, (x, weights, options["residual"], *flags))
+    added = (None, None) if options["added"] is None else options["added"]
+    torch.library.opcheck(module._products, (x, weights, options["residual"], *flags, *added))
 
 
 @pytest.mark.parametrize("device", DEVICES)

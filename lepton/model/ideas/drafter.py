@@ -7,7 +7,7 @@ vocabulary; a draft is kept if it is that token. Trunk and embedding get no grad
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
+from lepton.ops.products import Added, products
 
 FADE = 0.8
 """Weight of a draft's loss, relative to the draft before it."""
@@ -56,6 +57,50 @@ class DrafterConfig(IdeaConfig):
     @classmethod
     def preset(cls, size: str, width: int) -> "DrafterConfig":
         return cls(width=WIDTHS.get(size, cls.width))
+
+
+class Prepared(NamedTuple):
+    """The cell for decoding, in which what does not depend on the text is multiplied out.
+
+    A draft reads its row of a table instead of a token's embedding, and its logits are one product. The tables hold
+    3 W numbers for each token that can be proposed, from "tiny" on at most 3 % of a model.
+    """
+
+    ids_Z: Tensor
+    """The tokens that are proposed."""
+    enter: Tensor
+    """[W, D]."""
+    token: Tensor
+    """[W, E]."""
+    up_cell: Tensor
+    """[2 W, W]: the columns of `up` that read the cell."""
+    up_token: Tensor
+    """[2 W, W]: those that read a token."""
+    down: Tensor
+    """[W, 2 W]."""
+    read: Tensor
+    """[Z, 2 W]: what each proposal adds to the outputs of `up`."""
+    propose_ZW: Tensor
+    """Their embeddings, seen through `leave`."""
+
+    def begin(self, hidden_BD: Tensor, embedded_BE: Tensor) -> Tensor:
+        """Return the cell's state [B, W] after the newest token, whose embedding is given."""
+        (cell_BW,) = products(hidden_BD, [self.enter])
+        (token_BW,) = products(embedded_BE, [self.token], normed=True)
+        (read,) = products(token_BW, [self.up_token], normed=True)
+        return self._step(norm(cell_BW), Added(read, torch.arange(len(read), device=read.device)))
+
+    def step(self, cell_BW: Tensor, column_B: Tensor) -> Tensor:
+        """Return the cell's state [B, W] after the proposals in some columns of the logits."""
+        return self._step(cell_BW, Added(self.read, column_B))
+
+    def _step(self, cell_BW: Tensor, read: Added) -> Tensor:
+        (up,) = products(cell_BW, [self.up_cell], added=read, squared_relu=True)
+        return norm(products(up, [self.down], residual=cell_BW)[0])
+
+    def logits(self, cell_BW: Tensor) -> Tensor:
+        """Return the logits [B, Z] of the proposals, before the soft cap."""
+        return products(cell_BW, [self.propose_ZW])[0]
 
 
 class Drafter(Idea):
@@ -108,11 +153,25 @@ class Drafter(Idea):
         """Return the embeddings [Z, E] of the tokens that can be proposed, without gradient."""
         return embedding.weight.detach()[self.ids]
 
-    def logits(self, cell: Tensor, rows_ZE: Tensor) -> Tensor:
-        """Return the logits [..., Z] of the tokens `ids`, in fp32 or better, for states [..., W] of the cell."""
-        raw = self.leave(cell) @ rows_ZE.to(cell.dtype).T
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        return self.cap * torch.tanh(raw / self.cap)
+    @torch.no_grad()
+    def prepared(self, embedding: nn.Embedding, dtype: torch.dtype, never: int) -> Prepared:
+        """Return the cell for decoding in `dtype`, which never proposes the id `never`.
+
+        In its place another token stands a second time, with the same logit and noise: the first or the last one.
+        """
+        place_Z = torch.arange(self.vocab_size, device=self.ids.device)
+        never_Z = self.ids == never
+        ids_Z = self.ids[torch.where(never_Z, torch.where(never_Z[-1], place_Z[0], place_Z[-1]), place_Z)]
+        enter, token, up, down, leave, rows_ZE = (
+            weight.detach().to(dtype)
+            for weight in (
+                *(linear.weight for linear in (self.enter, self.token, self.up, self.down, self.leave)),
+                embedding.weight.detach()[ids_Z],
+            )
+        )
+        up_cell, up_token = (half.contiguous() for half in up.chunk(2, 1))
+        read = F.linear(norm(F.linear(norm(rows_ZE), token)), up_token)
+        return Prepared(ids_Z, enter, token, up_cell, up_token, down, read, rows_ZE @ leave)
 
     def loss(self, hidden_MD: Tensor, read_MY: Tensor, target_MY: Tensor, embedding: nn.Embedding) -> Tensor:
         """Return the mean cross-entropy of the drafts after M positions, weighted by `FADE`.

@@ -119,9 +119,18 @@ def _matrix(
 
 
 @triton.jit
-def _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr):
+def _finish(
+    y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs,
+    ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
     """Round, apply what follows, and store."""
+    place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
+    mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
     y_MN = y_MN.to(y_ptr.dtype.element_ty)
+    if ADDED:
+        row_M = tl.load(row_ptr + m, mask=m < rows, other=0)
+        added_MN = tl.load(table_ptr + row_M[:, None] * outputs + n[None, :], mask=mask_MN, other=0.0)
+        y_MN = (y_MN.to(tl.float32) + added_MN.to(tl.float32)).to(y_ptr.dtype.element_ty)
     if SQUARED:
         positive_MN = tl.maximum(y_MN.to(tl.float32), 0.0)
         y_MN = (positive_MN * positive_MN).to(y_ptr.dtype.element_ty)
@@ -133,10 +142,10 @@ def _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED: tl.constexpr,
 
 @triton.jit
 def _stream(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A thread reads 8 neighbouring columns of all its rows in each step."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
@@ -165,17 +174,16 @@ def _stream(
     y_MN = tl.sum(sums, 0)
     if NORMED:
         y_MN *= tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
-    place_MN = m[:, None] * outputs + n[None, :]
-    mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
-    _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED, RESIDUAL)
+    _finish(y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, ADDED, SQUARED, RESIDUAL)
 
 
 @triton.jit
 def _tiles(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, rows, eps,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    NORMED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr, EXACT: tl.constexpr,
+    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs. With parts, each reads every `PARTS`-th step of the depth."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
@@ -219,9 +227,7 @@ def _tiles(
             squares_M = tl.sum(tl.sum(tl.where(r[:, None] == r[None, :], squares, 0.0), 2), 0)
     if NORMED:
         y_MN *= tl.rsqrt(squares_M / DEPTH + eps)[:, None]
-    place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
-    mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
-    _finish(y_MN, y_ptr, residual_ptr, place_MN, mask_MN, SQUARED, RESIDUAL)
+    _finish(y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, ADDED, SQUARED, RESIDUAL)
 
 
 def unroll_of(depth: int, stream: Stream) -> int:
@@ -243,12 +249,18 @@ def sizes_of(rows: int, outputs: int, depth: int, normed: bool) -> Stream | Tile
     return TILES[-1]
 
 
-def _starts_early(device: torch.device) -> bool:
+def starts_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def products(
-    x_MD: Tensor, weights: list[Tensor], residual: Tensor | None, normed: bool, squared_relu: bool
+    x_MD: Tensor,
+    weights: list[Tensor],
+    residual: Tensor | None,
+    normed: bool,
+    squared_relu: bool,
+    table: Tensor | None = None,
+    row_M: Tensor | None = None,
 ) -> list[Tensor]:
     """As `plain_products` in `lepton/ops/products.py`, in one launch. All tensors are contiguous."""
     rows, depth = x_MD.shape
@@ -258,10 +270,12 @@ def products(
     absent = 3 - len(weights)
     given = (
         x_MD, *weights, *weights[:1] * absent, *outputs, *outputs[:1] * absent,
-        outputs[0] if residual is None else residual, rows, NORM_EPS, *counts, *[0] * absent, depth,
+        outputs[0] if residual is None else residual, outputs[0] if table is None else table,
+        outputs[0] if row_M is None else row_M, rows, NORM_EPS, *counts, *[0] * absent, depth,
     )  # fmt: skip
-    early = rows <= EARLY_ROWS and _starts_early(x_MD.device)
-    flags = {"NORMED": normed, "SQUARED": squared_relu, "RESIDUAL": residual is not None, "EARLY": early}
+    early = rows <= EARLY_ROWS and starts_early(x_MD.device)
+    flags = {"NORMED": normed, "ADDED": table is not None, "SQUARED": squared_relu, "RESIDUAL": residual is not None}
+    flags["EARLY"] = early
     if early:
         flags["launch_pdl"] = True
     sizes = sizes_of(rows, sum(counts), depth, normed)
