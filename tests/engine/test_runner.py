@@ -60,6 +60,33 @@ def test_results_come_in_the_order_of_the_sequences():
         assert prompt + first[i] + results[i].tokens == model.generate(prompt, 2, temperature=0)
 
 
+def test_tables_of_drafts_follow_the_weights():
+    """They are made where they are needed, once for the same weights, and changed in place: a graph reads them."""
+    model = lively("complete")
+    runner = Runner(model, 1, 10)
+    assert runner.prepared(0) is None
+    made = []
+    drafter = model.drafter
+    own, drafter.prepared = drafter.prepared, lambda *given: made.append(given) or own(*given)
+    tables = runner.prepared(4)
+    for _ in range(2):
+        runner.refresh()
+        assert runner.prepared(4) is tables
+    assert len(made) == 1
+    with torch.no_grad():
+        for change in (drafter.token.weight, model.embed.weight):
+            before = tables.read.clone()
+            change.mul_(-1.5)
+            runner.refresh()
+            assert runner.prepared(4) is tables
+            assert not torch.equal(tables.read, before)
+            for found, expected in zip(tables, own(model.embed, model.dtype, model.config.eos_id), strict=True):
+                assert torch.equal(found, expected)
+    drafter.learn_frequencies(lambda: torch.arange(model.config.vocab_size))
+    runner.refresh()
+    assert torch.equal(runner.prepared(4).ids_Z, drafter.ids)
+
+
 def test_what_any_sequence_wants_is_computed():
     shape = wanted_shape([sequence(), sequence(logprobs=0), sequence(logprobs=3, uncertainty=True)])
     assert (shape.uncertainty, shape.scored, shape.logprobs) == (True, True, 3)

@@ -93,8 +93,7 @@ def test_the_kept_tokens_are_those_of_the_reference(kind, columns):
 
 
 KERNELS = {"registers": {}, "parts": {"RESIDENT": 128, "PART": 128, "KEEPING_ROWS": 15}}
-"""The forms of the kernel. With parts, all passes read two blocks of a row, the last one cut off; in some tests noise is
-kept."""
+"""The forms of the kernel. With parts, all passes read two blocks of a row, the last one cut off."""
 
 
 def on_devices():

@@ -60,14 +60,20 @@ def _exponential(stream_ptr, index_ptr, ids_ptr, row, column, columns: tl.conste
 
 
 @triton.jit
+def _capped(logit, CAP: tl.constexpr):
+    """In fp32, and as `soft_cap` if there is a cap."""
+    logit = logit.to(tl.float32)
+    if CAP is not None:
+        logit = CAP - (2.0 * CAP) / (1.0 + tl.exp2(logit * (2.0 * LOG2_E / CAP)))
+    return logit
+
+
+@triton.jit
 def _read(logits_ptr, first, columns: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """A block of columns and their logits; -inf past the end."""
     column = first + tl.arange(0, BLOCK)
-    logit = tl.load(logits_ptr + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-    if CAP is not None:
-        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(logit * (2.0 * LOG2_E / CAP)))
-        logit = tl.where(column < columns, CAP * tanh, float("-inf"))
-    return column, logit
+    logit = _capped(tl.load(logits_ptr + column, mask=column < columns, other=0.0), CAP)
+    return column, tl.where(column < columns, logit, float("-inf"))
 
 
 @triton.jit
@@ -246,11 +252,10 @@ def _choose(
         # `whole` is the mass that `top_p` is a share of. With both limits it is that of the first k tokens. That takes
         # many passes, so it is computed only when it decides; until then `whole` is an upper bound.
         bounded = limited_k & (top_p < 1)
-        last = columns
+        last = tl.full([], columns, tl.int32)
         searching = (chosen != top) & (limited_k | (top_p < 1))
         while searching:
-            _, of_chosen = _read(logits_ptr + chosen, 0, 1, CAP, 1)
-            logit = tl.sum(of_chosen)
+            logit = _capped(tl.load(logits_ptr + chosen), CAP)
             mass, number = _before(logits_ptr, own, highest, scale, logit, chosen, columns, CAP, BLOCK)
             kept = (number < k) & ((top_p >= 1) | (mass < top_p * whole))
             lower = mass + tl.exp2((logit - highest) * scale)
