@@ -20,6 +20,10 @@ MOST_ROWS = 128
 """With more rows PyTorch's products are faster, and the launches between them cost little."""
 
 
+NORMING_ROWS = 8
+"""Most rows whose residual the kernel norms: each of its programs reads it whole."""
+
+
 class Added(NamedTuple):
     """Rows of a table, one for each row of a product."""
 
@@ -37,6 +41,7 @@ def products(
     added: Added | None = None,
     squared_relu: bool = False,
     residual: Tensor | None = None,
+    residual_normed: bool = False,
 ) -> list[Tensor]:
     """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T + added) + residual``.
 
@@ -52,15 +57,26 @@ def products(
         added: rows of a table that are added to the product; only with one matrix.
         squared_relu: whether f is ``relu(y) ** 2``; else it is y.
         residual: added to the result [M, outputs]; only with one matrix.
+        residual_normed: whether the residual is normed first.
 
     Returns:
         A new tensor [M, outputs] for each matrix.
     """
     assert (residual is None and added is None) or len(weights) == 1
     if x_MD.shape[0] <= MOST_ROWS and PRODUCTS.works(x_MD.device, x_MD.dtype):
+        if residual is not None and residual_normed and x_MD.shape[0] > NORMING_ROWS:
+            residual, residual_normed = norm(residual), False
         table, row_M = (None, None) if added is None else added
-        return _products(x_MD, list(weights), residual, normed, squared_relu, table, row_M)
-    return plain_products(x_MD, weights, normed=normed, added=added, squared_relu=squared_relu, residual=residual)
+        return _products(x_MD, list(weights), residual, normed, squared_relu, table, row_M, residual_normed)
+    return plain_products(
+        x_MD,
+        weights,
+        normed=normed,
+        added=added,
+        squared_relu=squared_relu,
+        residual=residual,
+        residual_normed=residual_normed,
+    )
 
 
 def plain_products(
@@ -71,6 +87,7 @@ def plain_products(
     added: Added | None = None,
     squared_relu: bool = False,
     residual: Tensor | None = None,
+    residual_normed: bool = False,
 ) -> list[Tensor]:
     """As `products`, in PyTorch."""
     x_MD = norm(x_MD) if normed else x_MD
@@ -79,7 +96,9 @@ def plain_products(
         outputs = [outputs[0] + added.table.index_select(0, added.row_M)]
     if squared_relu:
         outputs = [F.relu(y).square() for y in outputs]
-    return outputs if residual is None else [residual + outputs[0]]
+    if residual is None:
+        return outputs
+    return [(norm(residual) if residual_normed else residual) + outputs[0]]
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
@@ -90,7 +109,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
         x_MD = weight.new_zeros(rows, 256)
         _products(x_MD, [weight, weight], None, True, True)
         table, row_M = x_MD.new_zeros(2, 1536), torch.ones(rows, dtype=torch.int64, device=device)
-        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False, table, row_M)
+        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False, table, row_M, rows <= NORMING_ROWS)
 
 
 PRODUCTS = Kernel("decoding", HALF, _trial)
@@ -106,11 +125,12 @@ def _products(
     squared_relu: bool,
     table: Tensor | None = None,
     row_M: Tensor | None = None,
+    residual_normed: bool = False,
 ) -> list[Tensor]:
     from lepton.ops.triton import products as kernels
 
     residual = None if residual is None else residual.contiguous()
-    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu, table, row_M)
+    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu, table, row_M, residual_normed)
 
 
 @_products.register_fake

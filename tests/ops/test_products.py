@@ -21,6 +21,7 @@ FORMS = {
     "query, key, value": ([40, 24, 12], {"normed": True}),
     "key, value": ([24, 24], {"normed": True}),
     "out": ([40], {"residual": True}),
+    "out, with the norm of a residual": ([40], {"residual": True, "residual_normed": True}),
     "up": ([72], {"normed": True, "squared_relu": True}),
     "up, with rows of a table": ([72], {"added": True, "squared_relu": True}),
     "none of it": ([33], {}),
@@ -140,6 +141,7 @@ def test_roundings_are_those_of_the_plain_form(rows, device, monkeypatch):
         {"added": added, "squared_relu": True},
         {"squared_relu": True},
         {"residual": residual},
+        {"residual": residual, "residual_normed": True},
         {"squared_relu": True, "residual": residual},
     ):
         assert torch.equal(products(x, [weight], **options)[0], plain_products(x, [weight], **options)[0])
@@ -191,7 +193,9 @@ def test_the_operator_keeps_its_word_to_the_compiler(form, device):
     x, weights, options = draw(form, 2, 64, device)
     flags = (options.get("normed", False), options.get("squared_relu", False))
     added = (None, None) if options["added"] is None else options["added"]
-    torch.library.opcheck(module._products, (x, weights, options["residual"], *flags, *added))
+    torch.library.opcheck(
+        module._products, (x, weights, options["residual"], *flags, *added, options.get("residual_normed", False))
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

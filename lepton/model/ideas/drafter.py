@@ -84,23 +84,23 @@ class Prepared(NamedTuple):
     """Their embeddings, seen through `leave`."""
 
     def begin(self, hidden_BD: Tensor, embedded_BE: Tensor) -> Tensor:
-        """Return the cell's state [B, W] after the newest token, whose embedding is given."""
+        """Return the cell's state [B, W], not yet normed, after the newest token, whose embedding is given."""
         (cell_BW,) = products(hidden_BD, [self.enter])
         (token_BW,) = products(embedded_BE, [self.token], normed=True)
         (read,) = products(token_BW, [self.up_token], normed=True)
-        return self._step(norm(cell_BW), Added(read, torch.arange(len(read), device=read.device)))
+        return self._step(cell_BW, Added(read, torch.arange(len(read), device=read.device)))
 
     def step(self, cell_BW: Tensor, column_B: Tensor) -> Tensor:
         """Return the cell's state [B, W] after the proposals in some columns of the logits."""
         return self._step(cell_BW, Added(self.read, column_B))
 
     def _step(self, cell_BW: Tensor, read: Added) -> Tensor:
-        (up,) = products(cell_BW, [self.up_cell], added=read, squared_relu=True)
-        return norm(products(up, [self.down], residual=cell_BW)[0])
+        (up,) = products(cell_BW, [self.up_cell], normed=True, added=read, squared_relu=True)
+        return products(up, [self.down], residual=cell_BW, residual_normed=True)[0]
 
     def logits(self, cell_BW: Tensor) -> Tensor:
         """Return the logits [B, Z] of the proposals, before the soft cap."""
-        return products(cell_BW, [self.propose_ZW])[0]
+        return products(cell_BW, [self.propose_ZW], normed=True)[0]
 
 
 class Drafter(Idea):

@@ -120,8 +120,8 @@ def _matrix(
 
 @triton.jit
 def _finish(
-    y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs,
-    ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+    y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
+    N0: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, NORMED_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Round, apply what follows, and store."""
     place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
@@ -136,6 +136,12 @@ def _finish(
         y_MN = (positive_MN * positive_MN).to(y_ptr.dtype.element_ty)
     if RESIDUAL:
         residual_MN = tl.load(residual_ptr + place_MN, mask=mask_MN, other=0.0)
+        if NORMED_RESIDUAL:
+            d = tl.arange(0, triton.next_power_of_2(N0))
+            mask_MD = (m < rows)[:, None] & (d < N0)[None, :]
+            whole_MD = tl.load(residual_ptr + m[:, None] * N0 + d[None, :], mask=mask_MD, other=0.0).to(tl.float32)
+            scale_M = tl.rsqrt(tl.sum(whole_MD * whole_MD, 1) / N0 + eps)
+            residual_MN = (residual_MN.to(tl.float32) * scale_M[:, None]).to(y_ptr.dtype.element_ty)
         y_MN = (residual_MN.to(tl.float32) + y_MN.to(tl.float32)).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + place_MN, y_MN, mask=mask_MN)
 
@@ -145,7 +151,8 @@ def _stream(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
-    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORMED_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A thread reads 8 neighbouring columns of all its rows in each step."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
@@ -174,7 +181,10 @@ def _stream(
     y_MN = tl.sum(sums, 0)
     if NORMED:
         y_MN *= tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
-    _finish(y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, ADDED, SQUARED, RESIDUAL)
+    _finish(
+        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
+        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -182,8 +192,8 @@ def _tiles(
     x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
-    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
-    EXACT: tl.constexpr,
+    NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORMED_RESIDUAL: tl.constexpr, EARLY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs. With parts, each reads every `PARTS`-th step of the depth."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
@@ -227,7 +237,10 @@ def _tiles(
             squares_M = tl.sum(tl.sum(tl.where(r[:, None] == r[None, :], squares, 0.0), 2), 0)
     if NORMED:
         y_MN *= tl.rsqrt(squares_M / DEPTH + eps)[:, None]
-    _finish(y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, ADDED, SQUARED, RESIDUAL)
+    _finish(
+        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
+        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL,
+    )  # fmt: skip
 
 
 def unroll_of(depth: int, stream: Stream) -> int:
@@ -261,6 +274,7 @@ def products(
     squared_relu: bool,
     table: Tensor | None = None,
     row_M: Tensor | None = None,
+    residual_normed: bool = False,
 ) -> list[Tensor]:
     """As `plain_products` in `lepton/ops/products.py`, in one launch. All tensors are contiguous."""
     rows, depth = x_MD.shape
@@ -275,7 +289,7 @@ def products(
     )  # fmt: skip
     early = rows <= EARLY_ROWS and starts_early(x_MD.device)
     flags = {"NORMED": normed, "ADDED": table is not None, "SQUARED": squared_relu, "RESIDUAL": residual is not None}
-    flags["EARLY"] = early
+    flags |= {"NORMED_RESIDUAL": residual_normed, "EARLY": early}
     if early:
         flags["launch_pdl"] = True
     sizes = sizes_of(rows, sum(counts), depth, normed)
