@@ -107,7 +107,7 @@ class Runner:
         self.rounds: int = 0 if thoughts is None else thoughts.rounds
         self.speculation = Speculation((0, self.drafts) if self.drafts else (0,))
         self._prepared: Prepared | None = None
-        self._prepared_of: list[int] | None = None
+        self._prepared_of: list[tuple[int, float]] = []
         self._is_old = True
         window = model.config.window
         self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
@@ -139,21 +139,43 @@ class Runner:
         """Return the drafter for a cycle, of the weights at the last `refresh`; None if it drafts nothing."""
         if not drafts:
             return None
-        if self._prepared is None or self._is_old:
-            drafter = self.model.idea("drafter")
-            sources = [*drafter.parameters(), *drafter.buffers(), self.model.embed.weight]
-            # A replayed graph, and a change under inference mode, leave no trace in the versions.
-            traced = not any(each.is_cuda or each.is_inference() for each in sources)
-            versions = [each._version for each in sources] if traced else None
-            if versions is None or versions != self._prepared_of:
-                prepared = drafter.prepared(self.model.embed, self.model.dtype, self.model.config.eos_id)
-                if self._prepared is None:
-                    self._prepared = prepared
-                for own, value in zip(self._prepared, prepared, strict=True):
-                    if own.data_ptr() != value.data_ptr():  # some are the weights themselves
-                        own.copy_(value)
-            self._prepared_of, self._is_old = versions, False
+        if self._prepared is None:
+            self._prepared = self._prepare()
+            self._prepared_of = self._look_of_drafter() if self._device.type == "cpu" else []
+        elif self._is_old and self._device.type == "cuda":
+            # To look at the weights would wait for the device; to replay this costs little.
+            if "drafter" not in self._graphs:
+                self._graphs.capture("drafter", self._prepare_again)
+            self._graphs.replay("drafter")
+        elif self._is_old and self._prepared_of != (look := self._look_of_drafter()):
+            self._prepare_again()
+            self._prepared_of = look
+        self._is_old = False
         return self._prepared
+
+    def _prepare(self) -> Prepared:
+        model = self.model
+        prepared: Prepared = model.idea("drafter").prepared(model.embed, model.dtype, model.config.eos_id)
+        return prepared
+
+    def _prepare_again(self) -> None:
+        assert self._prepared is not None
+        for own, value in zip(self._prepared, self._prepare(), strict=True):
+            if own.data_ptr() != value.data_ptr():  # some are the weights themselves
+                own.copy_(value)
+
+    def _look_of_drafter(self) -> list[tuple[int, float]]:
+        """What tells the present weights that drafts depend on from others, on a CPU: versions, and sums of samples,
+        since fused optimizers leave versions as they are."""
+        drafter = self.model.idea("drafter")
+        sources = [*drafter.parameters(), *drafter.buffers(), self.model.embed.weight]
+        return [
+            (
+                0 if each.is_inference() else each._version,
+                float(each.detach().flatten()[:: each.numel() // 1000 + 1].sum()),
+            )
+            for each in sources
+        ]
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Where the weights lie, and what else a captured pass depends on."""

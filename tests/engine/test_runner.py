@@ -82,6 +82,12 @@ def test_tables_of_drafts_follow_the_weights():
             assert not torch.equal(tables.read, before)
             for found, expected in zip(tables, own(model.embed, model.dtype, model.config.eos_id), strict=True):
                 assert torch.equal(found, expected)
+    tables.read.zero_()
+    loss = sum(each.square().sum() for each in (*drafter.parameters(), model.embed.weight))
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()  # it leaves versions as they are
+    runner.refresh()
+    assert torch.equal(runner.prepared(4).read, own(model.embed, model.dtype, model.config.eos_id).read)
     drafter.learn_frequencies(lambda: torch.arange(model.config.vocab_size))
     runner.refresh()
     assert torch.equal(runner.prepared(4).ids_Z, drafter.ids)
