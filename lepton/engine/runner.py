@@ -161,8 +161,7 @@ class Runner:
     def _prepare_again(self) -> None:
         assert self._prepared is not None
         for own, value in zip(self._prepared, self._prepare(), strict=True):
-            if own.data_ptr() != value.data_ptr():  # some are the weights themselves
-                own.copy_(value)
+            own.copy_(value)
 
     def _look_of_drafter(self) -> list[tuple[int, float]]:
         """What tells the present weights that drafts depend on from others, on a CPU: versions, and sums of samples,

@@ -34,7 +34,7 @@ class Added(NamedTuple):
 
 
 def products(
-    x_MD: Tensor,
+    x: Tensor,
     weights: Sequence[Tensor],
     *,
     normed: bool = False,
@@ -51,8 +51,8 @@ def products(
     copies nor synchronises, so it can be captured in a CUDA graph after a first call that builds the kernel.
 
     Args:
-        x_MD: inputs.
-        weights: matrices [outputs, D] in the dtype of `x_MD`, contiguous; one to three of them.
+        x: inputs [M, D] of any width D.
+        weights: matrices [outputs, D] in the dtype of `x`, contiguous; one to three of them.
         normed: whether the inputs are normed first, as by `heads.norm`.
         added: rows of a table that are added to the product; only with one matrix.
         squared_relu: whether f is ``relu(y) ** 2``; else it is y.
@@ -63,13 +63,13 @@ def products(
         A new tensor [M, outputs] for each matrix.
     """
     assert (residual is None and added is None) or len(weights) == 1
-    if x_MD.shape[0] <= MOST_ROWS and PRODUCTS.works(x_MD.device, x_MD.dtype):
-        if residual is not None and residual_normed and x_MD.shape[0] > NORMING_ROWS:
+    if x.shape[0] <= MOST_ROWS and PRODUCTS.works(x.device, x.dtype):
+        if residual is not None and residual_normed and x.shape[0] > NORMING_ROWS:
             residual, residual_normed = norm(residual), False
         table, row_M = (None, None) if added is None else added
-        return _products(x_MD, list(weights), residual, normed, squared_relu, table, row_M, residual_normed)
+        return _products(x, list(weights), residual, normed, squared_relu, table, row_M, residual_normed)
     return plain_products(
-        x_MD,
+        x,
         weights,
         normed=normed,
         added=added,
@@ -80,7 +80,7 @@ def products(
 
 
 def plain_products(
-    x_MD: Tensor,
+    x: Tensor,
     weights: Sequence[Tensor],
     *,
     normed: bool = False,
@@ -90,8 +90,8 @@ def plain_products(
     residual_normed: bool = False,
 ) -> list[Tensor]:
     """As `products`, in PyTorch."""
-    x_MD = norm(x_MD) if normed else x_MD
-    outputs = [F.linear(x_MD, weight) for weight in weights]
+    x = norm(x) if normed else x
+    outputs = [F.linear(x, weight) for weight in weights]
     if added is not None:
         outputs = [outputs[0] + added.table.index_select(0, added.row_M)]
     if squared_relu:
@@ -106,10 +106,10 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
 
     weight = torch.zeros(1536, 256, dtype=dtype, device=device)
     for rows in TRIAL_ROWS:
-        x_MD = weight.new_zeros(rows, 256)
-        _products(x_MD, [weight, weight], None, True, True)
-        table, row_M = x_MD.new_zeros(2, 1536), torch.ones(rows, dtype=torch.int64, device=device)
-        _products(x_MD, [weight], x_MD.new_zeros(rows, 1536), False, False, table, row_M, rows <= NORMING_ROWS)
+        x = weight.new_zeros(rows, 256)
+        _products(x, [weight, weight], None, True, True)
+        table, row_M = x.new_zeros(2, 1536), torch.ones(rows, dtype=torch.int64, device=device)
+        _products(x, [weight], x.new_zeros(rows, 1536), False, False, table, row_M, rows <= NORMING_ROWS)
 
 
 PRODUCTS = Kernel("decoding", HALF, _trial)
@@ -118,7 +118,7 @@ PRODUCTS = Kernel("decoding", HALF, _trial)
 
 @torch.library.custom_op("lepton::products", mutates_args=())
 def _products(
-    x_MD: Tensor,
+    x: Tensor,
     weights: list[Tensor],
     residual: Tensor | None,
     normed: bool,
@@ -130,12 +130,12 @@ def _products(
     from lepton.ops.triton import products as kernels
 
     residual = None if residual is None else residual.contiguous()
-    return kernels.products(x_MD.contiguous(), weights, residual, normed, squared_relu, table, row_M, residual_normed)
+    return kernels.products(x.contiguous(), weights, residual, normed, squared_relu, table, row_M, residual_normed)
 
 
 @_products.register_fake
-def _(x_MD: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
-    return [x_MD.new_empty(x_MD.shape[0], weight.shape[0]) for weight in weights]
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
 @register_flop_formula(torch.ops.lepton.products)

@@ -26,7 +26,7 @@ def turn(x: Tensor) -> None:
     x.copy_(x.roll(1, 1))
 
 
-def small_cycle(model, pool, place_B, shape, proposals_ZE):
+def small_cycle(model, pool, place_B, shape, prepared):
     """Stands in for a cycle, which takes long to compile. In this one there is nothing that needs C++."""
     hidden_BD = pool.held.rows.hidden_BD
     turn(hidden_BD)

@@ -163,7 +163,7 @@ class Drafter(Idea):
         never_Z = self.ids == never
         ids_Z = self.ids[torch.where(never_Z, torch.where(never_Z[-1], place_Z[0], place_Z[-1]), place_Z)]
         enter, token, up, down, leave, rows_ZE = (
-            weight.detach().to(dtype)
+            weight.detach().to(dtype, copy=True)
             for weight in (
                 *(linear.weight for linear in (self.enter, self.token, self.up, self.down, self.leave)),
                 embedding.weight.detach()[ids_Z],
