@@ -156,9 +156,9 @@ class Decoding:
 
     def warm_up(self, _tokens: int) -> None:
         """Run until all that the mode needs is compiled and captured, an opening segment included."""
-        if self.runner.compiles and self.mode != "depth":
-            drafts = {"plain": [0], "drafts": [self.runner.drafts]}.get(self.mode)
-            self.runner.warm_up(self.rows, drafts=drafts, say=lambda text: print(text, flush=True))
+        if self.runner.compiles:
+            drafts, routed = {"drafts": [self.runner.drafts], "auto": None}.get(self.mode, [0]), self.mode == "depth"
+            self.runner.warm_up(self.rows, drafts=drafts, routed=routed, say=lambda text: print(text, flush=True))
         own = self.speculation
         before = [Speculation((0,)), Always(own.choices)] if self.mode == "auto" else []
         for speculation in [*before, own]:

@@ -29,6 +29,7 @@ from lepton.generate.generation import MOST_AT_ONCE
 from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
+from lepton.model.arguments import checked_call
 from lepton.model.size_config import size_config
 from lepton.model.weights import on_meta_device
 from lepton.values import whole
@@ -139,18 +140,24 @@ class Lepton(Network):
         return prompt_ids + self.tokenizer.decode(found.rows[0][len(ids) :])
 
     def warm_up(
-        self, batch_size: int = 1, *, speculative: bool = True, say: Callable[[str], None] | None = None
+        self,
+        batch_size: int = 1,
+        *,
+        speculative: bool = True,
+        depth: float | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Compile on a GPU what generates for `batch_size` prompts at once, so that it runs at full speed from then on.
 
         Without it, generation needs no compiler and is several times slower. It takes a few minutes the first time.
         What was compiled is kept in the folder `cycles` of your cache folder ($LEPTON_CACHE names another), and a later
         process loads it in seconds, with the same model size, GPU and versions; loading it runs what the folder holds.
-        `say` (such as `print`) is told what happens. It is lost when the weights are replaced, not when they change in
-        place.
+        `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them. It is
+        lost when the weights are replaced, not when they change in place.
         """
+        routed, drafts = checked_call(self, 1, depth, None).routed, None if speculative else [0]
         with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:
-            lease.runner.warm_up(batch_size, drafts=None if speculative else [0], say=say)
+            lease.runner.warm_up(batch_size, drafts=drafts, routed=routed, say=say)
 
     @takes_arguments
     def generate_stream(

@@ -29,7 +29,10 @@ class Shape:
     """Whether a segment may open at the first token of a row."""
     rounds: int
     """Bound of the rounds of thinking."""
-    depth: float = 1.0
+    routed: bool = False
+    """Whether tokens may skip the deep blocks: each row has a depth of its own."""
+    static: bool = False
+    """Whether no shape may depend on values, so that the cycle can be captured."""
     uncertainty: bool = False
     logprobs: int = 0
     """Alternatives whose log-probabilities are wanted; see `GenerationOptions.logprobs`."""
@@ -57,7 +60,8 @@ def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: P
     """Run a cycle of the sequences in some places of the pool; `prepared` is the drafter, needed if it drafts."""
     held = pool.take(place_B, read_slots=not shape.opening, whole=shape.whole)
     tokens_BT = drafted(model, held.rows, shape.drafts, prepared)
-    call = Call(shape.depth, Rounds(held.rows.rounds_B, shape.rounds))
+    depth = held.rows.depth_B if shape.routed else 1.0
+    call = Call(depth, Rounds(held.rows.rounds_B, shape.rounds), static=shape.static)
     out = model.decode(tokens_BT, held.state, call, opening=shape.opening)
     allowed_B = allowed_drafts(model, held.state.phase_B, shape.drafts)
     signals = out.flow.signals(*SIGNALS) if shape.uncertainty else None

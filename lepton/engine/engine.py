@@ -144,5 +144,5 @@ class Engine:
         if isinstance(work.plan, Launch) and tokens:
             self.stats.add_step(tokens, drafted=result.allowed, accepted=result.accepted)
 
-    def _choose_drafts(self, rows: int, _depth: float) -> int:
+    def _choose_drafts(self, rows: int) -> int:
         return self.speculation.choose(bucket_of(rows)) if self.runner.drafts else 0

@@ -36,6 +36,8 @@ class Rows:
     """0: all."""
     rounds_B: Tensor
     """Rounds of thinking."""
+    depth_B: Tensor
+    """Share of the tokens that may go through the deep blocks, fp64."""
 
     @property
     def sampling(self) -> Sampling:
@@ -110,7 +112,8 @@ class Pool:
         real = torch.zeros(places, dtype=torch.float32, device=device)
         hidden = torch.zeros(places, model.config.width, dtype=model.dtype, device=device)
         index, top_k, rounds = whole.clone(), whole.clone(), whole.clone()
-        rows = Rows(whole, hidden, index, whole.new_zeros(places, 2), real, real.clone(), top_k, rounds)
+        stream, depth = whole.new_zeros(places, 2), real.double()
+        rows = Rows(whole, hidden, index, stream, real, real.clone(), top_k, rounds, depth)
         self.held = Held(state, rows)
 
     @property

@@ -119,7 +119,6 @@ class Runner:
         self._place_B = torch.zeros(2 * bucket_of(places), dtype=torch.int64, device=self._device)
         self._places_before: list[int] = []
         self._made_for = self._fingerprint()
-        self._said = False
         self._compiled: set[Shape] = set()
 
     def is_current(self) -> bool:
@@ -226,9 +225,9 @@ class Runner:
             drafts=work.drafts,
             opening=work.opening,
             rounds=work.rounds if work.opening else 0,
-            depth=work.depth,
+            routed=work.routed,
         )
-        outcome = self._captured(places, shape) if self._captures(shape) else self._plain(places, shape)
+        outcome = self._captured(places, shape) if self._captures else self._plain(places, shape)
         row_of = {i: row for row, i in enumerate(order)}
         return Running(outcome, [row_of[i] for i in range(len(order))], 1 + work.drafts)
 
@@ -237,19 +236,16 @@ class Runner:
         place_B = torch.tensor(places, device=self._device)
         return cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
 
-    def _captures(self, shape: Shape) -> bool:
-        """Whether such a cycle can be captured: nothing in it may wait for the device."""
-        if self._device.type != "cuda" or not CHOOSE.works(self._device, torch.float32):
-            return False
-        if shape.depth < 1 and not self._said:
-            self._said = True
-            warnings.warn(f"depth={shape.depth} is decoded without a CUDA graph, which is slower", stacklevel=2)
-        return shape.depth >= 1 and self.model.dtype != torch.float64
+    @property
+    def _captures(self) -> bool:
+        """Whether cycles can be captured: nothing in one may wait for the device."""
+        on_gpu = self._device.type == "cuda" and CHOOSE.works(self._device, torch.float32)
+        return on_gpu and self.model.dtype != torch.float64
 
     def _captured(self, places: list[int], shape: Shape) -> Outcome:
         """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
         rows = self._bucket(len(places), shape.opening, shape.drafts)
-        shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds))
+        shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds), static=True)
         place_B = self._place_B[:rows]
         self.prepared(shape.drafts)
         if shape not in self._graphs:
@@ -293,7 +289,12 @@ class Runner:
 
     @torch.no_grad()
     def warm_up(
-        self, rows: int, *, drafts: Iterable[int] | None = None, say: Callable[[str], None] | None = None
+        self,
+        rows: int,
+        *,
+        drafts: Iterable[int] | None = None,
+        routed: bool = False,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
 
@@ -303,6 +304,7 @@ class Runner:
         Args:
             rows: sequences that run at once.
             drafts: numbers of drafts of the cycles; None: none, and as many as the drafter gives.
+            routed: whether tokens may skip the deep blocks, at a depth below 1.
             say: is told what is compiled or loaded, before it is.
         """
         counts = sorted({0, self.drafts} if drafts is None else {*drafts})
@@ -310,12 +312,13 @@ class Runner:
         for count, opening in itertools.product(counts, opens):
             apart = opening and rows > TOGETHER
             bucket = self._bucket(1 if apart else rows, opening, count)
-            shape = Shape(bucket, count, opening, self._bound(opening, self.rounds))
-            if not self._captures(shape) or shape in self._compiled:
+            shape = Shape(bucket, count, opening, self._bound(opening, self.rounds), routed, static=True)
+            if not self._captures or shape in self._compiled:
                 continue
             if say is not None:
                 what = f"{count} drafts" if count else "plain decoding"
-                say(f"compiling or loading a cycle: {bucket} rows, {what}{', opening a segment' if opening else ''}")
+                more = f"{', opening a segment' if opening else ''}{', depth below 1' if routed else ''}"
+                say(f"compiling or loading a cycle: {bucket} rows, {what}{more}")
             self._capture(shape, self._place_B[:bucket], compiled=True)
             self._compiled.add(shape)
 
@@ -326,7 +329,8 @@ class Runner:
         settings = [(each.options.temperature, each.options.top_p, each.options.top_k) for each in sequences]
         rounds = [self.rounds if each.options.think is None else each.options.think for each in sequences]
         rounds_B = torch.tensor(rounds, device=device)
-        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), rounds_B)
+        depth_B = torch.tensor([each.depth for each in sequences], dtype=torch.float64, device=device)
+        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B)
 
 
 def wanted_shape(sequences: Items[Sequence]) -> Shape:

@@ -35,8 +35,8 @@ class Launch:
     sequences: list[Sequence]
     slots: list[int]
     """Of each sequence. It stays here when the sequence has given its slot back."""
-    depth: float
-    """Share of tokens allowed past the stem."""
+    routed: bool
+    """Whether tokens may skip the deep blocks; each sequence then has a depth of its own."""
     rounds: int
     """Rounds of thinking: the most that one of the sequences wants."""
     opening: bool
@@ -57,7 +57,7 @@ class Scheduler:
         segment: int,
         *,
         rounds: int = 0,
-        drafts: Callable[[int, float], int] = lambda _rows, _depth: 0,
+        drafts: Callable[[int], int] = lambda _rows: 0,
         together: int | None = None,
     ) -> None:
         """Make a scheduler without sequences.
@@ -66,7 +66,7 @@ class Scheduler:
             slots: rows of the pool, numbered from 0.
             segment: tokens of a segment.
             rounds: rounds of thinking of a sequence that asks for no number.
-            drafts: how many tokens to draft in a pass of so many rows at a share of depth; asked once for each launch.
+            drafts: how many tokens to draft in a pass of so many rows; asked once for each launch.
             together: largest number of rows that share a pass whether they may open a segment or not; None: no limit.
                 Of more rows, those that may open one have passes of their own: an opening costs every row of its pass.
         """
@@ -112,12 +112,12 @@ class Scheduler:
         return Prefill(admitted, _slots(admitted))
 
     def launches(self) -> list[Launch]:
-        """Group all that runs by depth."""
-        groups: dict[float, list[Sequence]] = {}
+        """Group all that runs: depths below 1 share passes, apart from those of depth 1."""
+        groups: dict[bool, list[Sequence]] = {}
         for sequence in self._running:
             if not sequence.exhausted:
-                groups.setdefault(sequence.depth, []).append(sequence)
-        return [self._launch(depth, part) for depth, sequences in groups.items() for part in self._apart(sequences)]
+                groups.setdefault(sequence.depth < 1, []).append(sequence)
+        return [self._launch(routed, part) for routed, sequences in groups.items() for part in self._apart(sequences)]
 
     def _apart(self, sequences: list[Sequence]) -> list[list[Sequence]]:
         """Split the sequences of a pass into those that open no segment and those that may, if they are many.
@@ -163,15 +163,15 @@ class Scheduler:
         self._running[sequence] = None
         return sequence
 
-    def _launch(self, depth: float, sequences: list[Sequence]) -> Launch:
+    def _launch(self, routed: bool, sequences: list[Sequence]) -> Launch:
         speculative = any(each.options.use_speculative for each in sequences)
-        drafts = self._drafts(len(sequences), depth) if speculative else 0
+        drafts = self._drafts(len(sequences)) if speculative else 0
         opening = any(possible_phases(each, self._segment) & 1 for each in sequences)
         thinks = {each.options.think for each in sequences}
         rounds = max(self._rounds if think is None else think for think in thinks)
         for sequence in sequences:
             sequence.unread.append(1 + drafts)
-        return Launch(sequences, _slots(sequences), depth, rounds, opening, drafts)
+        return Launch(sequences, _slots(sequences), routed, rounds, opening, drafts)
 
     def _free_ended(self, sequence: Sequence) -> None:
         """Free the slot of a sequence that has ended and is in no pass whose outcome is not known yet."""

@@ -22,6 +22,7 @@ from lepton.model import Memory, Network, State
 from lepton.model.arguments import checked_call
 from lepton.model.fresh_state import check_state
 from lepton.ops.choose import stream_words
+from lepton.values import depth_share
 
 MOST_AT_ONCE = 1024
 """Sequences that run at once; more wait for a place."""
@@ -78,7 +79,7 @@ class Generation:
         self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
         """The prompts as lists, and whether the caller gave a single flat one."""
         rows = len(self.prompts)
-        self._call = checked_call(model, rows, options.depth, options.think)
+        checked_call(model, rows, options.depth, options.think)
         if state is not None and memory is not None:
             raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
         if state is not None:
@@ -139,8 +140,9 @@ class Generation:
 
         Prompts and new tokens are read once more: the states in the engine are those of texts that may have gone on.
         """
-        think, device = self.options.think, self.model.device
-        state = read_prompts(self.model, self.prompts, self._past, depth=self._call.depth, think=think).state
+        options, device = self.options, self.model.device
+        depth, think = depth_share(options.depth), options.think
+        state = read_prompts(self.model, self.prompts, self._past, depth=depth, think=think).state
         texts = [
             sequence.new[: max(0, len(sequence.new) - 1 - behind)]
             for sequence, behind in zip(self._sequences, unused, strict=True)
@@ -149,5 +151,5 @@ class Generation:
             parts = [text[start : start + PREFILL_CHUNK] for text in texts]
             lengths_B = torch.tensor([len(part) for part in parts], device=device)
             tokens_BT = padded(parts, self.model.config.eos_id, device)
-            state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=self._call.depth, think=think).state
+            state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=depth, think=think).state
         return state

@@ -68,8 +68,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the residual stream after the block, and the chunk's keys and values [B, T, K, H].
 
-        If the plan computes only some tokens, the other tokens pass through unchanged; their keys and values are
-        computed from their unchanged states.
+        If the plan wants only some tokens, the other tokens pass through unchanged; their keys and values are computed
+        from their unchanged states.
 
         Args:
             x_BTD: residual stream before the block.
@@ -79,7 +79,7 @@ class Block(nn.Module):
             slots: kv entries in addition to those of tokens.
         """
         if isinstance(past, RingLayer) and plan.index_M is None and past.has_kernels:
-            return self._few_tokens(x_BTD, past, rotary, slots)
+            return self._few_tokens(x_BTD, past, rotary, slots, plan.wanted_BT)
         normed_BTD = norm(x_BTD)
         if plan.index_M is None:
             q, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
@@ -92,13 +92,17 @@ class Block(nn.Module):
         return plan.put(x_BTD, x + self.mlp(norm(x))), k_BTKH, v_BTKH
 
     def _few_tokens(
-        self, x_BTD: Tensor, past: RingLayer, rotary: Rotary, slots: Slots | None
+        self, x_BTD: Tensor, past: RingLayer, rotary: Rotary, slots: Slots | None, wanted_BT: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` in five kernels: projections, attention, output, and the two layers of the MLP."""
+        """`forward` in five kernels: projections, attention, output, and the two layers of the MLP.
+
+        Without a wanted token, they read the weights of keys and values alone.
+        """
         attention, mlp = self.attention, self.mlp
         x_MD, length = x_BTD.flatten(0, 1), x_BTD.shape[1]
+        wanted_M = None if wanted_BT is None else wanted_BT.flatten()
         layers = (attention.q, attention.k, attention.v)
-        q, k, v = products(x_MD, [_weight(layer, x_MD) for layer in layers], normed=True)
+        q, k, v = products(x_MD, [_weight(layer, x_MD) for layer in layers], normed=True, wanted_M=wanted_M)
         q, k, v = (each.unflatten(0, (-1, length)) for each in (q, k, v))
         ring = Ring(past.keys, past.values, past.place_B, past.position_B)
         window = past.window or past.keys.shape[1] - length + 1
@@ -108,11 +112,16 @@ class Block(nn.Module):
         elif slots is not None:
             keys_values = attention.key_value(slots.states_BCD, None, slots.bias_BC)
             extra = Extra(*keys_values, torch.arange(len(x_BTD), device=x_MD.device), slots.mask_BTC)
-        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, window=window, biased=attention.biased)
-        (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD)
-        (hidden,) = products(x_MD, [_weight(mlp.up, x_MD)], normed=True, squared_relu=True)
-        (x_MD,) = products(hidden, [_weight(mlp.down, x_MD)], residual=x_MD)
-        return x_MD.view_as(x_BTD), k, v
+        angles, biased = (rotary.cos, rotary.sin), attention.biased
+        out = ring_attention(q, k, v, angles, ring, extra, window=window, biased=biased, wanted_BT=wanted_BT)
+        (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD, wanted_M=wanted_M)
+        return few_mlp(x_MD, mlp.up, mlp.down, wanted_M).view_as(x_BTD), k, v
+
+
+def few_mlp(x_MD: Tensor, up: Linear, down: Linear, wanted_M: Tensor | None) -> Tensor:
+    """Return ``x + down(relu(up(norm(x))) ** 2)`` in two kernels, or `x` for the rows that are not wanted."""
+    (hidden,) = products(x_MD, [_weight(up, x_MD)], normed=True, squared_relu=True, wanted_M=wanted_M)
+    return products(hidden, [_weight(down, x_MD)], residual=x_MD, wanted_M=wanted_M)[0]
 
 
 def _weight(layer: Linear, like: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Network(Modules):
             window=config.window,
             dtype=self.dtype,
             head_dim=config.head_dim,
-            routed=call.depth < 1,
+            routed=call.routed,
         )
         return self.through(self.chunk_inputs(call, tokens, timeline, causal), past, lengths)
 

@@ -65,6 +65,8 @@ class AttentionPlan:
     blocks: tuple[QueryBlock, ...]
     index_M: Tensor | None = None
     """Index in B x T of each query that is computed; None: all are."""
+    wanted_BT: Tensor | None = None
+    """Bool: the queries that are wanted. Others may be computed, but `put` drops their results. None: all are."""
 
     def of_rows(self, rows_A: Tensor) -> "AttentionPlan":
         """Return the plan of the rows with indices `rows_A`."""
@@ -78,7 +80,9 @@ class AttentionPlan:
         return x if self.index_M is None else x.flatten(0, 1)[self.index_M]
 
     def put(self, x: Tensor, computed: Tensor) -> Tensor:
-        """Return `x` [B, T, ...] with `computed` [M, ...] in the places of `take`; `computed` itself if all are."""
+        """Return `x` [B, T, D] with `computed` [M, D] in the places of `take`; `computed` itself if all are."""
+        if self.wanted_BT is not None:
+            return torch.where(self.wanted_BT[..., None], computed, x)
         return computed if self.index_M is None else x.flatten(0, 1).index_copy(0, self.index_M, computed).view_as(x)
 
 
@@ -124,13 +128,17 @@ class CausalWindow:
         entry_J = torch.arange(-self.past, length, device=query_BQ.device)
         return visible(self.position_BT, query_BQ, entry_J, self.window)
 
-    def plan(self, mask_BTC: Tensor | None = None, chosen_BT: Tensor | None = None) -> AttentionPlan:
+    def plan(
+        self, mask_BTC: Tensor | None = None, chosen_BT: Tensor | None = None, *, static: bool = False
+    ) -> AttentionPlan:
         """Return the plan of the chunk's tokens.
 
         Args:
             mask_BTC: bool, the slots that each token attends to; None: there are no slots.
             chosen_BT: bool, the tokens that are computed, for a `routed` chunk; None: all. Counting them synchronises
                 with a GPU.
+            static: whether shapes must not depend on values. Then no token is left out, and those that are not chosen
+                are masked.
         """
         if self.ranges is not None:
             assert chosen_BT is None
@@ -140,7 +148,9 @@ class CausalWindow:
             if mask_BTC is not None:
                 mask_BQJ = torch.cat([mask_BQJ, mask_BTC[:, queries]], 2)
             blocks.append(QueryBlock(queries, entries, bias(mask_BQJ, self.dtype)))
-        return AttentionPlan(None, tuple(blocks)) if chosen_BT is None else _of_chosen(blocks, chosen_BT)
+        if chosen_BT is None or static:
+            return AttentionPlan(None, tuple(blocks), wanted_BT=chosen_BT)
+        return _of_chosen(blocks, chosen_BT)
 
     def plan_of_mask(self, mask_BQJ: Tensor) -> AttentionPlan:
         """Return the plan of queries that are not tokens of the chunk, such as thoughts.

@@ -42,6 +42,7 @@ def products(
     squared_relu: bool = False,
     residual: Tensor | None = None,
     residual_normed: bool = False,
+    wanted_M: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the products of the same rows with one to three matrices: ``f(norm(x) @ weight.T + added) + residual``.
 
@@ -58,6 +59,8 @@ def products(
         squared_relu: whether f is ``relu(y) ** 2``; else it is y.
         residual: added to the result [M, outputs]; only with one matrix.
         residual_normed: whether the residual is normed first.
+        wanted_M: bool, the rows whose product with the first matrix is wanted; that of the others is 0, whatever their
+            inputs are. Where no row of a tile is wanted, the kernel does not read the matrix.
 
     Returns:
         A new tensor [M, outputs] for each matrix.
@@ -67,7 +70,7 @@ def products(
         if residual is not None and residual_normed and x.shape[0] > NORMING_ROWS:
             residual, residual_normed = norm(residual), False
         table, row_M = (None, None) if added is None else added
-        return _products(x, list(weights), residual, normed, squared_relu, table, row_M, residual_normed)
+        return _products(x, list(weights), residual, normed, squared_relu, table, row_M, residual_normed, wanted_M)
     return plain_products(
         x,
         weights,
@@ -76,6 +79,7 @@ def products(
         squared_relu=squared_relu,
         residual=residual,
         residual_normed=residual_normed,
+        wanted_M=wanted_M,
     )
 
 
@@ -88,10 +92,13 @@ def plain_products(
     squared_relu: bool = False,
     residual: Tensor | None = None,
     residual_normed: bool = False,
+    wanted_M: Tensor | None = None,
 ) -> list[Tensor]:
     """As `products`, in PyTorch."""
     x = norm(x) if normed else x
     outputs = [F.linear(x, weight) for weight in weights]
+    if wanted_M is not None:
+        outputs[0] = torch.where(wanted_M[:, None], outputs[0], 0)
     if added is not None:
         outputs = [outputs[0] + added.table.index_select(0, added.row_M)]
     if squared_relu:
@@ -109,7 +116,7 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
         x = weight.new_zeros(rows, 256)
         _products(x, [weight, weight], None, True, True)
         table, row_M = x.new_zeros(2, 1536), torch.ones(rows, dtype=torch.int64, device=device)
-        _products(x, [weight], x.new_zeros(rows, 1536), False, False, table, row_M, rows <= NORMING_ROWS)
+        _products(x, [weight], x.new_zeros(rows, 1536), False, False, table, row_M, rows <= NORMING_ROWS, row_M > 0)
 
 
 PRODUCTS = Kernel("decoding", HALF, _trial)
@@ -126,11 +133,13 @@ def _products(
     table: Tensor | None = None,
     row_M: Tensor | None = None,
     residual_normed: bool = False,
+    wanted_M: Tensor | None = None,
 ) -> list[Tensor]:
     from lepton.ops.triton import products as kernels
 
-    residual = None if residual is None else residual.contiguous()
-    return kernels.products(x.contiguous(), weights, residual, normed, squared_relu, table, row_M, residual_normed)
+    residual, wanted_M = (None if each is None else each.contiguous() for each in (residual, wanted_M))
+    more = (table, row_M, residual_normed, wanted_M)
+    return kernels.products(x.contiguous(), weights, residual, normed, squared_relu, *more)
 
 
 @_products.register_fake

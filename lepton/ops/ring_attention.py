@@ -58,6 +58,7 @@ def ring_attention(
     *,
     window: int,
     biased: bool,
+    wanted_BT: Tensor | None = None,
 ) -> Tensor:
     """Write the keys and values of new tokens to the rings, in place; return the outputs of attention, [B, T, N*H].
 
@@ -76,12 +77,15 @@ def ring_attention(
         window: largest number of tokens that a token attends to, itself included.
         biased: whether the last coordinate carries the bias of entries' scores: it becomes sqrt(H) in queries and 0 in
             keys of tokens.
+        wanted_BT: bool, the tokens whose outputs are wanted; those of the others are 0, whatever their queries are.
+            The kernel reads no past of a row that has none.
     """
     assert ring.k.shape[1] >= window - 1 + q.shape[1], "a ring has room for the window and the new tokens"
     if not RING_ATTENTION.works(q.device, q.dtype, ring.k.shape[-1]):
-        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased)
+        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased, wanted_BT=wanted_BT)
     entries = (None,) * 4 if extra is None or not extra.k.shape[1] else tuple(vars(extra).values())
-    return _ring_attention(q, k, v, *rotary, ring.k, ring.v, ring.slot_B, ring.position_B, *entries, window, biased)
+    own = ring.k, ring.v, ring.slot_B, ring.position_B
+    return _ring_attention(q, k, v, *rotary, *own, *entries, wanted_BT, window, biased)
 
 
 def plain_ring_attention(
@@ -94,6 +98,7 @@ def plain_ring_attention(
     *,
     window: int,
     biased: bool,
+    wanted_BT: Tensor | None = None,
 ) -> Tensor:
     """As `ring_attention`, in PyTorch."""
     _, columns, kv_heads, head_dim = ring.k.shape
@@ -125,7 +130,8 @@ def plain_ring_attention(
         values.append(torch.where(is_seen, extra.v[extra.row_B], 0))
         seen.append(extra.mask_BTC)
     mask = bias(torch.cat(seen, 2), q.dtype)
-    return attend_with_bias(q_BTNH, torch.cat(keys, 1), torch.cat(values, 1), mask).flatten(-2)
+    out = attend_with_bias(q_BTNH, torch.cat(keys, 1), torch.cat(values, 1), mask).flatten(-2)
+    return out if wanted_BT is None else torch.where(wanted_BT[..., None], out, 0)
 
 
 def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -134,7 +140,8 @@ def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         angle = x.new_zeros(rows, 1, 1, head_dim // 4)
         pool = x.new_zeros(1, 16, 1, head_dim)
         index_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        extra = (pool, pool, index_B, torch.ones(rows, 1, 16, dtype=torch.bool, device=device))
+        wanted = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        extra = (pool, pool, index_B, wanted[..., None].expand(-1, -1, 16), wanted if rows == 1 else None)
         _ring_attention(x, x, x, angle, angle, pool.clone(), pool.clone(), index_B, index_B + 15, *extra, 16, True)
 
 
@@ -157,6 +164,7 @@ def _ring_attention(
     extra_v: Tensor | None,
     extra_B: Tensor | None,
     mask_BTC: Tensor | None,
+    wanted_BT: Tensor | None,
     window: int,
     biased: bool,
 ) -> Tensor:
@@ -164,7 +172,7 @@ def _ring_attention(
 
     new = [each.contiguous() for each in (q, k, v, cos, sin)]
     extra = (extra_k, extra_v, extra_B, mask_BTC)
-    return kernels.ring_attention(new, (ring_k, ring_v), slot_B, position_B, extra, window, biased)
+    return kernels.ring_attention(new, (ring_k, ring_v), slot_B, position_B, extra, wanted_BT, window, biased)
 
 
 @_ring_attention.register_fake

@@ -17,19 +17,21 @@ from tests.generate.models import BATCH, lively
 @pytest.mark.parametrize("variant", ["complete", "dense"])
 @pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize("opening", [False, True])
-def test_a_cycle_traces_whole(variant, drafts, opening, monkeypatch):
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_cycle_traces_whole(variant, drafts, opening, routed, monkeypatch):
     """Nothing in it depends on values: the graph gives the same outcome and the same pool, also for other values."""
     monkeypatch.setattr(cycles, "choose", lambda logits, *_: logits.argmax(-1))
     model = lively(variant)
-    if drafts and model.drafter is None:
-        pytest.skip("it drafts nothing")
+    if (drafts and model.drafter is None) or (routed and model.router is None):
+        pytest.skip("it has no drafter or no router")
     runner = Runner(model, 4, 100)
     engine = Engine(runner)
     for row, prompt in enumerate(BATCH):
-        engine.add(Sequence(prompt, GenerationOptions(temperature=0), stops=[[0]], stream=(1, row)))
+        options = GenerationOptions(temperature=0, depth=row / 4 if routed else 1)
+        engine.add(Sequence(prompt, options, stops=[[0]], stream=(1, row)))
     engine.step()
     pool, place_B = runner.pool, torch.tensor([0, 2, 3])
-    shape = Shape(3, drafts, opening, 2 if opening else 0, uncertainty=variant != "dense", scored=True, logprobs=2)
+    shape = Shape(3, drafts, opening, 2 if opening else 0, routed, True, variant != "dense", scored=True, logprobs=2)
     with torch.no_grad():
         before = [value.clone() for value in pool.tensors()]
         graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner.prepared(drafts))

@@ -1,16 +1,19 @@
 """The runner: which prompts are read together, and in which order results come back."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lepton.engine import runner as runners
+from lepton.engine.cycle import cycle
+from lepton.engine.engine import Engine
 from lepton.engine.options import GenerationOptions
 from lepton.engine.runner import Runner, joined_past, prefill_batches, wanted_shape
 from lepton.engine.scheduler import Launch, Prefill
 from lepton.engine.sequence import Sequence
-from tests.generate.models import BATCH, PROMPT, lively
+from tests.generate.models import BATCH, PROMPT, always_drafting, lively
 from tests.laws.lab import assert_states
 
 
@@ -54,7 +57,7 @@ def test_results_come_in_the_order_of_the_sequences():
     first = {}
     for indices, running in runner.prefill(Prefill(sequences, slots)):
         first |= {i: result.tokens for i, result in zip(indices, running.read(), strict=True)}
-    work = Launch(sequences, slots, 1.0, 2, True, 0)
+    work = Launch(sequences, slots, False, 2, True, 0)
     results = runner.launch(work).read()
     for i, prompt in enumerate(BATCH):
         assert prompt + first[i] + results[i].tokens == model.generate(prompt, 2, temperature=0)
@@ -106,11 +109,49 @@ def test_warming_up_a_cpu_does_nothing():
     assert said == []
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_text_does_not_depend_on_whether_what_skips_is_masked(options, speculative, monkeypatch):
+    """As in the cycles of a GPU, where no shape may depend on values."""
+    model, depths = lively("complete"), (0, 0.25, 0.5, 0.75)
+    options = {**options, "use_speculative": speculative, "max_new_tokens": 40}
+    with always_drafting():
+        expected = [model.generate(BATCH, **options, depth=depth) for depth in depths]
+        monkeypatch.setattr(
+            runners, "cycle", lambda *given: cycle(*given[:3], replace(given[3], static=True), given[4])
+        )
+        assert [model.generate(BATCH, **options, depth=depth) for depth in depths] == expected
+    assert len({str(each) for each in expected}) == len(depths)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_sequences_of_several_depths_share_their_passes(static, monkeypatch):
+    """Each with the text and the blocks that it has alone."""
+    model, depths = lively("complete"), (0, 0.25, 0.5, 0.75)
+    alone = [
+        model.generate_with_stats(prompt, 20, depth=d, temperature=0) for prompt, d in zip(BATCH, depths, strict=True)
+    ]
+    monkeypatch.setattr(runners, "cycle", lambda *given: cycle(*given[:3], replace(given[3], static=static), given[4]))
+    runner = Runner(model, 4, 100)
+    engine = Engine(runner)
+    sequences = [
+        sequence(prompt, depth=depth, temperature=0, max_new_tokens=20)
+        for prompt, depth in zip(BATCH, depths, strict=True)
+    ]
+    for each in sequences:
+        engine.add(each)
+    while not engine.idle:
+        engine.step()
+    for row, prompt, each in zip(alone, BATCH, sequences, strict=True):
+        assert row.tokens == prompt + each.new
+
+
 @pytest.mark.gpu
-def test_depth_below_1_runs_without_a_graph_and_says_so_once():
+@pytest.mark.parametrize("depth", [0, 0.25, 0.75])
+def test_graphs_of_depths_below_1_give_the_same_text(depth):
+    options = {"temperature": 0, "max_new_tokens": 40, "depth": depth}
+    expected = lively("complete", torch.float32).generate(BATCH, **options)
     model = lively("complete", torch.float32).cuda()
-    expected = lively("complete", torch.float32).generate(PROMPT, 12, temperature=0, depth=0.5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert model.generate(PROMPT, 12, temperature=0, depth=0.5) == expected
-    assert sum("without a CUDA graph" in str(each.message) for each in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.generate(BATCH, **options) == expected

@@ -77,20 +77,20 @@ def test_the_first_that_waits_get_the_free_slots():
     assert schedule(scheduler).prefill.sequences == sequences[2:4]
 
 
-def test_one_pass_for_each_depth():
-    fields = [{}, {"depth": 0.5}, {"depth": 1}, {"think": 7}, {"depth": 0.5, "think": 0}]
+def test_depths_below_1_share_a_pass():
+    fields = [{}, {"depth": 0.5}, {"depth": 1}, {"think": 7}, {"depth": 0, "think": 0}]
     sequences = [sequence_of(**each) for each in fields]
-    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, depth: rows + int(10 * depth))
+    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows: 10 * rows)
     for sequence in sequences:
         scheduler.add(sequence)
-    full, half = schedule(scheduler).launches
-    assert (full.sequences, full.depth, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], 1.0, 7, 13)
-    assert (half.sequences, half.depth, half.rounds, half.drafts) == ([sequences[i] for i in (1, 4)], 0.5, 2, 7)
+    full, some = schedule(scheduler).launches
+    assert (full.sequences, full.routed, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], False, 7, 30)
+    assert (some.sequences, some.routed, some.rounds, some.drafts) == ([sequences[i] for i in (1, 4)], True, 2, 20)
     assert full.slots == [0, 2, 3]
     for sequence in (sequences[0], sequences[3]):
         scheduler.cancel(sequence)
     scheduler.cancel(sequences[1])
-    assert {launch.depth: launch.rounds for launch in schedule(scheduler).launches} == {1.0: 2, 0.5: 0}
+    assert {launch.routed: launch.rounds for launch in schedule(scheduler).launches} == {False: 2, True: 0}
 
 
 def test_drafts_are_only_for_those_who_want_some():

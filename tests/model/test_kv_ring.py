@@ -9,8 +9,11 @@ from lepton.model.fresh_state import fresh_state
 from lepton.model.ideas.idea import Call
 from lepton.model.kv_cache import KVCache
 from lepton.model.kv_ring import KVRing, RingWindow, joined
-from lepton.model.state import flatten
+from lepton.model.state import State, flatten
+from lepton.ops.products import PRODUCTS
+from lepton.ops.ring_attention import RING_ATTENTION
 from tests.laws.lab import VARIANTS, assert_close, build, text
+from tests.ops.devices import CPU_MARK, force
 
 
 @pytest.mark.parametrize("window", [4, None])
@@ -64,56 +67,87 @@ def test_a_chunk_is_written_to_its_rows_alone():
     assert ring.keys[0].count_nonzero() == new.numel()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decode_equals_the_pass_over_the_same_tokens(variant):
-    """`Network.decode` is `Network.trunk` with rings: chunks of several lengths, all counts of accepted tokens, across
-    openings and the end of the window."""
-    model = build(variant)
-    tokens = text(3, rows=2, length=60, documents=False)
-    state = model.trunk(tokens[:, :5]).state
-    drafts, window = 4, model.config.window
-    columns = 80 if window is None else window + drafts
+def rings_of(state, columns, window):
+    """The state with rings in place of caches, and a function that binds them to all rows."""
+    whole = torch.arange(state.batch_size)
 
     def ring(cache):
-        made = KVRing.empty(cache, 2, columns, window)
-        made.load(torch.arange(2), cache, state.position_B)
+        made = KVRing.empty(cache, len(whole), columns, window)
+        made.load(whole, cache, state.position_B)
         return made
 
     def changed(part, caches):
-        return {
-            name: caches(value) if isinstance(value, KVCache | KVRing) else value for name, value in vars(part).items()
-        }
+        found = {name: caches(value) for name, value in vars(part).items() if isinstance(value, KVCache | KVRing)}
+        return dataclasses.replace(part, **found)
 
-    def with_rings(value):
-        ideas = {name: dataclasses.replace(part, **changed(part, ring)) for name, part in value.ideas.items()}
-        return dataclasses.replace(value, stem=ring(value.stem), deep=ring(value.deep), ideas=ideas)
+    def through(value, caches):
+        ideas = {name: changed(part, caches) for name, part in value.ideas.items()}
+        return dataclasses.replace(changed(value, caches), ideas=ideas)
 
-    rings, at, whole = with_rings(state), 5, torch.arange(2)
-    generator = torch.Generator().manual_seed(1)
+    def bound(value):
+        position_B = value.position_B
+        return through(value, lambda each: each.of_rows(whole, position_B, read_slots=False, whole=True))
 
-    def bound(part, position_B):
-        def of_rows(each):
-            return each.of_rows(whole, position_B, read_slots=False, whole=True)
+    return through(state, ring), bound
 
-        ideas = {name: dataclasses.replace(value, **changed(value, of_rows)) for name, value in part.ideas.items()}
-        return dataclasses.replace(part, stem=of_rows(part.stem), deep=of_rows(part.deep), ideas=ideas)
 
+def compare_with_passes(model, call, until, **options):
+    """Decode two rows in chunks of several lengths, with any count of accepted tokens, across openings and the end of
+    the window; compare hidden states, depths and states with passes over each row. `options` are those of the rows."""
+    tokens = text(3, rows=2, length=60, documents=False)
+    rows = [{name: values[row] for name, values in options.items()} for row in range(2)]
+    states = [model.trunk(tokens[row : row + 1, :5], **rows[row]).state for row in range(2)]
+    drafts, window = 4, model.config.window
+    rings, bound = rings_of(State.join(states), 80 if window is None else window + drafts, window)
+    generator, at, found = torch.Generator().manual_seed(1), 5, []
     with torch.no_grad():
-        while at < 30:
-            phase = int(state.phase_B[0])
+        while at < until:
+            phase = int(states[0].phase_B)
             room = model.config.segment - phase if any(idea.opens for idea in model.ideas.values()) else drafts + 1
             length = int(torch.randint(1, drafts + 2, (1,), generator=generator))
             count = int(torch.randint(1, min(length, room) + 1, (1,), generator=generator))
             chunk = tokens[:, at : at + length]
-            expected = model.trunk(chunk[:, :count], state)
-            got = model.decode(chunk, bound(rings, rings.position_B), Call(), opening=phase == 0)
-            assert_close(expected.hidden, got.hidden[:, :count], f"{variant} at {at}")
-            state, rings, at = expected.state, got.commit(torch.full((2,), count)), at + count
+            got = model.decode(chunk, bound(rings), call, opening=phase == 0)
+            outs = [
+                model.trunk(chunk[row : row + 1, :count], states[row], **options) for row, options in enumerate(rows)
+            ]
+            assert_close(torch.cat([out.hidden for out in outs]), got.hidden[:, :count], f"hidden at {at}")
+            found.append(got.depth[:, :count])
+            assert_close(torch.cat([out.depth for out in outs]), found[-1], f"depth at {at}")
+            states, rings, at = [out.state for out in outs], got.commit(torch.full((2,), count)), at + count
+            state = State.join(states)
             for name in state.ideas.keys() | state.memory.parts.keys():
                 mine, theirs = flatten(state.part(name)), flatten(rings.part(name))
                 for key in mine.keys() & theirs.keys():
-                    value = theirs[key]
-                    assert_close(mine[key], value, f"{name}.{key} at {at}")
+                    assert_close(mine[key], theirs[key], f"{name}.{key} at {at}")
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decode_equals_the_pass_over_the_same_tokens(variant):
+    compare_with_passes(build(variant), Call(), 30)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("depths", [(0.5, 0.25), (0.75, 0.0), (1.0, 0.5)])
+def test_decode_with_depths_equals_the_pass_over_the_same_tokens(depths, static):
+    """Of rows with different ones: tokens that skip the deep blocks are left out, or masked where shapes are static."""
+    call = Call(torch.tensor(depths, dtype=torch.float64), static=static)
+    blocks = compare_with_passes(build("complete"), call, 50, depth=depths)
+    for depth, row in zip(depths, blocks, strict=True):
+        assert len(row.unique()) == (2 if 0 < depth < 1 else 1)
+
+
+@CPU_MARK
+def test_the_kernels_for_a_few_tokens_skip_the_same(monkeypatch):
+    from lepton.ops.triton import products as kernels
+
+    for kernel in (PRODUCTS, RING_ATTENTION):
+        force(monkeypatch, kernel)
+    monkeypatch.setattr(kernels, "FEW", ((16, 0, kernels.MOST, kernels.Tile(16, 64, 32, 1, 4, 2)),))
+    depths = (0.5, 0.25)
+    call = Call(torch.tensor(depths, dtype=torch.float64), static=True)
+    compare_with_passes(build("complete", dtype=torch.float32), call, 9, depth=depths)
 
 
 def test_a_state_with_rings_is_no_argument_of_a_pass():

@@ -128,6 +128,48 @@ def test_a_row_does_not_depend_on_others(few, many, form, device, monkeypatch):
     assert all(torch.equal(one[1:], other[1:few]) for one, other in zip(found, first, strict=True))
 
 
+MASKS = {"all": lambda m: m >= 0, "none": lambda m: m < 0, "some": lambda m: m % 3 == 1, "the last": lambda m: m == 39}
+
+
+@pytest.mark.parametrize("device", ["plain", *DEVICES])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_rows_that_are_not_wanted_are_0(rows, form, device, monkeypatch):
+    """With the first matrix alone, whatever their inputs are; the others are as without a mask."""
+    force(monkeypatch, PRODUCTS, answer=device != "plain")
+    place = "cpu" if device == "plain" else device
+    x, weights, options = draw(form, rows, 128, place, torch.bfloat16 if device == "cuda" else torch.float32)
+    expected = products(x, weights, **options)
+    nothing = products(x, [torch.zeros_like(weight) for weight in weights], **options)
+    for mask in MASKS.values():
+        wanted = mask(torch.arange(rows, device=place))
+        first, *others = products(x, weights, **options, wanted_M=wanted)
+        assert torch.equal(first, torch.where(wanted[:, None], expected[0], nothing[0]))
+        assert all(torch.equal(*pair) for pair in zip(others, expected[1:], strict=True))
+        broken = [torch.full_like(weights[0], float("nan")), *weights[1:]]
+        noise = torch.where(wanted[:, None], x, float("nan"))
+        assert torch.equal(products(noise, weights, **options, wanted_M=wanted)[0], first)
+        if not wanted.any():
+            assert torch.equal(products(x, broken, **options, wanted_M=wanted)[0], first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_without_a_wanted_row_a_matrix_is_not_read(rows, device, monkeypatch):
+    """The sums of a tile that is skipped are exactly 0, even of inputs and weights that are not numbers."""
+    from lepton.ops.triton import products as kernels
+
+    force(monkeypatch, PRODUCTS)
+    x, weights, _ = draw("none of it", rows, 256, device, half(device))
+    tile = kernels.sizes_of(rows, 33, 256, False)
+    tile_rows = rows if isinstance(tile, kernels.Stream) else tile.rows
+    wanted = torch.arange(rows, device=device) >= tile_rows  # nothing of the first tile
+    broken, residual = torch.full_like(weights[0], float("nan")), torch.ones_like(x[:, :33])
+    (found,) = products(x, [broken], residual=residual, wanted_M=wanted)
+    assert (found[:tile_rows] == 1).all()
+    assert found[tile_rows:].isnan().all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [2, 20])
 def test_roundings_are_those_of_the_plain_form(rows, device, monkeypatch):
@@ -193,9 +235,9 @@ def test_the_operator_keeps_its_word_to_the_compiler(form, device):
     x, weights, options = draw(form, 2, 64, device)
     flags = (options.get("normed", False), options.get("squared_relu", False))
     added = (None, None) if options["added"] is None else options["added"]
-    torch.library.opcheck(
-        module._products, (x, weights, options["residual"], *flags, *added, options.get("residual_normed", False))
-    )
+    more = (*flags, *added, options.get("residual_normed", False))
+    for wanted in (None, x[:, 0] > 0):
+        torch.library.opcheck(module._products, (x, weights, options["residual"], *more, wanted))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -256,6 +256,32 @@ def test_a_row_does_not_depend_on_others(device, monkeypatch):
         assert torch.equal(found, whole[rows])
 
 
+@pytest.mark.parametrize("device", ["plain", *DEVICES])
+@pytest.mark.parametrize("slots", [0, 20])
+def test_tokens_that_are_not_wanted_are_0(slots, device, monkeypatch):
+    """Their keys and values are written all the same, and a row that has no other reads nothing."""
+    force(monkeypatch, RING_ATTENTION, answer=device != "plain")
+    place = "cpu" if device == "plain" else device
+    given = draw(3, 1, 16, 4, [4, 50, 9], slots=slots, device=place, dtype=torch.float32)
+    if device == "cuda":
+        given = to_dtype(given, torch.bfloat16)
+    plain = copied(given)
+    expected = ring_attention(*plain, window=9, biased=True)
+    wanted = torch.tensor([[True, False, True, False], [False] * 4, [True] * 4], device=place)
+    *rest, ring, extra = copied(given)
+    slot, position = int(ring.slot_B[1]), int(ring.position_B[1])
+    if device != "plain":
+        ring.k[slot], ring.v[slot] = NAN, NAN
+    rest[0][~wanted] = NAN
+    found = ring_attention(*rest, ring, extra, window=9, biased=True, wanted_BT=wanted)
+    assert torch.equal(found, torch.where(wanted[..., None], expected, 0))
+    columns = [p % ring.k.shape[1] for p in range(position, position + 4)]
+    for one, other in ((ring.k, plain[4].k), (ring.v, plain[4].v)):
+        assert torch.equal(one[slot, columns], other[slot, columns])
+        others = torch.arange(len(one), device=place) != slot
+        assert torch.equal(one[others], other[others])
+
+
 def flat(given):
     *new, rotary, ring, extra = given
     return (*new, *rotary, *vars(ring).values(), *(vars(extra).values() if extra else [None] * 4))
@@ -265,7 +291,8 @@ def flat(given):
 @pytest.mark.parametrize("slots", [0, 3])
 def test_the_operator_keeps_its_word_to_the_compiler(slots, device):
     given = draw(2, 1, 16, 2, [3, 20], slots=slots, device=device, dtype=torch.float32)
-    torch.library.opcheck(module._ring_attention, (*flat(given), 9, True))
+    for wanted in (None, torch.tensor([[True, False], [False, False]], device=device)):
+        torch.library.opcheck(module._ring_attention, (*flat(given), wanted, 9, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -70,10 +70,17 @@ Switch = Callable[[Host], AbstractContextManager[dict[str, Any]]]
 class Call:
     """Options of a pass."""
 
-    depth: float = 1.0
-    """Share of the tokens that may go through the deep blocks."""
+    depth: float | Tensor = 1.0
+    """Share of the tokens that may go through the deep blocks. In decoding each row may have its own, fp64 [B]."""
     think: int | Tensor | Rounds | None = None
     """Rounds of thinking; None is the configuration's. A tensor [B] is for training, where few rows think for long."""
+    static: bool = False
+    """Whether no shape may depend on values, as in a CUDA graph. What skips the deep blocks is then masked."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens may skip the deep blocks."""
+        return isinstance(self.depth, Tensor) or self.depth < 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ class Flow(ChunkInputs):
     def deep_BT(self) -> Tensor:
         """Bool: the tokens that go through the deep blocks; at depth 1 all of them, whatever ideas choose."""
         deep_BT = torch.ones_like(self.timeline.ends_BT)
-        if self.call.depth >= 1:
+        if not self.call.routed:
             return deep_BT
         for each in self.contributions.values():
             if each.deep_BT is not None:
@@ -172,8 +179,8 @@ class Flow(ChunkInputs):
     @cached_property
     def plan(self) -> AttentionPlan:
         """Attention mask of the deep blocks."""
-        chosen_BT = self.deep_BT if self.call.depth < 1 else None
-        return self.causal.plan(self.slots.mask_BTC if self.slots else None, chosen_BT)
+        chosen_BT = self.deep_BT if self.call.routed else None
+        return self.causal.plan(self.slots.mask_BTC if self.slots else None, chosen_BT, static=self.call.static)
 
 
 @dataclass

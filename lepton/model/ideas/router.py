@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.model.block import few_mlp
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
@@ -130,8 +131,11 @@ class Router(Idea):
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Apply the exit to the tokens that skipped the deep blocks."""
-        if call.depth >= 1:
+        if not call.routed:
             return x_BTD
+        if call.static:
+            easy_M = (~deep_BT).flatten()
+            return few_mlp(x_BTD.flatten(0, 1), self.exit_up, self.exit_down, easy_M).view_as(x_BTD)
         index_M = (~deep_BT).flatten().nonzero()[:, 0]
         easy_MD = self.exit(x_BTD.flatten(0, 1)[index_M])
         return x_BTD.flatten(0, 1).index_copy(0, index_M, easy_MD).view_as(x_BTD)
@@ -180,24 +184,26 @@ class Router(Idea):
         x = x.detach()
         return x + self.exit_down(F.relu(self.exit_up(norm(x))).square())
 
-    def threshold(self, depth: float) -> Tensor:
-        """Return the score that a share `depth` of tokens exceeds, interpolated in the table."""
-        place = (1 - depth) * (QUANTILES - 1)
-        left = min(int(place), QUANTILES - 2)
-        return torch.lerp(self.quantiles[left], self.quantiles[left + 1], place - left)
+    def threshold(self, depth: float | Tensor) -> Tensor:
+        """Return the scores that shares `depth` [...] of tokens exceed, interpolated in the table."""
+        place = (1 - torch.as_tensor(depth, dtype=torch.float64, device=self.quantiles.device)) * (QUANTILES - 1)
+        left = place.long().clamp(max=QUANTILES - 2)
+        return torch.lerp(self.quantiles[left], self.quantiles[left + 1], (place - left).to(self.quantiles))
 
-    def choose(self, score_BT: Tensor, depth: float, taken_B: Tensor, timeline: Timeline) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, score_BT: Tensor, depth: float | Tensor, taken_B: Tensor, timeline: Timeline
+    ) -> tuple[Tensor, Tensor]:
         """Return which tokens go deep [B, T], bool, and the running count of them in the window [B, T].
 
-        `taken_B` is the count before the chunk.
+        `taken_B` is the count before the chunk. `depth` may be that of each row, fp64 [B].
         """
         place_BT = timeline.position_BT % self.window
-        if depth >= 1:
-            return torch.ones_like(score_BT, dtype=torch.bool), place_BT + 1
-        if depth <= 0:
-            return torch.zeros_like(score_BT, dtype=torch.bool), torch.zeros_like(place_BT)
-        wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)).long()
-        least_BT, most_BT = self.bounds(depth, place_BT.device)[:, place_BT]
+        if not isinstance(depth, Tensor):
+            if depth >= 1:
+                return torch.ones_like(score_BT, dtype=torch.bool), place_BT + 1
+            depth = torch.full_like(taken_B, depth, dtype=torch.float64)
+        wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)[:, None]).long()
+        least_BT, most_BT = self.bounds(depth[:, None], place_BT)
         # The count after a token is clamp(count before + wants, least, most). Two such steps in sequence have the same
         # form, so an associative scan computes all counts. At the first token of a window the count before is 0.
         begins_BT = place_BT == 0
@@ -208,14 +214,12 @@ class Router(Idea):
         before_BT = torch.cat([taken_B[:, None], count_BT[:, :-1]], 1).masked_fill(begins_BT, 0)
         return count_BT > before_BT, count_BT
 
-    def bounds(self, depth: float, device: torch.device) -> Tensor:
-        """Return the bounds [2, window] of the running count after each token of a window."""
-        place = torch.arange(self.window, device=device)
-        share = depth * (place + 1).double()
-        slack, whole = max(2, int(SLACK * self.window)), round(depth * self.window)
-        least = torch.maximum((share - slack).ceil().long(), whole - (self.window - 1 - place)).clamp(min=0)
-        most = (share + slack).floor().long().clamp(max=whole)
-        return torch.stack([least, most])
+    def bounds(self, depth_B1: Tensor, place_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the bounds [B, T] of the running count after tokens in some places of their windows."""
+        share_BT = depth_B1 * (place_BT + 1)
+        slack, whole_B1 = max(2, int(SLACK * self.window)), (depth_B1 * self.window).round().long()
+        least_BT = torch.maximum((share_BT - slack).ceil().long(), whole_B1 - (self.window - 1 - place_BT))
+        return least_BT.clamp(min=0), torch.minimum((share_BT + slack).floor().long(), whole_B1)
 
 
 def running_clamp(add_BT: Tensor, low_BT: Tensor, high_BT: Tensor, start_B: Tensor) -> Tensor:

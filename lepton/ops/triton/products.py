@@ -7,6 +7,11 @@ other, since a chain of small products would take longer than the loads. No sum 
 order of additions is fixed.
 
 The norm multiplies the sums at the end, since a program that has read its rows has also seen all their squares.
+
+Where only some rows are wanted, a program of the first matrix that has none of them reads no weights. An early launch
+looks twice: before it waits, when the mask may not be there yet, for what to prefetch; afterwards for the result. It
+waits in any case, since the launch after it relies on that.
+
 In a kernel, N are the outputs of a block, D is the part of the depth that a step reads.
 """
 
@@ -86,8 +91,15 @@ then brings its weights into the L2 cache before it waits for its inputs. With m
 
 
 @triton.jit
-def _wait(w_ptr, first_output, outputs, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
-    """Bring the weights of a block into the L2 cache, then wait until earlier launches have ended."""
+def _reads(wanted_ptr, m, rows, is_first):
+    """Whether a program reads its matrix: it is not the first, or one of its rows is wanted. L1 is passed by."""
+    wanted_M = tl.load(wanted_ptr + m, mask=m < rows, other=0, volatile=True)
+    return (tl.max(wanted_M.to(tl.int32), 0) > 0) | (is_first == 0)
+
+
+@triton.jit
+def _prefetch(w_ptr, first_output, outputs, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """Bring the weights of a block into the L2 cache."""
     LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
     LINES: tl.constexpr = (DEPTH + LINE - 1) // LINE
     n = tl.minimum(first_output + tl.arange(0, OUTPUTS), outputs - 1)
@@ -97,6 +109,19 @@ def _wait(w_ptr, first_output, outputs, OUTPUTS: tl.constexpr, DEPTH: tl.constex
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [w_ptr + at], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def _wait(
+    w_ptr, first_output, outputs, wanted_ptr, m, rows, is_first,
+    OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Prefetch the weights that are likely to be read, then wait until earlier launches have ended."""
+    if MASKED:
+        if _reads(wanted_ptr, m, rows, is_first):
+            _prefetch(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
+    else:
+        _prefetch(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
     gdc_wait()
     gdc_launch_dependents()
 
@@ -120,13 +145,17 @@ def _matrix(
 
 @triton.jit
 def _finish(
-    y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
+    y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, m, n, rows, outputs, is_first, eps,
     N0: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr, NORMED_RESIDUAL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Round, apply what follows, and store."""
     place_MN = m.to(tl.int64)[:, None] * outputs + n[None, :]
     mask_MN = (m < rows)[:, None] & (n < outputs)[None, :]
     y_MN = y_MN.to(y_ptr.dtype.element_ty)
+    if MASKED:
+        wanted_M = (tl.load(wanted_ptr + m, mask=m < rows, other=0) != 0) | (is_first == 0)
+        y_MN = tl.where(wanted_M[:, None], y_MN, 0.0)
     if ADDED:
         row_M = tl.load(row_ptr + m, mask=m < rows, other=0)
         added_MN = tl.load(table_ptr + row_M[:, None] * outputs + n[None, :], mask=mask_MN, other=0.0)
@@ -148,19 +177,29 @@ def _finish(
 
 @triton.jit
 def _stream(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr,
     NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORMED_RESIDUAL: tl.constexpr, EARLY: tl.constexpr,
+    NORMED_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A thread reads 8 neighbouring columns of all its rows in each step."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
         tl.program_id(0), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
     )
-    if EARLY:
-        _wait(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
     m, n = tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
+    is_first = (tl.program_id(0) * OUTPUTS < N0).to(tl.int32)
+    if EARLY:
+        _wait(w_ptr, first_output, outputs, wanted_ptr, m, rows, is_first, OUTPUTS, DEPTH, MASKED)
+    if MASKED:
+        reads = _reads(wanted_ptr, m, rows, is_first)
+        if not reads:
+            y_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
+            _finish(
+                y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, m, n, rows, outputs, is_first, eps,
+                N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL, MASKED,
+            )  # fmt: skip
+            return
     # [lanes, rows, outputs, 8]: the compiler gives each thread one lane of all the rest.
     d = tl.arange(0, LANES)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
     # What is past the end is read twice, and not stored.
@@ -182,26 +221,36 @@ def _stream(
     if NORMED:
         y_MN *= tl.rsqrt(tl.sum(squares, 0) / DEPTH + eps)
     _finish(
-        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
-        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL,
+        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, m, n, rows, outputs, is_first, eps,
+        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL, MASKED,
     )  # fmt: skip
 
 
 @triton.jit
 def _tiles(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, rows, eps,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, rows, eps,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
     NORMED: tl.constexpr, ADDED: tl.constexpr, SQUARED: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORMED_RESIDUAL: tl.constexpr, EARLY: tl.constexpr, EXACT: tl.constexpr,
+    NORMED_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A tile of outputs. With parts, each reads every `PARTS`-th step of the depth."""
     w_ptr, y_ptr, outputs, first_output = _matrix(
         tl.program_id(1), w0_ptr, w1_ptr, w2_ptr, y0_ptr, y1_ptr, y2_ptr, N0, N1, N2, OUTPUTS
     )
-    if EARLY:
-        _wait(w_ptr, first_output, outputs, OUTPUTS, DEPTH)
     m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), first_output + tl.arange(0, OUTPUTS)
+    is_first = (tl.program_id(1) * OUTPUTS < N0).to(tl.int32)
+    if EARLY:
+        _wait(w_ptr, first_output, outputs, wanted_ptr, m, rows, is_first, OUTPUTS, DEPTH, MASKED)
+    if MASKED:
+        reads = _reads(wanted_ptr, m, rows, is_first)
+        if not reads:
+            y_MN = tl.zeros([ROWS, OUTPUTS], tl.float32)
+            _finish(
+                y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, m, n, rows, outputs, is_first, eps,
+                N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL, MASKED,
+            )  # fmt: skip
+            return
     w_row = tl.minimum(n, outputs - 1)  # what is past the end is read twice, and not stored
     WHOLE: tl.constexpr = DEPTH % (PARTS * STEP) == 0
     if PARTS == 1:
@@ -238,8 +287,8 @@ def _tiles(
     if NORMED:
         y_MN *= tl.rsqrt(squares_M / DEPTH + eps)[:, None]
     _finish(
-        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, m, n, rows, outputs, eps,
-        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL,
+        y_MN, y_ptr, residual_ptr, table_ptr, row_ptr, wanted_ptr, m, n, rows, outputs, is_first, eps,
+        N0, ADDED, SQUARED, RESIDUAL, NORMED_RESIDUAL, MASKED,
     )  # fmt: skip
 
 
@@ -275,6 +324,7 @@ def products(
     table: Tensor | None = None,
     row_M: Tensor | None = None,
     residual_normed: bool = False,
+    wanted_M: Tensor | None = None,
 ) -> list[Tensor]:
     """As `plain_products` in `lepton/ops/products.py`, in one launch. All tensors are contiguous."""
     rows, depth = x_MD.shape
@@ -285,11 +335,12 @@ def products(
     given = (
         x_MD, *weights, *weights[:1] * absent, *outputs, *outputs[:1] * absent,
         outputs[0] if residual is None else residual, outputs[0] if table is None else table,
-        outputs[0] if row_M is None else row_M, rows, NORM_EPS, *counts, *[0] * absent, depth,
+        outputs[0] if row_M is None else row_M, outputs[0] if wanted_M is None else wanted_M.view(torch.uint8),
+        rows, NORM_EPS, *counts, *[0] * absent, depth,
     )  # fmt: skip
     early = rows <= EARLY_ROWS and starts_early(x_MD.device)
     flags = {"NORMED": normed, "ADDED": table is not None, "SQUARED": squared_relu, "RESIDUAL": residual is not None}
-    flags |= {"NORMED_RESIDUAL": residual_normed, "EARLY": early}
+    flags |= {"NORMED_RESIDUAL": residual_normed, "MASKED": wanted_M is not None, "EARLY": early}
     if early:
         flags["launch_pdl"] = True
     sizes = sizes_of(rows, sum(counts), depth, normed)

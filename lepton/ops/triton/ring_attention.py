@@ -2,7 +2,8 @@
 
 A program computes all queries of a row that one kv head serves, so keys and values are read once. A row's first loads
 are issued before anything waits for them: those of its ring and of its extra entries, then those of its new tokens. A
-program writes only columns that none reads, because a ring has room for the window and the new tokens.
+program writes only columns that none reads, because a ring has room for the window and the new tokens. A program none
+of whose tokens is wanted only writes.
 
 Numbers are rounded where PyTorch rounds them: after the norm, after each product and the sum of a rotation, and before
 each matrix product; all else is fp32. In a kernel, Q are the queries of a program, J the entries of a block.
@@ -105,12 +106,29 @@ def _attend(q_QH, k_JH, v_JH, visible_QJ, most_Q, sum_Q, out_QH, scale, EXACT: t
 
 
 @triton.jit
+def _write(
+    k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
+    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TOKENS: tl.constexpr, NEW: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Write the keys and values of new tokens to the ring, and return them."""
+    h, new = tl.arange(0, HEAD), tl.arange(0, NEW)
+    new_row = row * TOKENS + tl.minimum(new, TOKENS - 1)
+    new_at = (new_row * KV_HEADS + kv_head) * HEAD
+    own_k = _head(k_ptr, new_at, cos_ptr, sin_ptr, new_row * (HEAD // 4), 0.0, eps, HEAD, BIASED)
+    own_v = tl.load(v_ptr + new_at[:, None] + h[None, :])
+    written_at = ((position + new) % columns)[:, None] * (KV_HEADS * HEAD) + h[None, :]
+    tl.store(ring_k_ptr + written_at, own_k, mask=(new < TOKENS)[:, None])
+    tl.store(ring_v_ptr + written_at, own_v, mask=(new < TOKENS)[:, None])
+    return own_k, own_v
+
+
+@triton.jit
 def _ring_attention(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, slot_ptr, position_ptr,
-    extra_k_ptr, extra_v_ptr, extra_ptr, mask_ptr, out_ptr, columns, count, window, last, scale, eps,
+    extra_k_ptr, extra_v_ptr, extra_ptr, mask_ptr, wanted_ptr, out_ptr, columns, count, window, last, scale, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TOKENS: tl.constexpr,
     QUERIES: tl.constexpr, NEW: tl.constexpr, ENTRIES: tl.constexpr, EXTRA: tl.constexpr,
-    BIASED: tl.constexpr, EXACT: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Blocks of the ring first, then extra entries, then the new tokens."""
     kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -121,9 +139,22 @@ def _ring_attention(
     ring_at = (slot * columns * KV_HEADS + kv_head) * HEAD
     ring_k_ptr += ring_at
     ring_v_ptr += ring_at
-    k_JH, v_JH = _ring_block(ring_k_ptr, ring_v_ptr, 0, before, oldest, columns, KV_HEADS, HEAD, ENTRIES)
+    h = tl.arange(0, HEAD)
     query_Q = tl.minimum(tl.arange(0, QUERIES), GROUP * TOKENS - 1)  # the last query fills the block
     token_Q = query_Q // GROUP
+    place_Q = ((row * TOKENS + token_Q) * HEADS + kv_head * GROUP + query_Q % GROUP) * HEAD
+    is_query = tl.arange(0, QUERIES) < GROUP * TOKENS
+    if MASKED:
+        wanted_Q = tl.load(wanted_ptr + row * TOKENS + token_Q)
+        if tl.max(wanted_Q.to(tl.int32), 0) == 0:
+            _write(
+                k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
+                KV_HEADS, HEAD, TOKENS, NEW, BIASED,
+            )  # fmt: skip
+            nothing_QH = tl.zeros([QUERIES, HEAD], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place_Q[:, None] + h[None, :], nothing_QH, mask=is_query[:, None])
+            return
+    k_JH, v_JH = _ring_block(ring_k_ptr, ring_v_ptr, 0, before, oldest, columns, KV_HEADS, HEAD, ENTRIES)
     if EXTRA > 0:
         extra_at = (tl.load(extra_ptr + row) * count * KV_HEADS + kv_head) * HEAD
         extra_k_ptr += extra_at
@@ -131,18 +162,11 @@ def _ring_attention(
         mask_ptr = mask_ptr + row * TOKENS * count + token_Q * count
         k_CH, v_CH, visible_QC = _extra_block(extra_k_ptr, extra_v_ptr, mask_ptr, 0, count, KV_HEADS, HEAD, EXTRA)
 
-    h = tl.arange(0, HEAD)
-    PAIRS: tl.constexpr = HEAD // 4
-    place_Q = ((row * TOKENS + token_Q) * HEADS + kv_head * GROUP + query_Q % GROUP) * HEAD
-    q_QH = _head(q_ptr, place_Q, cos_ptr, sin_ptr, (row * TOKENS + token_Q) * PAIRS, last, eps, HEAD, BIASED)
-    new = tl.arange(0, NEW)
-    new_row = row * TOKENS + tl.minimum(new, TOKENS - 1)
-    new_at = (new_row * KV_HEADS + kv_head) * HEAD
-    own_k = _head(k_ptr, new_at, cos_ptr, sin_ptr, new_row * PAIRS, 0.0, eps, HEAD, BIASED)
-    own_v = tl.load(v_ptr + new_at[:, None] + h[None, :])
-    written_at = ((position + new) % columns)[:, None] * (KV_HEADS * HEAD) + h[None, :]
-    tl.store(ring_k_ptr + written_at, own_k, mask=(new < TOKENS)[:, None])
-    tl.store(ring_v_ptr + written_at, own_v, mask=(new < TOKENS)[:, None])
+    q_QH = _head(q_ptr, place_Q, cos_ptr, sin_ptr, (row * TOKENS + token_Q) * (HEAD // 4), last, eps, HEAD, BIASED)
+    own_k, own_v = _write(
+        k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
+        KV_HEADS, HEAD, TOKENS, NEW, BIASED,
+    )  # fmt: skip
 
     most_Q = tl.full([QUERIES], LOWEST, tl.float32)
     sum_Q = tl.zeros([QUERIES], tl.float32)
@@ -163,12 +187,13 @@ def _ring_attention(
                 extra_k_ptr, extra_v_ptr, mask_ptr, left, count, KV_HEADS, HEAD, EXTRA
             )
             most_Q, sum_Q, out_QH = _attend(q_QH, k_CH, v_CH, visible_QC, most_Q, sum_Q, out_QH, scale, EXACT)
-    age = token_Q[:, None] - new[None, :]
+    age = token_Q[:, None] - tl.arange(0, NEW)[None, :]
     most_Q, sum_Q, out_QH = _attend(
         q_QH, own_k, own_v, (age >= 0) & (age < window), most_Q, sum_Q, out_QH, scale, EXACT
     )
     out_QH /= sum_Q[:, None]
-    is_query = tl.arange(0, QUERIES) < GROUP * TOKENS
+    if MASKED:
+        out_QH = tl.where((wanted_Q != 0)[:, None], out_QH, 0.0)
     tl.store(out_ptr + place_Q[:, None] + h[None, :], out_QH.to(out_ptr.dtype.element_ty), mask=is_query[:, None])
 
 
@@ -183,6 +208,7 @@ def ring_attention(
     slot_B: Tensor,
     position_B: Tensor,
     extra: tuple[Tensor | None, ...],
+    wanted_BT: Tensor | None,
     window: int,
     biased: bool,
 ) -> Tensor:
@@ -206,14 +232,15 @@ def ring_attention(
     most = max(16, min(blocks.entries * 64 // wide, SCORES // queries))
     most_extra = max(16, min(blocks.extra * 64 // wide, SCORES // queries))
     out = torch.empty_like(new[0])
+    wanted = out if wanted_BT is None else wanted_BT.contiguous().view(torch.uint8)
     with torch.cuda.device_of(out):  # Triton launches on the current device
         _ring_attention[(kv_heads, rows)](
-            *new, *ring, slot_B, position_B, *entries, out, columns, count, window, root,
+            *new, *ring, slot_B, position_B, *entries, wanted, out, columns, count, window, root,
             math.log2(math.e) / root, NORM_EPS,
             HEADS=heads, KV_HEADS=kv_heads, HEAD=head_dim, TOKENS=tokens,
             QUERIES=queries, NEW=max(16, triton.next_power_of_2(tokens)), ENTRIES=most,
             EXTRA=count and max(16, min(triton.next_power_of_2(count), most_extra)),
-            BIASED=biased, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
+            BIASED=biased, MASKED=wanted_BT is not None, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out
