@@ -32,6 +32,9 @@ class Ring:
     but disturb no other."""
     position_B: Tensor
     """Position of the first new token in its document, int64. The ring holds the tokens before it."""
+    wanted_BT: Tensor | None = None
+    """Bool: the new tokens that attend. The outputs of the others are 0, whatever their queries are, and the kernel
+    reads no past of a row that has none. None: all do."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,6 @@ def ring_attention(
     *,
     window: int,
     biased: bool,
-    wanted_BT: Tensor | None = None,
 ) -> Tensor:
     """Write the keys and values of new tokens to the rings, in place; return the outputs of attention, [B, T, N*H].
 
@@ -77,15 +79,12 @@ def ring_attention(
         window: largest number of tokens that a token attends to, itself included.
         biased: whether the last coordinate carries the bias of entries' scores: it becomes sqrt(H) in queries and 0 in
             keys of tokens.
-        wanted_BT: bool, the tokens whose outputs are wanted; those of the others are 0, whatever their queries are.
-            The kernel reads no past of a row that has none.
     """
     assert ring.k.shape[1] >= window - 1 + q.shape[1], "a ring has room for the window and the new tokens"
     if not RING_ATTENTION.works(q.device, q.dtype, ring.k.shape[-1]):
-        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased, wanted_BT=wanted_BT)
+        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased)
     entries = (None,) * 4 if extra is None or not extra.k.shape[1] else tuple(vars(extra).values())
-    own = ring.k, ring.v, ring.slot_B, ring.position_B
-    return _ring_attention(q, k, v, *rotary, *own, *entries, wanted_BT, window, biased)
+    return _ring_attention(q, k, v, *rotary, *vars(ring).values(), *entries, window, biased)
 
 
 def plain_ring_attention(
@@ -98,7 +97,6 @@ def plain_ring_attention(
     *,
     window: int,
     biased: bool,
-    wanted_BT: Tensor | None = None,
 ) -> Tensor:
     """As `ring_attention`, in PyTorch."""
     _, columns, kv_heads, head_dim = ring.k.shape
@@ -131,7 +129,7 @@ def plain_ring_attention(
         seen.append(extra.mask_BTC)
     mask = bias(torch.cat(seen, 2), q.dtype)
     out = attend_with_bias(q_BTNH, torch.cat(keys, 1), torch.cat(values, 1), mask).flatten(-2)
-    return out if wanted_BT is None else torch.where(wanted_BT[..., None], out, 0)
+    return out if ring.wanted_BT is None else torch.where(ring.wanted_BT[..., None], out, 0)
 
 
 def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
@@ -141,8 +139,9 @@ def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         pool = x.new_zeros(1, 16, 1, head_dim)
         index_B = torch.zeros(rows, dtype=torch.int64, device=device)
         wanted = torch.ones(rows, 1, dtype=torch.bool, device=device)
-        extra = (pool, pool, index_B, wanted[..., None].expand(-1, -1, 16), wanted if rows == 1 else None)
-        _ring_attention(x, x, x, angle, angle, pool.clone(), pool.clone(), index_B, index_B + 15, *extra, 16, True)
+        ring = (pool.clone(), pool.clone(), index_B, index_B + 15, wanted if rows == 1 else None)
+        extra = (pool, pool, index_B, wanted[..., None].expand(-1, -1, 16))
+        _ring_attention(x, x, x, angle, angle, *ring, *extra, 16, True)
 
 
 RING_ATTENTION = Kernel("attention of decoding", HALF, _trial)
@@ -160,11 +159,11 @@ def _ring_attention(
     ring_v: Tensor,
     slot_B: Tensor,
     position_B: Tensor,
+    wanted_BT: Tensor | None,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
     extra_B: Tensor | None,
     mask_BTC: Tensor | None,
-    wanted_BT: Tensor | None,
     window: int,
     biased: bool,
 ) -> Tensor:
@@ -183,5 +182,5 @@ def _(q: Tensor, *_: Any) -> Tensor:
 @register_flop_formula(torch.ops.lepton.ring_attention)
 def _flops(q: Any, k: Any, v: Any, cos: Any, sin: Any, ring: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """Two products, scores and outputs, of each query with a window and all extra entries."""
-    extra, window = args[3], args[-2]
+    extra, window = args[4], args[-2]
     return int(2 * 2 * q[0] * q[1] * q[2] * (window + (extra[1] if extra else 0)))

@@ -51,16 +51,17 @@ def test_a_cycle_traces_whole(variant, drafts, opening, routed, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_compiled_cycle_gives_the_same_text_and_is_loaded_later(tmp_path, monkeypatch):
+@pytest.mark.parametrize("depth", [1, 0.5])
+def test_a_compiled_cycle_gives_the_same_text_and_is_loaded_later(depth, tmp_path, monkeypatch):
     monkeypatch.setenv("LEPTON_CACHE", str(tmp_path))
     model = lively("complete", torch.float32).cuda()
-    options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 40}
+    options = {"temperature": 1.2, "seed": 4, "max_new_tokens": 40, "depth": depth}
     expected = model.generate(BATCH, **options)
     said = []
-    model.warm_up(4, say=said.append)
+    model.warm_up(4, depth=depth, say=said.append)
     assert len(said) == 4
     assert model.generate(BATCH, **options) == expected
     monkeypatch.setattr(compiled, "traced_cycle", lambda *_: pytest.fail("traced again"))
     later = lively("complete", torch.float32).cuda()
-    later.warm_up(4)
+    later.warm_up(4, depth=depth)
     assert later.generate(BATCH, **options) == expected

@@ -23,7 +23,7 @@ guide.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -168,13 +168,9 @@ class Flow(ChunkInputs):
     @cached_property
     def deep_BT(self) -> Tensor:
         """Bool: the tokens that go through the deep blocks; at depth 1 all of them, whatever ideas choose."""
-        deep_BT = torch.ones_like(self.timeline.ends_BT)
-        if not self.call.routed:
-            return deep_BT
-        for each in self.contributions.values():
-            if each.deep_BT is not None:
-                deep_BT = deep_BT & each.deep_BT
-        return deep_BT
+        given = self.contributions.values() if self.call.routed else ()
+        chosen = (each.deep_BT for each in given if each.deep_BT is not None)
+        return reduce(torch.logical_and, chosen, torch.ones_like(self.timeline.ends_BT))
 
     @cached_property
     def plan(self) -> AttentionPlan:
