@@ -60,11 +60,12 @@ class Engine:
         Args:
             runner: the model on its device.
             stats: what is counted is added here.
-            speculation: decides how many tokens are drafted; None: by what the runner has measured so far.
+            speculation: decides how many tokens are drafted; None: by what the runner has measured so far, apart for
+                depth 1 and for depths below, whose passes take another time.
             ahead: number of cycles that are launched before one is read; None: 1 on a GPU, else 0.
         """
         self.runner, self.stats = runner, stats or Stats()
-        self.speculation = speculation or runner.speculation
+        self._speculations = speculation or runner.speculation, speculation or runner.routed_speculation
         self._scheduler = Scheduler(
             runner.places,
             runner.model.config.segment,
@@ -134,7 +135,7 @@ class Engine:
             running = [not each for each in ended]
             tokens_read = sum(len(each.tokens) for each, on in zip(results, running, strict=True) if on)
             bucket = bucket_of(len(sequences))
-            self.speculation.record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
+            self._speculations[work.plan.routed].record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
         return outputs
 
     def _count(self, sequence: Sequence, result: RowResult, tokens: int, work: Work) -> None:
@@ -144,5 +145,5 @@ class Engine:
         if isinstance(work.plan, Launch) and tokens:
             self.stats.add_step(tokens, drafted=result.allowed, accepted=result.accepted)
 
-    def _choose_drafts(self, rows: int) -> int:
-        return self.speculation.choose(bucket_of(rows)) if self.runner.drafts else 0
+    def _choose_drafts(self, rows: int, routed: bool) -> int:
+        return self._speculations[routed].choose(bucket_of(rows)) if self.runner.drafts else 0

@@ -105,7 +105,9 @@ class Runner:
         self.drafts = 0 if drafter is None else drafter.count
         thoughts = model.idea("thoughts")
         self.rounds: int = 0 if thoughts is None else thoughts.rounds
-        self.speculation = Speculation((0, self.drafts) if self.drafts else (0,))
+        self.speculation, self.routed_speculation = (
+            Speculation((0, self.drafts) if self.drafts else (0,)) for _ in range(2)
+        )
         self._prepared: Prepared | None = None
         self._prepared_of: list[tuple[int, float]] = []
         self._is_old = True

@@ -57,7 +57,7 @@ class Scheduler:
         segment: int,
         *,
         rounds: int = 0,
-        drafts: Callable[[int], int] = lambda _rows: 0,
+        drafts: Callable[[int, bool], int] = lambda _rows, _routed: 0,
         together: int | None = None,
     ) -> None:
         """Make a scheduler without sequences.
@@ -66,7 +66,7 @@ class Scheduler:
             slots: rows of the pool, numbered from 0.
             segment: tokens of a segment.
             rounds: rounds of thinking of a sequence that asks for no number.
-            drafts: how many tokens to draft in a pass of so many rows; asked once for each launch.
+            drafts: how many tokens to draft in a pass of so many rows, routed or not; asked once for each launch.
             together: largest number of rows that share a pass whether they may open a segment or not; None: no limit.
                 Of more rows, those that may open one have passes of their own: an opening costs every row of its pass.
         """
@@ -165,7 +165,7 @@ class Scheduler:
 
     def _launch(self, routed: bool, sequences: list[Sequence]) -> Launch:
         speculative = any(each.options.use_speculative for each in sequences)
-        drafts = self._drafts(len(sequences)) if speculative else 0
+        drafts = self._drafts(len(sequences), routed) if speculative else 0
         opening = any(possible_phases(each, self._segment) & 1 for each in sequences)
         thinks = {each.options.think for each in sequences}
         rounds = max(self._rounds if think is None else think for think in thinks)

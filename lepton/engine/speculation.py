@@ -103,8 +103,8 @@ class Bucket:
 
 
 class Speculation:
-    """Chooses the number of drafts of each pass by what earlier ones took and gave. Passes of another depth, which take
-    another time, need one of their own.
+    """Chooses the number of drafts of each pass by what earlier ones took and gave. Passes below depth 1, which
+    take another time, need one of their own.
 
     `choose` is called once for each pass, `record` when its outcome is known: a few passes may lie in between.
     """

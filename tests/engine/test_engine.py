@@ -134,7 +134,7 @@ def test_speculation_that_does_not_pay_stops(model):
     for _ in range(300):
         engine.step()
     assert engine.stats.drafted[0] < engine.stats.steps / 2
-    assert engine.speculation.figures()["tokens"][model.drafter.count] < 2
+    assert engine.runner.speculation.figures()["tokens"][model.drafter.count] < 2
 
 
 # On a GPU
@@ -165,7 +165,7 @@ def test_many_rows_on_a_gpu_are_what_they_are_alone(on_gpu):
 def test_cycles_do_not_wait_for_the_device_and_keep_no_memory(on_gpu):
     engine = Engine(Runner(on_gpu, 4, 100))
     for row, prompt in enumerate(BATCH):
-        options = GenerationOptions(max_new_tokens=100_000, temperature=1.0)
+        options = GenerationOptions(max_new_tokens=100_000, temperature=1.0, depth=row / 3)
         engine.add(Sequence(prompt, options, stops=[[-1]], stream=stream_words(5, row)))
     with always_drafting():
         for _ in range(20):

@@ -12,6 +12,7 @@ from lepton.engine.options import GenerationOptions
 from lepton.engine.runner import Runner, joined_past, prefill_batches, wanted_shape
 from lepton.engine.scheduler import Launch, Prefill
 from lepton.engine.sequence import Sequence
+from lepton.errors import InputError
 from tests.generate.models import BATCH, PROMPT, always_drafting, lively
 from tests.laws.lab import assert_states
 
@@ -104,8 +105,10 @@ def test_what_any_sequence_wants_is_computed():
 
 def test_warming_up_a_cpu_does_nothing():
     said = []
-    Runner(lively("complete"), 1, 10).warm_up(1, say=said.append)
+    lively("complete").warm_up(1, depth=0.5, say=said.append)
     assert said == []
+    with pytest.raises(InputError, match="no router"):
+        lively("dense").warm_up(1, depth=0.5)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.5, "seed": 3}])

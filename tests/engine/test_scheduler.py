@@ -80,12 +80,12 @@ def test_the_first_that_waits_get_the_free_slots():
 def test_depths_below_1_share_a_pass():
     fields = [{}, {"depth": 0.5}, {"depth": 1}, {"think": 7}, {"depth": 0, "think": 0}]
     sequences = [sequence_of(**each) for each in fields]
-    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows: 10 * rows)
+    scheduler = Scheduler(8, 8, rounds=2, drafts=lambda rows, routed: 10 * rows + routed)
     for sequence in sequences:
         scheduler.add(sequence)
     full, some = schedule(scheduler).launches
     assert (full.sequences, full.routed, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], False, 7, 30)
-    assert (some.sequences, some.routed, some.rounds, some.drafts) == ([sequences[i] for i in (1, 4)], True, 2, 20)
+    assert (some.sequences, some.routed, some.rounds, some.drafts) == ([sequences[i] for i in (1, 4)], True, 2, 21)
     assert full.slots == [0, 2, 3]
     for sequence in (sequences[0], sequences[3]):
         scheduler.cancel(sequence)
