@@ -17,7 +17,7 @@ KINDS = [
     {"temperature": 1.2, "top_p": 0.9},
     {"temperature": 0.8, "top_k": 7},
     {"temperature": 1.0, "top_p": 0.8, "top_k": 20, "think": 0},
-    {"temperature": 0, "think": 3},
+    {"temperature": 0, "think": 3, "depth": 0.5},
     {"temperature": 1.5, "use_speculative": False},
 ]
 """Options that sequences of one engine have at the same time."""
