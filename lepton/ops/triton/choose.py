@@ -86,8 +86,23 @@ def _block(logits_ptr, own, first, columns: tl.constexpr, CAP: tl.constexpr, BLO
 
 
 @triton.jit
+def _logit(logits_ptr, own, column, columns: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the logit of a column, rounded as in a pass over the row: a cap alone could be rounded otherwise."""
+    if CAP is None:
+        logit = tl.load(logits_ptr + column).to(tl.float32)
+    else:
+        near, logits = _block(logits_ptr, own, column // BLOCK * BLOCK, columns, CAP, BLOCK)
+        logit = tl.max(tl.where(near == column, logits, float("-inf")))
+    return logit
+
+
+@triton.jit
 def _best(value, first, columns: tl.constexpr):
-    """Return the greatest value of a block, and the lowest of the columns that have it."""
+    """Return the greatest value of a block, and the lowest of the columns that have it.
+
+    NaN counts as -inf: with NaN the threads of a program would find different columns.
+    """
+    value = tl.where(value == value, value, float("-inf"))
     best, index = tl.max(value, 0, return_indices=True)
     return best, tl.minimum(first + index, columns - 1)
 
@@ -255,7 +270,7 @@ def _choose(
         last = tl.full([], columns, tl.int32)
         searching = (chosen != top) & (limited_k | (top_p < 1))
         while searching:
-            logit = _capped(tl.load(logits_ptr + chosen), CAP)
+            logit = _logit(logits_ptr, own, chosen, columns, CAP, BLOCK)
             mass, number = _before(logits_ptr, own, highest, scale, logit, chosen, columns, CAP, BLOCK)
             kept = (number < k) & ((top_p >= 1) | (mass < top_p * whole))
             lower = mass + tl.exp2((logit - highest) * scale)
