@@ -1,6 +1,9 @@
 """One thread and fixed seeds for every test: results on a CPU are then the same in each run."""
 
+import os
 import signal
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start, too
 
 import pytest
 import torch

@@ -8,6 +8,7 @@ process (`compiled_cache`).
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from lepton.engine import compiled_cache
 from lepton.engine.cycle import Outcome, Shape, cycle
 from lepton.engine.pool import Pool
 from lepton.model import Network
-from lepton.model.ideas.drafter import Prepared
 from lepton.ops.choose import CHOOSE
 from lepton.ops.few_writes import FEW_WRITES
 from lepton.ops.products import PRODUCTS
 from lepton.ops.ring_attention import RING_ATTENTION
+
+if TYPE_CHECKING:
+    from lepton.model.ideas.drafter import Prepared
 
 KERNELS = (CHOOSE, FEW_WRITES, PRODUCTS, RING_ATTENTION)
 """The large kernels of a cycle. A cycle that was traced without one of them works, but is too slow to be kept."""
@@ -34,13 +37,13 @@ class _Cycle(nn.Module):
         super().__init__()
         self.model, self.pool, self.shape = model, pool, shape
 
-    def forward(self, held: list[Tensor], place_B: Tensor, prepared: Prepared | None) -> Outcome:
+    def forward(self, held: list[Tensor], place_B: Tensor, prepared: "Prepared | None") -> Outcome:
         with self.pool.holding(held):
             return cycle(self.model, self.pool, place_B, self.shape, prepared)
 
 
 def traced_cycle(
-    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None
+    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "Prepared | None"
 ) -> tuple[torch.fx.GraphModule, list[Tensor], list[str]]:
     """Run a cycle once; return its graph, the tensors to call it with, and the fields of `Outcome` that it returns."""
     module = _Cycle(model, pool, shape)
@@ -65,14 +68,14 @@ def _weights(module: _Cycle) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _inputs(module: _Cycle, place_B: Tensor, prepared: Prepared | None) -> list[Tensor]:
+def _inputs(module: _Cycle, place_B: Tensor, prepared: "Prepared | None") -> list[Tensor]:
     """Return the tensors that a traced cycle is called with."""
     weights = (each.detach() for each in _weights(module).values())
     return [*weights, *module.pool.tensors(), place_B, *(prepared or ())]
 
 
 def compiled_cycle(
-    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None
+    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "Prepared | None"
 ) -> Callable[[], Outcome]:
     """Compile a cycle, or load it if it was compiled before; return a function that runs it on the tensors that the
     arguments hold now. It runs once here.

@@ -4,7 +4,7 @@ Nothing in it waits for the device, and all shapes follow from `Shape`, so a GPU
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.model import Network
-from lepton.model.ideas.drafter import Prepared
 from lepton.model.ideas.idea import SIGNALS, Call
 from lepton.model.output import commit
 from lepton.model.timeline import Rounds
 from lepton.ops.choose import Noise, Sampling, choose
+
+if TYPE_CHECKING:
+    from lepton.model.ideas.drafter import Prepared
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Outcome(NamedTuple):
     """Ids of the most probable tokens, int64 [B, T, alternatives]."""
 
 
-def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: Prepared | None) -> Outcome:
+def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "Prepared | None") -> Outcome:
     """Run a cycle of the sequences in some places of the pool; `prepared` is the drafter, needed if it drafts."""
     held = pool.take(place_B, read_slots=not shape.opening, whole=shape.whole)
     tokens_BT = drafted(model, held.rows, shape.drafts, prepared)
@@ -94,7 +96,7 @@ def allowed_drafts(model: Network, phase_B: Tensor, drafts: int) -> Tensor:
     return torch.minimum(allowed_B, model.config.segment - 1 - phase_B)
 
 
-def drafted(model: Network, rows: Rows, drafts: int, prepared: Prepared | None) -> Tensor:
+def drafted(model: Network, rows: Rows, drafts: int, prepared: "Prepared | None") -> Tensor:
     """Return the newest token of each row and drafts of those after it, [B, T].
 
     The id that ends a document is never drafted (`Drafter.prepared`): no later token of a chunk may begin another one.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.errors import reason
 from lepton.model import Network, State
-from lepton.model.ideas.drafter import Prepared
 from lepton.ops.choose import CHOOSE, sampling_of
 from lepton.runtime.cuda_graphs import CudaGraphs
+
+if TYPE_CHECKING:
+    from lepton.model.ideas.drafter import Prepared
 
 TOGETHER = 32
 """On a GPU: rows that share a pass whether they open a segment or not."""
@@ -136,7 +138,7 @@ class Runner:
         """Take in the present weights."""
         self._is_old = True
 
-    def prepared(self, drafts: int) -> Prepared | None:
+    def prepared(self, drafts: int) -> "Prepared | None":
         """Return the drafter for a cycle, of the weights at the last `refresh`; None if it drafts nothing."""
         if not drafts:
             return None
@@ -154,7 +156,7 @@ class Runner:
         self._is_old = False
         return self._prepared
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self) -> "Prepared":
         model = self.model
         prepared: Prepared = model.idea("drafter").prepared(model.embed, model.dtype, model.config.eos_id)
         return prepared

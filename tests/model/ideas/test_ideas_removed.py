@@ -47,12 +47,13 @@ assert len(list(ablate(model, lambda **options: model(tokens, **options).logits.
 # The libraries are loaded once, before the process divides: that takes longer than all else.
 PROCESS = """
 import os, sys, traceback
-import numpy, platformdirs, safetensors.torch, tokenizers, torch._dynamo, tqdm
+import numpy, platformdirs, safetensors.torch, tokenizers, torch, torch._dynamo, tqdm
 code = sys.stdin.read()
 for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     if child := os.fork():
         os.waitpid(child, 0)
         continue
+    torch.set_num_threads(1)  # threads that wait for each other would not outlive the division
     os.chdir(folder)
     sys.path.insert(0, folder)
     result = "works"
