@@ -120,7 +120,7 @@ class Runner:
         self._places_before: list[int] = []
         self._made_for = self._fingerprint()
         self._said = False
-        self._compiled: set[Shape] = set()
+        self._compiled: dict[Shape, Callable[[], Outcome]] = {}
 
     def is_current(self) -> bool:
         """Whether the model's weights and ideas are those that it was made for."""
@@ -233,9 +233,15 @@ class Runner:
         return Running(outcome, [row_of[i] for i in range(len(order))], 1 + work.drafts)
 
     def _plain(self, places: list[int], shape: Shape) -> Outcome:
+        """Run a cycle without a CUDA graph: as `warm_up` has compiled it, else operator by operator."""
         shape = replace(shape, whole=places == list(range(self.pool.places)))
         place_B = torch.tensor(places, device=self._device)
-        return cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
+        prepared = self.prepared(shape.drafts)
+        compiled = self._compiled.get(replace(shape, rounds=self._bound(shape.opening, shape.rounds)))
+        if compiled is None:
+            return cycle(self.model, self.pool, place_B, shape, prepared)
+        self._place_B[: len(places)].copy_(place_B)
+        return compiled()
 
     def _captures(self, shape: Shape) -> bool:
         """Whether such a cycle can be captured: nothing in it may wait for the device."""
@@ -271,53 +277,64 @@ class Runner:
         """Return the bound of the rounds of thinking of a captured cycle: few different ones."""
         return bucket_of(rounds) if opening and rounds else 0
 
-    def _capture(self, shape: Shape, place_B: Tensor, *, compiled: bool = False) -> None:
+    def _capture(self, shape: Shape, place_B: Tensor) -> None:
         """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""
         place_B.fill_(self.places)
         self._places_before = []
-        prepared = self.prepared(shape.drafts)
-
-        def action() -> Outcome:
-            return cycle(self.model, self.pool, place_B, shape, prepared)
-
-        if compiled:
-            try:
-                action = compiled_cycle(self.model, self.pool, place_B, shape, prepared)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler can fail in many ways; the cycle works without it
-                warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=2)
+        action = self._compiled.get(shape) or self._action(shape, place_B)
         action()
         torch.cuda.synchronize(self._device)
         self._graphs.capture(shape, action)
+
+    def _action(self, shape: Shape, place_B: Tensor) -> Callable[[], Outcome]:
+        prepared = self.prepared(shape.drafts)
+        return lambda: cycle(self.model, self.pool, place_B, shape, prepared)
+
+    def _compile(self, shape: Shape, place_B: Tensor) -> None:
+        """Compile a cycle; it runs on places that nobody has."""
+        try:
+            compiled = compiled_cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler can fail in many ways, or be missing; the cycle works without it
+            warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=3)
+            compiled = self._action(shape, place_B)
+        self._compiled[shape] = compiled
 
     @torch.no_grad()
     def warm_up(
         self, rows: int, *, drafts: Iterable[int] | None = None, say: Callable[[str], None] | None = None
     ) -> None:
-        """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
+        """Compile the cycles of `rows` sequences, and on a GPU capture them: they run at full speed from the first on.
 
-        It takes up to a minute for each kind of cycle. What was compiled is kept on disk (`compiled_cache`), and a
-        later process loads it in seconds. On a CPU there is nothing to do.
+        It takes a minute or more for each kind of cycle. What was compiled is kept on disk (`compiled_cache`), and a
+        later process loads it in seconds. On a CPU it needs a C++ compiler, and serves cycles of exactly so many rows
+        at depth 1.
 
         Args:
             rows: sequences that run at once.
             drafts: numbers of drafts of the cycles; None: none, and as many as the drafter gives.
             say: is told what is compiled or loaded, before it is.
         """
+        on_gpu = self._device.type == "cuda"
         counts = sorted({0, self.drafts} if drafts is None else {*drafts})
         opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
         for count, opening in itertools.product(counts, opens):
-            apart = opening and rows > TOGETHER
-            bucket = self._bucket(1 if apart else rows, opening, count)
-            shape = Shape(bucket, count, opening, self._bound(opening, self.rounds))
-            if not self._captures(shape) or shape in self._compiled:
+            shape = Shape(rows, count, opening, self._bound(opening, self.rounds), whole=rows == self.pool.places)
+            if on_gpu:
+                apart = opening and rows > TOGETHER
+                shape = replace(shape, rows=self._bucket(1 if apart else rows, opening, count), whole=False)
+            if shape in self._compiled or (on_gpu and not self._captures(shape)):
                 continue
             if say is not None:
                 what = f"{count} drafts" if count else "plain decoding"
-                say(f"compiling or loading a cycle: {bucket} rows, {what}{', opening a segment' if opening else ''}")
-            self._capture(shape, self._place_B[:bucket], compiled=True)
-            self._compiled.add(shape)
+                opens_too = ", opening a segment" if opening else ""
+                say(f"compiling or loading a cycle: {shape.rows} rows, {what}{opens_too}")
+            place_B = self._place_B[: shape.rows]
+            place_B.copy_(torch.full_like(place_B, self.places) if on_gpu else torch.arange(shape.rows))
+            self._compile(shape, place_B)
+            if on_gpu:
+                self._capture(shape, place_B)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device
