@@ -85,13 +85,11 @@ def choose(
     Returns:
         Columns, int64 [A].
     """
-    if CHOOSE.works(logits_AV.device, logits_AV.dtype):
+    in_kernel = CHOOSE.works(logits_AV.device, logits_AV.dtype)
+    if cap is not None and not in_kernel:  # here a compiler joins it with what is before it
+        logits_AV, cap = soft_cap(_precise(logits_AV), cap), None
+    if in_kernel or logits_AV.device.type == "cpu":
         chosen: Tensor = _choose(logits_AV, *noise, *sampling, ids_V, cap)
-        return chosen
-    if cap is not None:
-        logits_AV = soft_cap(_precise(logits_AV), cap)
-    if logits_AV.device.type == "cpu":
-        chosen = _choose(logits_AV, *noise, *sampling, ids_V, None)
         return chosen
     return naive_choose(logits_AV, noise, sampling, ids_V)
 
