@@ -322,7 +322,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--peer_seconds", type=float, default=300, help="limit of each case of the peer (default: 300)")
     add("--profile", type=int, default=0, metavar="N", help="count kernels, and list the N that take longest")
     add("--stream", type=int, default=0, metavar="N", help="also decode one plain stream of N tokens")
-    add("--no_compile", action="store_true", help="capture cycles without compiling them")
+    add("--no_compile", action="store_true", help="run cycles without compiling them")
     add("--threads", type=int, help="CPU threads")
     add("--json", type=Path, help="write what was found to this file, too")
     add("--svg", type=Path, help="draw a chart into this file")

@@ -147,13 +147,14 @@ class Lepton(Network):
         depth: float | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """Compile on a GPU what generates for `batch_size` prompts at once, so that it runs at full speed from then on.
+        """Compile what generates for `batch_size` prompts at once, so that it runs at full speed from then on.
 
         Without it, generation needs no compiler and is several times slower. It takes a few minutes the first time.
         What was compiled is kept in the folder `cycles` of your cache folder ($LEPTON_CACHE names another), and a later
-        process loads it in seconds, with the same model size, GPU and versions; loading it runs what the folder holds.
-        `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them. It is
-        lost when the weights are replaced, not when they change in place.
+        process loads it in seconds, with the same model size, device and versions; loading it runs what the folder
+        holds. `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them.
+        It is lost when the weights are replaced, not when they change in place. On a CPU it needs a C++ compiler, such
+        as g++, and serves depth 1.
         """
         routed, drafts = checked_call(self, 1, depth, None).routed, None if speculative else [0]
         with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:

@@ -301,7 +301,7 @@ def test_the_chart_is_valid_xml_with_a_bar_for_each_value():
 
 def run(tmp_path: Path, *words: str) -> None:
     save_tiny(tmp_path / "tiny.pt", size="nano")
-    flags = ["--checkpoint", tmp_path / "tiny.pt", "--data_dir", data_folder(tmp_path / "data")]
+    flags = ["--checkpoint", tmp_path / "tiny.pt", "--data_dir", data_folder(tmp_path / "data"), "--no_compile"]
     files = ["--json", tmp_path / "found.json", "--svg", tmp_path / "chart.svg"]
     generate_speed.main([*map(str, [*flags, *files]), "--new_tokens", "3", "--rounds", "2", *words])
 

@@ -7,8 +7,8 @@ process (`compiled_cache`).
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lepton.engine.cycle import Outcome, Shape, cycle
 from lepton.engine.pool import Pool
 from lepton.model import Network
 from lepton.ops.choose import CHOOSE
+from lepton.ops.few_rows import FORMS
 from lepton.ops.few_writes import FEW_WRITES
 from lepton.ops.products import PRODUCTS
 from lepton.ops.ring_attention import RING_ATTENTION
@@ -43,9 +44,17 @@ class _Cycle(nn.Module):
 
 
 def traced_cycle(
-    model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "Prepared | None"
+    model: Network,
+    pool: Pool,
+    place_B: Tensor,
+    shape: Shape,
+    prepared: "Prepared | None",
+    forms: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> tuple[torch.fx.GraphModule, list[Tensor], list[str]]:
-    """Run a cycle once; return its graph, the tensors to call it with, and the fields of `Outcome` that it returns."""
+    """Run a cycle once; return its graph, the tensors to call it with, and the fields of `Outcome` that it returns.
+
+    `forms` are what the graph has in place of some operators.
+    """
     module = _Cycle(model, pool, shape)
     named, held = _weights(module), pool.tensors()
     fields: list[str] = []
@@ -61,7 +70,7 @@ def traced_cycle(
         return list(found.values())
 
     tensors = _inputs(module, place_B, prepared)
-    return make_fx(function)(*tensors), tensors, fields
+    return make_fx(function, decomposition_table=forms)(*tensors), tensors, fields
 
 
 def _weights(module: _Cycle) -> dict[str, Tensor]:
@@ -93,7 +102,8 @@ def compiled_cycle(
         with contextlib.suppress(Exception):  # it may have been made where other kernels work: then it is made anew
             run()
             return run
-    graph, tensors, fields = traced_cycle(model, pool, place_B, shape, prepared)
+    forms = FORMS if model.device.type == "cpu" else None
+    graph, tensors, fields = traced_cycle(model, pool, place_B, shape, prepared, forms)
     compiled = torch._inductor.standalone_compile(graph, [*tensors], dynamic_shapes="from_example_inputs", aot=True)
     # The key does not tell the values of tensors that are no inputs, and not what went wrong with a kernel.
     whole = not any(node.op == "get_attr" for node in graph.graph.nodes)

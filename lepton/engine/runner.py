@@ -123,7 +123,7 @@ class Runner:
         self._place_B = torch.zeros(2 * bucket_of(places), dtype=torch.int64, device=self._device)
         self._places_before: list[int] = []
         self._made_for = self._fingerprint()
-        self._compiled: set[Shape] = set()
+        self._compiled: dict[Shape, Callable[[], Outcome]] = {}
 
     def is_current(self) -> bool:
         """Whether the model's weights and ideas are those that it was made for."""
@@ -236,9 +236,15 @@ class Runner:
         return Running(outcome, [row_of[i] for i in range(len(order))], 1 + work.drafts)
 
     def _plain(self, places: list[int], shape: Shape) -> Outcome:
+        """Run a cycle without a CUDA graph: as `warm_up` has compiled it, else operator by operator."""
         shape = replace(shape, whole=places == list(range(self.pool.places)))
         place_B = torch.tensor(places, device=self._device)
-        return cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
+        prepared = self.prepared(shape.drafts)
+        compiled = self._compiled.get(replace(shape, rounds=self._bound(shape.opening, shape.rounds)))
+        if compiled is None:
+            return cycle(self.model, self.pool, place_B, shape, prepared)
+        self._place_B[: len(places)].copy_(place_B)
+        return compiled()
 
     @property
     def _captures(self) -> bool:
@@ -271,25 +277,29 @@ class Runner:
         """Return the bound of the rounds of thinking of a captured cycle: few different ones."""
         return bucket_of(rounds) if opening and rounds else 0
 
-    def _capture(self, shape: Shape, place_B: Tensor, *, compiled: bool = False) -> None:
+    def _capture(self, shape: Shape, place_B: Tensor) -> None:
         """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""
         place_B.fill_(self.places)
         self._places_before = []
-        prepared = self.prepared(shape.drafts)
-
-        def action() -> Outcome:
-            return cycle(self.model, self.pool, place_B, shape, prepared)
-
-        if compiled:
-            try:
-                action = compiled_cycle(self.model, self.pool, place_B, shape, prepared)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # a compiler can fail in many ways; the cycle works without it
-                warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=2)
+        action = self._compiled.get(shape) or self._action(shape, place_B)
         action()
         torch.cuda.synchronize(self._device)
         self._graphs.capture(shape, action)
+
+    def _action(self, shape: Shape, place_B: Tensor) -> Callable[[], Outcome]:
+        prepared = self.prepared(shape.drafts)
+        return lambda: cycle(self.model, self.pool, place_B, shape, prepared)
+
+    def _compile(self, shape: Shape, place_B: Tensor) -> None:
+        """Compile a cycle; it runs on places that nobody has."""
+        try:
+            compiled = compiled_cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler can fail in many ways, or be missing; the cycle works without it
+            warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=3)
+            compiled = self._action(shape, place_B)
+        self._compiled[shape] = compiled
 
     @torch.no_grad()
     def warm_up(
@@ -300,10 +310,11 @@ class Runner:
         routed: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        """Compile and capture the cycles of `rows` sequences, so that they run at full speed from the first on.
+        """Compile the cycles of `rows` sequences, and on a GPU capture them: they run at full speed from the first on.
 
-        It takes up to a minute for each kind of cycle. What was compiled is kept on disk (`compiled_cache`), and a
-        later process loads it in seconds. On a CPU there is nothing to do.
+        It takes a minute or more for each kind of cycle. What was compiled is kept on disk (`compiled_cache`), and a
+        later process loads it in seconds. On a CPU it needs a C++ compiler, and serves cycles of exactly so many rows
+        at depth 1.
 
         Args:
             rows: sequences that run at once.
@@ -311,20 +322,27 @@ class Runner:
             routed: whether tokens may skip the deep blocks, at a depth below 1.
             say: is told what is compiled or loaded, before it is.
         """
+        on_gpu = self._device.type == "cuda"
         counts = sorted({0, self.drafts} if drafts is None else {*drafts})
         opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
         for count, opening in itertools.product(counts, opens):
-            apart = opening and rows > TOGETHER
-            bucket = self._bucket(1 if apart else rows, opening, count)
-            shape = Shape(bucket, count, opening, self._bound(opening, self.rounds), routed, static=True)
-            if not self._captures or shape in self._compiled:
+            shape = Shape(rows, count, opening, self._bound(opening, self.rounds), routed)
+            if on_gpu:
+                apart = opening and rows > TOGETHER
+                shape = replace(shape, rows=self._bucket(1 if apart else rows, opening, count), static=True)
+            else:
+                shape = replace(shape, whole=rows == self.pool.places)
+            if shape in self._compiled or (not self._captures if on_gpu else routed):
                 continue
             if say is not None:
                 what = f"{count} drafts" if count else "plain decoding"
                 more = f"{', opening a segment' if opening else ''}{', depth below 1' if routed else ''}"
-                say(f"compiling or loading a cycle: {bucket} rows, {what}{more}")
-            self._capture(shape, self._place_B[:bucket], compiled=True)
-            self._compiled.add(shape)
+                say(f"compiling or loading a cycle: {shape.rows} rows, {what}{more}")
+            place_B = self._place_B[: shape.rows]
+            place_B.copy_(torch.full_like(place_B, self.places) if on_gpu else torch.arange(shape.rows))
+            self._compile(shape, place_B)
+            if on_gpu:
+                self._capture(shape, place_B)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device

@@ -85,13 +85,12 @@ def choose(
     Returns:
         Columns, int64 [A].
     """
-    if CHOOSE.works(logits_AV.device, logits_AV.dtype):
-        chosen: Tensor = _choose_in_kernel(logits_AV, *noise, *sampling, ids_V, cap)
+    in_kernel = CHOOSE.works(logits_AV.device, logits_AV.dtype)
+    if cap is not None and not in_kernel:  # here a compiler joins it with what is before it
+        logits_AV, cap = soft_cap(_precise(logits_AV), cap), None
+    if in_kernel or logits_AV.device.type == "cpu":
+        chosen: Tensor = _choose(logits_AV, *noise, *sampling, ids_V, cap)
         return chosen
-    if cap is not None:
-        logits_AV = soft_cap(_precise(logits_AV), cap)
-    if logits_AV.device.type == "cpu":
-        return cpu_choose(logits_AV, noise, sampling, ids_V)
     return naive_choose(logits_AV, noise, sampling, ids_V)
 
 
@@ -213,7 +212,7 @@ def kept_columns(logits_V: Tensor, weights_V: Tensor, top_p: float, top_k: int) 
     return columns_M[: max(1, int(missing_M.sum()))]
 
 
-# The kernel.
+# The operator: a kernel on a GPU, `cpu_choose` on a CPU. A trace of a cycle holds it as a whole.
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
@@ -227,8 +226,8 @@ def _trial(device: torch.device, dtype: torch.dtype) -> None:
 CHOOSE = Kernel("choosing tokens", (torch.float32, torch.bfloat16, torch.float16), _trial)
 
 
-@torch.library.custom_op("lepton::choose", mutates_args=())
-def _choose_in_kernel(
+@torch.library.custom_op("lepton::choose", mutates_args=(), device_types="cuda")
+def _choose(
     logits_AV: Tensor,
     stream_A2: Tensor,
     index_A: Tensor,
@@ -243,6 +242,17 @@ def _choose_in_kernel(
     return fused_choose(logits_AV, stream_A2, index_A, temperature_A, top_p_A, top_k_A, ids_V, cap)
 
 
-@_choose_in_kernel.register_fake
+def _on_cpu(logits_AV: Tensor, stream_A2: Tensor, index_A: Tensor, *more: Any) -> Tensor:
+    *sampling, ids_V, cap = more
+    logits_AV = logits_AV if cap is None else soft_cap(_precise(logits_AV), cap)
+    return cpu_choose(logits_AV, Noise(stream_A2, index_A), Sampling(*sampling), ids_V)
+
+
+# Not `_choose.register_kernel`: the first call of what that registers loads the compiler, which takes a second.
+_CPU = torch.library.Library("lepton", "FRAGMENT")
+_CPU.impl("choose", _on_cpu, "CPU")
+
+
+@_choose.register_fake
 def _(logits_AV: Tensor, stream_A2: Tensor, index_A: Tensor, *_: Any) -> Tensor:
     return logits_AV.new_empty(len(logits_AV), dtype=torch.int64)

@@ -103,10 +103,49 @@ def test_what_any_sequence_wants_is_computed():
     assert not wanted_shape([sequence()]).scored
 
 
-def test_warming_up_a_cpu_does_nothing():
+def test_a_cpu_runs_what_was_compiled(monkeypatch):
+    """For as many rows as it was compiled for; fewer run operator by operator, with the same text."""
+    model, said, made, ran = lively("complete"), [], [], []
+    prompts = [PROMPT, PROMPT * 2]
+    expected = model.generate(prompts, 24, temperature=0)
+
+    def compiled(model, pool, place_B, shape, *more):
+        def run():
+            ran.append(shape)
+            return cycle(model, pool, place_B, shape, *more)
+
+        made.append(shape)
+        return run
+
+    monkeypatch.setattr(runners, "compiled_cycle", compiled)
+    model.warm_up(2, say=said.append)
+    assert len(said) == len(made) == 4
+    model.warm_up(2, say=said.append)
+    assert len(said) == 4, "it is done once"
+    assert model.generate(prompts, 24, temperature=0) == expected
+    assert {shape.opening for shape in ran} == {False, True}
+    before = len(ran)
+    assert model.generate(PROMPT, 12, temperature=0) == lively("complete").generate(PROMPT, 12, temperature=0)
+    assert len(ran) == before
+
+
+def test_without_a_compiler_a_cpu_goes_on(monkeypatch):
+    model = lively("complete")
+    expected = model.generate(PROMPT, 12, temperature=0)
+
+    def compiled(*_):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(runners, "compiled_cycle", compiled)
+    with pytest.warns(UserWarning, match="cannot be compiled .*no working C"):
+        model.warm_up()
+    assert model.generate(PROMPT, 12, temperature=0) == expected
+
+
+def test_warming_up_says_what_it_cannot_do():
     said = []
     lively("complete").warm_up(1, depth=0.5, say=said.append)
-    assert said == []
+    assert said == [], "a CPU compiles nothing for a depth below 1"
     with pytest.raises(InputError, match="no router"):
         lively("dense").warm_up(1, depth=0.5)
 

@@ -295,7 +295,7 @@ def test_the_operator_keeps_its_word_to_the_compiler(device):
     noise, sampling = noise_of(4, device=device), sampling_of(SETTINGS[:4], device)
     logits = torch.randn(4, 64, device=device)
     for ids in (None, torch.arange(64, device=device)):
-        torch.library.opcheck(module._choose_in_kernel, (logits, *noise, *sampling, ids, 5.0))
+        torch.library.opcheck(module._choose, (logits, *noise, *sampling, ids, 5.0))
 
 
 @pytest.mark.parametrize("device", GPU)
