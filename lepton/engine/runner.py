@@ -1,33 +1,25 @@
 """The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
 
-import itertools
-import warnings
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lepton.engine.compiled import compiled_cycle
-from lepton.engine.cycle import Outcome, Shape, choices, cycle
+from lepton.engine.cycle import Outcome, Shape, choices
+from lepton.engine.cycles import TOGETHER, Cycles
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.engine.prefill import read_prompts
-from lepton.engine.scheduler import ENOUGH, Launch, Prefill
+from lepton.engine.prepared_drafter import PreparedDrafter
+from lepton.engine.scheduler import Launch, Prefill
 from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
-from lepton.errors import reason
 from lepton.model import Network, State
-from lepton.ops.choose import CHOOSE, sampling_of
-from lepton.runtime.cuda_graphs import CudaGraphs
+from lepton.ops.choose import sampling_of
 
-if TYPE_CHECKING:
-    from lepton.model.ideas.drafter import Prepared
-
-TOGETHER = 32
-"""On a GPU: rows that share a pass whether they open a segment or not."""
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
 
@@ -110,20 +102,15 @@ class Runner:
         self.speculation, self.routed_speculation = (
             Speculation((0, self.drafts) if self.drafts else (0,)) for _ in range(2)
         )
-        self._prepared: Prepared | None = None
-        self._prepared_of: list[tuple[int, float]] = []
-        self._is_old = True
+        self.drafter = PreparedDrafter(model)
         window = model.config.window
         self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
         on_gpu = self._device.type == "cuda"
         self.together = TOGETHER if on_gpu else None
         """Rows that share a pass whether they open a segment or not."""
         self.pool = Pool(model, places + on_gpu, self._longest or (window or 0) + self.drafts)
-        self._graphs = CudaGraphs(self._device)
-        self._place_B = torch.zeros(2 * bucket_of(places), dtype=torch.int64, device=self._device)
-        self._places_before: list[int] = []
+        self._cycles = Cycles(model, self.pool, places, self.drafter)
         self._made_for = self._fingerprint()
-        self._compiled: dict[Shape, Callable[[], Outcome]] = {}
 
     def is_current(self) -> bool:
         """Whether the model's weights and ideas are those that it was made for."""
@@ -136,48 +123,7 @@ class Runner:
 
     def refresh(self) -> None:
         """Take in the present weights."""
-        self._is_old = True
-
-    def prepared(self, drafts: int) -> "Prepared | None":
-        """Return the drafter for a cycle, of the weights at the last `refresh`; None if it drafts nothing."""
-        if not drafts:
-            return None
-        if self._prepared is None:
-            self._prepared = self._prepare()
-            self._prepared_of = self._look_of_drafter() if self._device.type == "cpu" else []
-        elif self._is_old and self._device.type == "cuda":
-            # To look at the weights would wait for the device; to replay this costs little.
-            if "drafter" not in self._graphs:
-                self._graphs.capture("drafter", self._prepare_again)
-            self._graphs.replay("drafter")
-        elif self._is_old and self._prepared_of != (look := self._look_of_drafter()):
-            self._prepare_again()
-            self._prepared_of = look
-        self._is_old = False
-        return self._prepared
-
-    def _prepare(self) -> "Prepared":
-        model = self.model
-        prepared: Prepared = model.idea("drafter").prepared(model.embed, model.dtype, model.config.eos_id)
-        return prepared
-
-    def _prepare_again(self) -> None:
-        assert self._prepared is not None
-        for own, value in zip(self._prepared, self._prepare(), strict=True):
-            own.copy_(value)
-
-    def _look_of_drafter(self) -> list[tuple[int, float]]:
-        """What tells the present weights that drafts depend on from others, on a CPU: versions, and sums of samples,
-        since fused optimizers leave versions as they are."""
-        drafter = self.model.idea("drafter")
-        sources = [*drafter.parameters(), *drafter.buffers(), self.model.embed.weight]
-        return [
-            (
-                0 if each.is_inference() else each._version,
-                float(each.detach().flatten()[:: each.numel() // 1000 + 1].sum()),
-            )
-            for each in sources
-        ]
+        self.drafter.refresh()
 
     def _fingerprint(self) -> tuple[object, ...]:
         """Where the weights lie, and what else a captured pass depends on."""
@@ -231,77 +177,10 @@ class Runner:
             rounds=work.rounds if work.opening else 0,
             routed=work.routed,
         )
-        outcome = self._captured(places, shape) if self._captures else self._plain(places, shape)
+        outcome = self._cycles.run(places, shape)
         row_of = {i: row for row, i in enumerate(order)}
         return Running(outcome, [row_of[i] for i in range(len(order))], 1 + work.drafts)
 
-    def _plain(self, places: list[int], shape: Shape) -> Outcome:
-        """Run a cycle without a CUDA graph: as `warm_up` has compiled it, else operator by operator."""
-        shape = replace(shape, whole=places == list(range(self.pool.places)))
-        place_B = torch.tensor(places, device=self._device)
-        prepared = self.prepared(shape.drafts)
-        compiled = self._compiled.get(replace(shape, rounds=self._bound(shape.opening, shape.rounds)))
-        if compiled is None:
-            return cycle(self.model, self.pool, place_B, shape, prepared)
-        self._place_B[: len(places)].copy_(place_B)
-        return compiled()
-
-    @property
-    def _captures(self) -> bool:
-        """Whether cycles can be captured: nothing in one may wait for the device."""
-        on_gpu = self._device.type == "cuda" and CHOOSE.works(self._device, torch.float32)
-        return on_gpu and self.model.dtype != torch.float64
-
-    def _captured(self, places: list[int], shape: Shape) -> Outcome:
-        """Run a cycle as a CUDA graph. Rows are padded to a power of two with those of a place that nobody has."""
-        rows = self._bucket(len(places), shape.opening, shape.drafts)
-        shape = replace(shape, rows=rows, rounds=self._bound(shape.opening, shape.rounds), static=True)
-        place_B = self._place_B[:rows]
-        self.prepared(shape.drafts)
-        if shape not in self._graphs:
-            self._capture(shape, place_B)
-        padded = places + [self.places] * (rows - len(places))
-        if self._places_before != padded:
-            place_B.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
-            self._places_before = padded
-        return cast(Outcome, self._graphs.replay(shape))
-
-    def _bucket(self, rows: int, opening: bool, drafts: int) -> int:
-        """Return the number of rows that a captured cycle has. Openings apart have a least number of their own: those
-        that open, or with drafts those that may."""
-        apart = opening and self.places > TOGETHER
-        return max(bucket_of(rows), bucket_of(self.places) // (4 if drafts else ENOUGH) if apart else 1)
-
-    @staticmethod
-    def _bound(opening: bool, rounds: int) -> int:
-        """Return the bound of the rounds of thinking of a captured cycle: few different ones."""
-        return bucket_of(rounds) if opening and rounds else 0
-
-    def _capture(self, shape: Shape, place_B: Tensor) -> None:
-        """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""
-        place_B.fill_(self.places)
-        self._places_before = []
-        action = self._compiled.get(shape) or self._action(shape, place_B)
-        action()
-        torch.cuda.synchronize(self._device)
-        self._graphs.capture(shape, action)
-
-    def _action(self, shape: Shape, place_B: Tensor) -> Callable[[], Outcome]:
-        prepared = self.prepared(shape.drafts)
-        return lambda: cycle(self.model, self.pool, place_B, shape, prepared)
-
-    def _compile(self, shape: Shape, place_B: Tensor) -> None:
-        """Compile a cycle; it runs on places that nobody has."""
-        try:
-            compiled = compiled_cycle(self.model, self.pool, place_B, shape, self.prepared(shape.drafts))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler can fail in many ways, or be missing; the cycle works without it
-            warnings.warn(f"generation runs slower: its cycle cannot be compiled ({reason(error)})", stacklevel=3)
-            compiled = self._action(shape, place_B)
-        self._compiled[shape] = compiled
-
-    @torch.no_grad()
     def warm_up(
         self,
         rows: int,
@@ -322,27 +201,8 @@ class Runner:
             routed: whether tokens may skip the deep blocks, at a depth below 1.
             say: is told what is compiled or loaded, before it is.
         """
-        on_gpu = self._device.type == "cuda"
-        counts = sorted({0, self.drafts} if drafts is None else {*drafts})
-        opens = [False, True] if any(idea.opens for idea in self.model.ideas.values()) else [False]
-        for count, opening in itertools.product(counts, opens):
-            shape = Shape(rows, count, opening, self._bound(opening, self.rounds), routed)
-            if on_gpu:
-                apart = opening and rows > TOGETHER
-                shape = replace(shape, rows=self._bucket(1 if apart else rows, opening, count), static=True)
-            else:
-                shape = replace(shape, whole=rows == self.pool.places)
-            if shape in self._compiled or (not self._captures if on_gpu else routed):
-                continue
-            if say is not None:
-                what = f"{count} drafts" if count else "plain decoding"
-                more = f"{', opening a segment' if opening else ''}{', depth below 1' if routed else ''}"
-                say(f"compiling or loading a cycle: {shape.rows} rows, {what}{more}")
-            place_B = self._place_B[: shape.rows]
-            place_B.copy_(torch.full_like(place_B, self.places) if on_gpu else torch.arange(shape.rows))
-            self._compile(shape, place_B)
-            if on_gpu:
-                self._capture(shape, place_B)
+        counts = {0, self.drafts} if drafts is None else {*drafts}
+        self._cycles.warm_up(rows, counts, self.rounds, routed=routed, say=say)
 
     def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
         device = self._device

@@ -44,13 +44,13 @@ def test_a_cycle_traces_whole(variant, drafts, opening, routed, forms):
     shape = Shape(3, drafts, opening, 2 if opening else 0, routed, True, variant != "dense", scored=True, logprobs=2)
     with torch.no_grad():
         before = [value.clone() for value in pool.tensors()]
-        graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner.prepared(drafts), forms)
+        graph, tensors, fields = traced_cycle(model, pool, place_B, shape, runner.drafter.get(drafts), forms)
         assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "all tensors are inputs"
         for other in (0, 1):  # the second time from the state after the first
             start = [value.clone() for value in (before if other == 0 else pool.tensors())]
             for value, old in zip(pool.tensors(), start, strict=True):
                 value.copy_(old)
-            expected = cycle(model, pool, place_B, shape, runner.prepared(drafts))
+            expected = cycle(model, pool, place_B, shape, runner.drafter.get(drafts))
             after = [value.clone() for value in pool.tensors()]
             for value, old in zip(pool.tensors(), start, strict=True):
                 value.copy_(old)

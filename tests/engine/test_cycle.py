@@ -36,7 +36,7 @@ def test_the_end_of_a_document_is_never_drafted(temperature):
         assert model.drafter.ids[0] == model.config.eos_id
         runner = started(model, temperature=temperature)
         rows = runner.pool.take(torch.arange(4), read_slots=True, whole=True).rows
-        tokens_BT = drafted(model, rows, 4, runner.prepared(4))
+        tokens_BT = drafted(model, rows, 4, runner.drafter.get(4))
     assert tokens_BT.shape == (4, 5)
     assert torch.equal(tokens_BT[:, 0], rows.token_B)
     assert not (tokens_BT[:, 1:] == model.config.eos_id).any()
@@ -52,7 +52,7 @@ def test_an_outcome_is_what_the_model_says():
     opening = any(int(state.phase_B) == 0 for state in states)
     shape = Shape(4, 2, opening, 2, uncertainty=True, scored=True, logprobs=3, whole=True)
     with torch.no_grad():
-        outcome = cycle(model, runner.pool, places, shape, runner.prepared(2))
+        outcome = cycle(model, runner.pool, places, shape, runner.drafter.get(2))
         for row, state in enumerate(states):
             out = model(token_B[row : row + 1, None], state)
             log_p = out.logits[0, 0].log_softmax(-1)

@@ -161,6 +161,7 @@ def test_many_rows_on_a_gpu_are_what_they_are_alone(on_gpu):
         assert sequences[number].new == alone(on_cpu, number)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.gpu
 def test_cycles_do_not_wait_for_the_device_and_keep_no_memory(on_gpu):
     engine = Engine(Runner(on_gpu, 4, 100))

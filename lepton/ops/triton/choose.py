@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lepton.ops.cross_entropy import soft_cap
 from lepton.ops.triton.products import EARLY_ROWS, starts_early
 
 RESIDENT = 8192
@@ -195,7 +196,7 @@ def _mass_of_top(
 def _parts(
     logits_ptr, stride, stream_ptr, index_ptr, temperature_ptr, top_p_ptr, top_k_ptr, ids_ptr,
     found_ptr, columns_ptr, noise_ptr,
-    columns: tl.constexpr, PARTS: tl.constexpr, CAP: tl.constexpr, OWN_IDS: tl.constexpr, KEPT: tl.constexpr,
+    columns: tl.constexpr, PARTS: tl.constexpr, OWN_IDS: tl.constexpr, KEPT: tl.constexpr,
     BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The greatest logit of a part of a row, and a draw from it."""
@@ -206,7 +207,7 @@ def _parts(
     found_ptr += row * 3 * PARTS + part
     columns_ptr += row * 2 * PARTS + part
     first = part * BLOCK
-    column, logit = _read(logits_ptr + row * stride, first, columns, CAP, BLOCK)
+    column, logit = _read(logits_ptr + row * stride, first, columns, None, BLOCK)
     highest, top = _best(logit, first, columns)
     tl.store(found_ptr, highest)
     tl.store(columns_ptr, top)
@@ -310,6 +311,8 @@ def fused_choose(
     if not rows:
         return chosen_A
     parts = triton.cdiv(columns, PART) if columns > RESIDENT else 0
+    if parts and cap is not None:
+        logits_AV, cap = soft_cap(logits_AV.float(), cap), None
     kept = parts > 0 and rows <= KEEPING_ROWS
     # Of each part: the greatest logit, mass, and score; the columns of the first and the last.
     found = logits_AV.new_empty(rows, 3, parts, dtype=torch.float32)
@@ -321,7 +324,7 @@ def fused_choose(
         found, places, noise_AV,
     )  # fmt: skip
     early = rows <= EARLY_ROWS and starts_early(logits_AV.device)
-    flags = {"columns": columns, "PARTS": parts, "CAP": cap, "OWN_IDS": ids_V is not None, "KEPT": kept, "EARLY": early}
+    flags = {"columns": columns, "PARTS": parts, "OWN_IDS": ids_V is not None, "KEPT": kept, "EARLY": early}
     if early:
         flags["launch_pdl"] = True
     with torch.cuda.device_of(logits_AV):  # Triton launches on the current device
@@ -329,7 +332,7 @@ def fused_choose(
             _parts[(rows, parts)](*given, BLOCK=PART, num_warps=max(1, PART // COLUMNS_A_WARP), **flags)
         block = RESIDENT if parts else triton.next_power_of_2(columns)
         _choose[(rows,)](
-            *given, chosen_A, BLOCK=block, PARTS_BLOCK=triton.next_power_of_2(max(parts, 1)),
+            *given, chosen_A, CAP=cap, BLOCK=block, PARTS_BLOCK=triton.next_power_of_2(max(parts, 1)),
             num_warps=min(max(block // COLUMNS_A_WARP, 1), 32), **flags,
         )  # fmt: skip
     return chosen_A
