@@ -153,8 +153,10 @@ class Lepton(Network):
         What was compiled is kept in the folder `cycles` of your cache folder ($LEPTON_CACHE names another), and a later
         process loads it in seconds, with the same model size, device and versions; loading it runs what the folder
         holds. `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them.
-        It is lost when the weights are replaced, not when they change in place. On a CPU it needs a C++ compiler, such
-        as g++, and serves depth 1.
+        It is lost when the weights are replaced, not when they change in place, and of no use to a model without a
+        window. Hooks that are added later are not called. On a CPU it needs a C++ compiler, such as g++, and serves
+        depth 1; a later process is fast only while Inductor's own cache (TORCHINDUCTOR_CACHE_DIR) is there, too. If
+        other programs keep the cores busy, set OMP_WAIT_POLICY=passive.
         """
         routed, drafts = checked_call(self, 1, depth, None).routed, None if speculative else [0]
         with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:

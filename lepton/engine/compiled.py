@@ -2,11 +2,10 @@
 
 The cycle is traced to one graph of operators, whose inputs are all tensors that it reads or writes: weights, pool,
 places. Inductor compiles that graph. TorchDynamo is not used: there is no Python left to understand in a trace, and the
-result is called with the same tensors each time, so there are no guards to check. It is kept on disk for the next
-process (`compiled_cache`).
+result is called with the same tensors each time, so there are no guards to check. What Inductor made is kept on disk
+for the next process (`compiled_cache`).
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +98,13 @@ def compiled_cycle(
     found = None if key is None else compiled_cache.load(key)
     if found is not None:
         run = runner(*found)
-        with contextlib.suppress(Exception):  # it may have been made where other kernels work: then it is made anew
+        try:
             run()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # it may have been made where other kernels work: then it is made anew
+            pass
+        else:
             return run
     forms = FORMS if model.device.type == "cpu" else None
     graph, tensors, fields = traced_cycle(model, pool, place_B, shape, prepared, forms)

@@ -1,8 +1,9 @@
 """Compiled cycles on disk, so that a later process neither traces nor compiles them again.
 
-A file holds what Inductor made of one graph: the code between the large kernels, and its Triton kernels as binaries. It
-is found by a hash of all that the graph depends on; see `key_of`. To read one unpickles it: as with Inductor's own
-cache, who can write to the folder can run code as the user.
+A file holds what Inductor made of one graph: the code between the large kernels, and its Triton kernels as binaries.
+C++ kernels are in it as source; their binaries lie in Inductor's own cache, or are built again. A file is found by a
+hash of all that the graph depends on; see `key_of`. To read one unpickles it: as with Inductor's own cache, who can
+write to the folder can run code as the user.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def key_of(model: Network, tensors: Sequence[Tensor], constants: object) -> str 
     Equal names mean equal graphs. The name is a hash of this package's source, the versions of libraries, the device,
     PyTorch's settings, the configuration and other plain attributes of all modules of the model, and dtype, shape,
     strides, alignment and shared memory of the tensors. It cannot say what modules from elsewhere do, or hooks, or
-    source that has changed since the process began.
+    methods that were replaced, or source that has changed since the process began.
 
     Args:
         model: what is traced.
@@ -52,7 +53,10 @@ def key_of(model: Network, tensors: Sequence[Tensor], constants: object) -> str 
     """
     modules = list(model.named_modules())
     foreign = any(type(each).__module__.split(".")[0] not in ("lepton", "torch") for _, each in modules)
-    hooked = any(each._forward_hooks or each._forward_pre_hooks for _, each in modules)
+    hooked = bool(nn.modules.module._has_any_global_hook()) or any(
+        each._forward_hooks or each._forward_pre_hooks or any(callable(value) for value in vars(each).values())
+        for _, each in modules
+    )
     source = source_hash(Path(lepton.__file__).parent, _STARTED)
     if foreign or hooked or source is None:
         return None
@@ -130,8 +134,8 @@ def load(key: str) -> tuple[Any, Callable[..., Any]] | None:
     """Return what `save` was given, the graph as a function; None if there is nothing, or it cannot be used."""
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    path = _path(key)
     try:
+        path = _path(key)
         if not path.exists():
             return None
         content = read_bytes(path, "compiled cycle", MOST_BYTES)
@@ -149,14 +153,17 @@ def load(key: str) -> tuple[Any, Callable[..., Any]] | None:
 
 def save(key: str, note: object, graph: Any) -> None:
     """Keep a graph that `torch._inductor.standalone_compile` made with ``aot=True``, and a note beside it."""
-    path = _path(key)
     try:
         packed = pickle.dumps((note, graph.serialize()))
+        if len(packed) >= MOST_BYTES:
+            raise ValueError(f"it has {len(packed):,} bytes")
+        path = _path(key)
         with replacing(path) as unfinished:
             unfinished.write_bytes(hashlib.sha256(packed).digest() + packed)
     except Exception as error:  # a full disk, another process, a graph that Inductor cannot pack: all but time is there
         text = f"the compiled cycle is not kept, so warming up will take as long again ({reason(error)})"
         warnings.warn(text, stacklevel=2)
+        return
     with contextlib.suppress(OSError):  # another process may delete them as well
         by_age = sorted(path.parent.glob("*.cycle"), key=lambda each: each.stat().st_mtime)
         for old in by_age[:-MOST_FILES]:

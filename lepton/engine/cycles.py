@@ -35,6 +35,11 @@ class Cycles:
         self._places_before: list[int] = []
         self._compiled: dict[Shape, Callable[[], Outcome]] = {}
 
+    @property
+    def are_compiled(self) -> bool:
+        """Whether some of them were compiled."""
+        return bool(self._compiled)
+
     def run(self, places: list[int], shape: Shape) -> Outcome:
         """Run the cycle of the sequences in some places, which rise."""
         return self._captured(places, shape) if self._captures else self._plain(places, shape)
@@ -131,12 +136,16 @@ class Cycles:
                 whole = not on_gpu and rows == self._pool.places
                 bound = self._bound(opening, rounds)
                 shape = Shape(bucket, count, opening, bound, routed, static=on_gpu, whole=whole)
-                if shape in self._compiled or (not self._captures if on_gpu else routed):
+                if shape in self._compiled:
                     continue
+                can = self._captures if on_gpu else not routed
                 if say is not None:
                     what = f"{count} drafts" if count else "plain decoding"
                     more = f"{', opening a segment' if opening else ''}{', depth below 1' if routed else ''}"
-                    say(f"compiling or loading a cycle: {bucket} rows, {what}{more}")
+                    does = "compiling or loading" if can else "not compiled here:"
+                    say(f"{does} a cycle: {bucket} rows, {what}{more}")
+                if not can:
+                    continue
                 place_B = self._place_B[:bucket]
                 place_B.copy_(torch.full_like(place_B, self._places) if on_gpu else torch.arange(bucket))
                 self._compile(shape, place_B)

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lepton.model import Network
 from lepton.runtime.cuda_graphs import CudaGraphs
 
@@ -41,6 +43,7 @@ class PreparedDrafter:
         self._is_old = False
         return self._prepared
 
+    @torch.inference_mode(False)
     def _prepare(self) -> "Prepared":
         model = self._model
         prepared: Prepared = model.idea("drafter").prepared(model.embed, model.dtype, model.config.eos_id)
@@ -59,7 +62,7 @@ class PreparedDrafter:
         return [
             (
                 0 if each.is_inference() else each._version,
-                float(each.detach().flatten()[:: each.numel() // 1000 + 1].sum()),
+                float(each.detach().flatten()[:: each.numel() // 1000 + 1].sum(dtype=torch.float64)),
             )
             for each in sources
         ]

@@ -91,6 +91,7 @@ class Running:
 class Runner:
     """A model with a pool of `places` sequences. What it computes for a sequence depends on no other."""
 
+    @torch.inference_mode(False)  # its tensors outlive the call, which may be in inference mode
     def __init__(self, model: Network, places: int, longest: int) -> None:
         """Allocate a pool for `places` sequences; where the model has no window, of at most `longest` tokens."""
         self.model, self.places = model, places
@@ -121,6 +122,11 @@ class Runner:
         room = self._longest is None or longest + 1 + self.drafts <= self._longest
         return places <= self.places and room and self.is_current()
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether cycles of it were compiled, which takes long."""
+        return self._cycles.are_compiled
+
     def refresh(self) -> None:
         """Take in the present weights."""
         self.drafter.refresh()
@@ -132,7 +138,7 @@ class Runner:
             model.dtype,
             model.left_out,
             id(model.idea("drafter")),
-            *(each.data_ptr() for each in model.parameters()),
+            *(each.data_ptr() for each in [*model.parameters(), *model.buffers()]),
         )
 
     @torch.no_grad()

@@ -11,7 +11,8 @@ _LOCK = threading.Lock()
 MOST_KEPT = 4
 """Free runners that a model keeps."""
 MOST_BYTES = 1 << 30
-"""Bytes of a pool that a model keeps on a CPU, where a new one costs little. On a GPU graphs are worth any pool."""
+"""Bytes of a pool that a model keeps on a CPU, where a new one costs little. Graphs, and compiled cycles, are worth any
+pool."""
 
 
 class Lease:
@@ -27,7 +28,7 @@ class Lease:
         with _LOCK:
             free[:] = [each for each in free if each.is_current()]
             fitting = [each for each in free if each.fits(self._places, self._longest)]
-            found = min(fitting, key=lambda each: each.places, default=None)
+            found = min(fitting, key=lambda each: (each.places, not each.is_warm), default=None)
             if found is not None:
                 free.remove(found)
         places = bucket_of(self._places) if model.device.type == "cuda" else self._places
@@ -39,11 +40,13 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         runner, free = self.runner, _free(self._model)
-        small = self._model.device.type == "cuda" or runner.pool.nbytes <= MOST_BYTES
+        cheap = self._model.device.type == "cpu" and not runner.is_warm
+        small = not cheap or runner.pool.nbytes <= MOST_BYTES
         if small and (kind is None or issubclass(kind, GeneratorExit)):
             with _LOCK:
                 free.append(runner)
-                del free[:-MOST_KEPT]
+                if len(free) > MOST_KEPT:  # the oldest, of those that are not warm if there are any
+                    free.remove(min(free, key=lambda each: each.is_warm))
 
 
 class Runners(list[Runner]):

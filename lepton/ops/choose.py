@@ -216,11 +216,14 @@ def kept_columns(logits_V: Tensor, weights_V: Tensor, top_p: float, top_k: int) 
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> None:
-    from lepton.ops.triton.choose import fused_choose
+    from lepton.ops.triton.choose import RESIDENT, fused_choose
 
     stream_A2 = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    logits_AV = torch.zeros(1, 16, dtype=dtype, device=device)
-    fused_choose(logits_AV, stream_A2, stream_A2[:, 0], *sampling_of([(1.0, 0.5, 2)], device), None, None)
+    sampling = sampling_of([(1.0, 0.5, 2)], device)
+    for columns, cap in ((16, 5.0), (RESIDENT + 1, None)):  # both forms
+        ids_V = None if cap is None else torch.arange(columns, device=device)
+        logits_AV = torch.zeros(1, columns, dtype=dtype, device=device)
+        fused_choose(logits_AV, stream_A2, stream_A2[:, 0], *sampling, ids_V, cap)
 
 
 CHOOSE = Kernel("choosing tokens", (torch.float32, torch.bfloat16, torch.float16), _trial)

@@ -47,7 +47,7 @@ class Kernel:
     @property
     def sound(self) -> bool:
         """Whether no trial has failed so far."""
-        return all(self._results.values())
+        return all([*self._results.values()])  # a copy: another thread may add to it
 
     def try_out(self, device: torch.device, dtype: torch.dtype, *sizes: int) -> bool:
         """Run the trial on (device, dtype, *sizes); return whether it succeeds, and warn if it does not."""

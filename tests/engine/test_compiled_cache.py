@@ -141,6 +141,9 @@ def test_what_the_key_cannot_tell_is_not_kept():
     assert key(model) is None
     handle.remove()
     assert key(model) is not None
+    model.embed.forward = model.embed.forward
+    assert key(model) is None
+    del model.embed.forward
     model.peek.project = type("Other", (nn.Module,), {"__module__": "elsewhere"})()
     assert key(model) is None
 

@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 
-from lepton.engine import runners
+from lepton.engine import cycles, runners
+from lepton.engine.cycle import cycle
 from lepton.engine.runners import Lease
-from tests.generate.models import PROMPT, lively
+from tests.generate.models import PROMPT, always_drafting, lively
 
 
 def test_a_runner_serves_one_at_a_time_and_is_used_again():
@@ -80,3 +81,28 @@ def test_few_runners_are_kept_and_none_of_old_weights(monkeypatch):
     with Lease(model, 2, 10):
         pass
     assert model._runners == [lease.runner], "a large pool is given back"
+
+
+def test_what_was_compiled_is_kept(monkeypatch):
+    """However large its pool is, and however many other runners are made."""
+    monkeypatch.setattr(runners, "MOST_BYTES", 0)
+    monkeypatch.setattr(cycles, "compiled_cycle", lambda *given: lambda: cycle(*given))
+    model = lively("complete")
+    model.warm_up(1)
+    (warm,) = runners._free(model)
+    monkeypatch.setattr(runners, "MOST_BYTES", 1 << 40)
+    for rows in range(2, 8):
+        model.generate([[5, 6, 7]] * rows, max_new_tokens=2, temperature=0)
+    assert warm in runners._free(model)
+    assert len(runners._free(model)) == runners.MOST_KEPT
+    with Lease(model, 1, 10) as lease:
+        assert lease.runner is warm
+
+
+def test_inference_mode_may_come_and_go():
+    model, options = lively("complete"), {"max_new_tokens": 8, "temperature": 0}
+    expected = lively("complete").generate(PROMPT, **options)
+    with always_drafting():
+        for mode in (True, False, True):
+            with torch.inference_mode(mode):
+                assert model.generate(PROMPT, **options) == expected

@@ -158,6 +158,7 @@ class Drafter(Idea):
         """Return the cell for decoding in `dtype`, which never proposes the id `never`.
 
         In its place another token stands a second time, with the same logit and noise: the first or the last one.
+        It is proposed only if there is no other.
         """
         place_Z = torch.arange(self.vocab_size, device=self.ids.device)
         never_Z = self.ids == never
