@@ -155,7 +155,7 @@ class Runner:
             past = joined_past([each.past for each in sequences])
             prompts = [each.prompt for each in sequences]
             read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think)
-            place_B = torch.tensor([work.slots[i] for i in indices], device=self._device)
+            place_B = torch.tensor([work.places[i] for i in indices], device=self._device)
             rows = self._rows(sequences, read.hidden_BD)
             shape = replace(wanted_shape(sequences), rows=len(sequences))
             signals = read.signals_B3[:, None] if shape.uncertainty else None
@@ -173,8 +173,8 @@ class Runner:
     @torch.no_grad()
     def launch(self, work: Launch) -> Running:
         """Start a cycle."""
-        order = sorted(range(len(work.slots)), key=work.slots.__getitem__)
-        places = [work.slots[i] for i in order]
+        order = sorted(range(len(work.places)), key=work.places.__getitem__)
+        places = [work.places[i] for i in order]
         shape = replace(
             wanted_shape(work.sequences),
             rows=len(places),

@@ -1,4 +1,4 @@
-"""Which sequences have a slot of the pool, and which of them share the next pass.
+"""Which sequences have a place of the pool, and which of them share the next pass.
 
 The host launches a cycle before it has read the one before, so it plans with what it knows: of a cycle that is not read
 yet, it knows how many tokens it had, not how many were accepted. The scheduler computes nothing itself; plain integers
@@ -24,8 +24,8 @@ class Prefill:
     """Sequences whose prompts are read; each gets its first new token from its prompt's last one."""
 
     sequences: list[Sequence]
-    slots: list[int]
-    """Of each sequence. It stays here when the sequence has given its slot back."""
+    places: list[int]
+    """Of each sequence. It stays here when the sequence has given its place back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class Launch:
     """Running sequences that share one pass. Each reads its newest token and `drafts` drafts."""
 
     sequences: list[Sequence]
-    slots: list[int]
-    """Of each sequence. It stays here when the sequence has given its slot back."""
+    places: list[int]
+    """Of each sequence. It stays here when the sequence has given its place back."""
     routed: bool
     """Whether tokens may skip the deep blocks; each sequence then has a depth of its own."""
     rounds: int
@@ -45,7 +45,7 @@ class Launch:
 
 
 class Scheduler:
-    """First come, first served: a free slot admits the first sequence that waits, and it keeps the slot until it ends.
+    """First come, first served: a free place admits the first sequence that waits, and it keeps it until it ends.
 
     Once the outcome of a prefill or a launch is known, `finish` must be called, in the order in which they ran. Any
     number of them may be launched in between.
@@ -53,7 +53,7 @@ class Scheduler:
 
     def __init__(
         self,
-        slots: int,
+        places: int,
         segment: int,
         *,
         rounds: int = 0,
@@ -63,17 +63,17 @@ class Scheduler:
         """Make a scheduler without sequences.
 
         Args:
-            slots: rows of the pool, numbered from 0.
+            places: rows of the pool, numbered from 0.
             segment: tokens of a segment.
             rounds: rounds of thinking of a sequence that asks for no number.
             drafts: how many tokens to draft in a pass of so many rows, routed or not; asked once for each launch.
             together: largest number of rows that share a pass whether they may open a segment or not; None: no limit.
                 Of more rows, those that may open one have passes of their own: an opening costs every row of its pass.
         """
-        assert slots > 0, "no slots"
+        assert places > 0, "no places"
         assert segment > 0, "an empty segment"
         self._segment, self._rounds, self._drafts, self._together = segment, rounds, drafts, together
-        self._free = list(range(slots))  # a heap: the pool is used from its start
+        self._free = list(range(places))  # a heap: the pool is used from its start
         self._waiting: OrderedDict[Sequence, None] = OrderedDict()
         self._running: dict[Sequence, None] = {}
         self._held: dict[Sequence, int] = {}
@@ -81,17 +81,17 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a slot."""
+        """Sequences that wait for a place."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
+        """Sequences that hold a place."""
         return len(self._running)
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Those that wait or hold a slot."""
+        """Those that wait or hold a place."""
         return [*self._waiting, *self._running]
 
     def add(self, sequence: Sequence) -> None:
@@ -107,9 +107,9 @@ class Scheduler:
         self._free_ended(sequence)
 
     def admit(self) -> Prefill:
-        """Give the free slots to what waits."""
+        """Give the free places to what waits."""
         admitted = [self._admit() for _ in range(min(len(self._free), len(self._waiting)))]
-        return Prefill(admitted, _slots(admitted))
+        return Prefill(admitted, _places(admitted))
 
     def launches(self) -> list[Launch]:
         """Group all that runs: depths below 1 share passes, apart from those of depth 1."""
@@ -136,7 +136,7 @@ class Scheduler:
         return [others] if others else []
 
     def finish(self, sequences: Iterable[Sequence], ids: Iterable[list[int]]) -> list[list[int]]:
-        """Take in the outcome of a prefill or a launch, or a part of it; free the slots of those that have ended.
+        """Take in the outcome of a prefill or a launch, or a part of it; free the places of those that have ended.
 
         Args:
             sequences: those that it is about. It is the oldest of theirs whose outcome is not known yet.
@@ -157,7 +157,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence:
         sequence, _ = self._waiting.popitem(last=False)
-        sequence.status, sequence.slot = "running", heapq.heappop(self._free)
+        sequence.status, sequence.place = "running", heapq.heappop(self._free)
         sequence.phase = phase_after_prompt(sequence, self._segment)
         sequence.unread.append(0)
         self._running[sequence] = None
@@ -171,20 +171,20 @@ class Scheduler:
         rounds = max(self._rounds if think is None else think for think in thinks)
         for sequence in sequences:
             sequence.unread.append(1 + drafts)
-        return Launch(sequences, _slots(sequences), routed, rounds, opening, drafts)
+        return Launch(sequences, _places(sequences), routed, rounds, opening, drafts)
 
     def _free_ended(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence that has ended and is in no pass whose outcome is not known yet."""
-        if sequence.slot is not None and sequence.ended and not sequence.unread:
-            heapq.heappush(self._free, sequence.slot)
-            sequence.slot = None
+        """Free the place of a sequence that has ended and is in no pass whose outcome is not known yet."""
+        if sequence.place is not None and sequence.ended and not sequence.unread:
+            heapq.heappush(self._free, sequence.place)
+            sequence.place = None
             del self._running[sequence]
 
 
-def _slots(sequences: list[Sequence]) -> list[int]:
-    slots = [each.slot for each in sequences if each.slot is not None]
-    assert len(slots) == len(sequences), "a sequence without a slot"
-    return slots
+def _places(sequences: list[Sequence]) -> list[int]:
+    places = [each.place for each in sequences if each.place is not None]
+    assert len(places) == len(sequences), "a sequence without a place"
+    return places
 
 
 def phase_after_prompt(sequence: Sequence, segment: int) -> int:

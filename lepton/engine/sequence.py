@@ -14,7 +14,7 @@ Reason: TypeAlias = Literal["length", "stop", "end_of_document", "cancelled"]
 
 
 class Sequence:
-    """One prompt and its new tokens. The scheduler gives it a slot and tracks its phase; `take` ends it.
+    """One prompt and its new tokens. The scheduler gives it a place and tracks its phase; `take` ends it.
 
     The phase of a token is the number of tokens since a segment opened, modulo the tokens of a segment: a token of
     phase 0 opens one.
@@ -57,7 +57,7 @@ class Sequence:
         self.status: Status = "waiting"
         self.reason: Reason | None = None
         """Why it ended."""
-        self.slot: int | None = None
+        self.place: int | None = None
         """Its row of the pool, from its prefill until the passes that it is in have been read."""
         self.phase = 0
         """Phase of the next token that a pass reads, as of the newest pass whose outcome is known."""

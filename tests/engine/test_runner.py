@@ -47,11 +47,11 @@ def test_results_come_in_the_order_of_the_sequences():
     """Places may be in any order."""
     model = lively("complete")
     runner, sequences = Runner(model, 4, 100), [sequence(prompt, temperature=0) for prompt in BATCH]
-    slots = [2, 0, 3, 1]
+    places = [2, 0, 3, 1]
     first = {}
-    for indices, running in runner.prefill(Prefill(sequences, slots)):
+    for indices, running in runner.prefill(Prefill(sequences, places)):
         first |= {i: result.tokens for i, result in zip(indices, running.read(), strict=True)}
-    work = Launch(sequences, slots, False, 2, True, 0)
+    work = Launch(sequences, places, False, 2, True, 0)
     results = runner.launch(work).read()
     for i, prompt in enumerate(BATCH):
         assert prompt + first[i] + results[i].tokens == model.generate(prompt, 2, temperature=0)

@@ -1,4 +1,4 @@
-"""The scheduler: slots, passes, and the phases that a token may have, against a device that is only numbers."""
+"""The scheduler: places, passes, and the phases that a token may have, against a device that is only numbers."""
 
 import random
 from collections import deque
@@ -64,14 +64,14 @@ def test_the_phase_after_a_prompt_is_that_of_the_model(prompt, past_phase):
     assert phase_after_prompt(sequence_of(prompt, past_phase=past_phase), 4) == expected
 
 
-def test_the_first_that_waits_get_the_free_slots():
+def test_the_first_that_waits_get_the_free_places():
     scheduler, sequences = Scheduler(2, 8), [sequence_of(most=1) for _ in range(5)]
     for sequence in sequences:
         scheduler.add(sequence)
     plan = schedule(scheduler)
-    assert (plan.prefill.sequences, plan.prefill.slots, plan.launches) == (sequences[:2], [0, 1], [])
+    assert (plan.prefill.sequences, plan.prefill.places, plan.launches) == (sequences[:2], [0, 1], [])
     assert [each.status for each in sequences] == ["running"] * 2 + ["waiting"] * 3
-    assert schedule(scheduler).prefill.sequences == [], "a slot is free when its passes have been read"
+    assert schedule(scheduler).prefill.sequences == [], "a place is free when its passes have been read"
     assert scheduler.finish(plan.prefill.sequences, [[3], [4]]) == [[3], [4]]
     assert (scheduler.waiting, scheduler.running) == (3, 0)
     assert schedule(scheduler).prefill.sequences == sequences[2:4]
@@ -86,7 +86,7 @@ def test_depths_below_1_share_a_pass():
     full, some = schedule(scheduler).launches
     assert (full.sequences, full.routed, full.rounds, full.drafts) == ([sequences[i] for i in (0, 2, 3)], False, 7, 30)
     assert (some.sequences, some.routed, some.rounds, some.drafts) == ([sequences[i] for i in (1, 4)], True, 2, 21)
-    assert full.slots == [0, 2, 3]
+    assert full.places == [0, 2, 3]
     for sequence in (sequences[0], sequences[3]):
         scheduler.cancel(sequence)
     scheduler.cancel(sequences[1])
@@ -131,10 +131,10 @@ def test_cancelling():
     scheduler.cancel(running)
     scheduler.cancel(running)
     assert (waiting.status, running.status, scheduler.waiting) == ("cancelled", "cancelled", 1)
-    assert running.slot == 0, "passes that it is in have not been read"
+    assert running.place == 0, "passes that it is in have not been read"
     assert schedule(scheduler).launches == []
     finish(scheduler, plan, lambda _sequence: [3])
-    assert (running.slot, running.new) == (None, [])
+    assert (running.place, running.new) == (None, [])
     plan = schedule(scheduler)
     assert plan.prefill.sequences == [other]
     for _ in range(2):
@@ -146,12 +146,12 @@ def test_cancelling():
     assert other.new, "what it has stays"
 
 
-def test_one_that_is_in_no_pass_gives_its_slot_back_at_once():
+def test_one_that_is_in_no_pass_gives_its_place_back_at_once():
     scheduler = Scheduler(1, 8)
     scheduler.add(sequence := sequence_of())
     finish(scheduler, schedule(scheduler), lambda _sequence: [3])
     scheduler.cancel(sequence)
-    assert sequence.slot is None
+    assert sequence.place is None
     assert scheduler.running == 0
 
 
@@ -162,16 +162,16 @@ class Device:
         self.random, self.segment = random.Random(seed), segment
         self.text, self.given, self.phase, self.owner = {}, {}, {}, {}
 
-    def prefill(self, sequence, slot):
+    def prefill(self, sequence, place):
         text = random.Random(sequence.stream[0])
         self.text[sequence] = [text.choices((EOS, 1, 2, 3), (1, 10, 10, 10))[0] for _ in range(300)]
         self.given[sequence], self.phase[sequence] = 1, phase_after_prompt(sequence, self.segment)
-        self.owner[slot] = sequence
+        self.owner[place] = sequence
         return self.text[sequence][:1]
 
-    def run(self, sequence, slot, launch):
+    def run(self, sequence, place, launch):
         """Return the new tokens of a row. Half of those whose text ended compute nothing."""
-        assert self.owner[slot] is sequence, "a slot that others have now"
+        assert self.owner[place] is sequence, "a place that others have now"
         phase, given = self.phase[sequence], self.given[sequence]
         if EOS in self.text[sequence][:given] and sequence.stream[0] % 2:
             return []
@@ -187,41 +187,41 @@ def wanted(sequence, text):
     return fresh.take(text), fresh.reason
 
 
-@pytest.mark.parametrize(("slots", "ahead", "segment"), [(1, 1, 8), (3, 1, 8), (5, 2, 4), (7, 0, 64), (4, 3, 1)])
-def test_a_thousand_requests_with_cancels(slots, ahead, segment):
-    stream = random.Random(slots)
-    scheduler = Scheduler(slots, segment, rounds=2, drafts=lambda *_: stream.choice((0, 2, 4)))
-    device, unread = Device(slots, segment), deque()
+@pytest.mark.parametrize(("places", "ahead", "segment"), [(1, 1, 8), (3, 1, 8), (5, 2, 4), (7, 0, 64), (4, 3, 1)])
+def test_a_thousand_requests_with_cancels(places, ahead, segment):
+    stream = random.Random(places)
+    scheduler = Scheduler(places, segment, rounds=2, drafts=lambda *_: stream.choice((0, 2, 4)))
+    device, unread = Device(places, segment), deque()
     sequences = [
         Sequence(
             [stream.choice((EOS, 1, 2)) for _ in range(stream.randint(1, 3))],
             GenerationOptions(max_new_tokens=stream.randint(0, 25), depth=stream.choice((None, 1, 0.5))),
             stops=[[EOS], [1, 1, 2]],
-            stream=(i, slots),
+            stream=(i, places),
             past_phase=stream.randrange(segment),
         )
         for i in range(1000)
     ]
     arriving, admitted = deque(sequences), []
     while arriving or scheduler.waiting or scheduler.running:
-        for _ in range(min(len(arriving), stream.randint(0, 2 * slots))):
+        for _ in range(min(len(arriving), stream.randint(0, 2 * places))):
             scheduler.add(arriving.popleft())
         added = sequences[: 1000 - len(arriving)]
-        running = {each for each in added if each.slot is not None}
+        running = {each for each in added if each.place is not None}
         if running and stream.random() < 0.1:
             scheduler.cancel(stream.choice(stream.choice((added, [each for each in added if each in running]))))
-            running = {each for each in running if each.slot is not None}
+            running = {each for each in running if each.place is not None}
         plan = schedule(scheduler)
         admitted += plan.prefill.sequences
         running.update(plan.prefill.sequences)
-        assert len(running) <= slots
-        assert scheduler.waiting == 0 or len(running) == slots, "a free slot admits"
+        assert len(running) <= places
+        assert scheduler.waiting == 0 or len(running) == places, "a free place admits"
         in_passes = [each for launch in plan.launches for each in launch.sequences]
         assert len(in_passes) == len(set(in_passes)), "one pass a cycle"
         assert {each for each in running if not each.exhausted} <= set(in_passes), "all that run are in every cycle"
-        outcomes = [[device.prefill(*pair) for pair in zip(plan.prefill.sequences, plan.prefill.slots, strict=True)]]
+        outcomes = [[device.prefill(*pair) for pair in zip(plan.prefill.sequences, plan.prefill.places, strict=True)]]
         for launch in plan.launches:
-            rows = zip(launch.sequences, launch.slots, strict=True)
+            rows = zip(launch.sequences, launch.places, strict=True)
             outcomes.append([device.run(*row, launch) for row in rows])
         unread.append((plan, outcomes))
         if len(unread) > ahead:
@@ -231,7 +231,7 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
     assert admitted == [each for each in sequences if each in device.text], "first come, first served"
     for sequence in sequences:
         assert sequence.ended
-        assert sequence.slot is None
+        assert sequence.place is None
         if sequence.status == "done":
             assert (sequence.new, sequence.reason) == wanted(sequence, device.text[sequence])
         else:
@@ -239,9 +239,9 @@ def test_a_thousand_requests_with_cancels(slots, ahead, segment):
     reached = {(each.reason, each in device.text) for each in sequences}
     ways = {(reason, True) for reason in ("length", "stop", "end_of_document", "cancelled")}
     assert reached == {*ways, ("cancelled", False)}, "every way to end occurred"
-    for _ in range(slots + 1):
+    for _ in range(places + 1):
         scheduler.add(sequence_of())
-    assert schedule(scheduler).prefill.slots == list(range(slots)), "each slot was freed once"
+    assert schedule(scheduler).prefill.places == list(range(places)), "each place was freed once"
 
 
 def test_a_pass_says_that_it_may_open_a_segment_only_if_it_may():

@@ -171,12 +171,12 @@ def test_the_state_is_that_of_a_model_that_never_drafted(variant):
         while not engine.idle:
             engine.step()
             for row, sequence in enumerate(sequences):
-                if sequence.slot is None:
+                if sequence.place is None:
                     continue
                 for token in sequence.new[read[row] : -1]:
                     plain[row] = model.trunk(torch.tensor([[token]]), plain[row]).state
                 read[row] = max(0, len(sequence.new) - 1)
-                assert_states(plain[row], runner.pool.read(sequence.slot, model), f"row {row}")
+                assert_states(plain[row], runner.pool.read(sequence.place, model), f"row {row}")
         return engine.stats
 
     with torch.no_grad():
