@@ -150,8 +150,8 @@ class Lepton(Network):
         """Compile what generates for `batch_size` prompts at once, so that it runs at full speed from then on.
 
         Without it, generation needs no compiler and is several times slower. It takes a few minutes the first time.
-        What was compiled is kept in the folder `cycles` of your cache folder ($LEPTON_CACHE names another), and a later
-        process loads it in seconds, with the same model size, device and versions; loading it runs what the folder
+        What was compiled is kept in the folder `cycles` of your cache folder; $LEPTON_CACHE names another. A later
+        process loads it in seconds, with the same model size, device and versions. To load it runs what the folder
         holds. `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them.
         It is lost when the weights are replaced, not when they change in place, and of no use to a model without a
         window. Hooks that are added later are not called. On a CPU it needs a C++ compiler, such as g++, and serves

@@ -41,10 +41,10 @@ _STARTED = time.time()
 def key_of(model: Network, tensors: Sequence[Tensor], constants: object) -> str | None:
     """Return the name under which a graph is kept; None: it cannot be.
 
-    Equal names mean equal graphs. The name is a hash of this package's source, the versions of libraries, the device,
-    PyTorch's settings, the configuration and other plain attributes of all modules of the model, and dtype, shape,
-    strides, alignment and shared memory of the tensors. It cannot say what modules from elsewhere do, or hooks, or
-    methods that were replaced, or source that has changed since the process began.
+    Equal names mean equal graphs. The name is a hash of this package's source, of the versions of libraries, of the
+    device and PyTorch's settings. It also holds the configuration and other plain attributes of all modules, and how
+    the tensors lie in memory: dtype, shape, strides, alignment, and which share it. It cannot say what modules from
+    elsewhere do, or hooks, or methods that were replaced, or source that has changed since the process began.
 
     Args:
         model: what is traced.

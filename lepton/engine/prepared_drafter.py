@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from lepton.model import Network
-from lepton.runtime.cuda_graphs import CudaGraphs
 
 if TYPE_CHECKING:
     from lepton.model.ideas.drafter import Prepared
@@ -15,11 +14,10 @@ class PreparedDrafter:
     """The drafter of a model, with tables that stay where they are."""
 
     def __init__(self, model: Network) -> None:
-        self._model, self._device = model, model.device
+        self._model, self._on_cpu = model, model.device.type == "cpu"
         self._prepared: Prepared | None = None
         self._prepared_of: list[tuple[int, float]] = []
         self._is_old = True
-        self._graphs = CudaGraphs(self._device)
 
     def refresh(self) -> None:
         """Take in the present weights, when they are needed."""
@@ -31,12 +29,9 @@ class PreparedDrafter:
             return None
         if self._prepared is None:
             self._prepared = self._prepare()
-            self._prepared_of = self._look_of_drafter() if self._device.type == "cpu" else []
-        elif self._is_old and self._device.type == "cuda":
-            # To look at the weights would wait for the device; to replay this costs little.
-            if "drafter" not in self._graphs:
-                self._graphs.capture("drafter", self._prepare_again)
-            self._graphs.replay("drafter")
+            self._prepared_of = self._look_of_drafter() if self._on_cpu else []
+        elif self._is_old and not self._on_cpu:  # to look at the weights would wait for the device
+            self._prepare_again()
         elif self._is_old and self._prepared_of != (look := self._look_of_drafter()):
             self._prepare_again()
             self._prepared_of = look

@@ -18,8 +18,6 @@ from lepton.ops.kernels import HALF, Kernel
 
 MOST_ROWS = 128
 """With more rows PyTorch's products are faster, and the launches between them cost little."""
-
-
 NORMING_ROWS = 8
 """Most rows whose residual the kernel norms: each of its programs reads it whole."""
 
