@@ -109,6 +109,9 @@ class LeptonConfig:
     """Base of the rotary positions: their wavelengths lie between 2 pi and 2 pi times it."""
     segment: int = 64
     """Tokens of a segment, the unit in which ideas open and close something."""
+    shifted_keys: bool = False
+    """Whether every second block takes the position-free half of a token's key from the token before it: one layer then
+    finds what followed an earlier occurrence of the present token (Jordan et al., 2025: modded-nanogpt)."""
     slot_bias: bool = True
     """Whether the last coordinate of each head carries the bias of slots' attention scores, rather than a number of
     the token's own."""
@@ -145,6 +148,16 @@ class LeptonConfig:
     def dense(self) -> bool:
         """Whether the model is a plain transformer, without any idea."""
         return not self.ideas
+
+    @property
+    def remembered(self) -> int | None:
+        """Tokens before a chunk whose keys and values are kept: the window of its first token, and with `shifted_keys`
+        one more. None: all of the document."""
+        return None if self.window is None else self.window - 1 + self.shifted_keys
+
+    def shifts_keys(self, layer: int) -> bool:
+        """Return whether block `layer`, counted from 0 with the stem's, has shifted keys."""
+        return self.shifted_keys and layer % 2 == 1
 
     def idea(self, name: str) -> Any:
         """Return the configuration of the idea called `name`; None: the model is without it."""

@@ -37,6 +37,7 @@ class Preset:
             head_dim=self.head_dim,
             ffn=self.ffn,
             embed_rank=self.embed_rank,
+            shifted_keys=True,
             ideas=tuple(idea.preset(self.name, self.width) for idea in ideas.values()),
         )
 
@@ -46,10 +47,10 @@ class Preset:
 #           name      M     purpose             width layers heads kv head  ffn  embedding
 _TABLE = (
     Preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800, 128),
-    Preset("micro",  25,   "quick experiments", 384,   6,    6,   2,  64,  1600, 256),
-    Preset("tiny",   112,  "development",       768,  12,   12,   4,  64,  2560),
-    Preset("small",  160,  "overnight runs",    896,  12,   14,   2,  64,  3840),
-    Preset("medium", 350,  "real training",    1152,  19,   18,   6,  64,  4864),
+    Preset("micro",  25,   "quick experiments", 384,   6,    3,   1, 128,  1600, 256),
+    Preset("tiny",   112,  "development",       768,  12,    6,   2, 128,  2560),
+    Preset("small",  160,  "overnight runs",    896,  12,    7,   1, 128,  3840),
+    Preset("medium", 350,  "real training",    1152,  19,    9,   3, 128,  4864),
     Preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6144),
     Preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8448),
     Preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10752),

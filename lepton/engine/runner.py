@@ -104,12 +104,12 @@ class Runner:
             Speculation((0, self.drafts) if self.drafts else (0,)) for _ in range(2)
         )
         self.drafter = PreparedDrafter(model)
-        window = model.config.window
-        self._longest = None if window is not None else bucket_of(longest + 1 + self.drafts)
+        remembered = model.config.remembered
+        self._longest = None if remembered is not None else bucket_of(longest + 1 + self.drafts)
         on_gpu = self._device.type == "cuda"
         self.together = TOGETHER if on_gpu else None
         """Rows that share a pass whether they open a segment or not."""
-        self.pool = Pool(model, places + on_gpu, self._longest or (window or 0) + self.drafts)
+        self.pool = Pool(model, places + on_gpu, self._longest or (remembered or 0) + 1 + self.drafts)
         self._cycles = Cycles(model, self.pool, places, self.drafter)
         self._made_for = self._fingerprint()
 

@@ -10,7 +10,7 @@ from lepton.model.layers import Linear, norm, products
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan
-from lepton.ops.heads import ending_in, rotate
+from lepton.ops.heads import ending_in, rotate, shifted
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,14 @@ class Attention(nn.Module):
 
     With `config.slot_bias` the last coordinate of each head adds the bias of slots to the scores: it is a constant in
     queries, the bias in keys of slots, 0 in keys of tokens. So every attention kernel can compute it, and its gradient.
+    A `shifted` layer attends to keys whose position-free half is that of the token before; caches hold the tokens' own.
     """
 
     declares = {"q.weight": MATRIX, "k.weight": MATRIX, "v.weight": MATRIX, "out.weight": ZERO_MATRIX}
 
-    def __init__(self, config: LeptonConfig) -> None:
+    def __init__(self, config: LeptonConfig, *, shifted: bool = False) -> None:
         super().__init__()
+        self.shifted = shifted
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.biased = config.slot_bias
         self.q = Linear(config.width, config.heads * config.head_dim)
@@ -125,6 +127,9 @@ class Attention(nn.Module):
         `q` are the queries [..., N, H] of these tokens, `k_BJKH` and `v_BJKH` keys and values of remembered
         tokens and chunk. `slots` may be their keys and values [B, C, K, H].
         """
+        if self.shifted:
+            assert plan.starts_BJ is not None, "the plan is of tokens of the chunk"
+            k_BJKH = shifted(k_BJKH, plan.starts_BJ)
         if isinstance(slots, Slots):  # without queries, slots need no keys
             slots = self.key_value(slots.states_BCD, None, slots.bias_BC) if len(q) else None
         return self.out(attend(q, k_BJKH, v_BJKH, plan, slots).flatten(-2))

@@ -53,9 +53,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream. Norms have no weights."""
 
-    def __init__(self, config: LeptonConfig, ffn: int | None = None) -> None:
+    def __init__(self, config: LeptonConfig, ffn: int | None = None, *, shifted: bool = False) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, shifted=shifted)
         self.mlp = MLP(config.width, ffn or config.ffn)
 
     def forward(
@@ -105,14 +105,15 @@ class Block(nn.Module):
         q, k, v = products(x_MD, [_weight(layer, x_MD) for layer in layers], normed=True, wanted_M=wanted_M)
         q, k, v = (each.unflatten(0, (-1, length)) for each in (q, k, v))
         ring = Ring(past.keys, past.values, past.place_B, past.position_B, wanted_BT)
-        window = past.window or past.keys.shape[1] - length + 1
+        window = past.window or past.keys.shape[1] - length
         extra = None
         if slots is not None and past.slots is not None:
             extra = Extra(*past.slots, past.place_B, slots.mask_BTC)
         elif slots is not None:
             keys_values = attention.key_value(slots.states_BCD, None, slots.bias_BC)
             extra = Extra(*keys_values, torch.arange(len(x_BTD), device=x_MD.device), slots.mask_BTC)
-        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, window=window, biased=attention.biased)
+        options = {"window": window, "biased": attention.biased, "shifted": attention.shifted}
+        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, **options)
         (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD, wanted_M=wanted_M)
         return few_mlp(x_MD, mlp.up, mlp.down, wanted_M).view_as(x_BTD), k, v
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, shown
-from lepton.model.kv_cache import KVCache, entries_after
+from lepton.model.kv_cache import KVCache
 from lepton.model.modules import Modules
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State, flatten, of_parts, rebuild
@@ -92,7 +92,7 @@ def state_bytes(model: Modules, length: int) -> int:
     with on_meta_device():
         state = fresh_state(Modules(model.config).to(model.dtype), 1)
     caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
-    entries = entries_after(model.config.window, length)
+    entries = length if model.config.remembered is None else model.config.remembered
     grown = sum((entries - each.shape[2]) * each.shape[1] * each.shape[3:].numel() * each.itemsize for each in caches)
     return state.nbytes + grown
 

@@ -25,7 +25,7 @@ class KVCache:
         config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool
     ) -> "KVCache":
         """Return the cache of `rows` sequences that have read nothing; without `allocate`, R is 0."""
-        entries = entries_after(config.window, 0) if allocate else 0
+        entries = (config.remembered or 0) if allocate else 0
         nothing = torch.zeros(rows, layers, entries, config.kv_heads, config.head_dim, dtype=dtype, device=device)
         return KVCache(nothing, nothing)
 
@@ -38,20 +38,17 @@ class KVCache:
         """Return keys and values [B, R, K, H] of one layer."""
         return self.keys_BLRKH[:, index], self.values_BLRKH[:, index]
 
-    def after(self, chunk: Sequence[KeysValues], count_B: Tensor, timeline: Timeline, window: int | None) -> "KVCache":
+    def after(
+        self, chunk: Sequence[KeysValues], count_B: Tensor, timeline: Timeline, remembered: int | None
+    ) -> "KVCache":
         """Return the cache after the first `count_B` tokens of a chunk with keys and values `chunk` in each layer."""
         position_B = timeline.position_after(count_B)
-        entries = entries_after(window, int(position_B.max()) if window is None else 0)
+        entries = int(position_B.max()) if remembered is None else remembered
         keys, values = (torch.stack(each, 1) for each in zip(*chunk, strict=True))
         return KVCache(
             _advance(self.keys_BLRKH, keys, count_B, position_B, entries),
             _advance(self.values_BLRKH, values, count_B, position_B, entries),
         )
-
-
-def entries_after(window: int | None, position: int) -> int:
-    """Return the entries per layer at a position: `window` - 1, or without a window one per token of the document."""
-    return position if window is None else window - 1
 
 
 def _advance(past: Tensor, chunk_BLTKH: Tensor, count_B: Tensor, position_B: Tensor, entries: int) -> Tensor:

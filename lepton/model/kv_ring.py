@@ -114,7 +114,7 @@ class KVRing:
         own = self.keys[index], self.values[index]
         return RingLayer(*own, self.place_B, self.position_B, slots, self.whole, self.window)
 
-    def after(self, chunk: object, count_B: Tensor, timeline: Timeline, window: int | None) -> "KVRing":
+    def after(self, chunk: object, count_B: Tensor, timeline: Timeline, remembered: int | None) -> "KVRing":
         """Return itself: the pass has written the chunk, and the position of the state says what of it counts."""
         return self
 
@@ -158,7 +158,8 @@ class RingWindow(CausalWindow):
         reach_BT = position_BT if window is None else position_BT.clamp(max=window - 1)
         mask_BTR = (distance_BTR >= 0) & (distance_BTR <= reach_BT[..., None])
         masks = ((slice(0, length), slice(0, columns), mask_BTR),)
-        return RingWindow(position_BT, columns - length, window, dtype, None, masks)
+        starts_BR = position_BT[:, -1:] == before_BR
+        return RingWindow(position_BT, columns - length, window, dtype, None, masks, starts_BR)
 
     def mask_of(self, query_BQ: Tensor) -> Tensor:
         ((_, _, mask_BTR),) = self.masks

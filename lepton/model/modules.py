@@ -44,14 +44,17 @@ class Modules(Host):
         rank = config.embed_rank or config.width
         self.embed = nn.Embedding(config.padded_vocab_size, rank)
         self.embed_up = Linear(rank, config.width) if config.embed_rank else nn.Identity()
-        self.stem = nn.ModuleList(Block(config) for _ in range(config.stem_layers))
+        self.stem = nn.ModuleList(self._blocks(0, config.stem_layers))
         self._build(reads_top=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers - config.stem_layers))
+        self.blocks = nn.ModuleList(self._blocks(config.stem_layers, config.layers))
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
         self._build(reads_top=True)
         losses = [*COMMON_LOSSES, *(name for idea in self.ideas.values() for name in idea.loss_weights)]
         assert len(losses) == len({*losses}), f"two losses have one name: {losses}"
         initialise(self)
+
+    def _blocks(self, first: int, end: int) -> Iterator[Block]:
+        return (Block(self.config, shifted=self.config.shifts_keys(layer)) for layer in range(first, end))
 
     def _build(self, *, reads_top: bool) -> None:
         for idea in self.config.ideas:

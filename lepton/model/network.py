@@ -157,7 +157,7 @@ class Network(Modules):
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
-        chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.window, Origin(self))
+        chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.remembered, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(
             hidden=norm(x_BTD),

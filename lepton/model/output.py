@@ -30,7 +30,8 @@ class Chunk:
     """The same in each deep block."""
     updates: dict[str, Any]
     """`Contribution.update` of the ideas that have state, by their names."""
-    window: int | None
+    remembered: int | None
+    """`LeptonConfig.remembered`."""
     origin: Origin | None
     """The weights that computed it."""
 
@@ -42,8 +43,8 @@ def commit(chunk: Chunk, count_B: Tensor) -> State:
     return State(
         timeline.position_after(count_B),
         timeline.phase_after(count_B),
-        past.stem.after(chunk.stem, count_B, timeline, chunk.window),
-        past.deep.after(chunk.deep, count_B, timeline, chunk.window),
+        past.stem.after(chunk.stem, count_B, timeline, chunk.remembered),
+        past.deep.after(chunk.deep, count_B, timeline, chunk.remembered),
         *of_parts(parts, chunk.origin),
     )
 

@@ -6,7 +6,7 @@ is the same in the form that `lepton.ops.attention.attend` takes: ranges of quer
 an additive mask for each block of queries. The letters of shapes are in `lepton/shapes.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,8 @@ class AttentionPlan:
     """Index in B x T of each query that is computed; None: all are."""
     wanted_BT: Tensor | None = None
     """Bool: the queries that are wanted. Others may be computed, but `put` drops their results. None: all are."""
+    starts_BJ: Tensor | None = None
+    """`CausalWindow.starts_BJ`."""
 
     def of_rows(self, rows_A: Tensor) -> "AttentionPlan":
         """Return the plan of the rows with indices `rows_A`."""
@@ -102,6 +104,8 @@ class CausalWindow:
     """The mask where the Triton kernel runs; None: it is in `masks`."""
     masks: tuple[tuple[slice, slice, Tensor], ...]
     """For each block: its queries, its kv entries, and a bool mask [B, Q, J]."""
+    starts_BJ: Tensor
+    """Bool: the kv entries of tokens that start the document of a query."""
 
     @staticmethod
     def of(
@@ -112,15 +116,18 @@ class CausalWindow:
         The Triton kernel takes chunks without remembered tokens, of which all queries are computed. `routed` says that
         plans will choose some.
         """
+        past_R = torch.arange(-past, 0, device=position_BT.device)
+        starts_BJ = torch.cat([position_BT[:, :1] + past_R, position_BT], 1) == 0
         if past == 0 and not routed and ATTENTION.works(position_BT.device, dtype, head_dim):
-            return CausalWindow(position_BT, past, window, dtype, Ranges.causal(position_BT, window), ())
+            ranges = Ranges.causal(position_BT, window)
+            return CausalWindow(position_BT, past, window, dtype, ranges, (), starts_BJ)
         rows, length = position_BT.shape
         masks = []
         for first, last, left, right in query_blocks(length, past, window):
             query_BQ = torch.arange(first, last, device=position_BT.device).expand(rows, -1)
             entry_J = torch.arange(left - past, right - past, device=position_BT.device)
             masks.append((slice(first, last), slice(left, right), visible(position_BT, query_BQ, entry_J, window)))
-        return CausalWindow(position_BT, past, window, dtype, None, tuple(masks))
+        return CausalWindow(position_BT, past, window, dtype, None, tuple(masks), starts_BJ)
 
     def mask_of(self, query_BQ: Tensor) -> Tensor:
         """Return a bool mask [B, Q, J]: the kv entries that the chunk's tokens with indices `query_BQ` attend to."""
@@ -142,15 +149,16 @@ class CausalWindow:
         """
         if self.ranges is not None:
             assert chosen_BT is None
-            return AttentionPlan(self.ranges if mask_BTC is None else self.ranges.with_slots(mask_BTC), ())
+            ranges = self.ranges if mask_BTC is None else self.ranges.with_slots(mask_BTC)
+            return AttentionPlan(ranges, (), starts_BJ=self.starts_BJ)
         blocks = []
         for queries, entries, mask_BQJ in self.masks:
             if mask_BTC is not None:
                 mask_BQJ = torch.cat([mask_BQJ, mask_BTC[:, queries]], 2)
             blocks.append(QueryBlock(queries, entries, bias(mask_BQJ, self.dtype)))
         if chosen_BT is None or static:
-            return AttentionPlan(None, tuple(blocks), wanted_BT=chosen_BT)
-        return _of_chosen(blocks, chosen_BT)
+            return AttentionPlan(None, tuple(blocks), wanted_BT=chosen_BT, starts_BJ=self.starts_BJ)
+        return replace(_of_chosen(blocks, chosen_BT), starts_BJ=self.starts_BJ)
 
     def plan_of_mask(self, mask_BQJ: Tensor) -> AttentionPlan:
         """Return the plan of queries that are not tokens of the chunk, such as thoughts.

@@ -22,6 +22,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], -1)
 
 
+def shifted(k_BJKH: Tensor, starts_BJ: Tensor) -> Tensor:
+    """Return keys whose second half, the position-free one, is that of the token before.
+
+    Each entry is one token later than the one before it; the first follows the last, as in a ring. A token that starts
+    its document (`starts_BJ`) gets zeros.
+    """
+    half = k_BJKH.shape[-1] // 2
+    before = k_BJKH[..., half:].roll(1, 1).masked_fill(starts_BJ[..., None, None], 0)
+    return torch.cat([k_BJKH[..., :half], before], -1)
+
+
 def ending_in(x: Tensor, last: Tensor) -> Tensor:
     """Return heads [..., N, H] with `last` [...] as their last coordinate.
 

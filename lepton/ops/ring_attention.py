@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lepton.ops.attention import attend_with_bias
 from lepton.ops.attention_plan import bias
 from lepton.ops.heads import ending_in, norm, rotate
+from lepton.ops.heads import shifted as shifted_keys
 from lepton.ops.kernels import HALF, Kernel
 
 
@@ -24,7 +26,7 @@ class Ring:
     """Keys and values of one layer: a pool of rings, and which of them the rows use."""
 
     k: Tensor
-    """Keys [rings, R, K, H], normed and rotated. R is at least window - 1 + T."""
+    """Keys [rings, R, K, H], normed and rotated. R is at least window - 1 + T, and one more if keys are shifted."""
     v: Tensor
     """Values, of the same shape."""
     slot_B: Tensor
@@ -61,6 +63,7 @@ def ring_attention(
     *,
     window: int,
     biased: bool,
+    shifted: bool = False,
 ) -> Tensor:
     """Write the keys and values of new tokens to the rings, in place; return the outputs of attention, [B, T, N*H].
 
@@ -79,12 +82,14 @@ def ring_attention(
         window: largest number of tokens that a token attends to, itself included.
         biased: whether the last coordinate carries the bias of entries' scores: it becomes sqrt(H) in queries and 0 in
             keys of tokens.
+        shifted: whether the position-free half of the keys that tokens attend to is that of the token before. The ring
+            holds the tokens' own.
     """
-    assert ring.k.shape[1] >= window - 1 + q.shape[1], "a ring has room for the window and the new tokens"
+    assert ring.k.shape[1] >= window - 1 + shifted + q.shape[1], "a ring has room for the window and the new tokens"
     if not RING_ATTENTION.works(q.device, q.dtype, ring.k.shape[-1]):
-        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased)
+        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased, shifted=shifted)
     entries = (None,) * 4 if extra is None or not extra.k.shape[1] else tuple(vars(extra).values())
-    return _ring_attention(q, k, v, *rotary, *vars(ring).values(), *entries, window, biased)
+    return _ring_attention(q, k, v, *rotary, *vars(ring).values(), *entries, window, biased, shifted)
 
 
 def plain_ring_attention(
@@ -97,6 +102,7 @@ def plain_ring_attention(
     *,
     window: int,
     biased: bool,
+    shifted: bool = False,
 ) -> Tensor:
     """As `ring_attention`, in PyTorch."""
     _, columns, kv_heads, head_dim = ring.k.shape
@@ -112,16 +118,20 @@ def plain_ring_attention(
     ring.k[slot_B1, written_BT] = k_BTKH
     ring.v[slot_B1, written_BT] = v_BTKH
 
-    index_R = torch.arange(1 - window, 0, device=q.device)  # counted from the first new token
+    # Counted from the first new token. With shifted keys, the first entry only has the other half for the next one.
+    index_R = torch.arange(1 - window - shifted, 0, device=q.device)
     exists_BR = position_B1 + index_R >= 0
     read_BR = (position_B1 + index_R) % columns
     k_BRKH, v_BRKH = ring.k[slot_B1, read_BR], ring.v[slot_B1, read_BR]
     kept = [torch.where(exists_BR[:, :, None, None], each, 0) for each in (k_BRKH, v_BRKH)]
+    k_BJKH = torch.cat([kept[0], k_BTKH], 1)
+    if shifted:
+        k_BJKH = shifted_keys(k_BJKH, F.pad(position_B1 == 0, (len(index_R), q.shape[1] - 1)))
     index_J = torch.cat([index_R, index_T])
     distance_TJ = index_T[:, None] - index_J
     exists_BJ = torch.cat([exists_BR, exists_BR.new_ones(written_BT.shape)], 1)
     seen = [exists_BJ[:, None] & (distance_TJ >= 0) & (distance_TJ < window)]
-    keys, values = [kept[0], k_BTKH], [kept[1], v_BTKH]
+    keys, values = [k_BJKH], [kept[1], v_BTKH]
     if extra is not None:
         is_seen = extra.mask_BTC.any(1)[:, :, None, None]
         keys.append(torch.where(is_seen, extra.k[extra.row_B], 0))
@@ -141,7 +151,8 @@ def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         wanted = torch.ones(rows, 1, dtype=torch.bool, device=device)
         ring = (pool.clone(), pool.clone(), index_B, index_B + 15, wanted if rows == 1 else None)
         extra = (pool, pool, index_B, wanted[..., None].expand(-1, -1, 16))
-        _ring_attention(x, x, x, angle, angle, *ring, *extra, 16, True)
+        for shifted in (False, True):
+            _ring_attention(x, x, x, angle, angle, *ring, *extra, 15, True, shifted)
 
 
 RING_ATTENTION = Kernel("attention of decoding", HALF, _trial)
@@ -166,12 +177,13 @@ def _ring_attention(
     mask_BTC: Tensor | None,
     window: int,
     biased: bool,
+    shifted: bool,
 ) -> Tensor:
     from lepton.ops.triton import ring_attention as kernels
 
     new = [each.contiguous() for each in (q, k, v, cos, sin)]
     extra = (extra_k, extra_v, extra_B, mask_BTC)
-    return kernels.ring_attention(new, (ring_k, ring_v), slot_B, position_B, extra, wanted_BT, window, biased)
+    return kernels.ring_attention(new, (ring_k, ring_v), slot_B, position_B, extra, wanted_BT, window, biased, shifted)
 
 
 @_ring_attention.register_fake
@@ -182,5 +194,5 @@ def _(q: Tensor, *_: Any) -> Tensor:
 @register_flop_formula(torch.ops.lepton.ring_attention)
 def _flops(q: Any, k: Any, v: Any, cos: Any, sin: Any, ring: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """Two products, scores and outputs, of each query with a window and all extra entries."""
-    extra, window = args[4], args[-2]
+    extra, window = args[4], args[-3]
     return int(2 * 2 * q[0] * q[1] * q[2] * (window + (extra[1] if extra else 0)))

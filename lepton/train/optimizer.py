@@ -21,7 +21,7 @@ from lepton.model.parameters import Declared, declared
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.tensors import compare
 
-BETAS = (0.9, 0.95)
+BETAS = (0.8, 0.96)
 EPS = 1e-10
 """Far below the gradients of rare tokens' embeddings, which a usual 1e-8 would slow down."""
 MOMENTUM = 0.95

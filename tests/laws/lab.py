@@ -16,7 +16,16 @@ from lepton.model.state import flatten
 VOCAB = 97
 EOS = 0
 LENGTH = 100
-SHAPE = {"width": 32, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64, "vocab_size": VOCAB}
+SHAPE = {
+    "width": 32,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "ffn": 64,
+    "shifted_keys": True,
+    "vocab_size": VOCAB,
+}
 IDEAS = {
     "window": 8,
     "segment": 4,
@@ -45,7 +54,7 @@ VARIANTS: dict[str, dict] = {
     "no router": {**IDEAS, "router": False},
     "no drafts": {**IDEAS, "drafts": 0},
     "no uncertainty": {**IDEAS, "uncertainty": False},
-    "factorised": {**IDEAS, "embed_rank": 16},
+    "factorised, own keys": {**IDEAS, "embed_rank": 16, "shifted_keys": False},
     "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
     "dense": {"dense": True, "window": None},
 }

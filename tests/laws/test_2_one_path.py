@@ -144,7 +144,7 @@ def decoded(model, tokens: torch.Tensor, prompt: int, drafts: int) -> tuple[torc
     working memory after it.
     """
     config, place_B, found = model.config, torch.arange(len(tokens)), []
-    pool = Pool(model, len(tokens), LENGTH if config.window is None else config.window + drafts)
+    pool = Pool(model, len(tokens), LENGTH + 1 if config.remembered is None else config.remembered + 1 + drafts)
     rows = pool.take(place_B, read_slots=False, whole=False).rows
     pool.load(place_B, Held(model(tokens[:, :prompt]).state, rows))
     junk, first = text(11, rows=len(tokens), documents=False), prompt

@@ -63,6 +63,13 @@ def attend(attention, state, position, columns: list[Column], config) -> torch.T
 def run_block(block, x, extra: list[list[Column]], config) -> list[torch.Tensor]:
     """One block over a document; token t also sees the columns `extra[t]`."""
     columns = [token_column(block.attention, norm(state), t, config) for t, state in enumerate(x)]
+    if block.attention.shifted:
+        before = [torch.zeros_like(columns[0][0]), *(keys for keys, _, _ in columns)]
+        half = config.head_dim // 2
+        columns = [
+            (torch.cat([keys[:, :half], other[:, half:]], 1), values, bias)
+            for (keys, values, bias), other in zip(columns, before, strict=False)
+        ]
     result = []
     for t, state in enumerate(x):
         first = 0 if config.window is None else max(0, t - config.window + 1)

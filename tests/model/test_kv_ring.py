@@ -97,8 +97,9 @@ def compare_with_passes(model, call, until, **options):
     tokens = text(3, rows=2, length=60, documents=False)
     rows = [{name: values[row] for name, values in options.items()} for row in range(2)]
     states = [model.trunk(tokens[row : row + 1, :5], **rows[row]).state for row in range(2)]
-    drafts, window = 4, model.config.window
-    rings, bound = rings_of(State.join(states), 80 if window is None else window + drafts, window)
+    drafts, remembered = 4, model.config.remembered
+    columns = 80 if remembered is None else remembered + 1 + drafts
+    rings, bound = rings_of(State.join(states), columns, model.config.window)
     generator, at, found = torch.Generator().manual_seed(1), 5, []
     with torch.no_grad():
         while at < until:

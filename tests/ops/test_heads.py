@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lepton.ops.heads import NORM_EPS, ending_in, norm, rotate
+from lepton.ops.heads import NORM_EPS, ending_in, norm, rotate, shifted
 
 
 def test_the_norm_divides_by_the_root_of_the_mean_square():
@@ -28,3 +28,14 @@ def test_only_the_last_coordinate_is_replaced():
     assert torch.equal(found[..., :-1], x[..., :-1])
     assert torch.equal(found[..., -1], last[..., None].expand(2, 3, 4))
     assert torch.equal(ending_in(x, x.new_zeros(()))[..., -1], torch.zeros(2, 3, 4))
+
+
+def test_shifted_keys_are_half_of_the_token_before():
+    k_BJKH = torch.randn(2, 5, 3, 8)
+    starts_BJ = torch.tensor([[True, False, False, False, False], [False, False, True, False, False]])
+    found = shifted(k_BJKH, starts_BJ)
+    assert torch.equal(found[..., :4], k_BJKH[..., :4])
+    for b in range(2):
+        for j in range(5):
+            before = torch.zeros(3, 4) if starts_BJ[b, j] else k_BJKH[b, j - 1, :, 4:]
+            assert torch.equal(found[b, j, :, 4:], before)

@@ -23,9 +23,10 @@ SHAPES = [(3, 1, 16), (4, 2, 32)]
 """Query heads, kv heads and their width."""
 
 
-def attention_of(heads, kv_heads, head_dim, biased=True, dtype=torch.float64):
+def attention_of(heads, kv_heads, head_dim, biased=True, dtype=torch.float64, shifted=False):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    return Attention(LeptonConfig(width=24, layers=2, ffn=8, slot_bias=biased, **shape)).to(dtype).requires_grad_(False)
+    config = LeptonConfig(width=24, layers=2, ffn=8, slot_bias=biased, shifted_keys=shifted, **shape)
+    return Attention(config, shifted=shifted).to(dtype).requires_grad_(False)
 
 
 def rotary_of(position, head_dim, dtype):
@@ -82,6 +83,17 @@ def compare(given, tolerance, **options):
         assert (one.double() - other).norm() <= tolerance * other.norm()
 
 
+def shifted_key(k, at):
+    """The key [B, K, H] that others attend to at a token of a document, one number after the other."""
+    return torch.stack(
+        [
+            k[..., at, :, i] if i < k.shape[-1] // 2 else k[..., at - 1, :, i] if at else torch.zeros_like(k[:, 0, :, i])
+            for i in range(k.shape[-1])
+        ],
+        -1,
+    )
+
+
 def stream(attention, window, slots, device, dtype, tolerance, length=60, sequences=3, most=8):
     """Decode sequences through rings in random chunks and orders, and compare with all tokens at once."""
     kv_heads, head_dim = attention.kv_heads, attention.head_dim
@@ -93,10 +105,12 @@ def stream(attention, window, slots, device, dtype, tolerance, length=60, sequen
     age = index[:, None] - index
     mask = ((age >= 0) & (age < window)).expand(sequences, -1, -1)
     q, k, v = attention.query_key_value(x, every, every)
+    if attention.shifted:
+        k = torch.stack([shifted_key(k, at) for at in range(length)], 1)
     k, v = torch.cat([k, extra.k[extra.row_B]], 1), torch.cat([v, extra.v[extra.row_B]], 1)
     expected = naive_attention(q, k, v, torch.cat([mask, extra.mask_BTC], 2)).flatten(2)
 
-    columns = window - 1 + most
+    columns = window - 1 + most + attention.shifted
     rings = [torch.full((sequences + 1, columns, kv_heads, head_dim), NAN, device=device, dtype=dtype) for _ in "kv"]
     slot_of, found = torch.randperm(sequences), torch.zeros(expected.shape)
     pools = [part.to(device, dtype) for part in (extra.k, extra.v)]
@@ -120,6 +134,7 @@ def stream(attention, window, slots, device, dtype, tolerance, length=60, sequen
             Extra(*pools, extra.row_B[batch].to(device), seen.to(device)) if slots else None,
             window=window,
             biased=attention.biased,
+            shifted=attention.shifted,
         )
         for row, each in enumerate(active):
             found[each, done[each] : done[each] + tokens] = out[row].cpu()
@@ -127,36 +142,40 @@ def stream(attention, window, slots, device, dtype, tolerance, length=60, sequen
     assert ((found - expected).norm(dim=2) <= tolerance * expected.norm(dim=2)).all()
 
 
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("biased", "shifted"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("slots", [0, 5])
 @pytest.mark.parametrize("window", [1, 2, 9, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 8), (4, 2, 12)])
-def test_a_decoded_stream_equals_attention_to_all(heads, kv_heads, head_dim, window, slots, biased):
+def test_a_decoded_stream_equals_attention_to_all(heads, kv_heads, head_dim, window, slots, biased, shifted):
     """Rings wrap, rows change places, and what was never written is nan."""
-    attention = attention_of(heads, kv_heads, head_dim, biased)
+    attention = attention_of(heads, kv_heads, head_dim, biased, shifted=shifted)
     stream(attention, window, slots, "cpu", torch.float64, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("window", [1, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_the_kernel_decodes_it_too(heads, kv_heads, head_dim, window, device, monkeypatch):
+def test_the_kernel_decodes_it_too(heads, kv_heads, head_dim, window, shifted, device, monkeypatch):
     force(monkeypatch, RING_ATTENTION)
     dtype, tolerance = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 4e-2)
-    stream(attention_of(heads, kv_heads, head_dim), window, 5, device, dtype, tolerance, length=40)
+    attention = attention_of(heads, kv_heads, head_dim, shifted=shifted)
+    stream(attention, window, 5, device, dtype, tolerance, length=40)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("biased", "shifted"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("slots", [0, 40])
 @pytest.mark.parametrize("tokens", [1, 5, 8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
-def test_the_kernel_equals_the_plain_form(heads, kv_heads, head_dim, tokens, slots, biased, device, monkeypatch):
+def test_the_kernel_equals_the_plain_form(
+    heads, kv_heads, head_dim, tokens, slots, biased, shifted, device, monkeypatch
+):
     force(monkeypatch, RING_ATTENTION)
     dtype, tolerance = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     options = {"slots": slots, "window": 40, "device": device, "dtype": dtype}
     given = draw(heads, kv_heads, head_dim, tokens, [0, 3, 39, 40, 1000], **options)
-    compare(given, tolerance, window=40, biased=biased)
+    compare(given, tolerance, window=40, biased=biased, shifted=shifted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -168,7 +187,7 @@ def test_blocks_of_every_size_are_the_same(blocks, device, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCKS", ((0, kernels.Blocks(*blocks)),))
     dtype, tolerance = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
     given = draw(3, 1, 16, 5, [0, 15, 16, 17, 70], slots=40, window=50, device=device, dtype=dtype)
-    compare(given, tolerance, window=50, biased=True)
+    compare(given, tolerance, window=50, biased=True, shifted=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -185,13 +204,13 @@ def test_the_kernel_rounds_as_the_plain_form_does(device, monkeypatch):
     torch.testing.assert_close(given[4].k, plain[4].k)
 
 
-def garbled(given, window, filling):
+def garbled(given, window, filling, shifted):
     """The same step with `filling` in all that no token attends to."""
     *new, ring, extra = copied(given)
     columns = ring.k.shape[1]
     stays = torch.zeros(ring.k.shape[:2], dtype=torch.bool)
     for slot, position in zip(ring.slot_B.tolist(), ring.position_B.tolist(), strict=True):
-        stays[slot, [p % columns for p in range(max(0, position - window + 1), position)]] = True
+        stays[slot, [p % columns for p in range(max(0, position - window + 1 - shifted), position)]] = True
     for part in (ring.k, ring.v):
         part[~stays.to(part.device)] = filling
     keys, values = extra.k.clone(), extra.v.clone()
@@ -203,17 +222,19 @@ def garbled(given, window, filling):
 
 
 @pytest.mark.parametrize("device", ["plain", *DEVICES])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_what_no_token_attends_to_changes_nothing(tokens, device, monkeypatch):
+def test_what_no_token_attends_to_changes_nothing(tokens, shifted, device, monkeypatch):
     """Nor does a second call change anything: the result has no order of its own."""
     force(monkeypatch, RING_ATTENTION, answer=device != "plain")
     given = draw(3, 1, 16, tokens, [0, 2, 8, 9, 500], slots=30, device="cpu" if device == "plain" else device)
     given[5].mask_BTC[:, :, ::3] = False
     if device != "plain":
         given = to_dtype(given, torch.float32 if device == "cpu" else torch.bfloat16)
-    expected = ring_attention(*copied(given), window=9, biased=True)
+    options = {"window": 9, "biased": True, "shifted": shifted}
+    expected = ring_attention(*copied(given), **options)
     for filling in (0.0, NAN, float("inf")):
-        assert torch.equal(ring_attention(*garbled(given, 9, filling), window=9, biased=True), expected)
+        assert torch.equal(ring_attention(*garbled(given, 9, filling, shifted), **options), expected)
 
 
 def to_dtype(given, dtype):
@@ -293,7 +314,7 @@ def test_the_operator_keeps_its_word_to_the_compiler(slots, device):
     given = draw(2, 1, 16, 2, [3, 20], slots=slots, device=device, dtype=torch.float32)
     for wanted in (None, torch.tensor([[True, False], [False, False]], device=device)):
         masked = copied(given, wanted_BT=wanted)
-        torch.library.opcheck(module._ring_attention, (*flat(masked), 9, True))
+        torch.library.opcheck(module._ring_attention, (*flat(masked), 9, True, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -317,6 +338,8 @@ def test_a_ring_must_have_room(monkeypatch):
     given = draw(2, 1, 16, 2, [3, 20], window=9)
     with pytest.raises(AssertionError, match="room"):
         ring_attention(*given, window=13, biased=True)
+    with pytest.raises(AssertionError, match="room"):
+        ring_attention(*given, window=12, biased=True, shifted=True)
     asked = force(monkeypatch, RING_ATTENTION, answer=False)
     ring_attention(*given, window=12, biased=True)
     assert asked == [(torch.device("cpu"), torch.float64, 16)]
@@ -324,13 +347,14 @@ def test_a_ring_must_have_room(monkeypatch):
 
 @pytest.mark.parametrize("device", GPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 8])
 @pytest.mark.parametrize("rows", [1, 3, 32, 300])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 4, 64), (14, 2, 64), (12, 4, 128)])
-def test_full_sizes(heads, kv_heads, head_dim, rows, tokens, dtype, device):
+def test_full_sizes(heads, kv_heads, head_dim, rows, tokens, shifted, dtype, device):
     positions = [(37 * row) % 600 for row in range(rows)]
     given = draw(heads, kv_heads, head_dim, tokens, positions, slots=72, window=256, device=device, dtype=dtype)
-    compare(given, 1e-2, window=256, biased=True)
+    compare(given, 1e-2, window=256, biased=True, shifted=shifted)
 
 
 @pytest.mark.parametrize("device", GPU)

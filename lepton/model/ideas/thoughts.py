@@ -95,11 +95,11 @@ class ThoughtUpdate:
     groups: "Groups"
     chunk: KeysValues
     past: KVCache
-    window: int | None
+    remembered: int | None
 
     def after(self, count_B: Tensor, timeline: Timeline) -> ThoughtState:
         """Return the state after the first `count_B` tokens."""
-        kv = self.past.after([self.chunk], count_B, timeline, self.window)
+        kv = self.past.after([self.chunk], count_B, timeline, self.remembered)
         return ThoughtState(kv, self.groups.after(count_B))
 
 
@@ -204,7 +204,7 @@ class Thoughts(Idea):
         rounds = self.rounds if flow.call.think is None else flow.call.think
         groups = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
         thought_BTD, change_BT = groups.read()
-        update = ThoughtUpdate(groups, chunk, past.kv, self.config.window)
+        update = ThoughtUpdate(groups, chunk, past.kv, self.config.remembered)
         return Contribution(slots=groups.slots(), feature_BTF=thought_BTD, signal_BT=change_BT, update=update)
 
     def forward(

@@ -67,16 +67,28 @@ def _head(x_ptr, x_at, cos_ptr, sin_ptr, angle_at, last, eps, HEAD: tl.constexpr
 
 @triton.jit
 def _ring_block(
-    k_ptr, v_ptr, left, before, oldest, columns,
-    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, ENTRIES: tl.constexpr,
+    k_ptr, v_ptr, left, before, oldest, columns, is_first,
+    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, ENTRIES: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of the ring's entries from the `left`-th on, counted from the oldest that is visible."""
+    """Keys and values of the ring's entries from the `left`-th on, counted from the oldest that is visible.
+
+    `is_first` says whether that one starts the document.
+    """
     index = left + tl.arange(0, ENTRIES)
+    h = tl.arange(0, HEAD)
     column = oldest + index
     column = tl.where(column >= columns, column - columns, column)
-    at = column[:, None] * (KV_HEADS * HEAD) + tl.arange(0, HEAD)[None, :]
+    at = column[:, None] * (KV_HEADS * HEAD) + h[None, :]
     exists = (index < before)[:, None]
-    return tl.load(k_ptr + at, mask=exists, other=0.0), tl.load(v_ptr + at, mask=exists, other=0.0)
+    v = tl.load(v_ptr + at, mask=exists, other=0.0)
+    if SHIFTED:
+        HALF: tl.constexpr = HEAD // 2
+        earlier = tl.where(column == 0, columns, column) - 1
+        shifts = (h >= HALF)[None, :]
+        at = tl.where(shifts, earlier[:, None], column[:, None]) * (KV_HEADS * HEAD) + h[None, :]
+        at = tl.max_contiguous(tl.multiple_of(at, (1, HALF)), (1, HALF))  # so that loads are wide
+        exists = exists & ((index > 0)[:, None] | ~shifts | ~is_first)
+    return tl.load(k_ptr + at, mask=exists, other=0.0), v
 
 
 @triton.jit
@@ -109,8 +121,9 @@ def _attend(q_QH, k_JH, v_JH, visible_QJ, most_Q, sum_Q, out_QH, scale, EXACT: t
 def _write(
     k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
     KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TOKENS: tl.constexpr, NEW: tl.constexpr, BIASED: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys and values of new tokens to the ring, and return them."""
+    """Write the keys and values of new tokens to the ring; return those that queries attend to."""
     h, new = tl.arange(0, HEAD), tl.arange(0, NEW)
     new_row = row * TOKENS + tl.minimum(new, TOKENS - 1)
     new_at = (new_row * KV_HEADS + kv_head) * HEAD
@@ -119,6 +132,16 @@ def _write(
     written_at = ((position + new) % columns)[:, None] * (KV_HEADS * HEAD) + h[None, :]
     tl.store(ring_k_ptr + written_at, own_k, mask=(new < TOKENS)[:, None])
     tl.store(ring_v_ptr + written_at, own_v, mask=(new < TOKENS)[:, None])
+    if SHIFTED:
+        earlier_row = row * TOKENS + tl.minimum(tl.maximum(new - 1, 0), TOKENS - 1)
+        earlier_at = (earlier_row * KV_HEADS + kv_head) * HEAD
+        earlier_k = _head(
+            k_ptr, earlier_at, cos_ptr, sin_ptr, earlier_row * (HEAD // 4), 0.0, eps, HEAD, BIASED
+        )
+        last_at = ((position + columns - 1) % columns) * (KV_HEADS * HEAD) + h
+        last_k = tl.load(ring_k_ptr + last_at, mask=(h >= 0) & (position > 0), other=0.0)
+        earlier_k = tl.where((new == 0)[:, None], last_k[None, :], earlier_k)
+        own_k = tl.where((h < HEAD // 2)[None, :], own_k, earlier_k)
     return own_k, own_v
 
 
@@ -128,7 +151,7 @@ def _ring_attention(
     extra_k_ptr, extra_v_ptr, extra_ptr, mask_ptr, wanted_ptr, out_ptr, columns, count, window, last, scale, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, TOKENS: tl.constexpr,
     QUERIES: tl.constexpr, NEW: tl.constexpr, ENTRIES: tl.constexpr, EXTRA: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Blocks of the ring first, then extra entries, then the new tokens."""
     kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -149,12 +172,15 @@ def _ring_attention(
         if tl.max(wanted_Q.to(tl.int32), 0) == 0:
             _write(
                 k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
-                KV_HEADS, HEAD, TOKENS, NEW, BIASED,
+                KV_HEADS, HEAD, TOKENS, NEW, BIASED, SHIFTED,
             )  # fmt: skip
             nothing_QH = tl.zeros([QUERIES, HEAD], out_ptr.dtype.element_ty)
             tl.store(out_ptr + place_Q[:, None] + h[None, :], nothing_QH, mask=is_query[:, None])
             return
-    k_JH, v_JH = _ring_block(ring_k_ptr, ring_v_ptr, 0, before, oldest, columns, KV_HEADS, HEAD, ENTRIES)
+    is_first = position < window
+    k_JH, v_JH = _ring_block(
+        ring_k_ptr, ring_v_ptr, 0, before, oldest, columns, is_first, KV_HEADS, HEAD, ENTRIES, SHIFTED
+    )
     if EXTRA > 0:
         extra_at = (tl.load(extra_ptr + row) * count * KV_HEADS + kv_head) * HEAD
         extra_k_ptr += extra_at
@@ -165,7 +191,7 @@ def _ring_attention(
     q_QH = _head(q_ptr, place_Q, cos_ptr, sin_ptr, (row * TOKENS + token_Q) * (HEAD // 4), last, eps, HEAD, BIASED)
     own_k, own_v = _write(
         k_ptr, v_ptr, cos_ptr, sin_ptr, ring_k_ptr, ring_v_ptr, row, kv_head, position, columns, eps,
-        KV_HEADS, HEAD, TOKENS, NEW, BIASED,
+        KV_HEADS, HEAD, TOKENS, NEW, BIASED, SHIFTED,
     )  # fmt: skip
 
     most_Q = tl.full([QUERIES], LOWEST, tl.float32)
@@ -177,7 +203,9 @@ def _ring_attention(
     visible_QJ = (j < before)[None, :] & (j[None, :] > reach_Q[:, None])
     most_Q, sum_Q, out_QH = _attend(q_QH, k_JH, v_JH, visible_QJ, most_Q, sum_Q, out_QH, scale, EXACT)
     for left in range(ENTRIES, before, ENTRIES):
-        k_JH, v_JH = _ring_block(ring_k_ptr, ring_v_ptr, left, before, oldest, columns, KV_HEADS, HEAD, ENTRIES)
+        k_JH, v_JH = _ring_block(
+            ring_k_ptr, ring_v_ptr, left, before, oldest, columns, is_first, KV_HEADS, HEAD, ENTRIES, SHIFTED
+        )
         visible_QJ = (left + j < before)[None, :] & (left + j[None, :] > reach_Q[:, None])
         most_Q, sum_Q, out_QH = _attend(q_QH, k_JH, v_JH, visible_QJ, most_Q, sum_Q, out_QH, scale, EXACT)
     if EXTRA > 0:
@@ -211,6 +239,7 @@ def ring_attention(
     wanted_BT: Tensor | None,
     window: int,
     biased: bool,
+    shifted: bool,
 ) -> Tensor:
     """As `plain_ring_attention` in `lepton/ops/ring_attention.py`, in one launch.
 
@@ -240,7 +269,7 @@ def ring_attention(
             HEADS=heads, KV_HEADS=kv_heads, HEAD=head_dim, TOKENS=tokens,
             QUERIES=queries, NEW=max(16, triton.next_power_of_2(tokens)), ENTRIES=most,
             EXTRA=count and max(16, min(triton.next_power_of_2(count), most_extra)),
-            BIASED=biased, MASKED=wanted_BT is not None, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
+            BIASED=biased, SHIFTED=shifted, MASKED=wanted_BT is not None, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out

@@ -99,7 +99,7 @@ def test_half_precision_is_capped_in_fp32(dtype):
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["complete", "factorised"])
+@pytest.mark.parametrize("variant", ["complete", "factorised, own keys"])
 def test_training_looks_at_what_the_model_predicts(variant):
     """The loss has no logits, and makes the same of the products before them."""
     model, tokens = build(variant), text(1, rows=3)
