@@ -45,7 +45,7 @@ def line_chart(title: str, panels: Sequence[Panel], *, span: float = math.inf) -
 
     Args:
         title: for readers who do not see the chart.
-        panels: from left to right; a line has the colour of its place in its panel.
+        panels: from left to right; a line has the colour of its place in its panel, and points of finite numbers.
         span: most of the vertical axis that is shown, upwards from the lowest value; what lies above is cut off.
     """
     colours = [f".c{i}{{color:{colour}}}" for i, colour in enumerate(LIGHT)]
@@ -59,7 +59,10 @@ def line_chart(title: str, panels: Sequence[Panel], *, span: float = math.inf) -
 
 def _panel(panel: Panel, x0: float, span: float) -> list[str]:
     """Return the elements of a panel whose left edge is at x0."""
-    points = [point for line in panel.lines for point in line.points] or [(1.0, 1.0)]
+    lines = [
+        Line(label, [point for point in points if all(map(math.isfinite, point))]) for label, points in panel.lines
+    ]
+    points = [point for line in lines for point in line.points] or [(1.0, 1.0)]
     most_x, low = max(x for x, _ in points) or 1.0, min(y for _, y in points)
     high = min(max(y for _, y in points), low + span)
     if high == low:
@@ -84,14 +87,14 @@ def _panel(panel: Panel, x0: float, span: float) -> list[str]:
         parts.append(f'<text x="{left + across(x):.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{x:g}</text>')
     # An inner <svg> shows nothing outside itself.
     parts.append(f'<svg x="{left}" y="{TOP - 2}" width="{width + 2}" height="{HEIGHT + 4}">')
-    for i, line in enumerate(panel.lines):
+    for i, line in enumerate(lines):
         path = " ".join(f"{across(x):.1f},{down(y) + 2:.1f}" for x, y in line.points)
         parts.append(f'<polyline class="c{i % len(LIGHT)}" points="{path}"/>')
     parts.append("</svg>")
-    ends = {i: line.points[-1] for i, line in enumerate(panel.lines) if line.points}
+    ends = {i: line.points[-1] for i, line in enumerate(lines) if line.points}
     heights = apart([TOP + down(min(y, high)) for _, y in ends.values()], LABEL)
     for (i, (x, _)), at in zip(ends.items(), heights, strict=True):
-        label = escape(panel.lines[i].label)
+        label = escape(lines[i].label)
         parts.append(
             f'<text class="e c{i % len(LIGHT)}" x="{left + across(x) + 6:.1f}" y="{at + 4:.1f}">{label}</text>'
         )

@@ -175,15 +175,16 @@ def trained_at_best_rate(setup: Setup, runner: Runner, say: Callable[[str], None
     for rate in runner.rates:
         runner.training.rate = rate
         tries[rate] = trained(setup, runner, tokens, points, lambda line, rate=rate: say(f"rate {rate:g}: {line}"))
-    best = min(tries, key=lambda rate: (math.isnan(tries[rate]["loss"]), tries[rate]["loss"]))
+    losses = {rate: each["loss"] if math.isfinite(each["loss"]) else None for rate, each in tries.items()}
+    best = min(tries, key=lambda rate: (losses[rate] is None, losses[rate] or 0))
     at_edge = len(tries) > 1 and best in (runner.rates[0], runner.rates[-1])
     say(f"the best rate is {best:g}" + (", the outermost that was tried: try others beyond it" if at_edge else ""))
     found = tries[best]
     if chosen.search_tokens:
         runner.training.rate = best
         found = trained(setup, runner, chosen.tokens, chosen.points, say)
-    losses = {f"{rate:g}": each["loss"] for rate, each in tries.items()}
-    return found | {"rate": best, "rate_at_edge": at_edge, "rates": losses, "rates_tokens": tries[best]["tokens"]}
+    by_name = {f"{rate:g}": loss for rate, loss in losses.items()}
+    return found | {"rate": best, "rate_at_edge": at_edge, "rates": by_name, "rates_tokens": tries[best]["tokens"]}
 
 
 def measure(setup: Setup, name: str) -> Found:
