@@ -146,13 +146,15 @@ class PeerTraining(Training):
         return {"loss": total, "grad_norm": norm}
 
     def nats(self, batch: Batch) -> Tensor:
-        """As in `Training`, without the compiler: rows one by one, so that their logits are small."""
-        rows = []
-        for tokens_X, length in zip(batch.tokens.to(self.device), batch.lengths.tolist(), strict=True):
-            with self._autocast():
-                logits_1TV = self.model.forward(input_ids=tokens_X[None, :-1]).logits
-            rows.append(nats_of(logits_1TV[0], tokens_X, length))
-        return torch.stack(rows)
+        """As in `Training`, without the compiler; logits are those of one row at a time."""
+        tokens_BX = batch.tokens.to(self.device)
+        head = self.model.get_output_embeddings()
+        with self._autocast():
+            hidden_BTD = self.model.base_model(input_ids=tokens_BX[:, :-1]).last_hidden_state
+            return torch.stack([
+                nats_of(head(hidden), row, length)
+                for hidden, row, length in zip(hidden_BTD, tokens_BX, batch.lengths.tolist(), strict=True)
+            ])  # fmt: skip
 
     def optimizer_states(self) -> Iterator[dict[str, Tensor]]:
         yield from self.optimizer.state.values()

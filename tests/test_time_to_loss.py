@@ -32,18 +32,32 @@ def data_folder(path, rows=20, row_len=70):
     return path
 
 
-class TinyLlama(torch.nn.Module):
-    """As much of a model of `transformers` as is trained; with targets of its own it does not shift any."""
-
+class Body(torch.nn.Module):
     def __init__(self, vocabulary):
         super().__init__()
         self.embedding = torch.nn.Embedding(vocabulary, 8)
         self.norm = torch.nn.RMSNorm(8)
         self.dropout = torch.nn.Dropout(0.5)
 
-    def forward(self, input_ids, labels=None, shift_labels=None):
-        logits = self.norm(self.dropout(self.embedding(input_ids))) @ self.embedding.weight.T
-        loss = None if labels is None else cross_entropy(logits.flatten(0, 1).float(), shift_labels.flatten())
+    def forward(self, input_ids):
+        return types.SimpleNamespace(last_hidden_state=self.norm(self.dropout(self.embedding(input_ids))))
+
+
+class TinyLlama(torch.nn.Module):
+    """As much of a model of `transformers` as is trained; with targets of its own it does not shift any."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.base_model = Body(vocabulary)
+        self.lm_head = torch.nn.Linear(8, vocabulary, bias=False)
+        self.lm_head.weight = self.base_model.embedding.weight
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, labels, shift_labels):
+        logits = self.lm_head(self.base_model(input_ids).last_hidden_state)
+        loss = cross_entropy(logits.flatten(0, 1).float(), shift_labels.flatten())
         return types.SimpleNamespace(logits=logits, loss=loss)
 
 
@@ -244,7 +258,7 @@ def test_the_loss_of_a_step_is_the_mean_of_its_nats(library, kind):
         training.model.idea("thoughts").rounds_in_training = lambda rows, generator: None
     else:
         training.dtype = torch.float32
-        training.model.dropout.p = 0.0
+        training.model.base_model.dropout.p = 0.0
     batches = [random_batch(0), random_batch(1, rows=1)]
     with torch.no_grad():
         nats = [training.nats(batch) for batch in batches]
