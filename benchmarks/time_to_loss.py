@@ -7,8 +7,9 @@ rate is the best of `--rates` by held-out loss, each after a run over all tokens
 
 The clock counts optimizer steps with the reading of their batches. Compiling and recording are printed apart, and the
 clock stands still while the loss over a fixed part of the validation split is measured. Those losses are the curves;
-`loss` is over the whole split, after the last step. Learning rates follow a schedule of the whole run: a point of a
-curve is not what a run that ends there would reach, which is lower. So compare the ends first, and curves near them.
+`loss` is over the whole split, after the last step. Learning rates follow a schedule of the whole run, so a curve is no
+row of independent ends: a run that ended at one of its points would have cooled down there, and reached a lower loss.
+Compare the ends first. What a slower runner reaches in the seconds of a faster one takes a run of fewer `--tokens`.
 A Llama reads a row as one text; the other two begin anew where a document does. One seed says little (see
 CONTRIBUTING).
 
@@ -308,6 +309,9 @@ def check(chosen: argparse.Namespace) -> None:
     for name in ("tokens", "batch_size", "seq_len", "points", "eval_batches"):
         if not getattr(chosen, name) >= 1:
             raise InputError(f"{name}={getattr(chosen, name)}: must be at least 1")
+    for path in (chosen.json, chosen.svg):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"no such folder: {path.parent}; make it first")
     size_config(chosen.size)
     if "llama" in chosen.runners:
         peer.load_transformers()

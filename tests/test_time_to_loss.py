@@ -305,6 +305,7 @@ def test_the_smoke_run(tmp_path, library):
         (["--runners", "leptn"], "lepton"),
         (["--tokens", "0"], "tokens=0"),
         (["--size", "tinny"], "tiny"),
+        (["--svg", "nowhere/curves.svg"], "nowhere"),
         ([], "pip install transformers"),
     ],
 )
