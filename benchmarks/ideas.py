@@ -12,13 +12,15 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.training import LeptonTraining, held_out_nats
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
-from lepton.data.shards import ShardedDataset
+from lepton.data.shards import Batch, ShardedDataset
 from lepton.data.tokenizer import load_tokenizer
 from lepton.evals.ablation import ablate
 from lepton.evals.calibration import calibrate, fit_temperature
@@ -26,13 +28,9 @@ from lepton.evals.positions import calibration_batches, evaluation_batches
 from lepton.evals.reliability import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model.ideas import thoughts
-from lepton.model.parameters import FEED, initialise
+from lepton.model.parameters import FEED
 from lepton.model.size_config import count_params, size_config, widened
-from lepton.runtime.device import pick_dtype
 from lepton.train.assembly import token_counts
-from lepton.train.batch_plan import plan_batch
-from lepton.train.micro_step import MicroStep
-from lepton.train.optimizer import Optimizers
 from lepton.train.schedule import lr_scale
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -65,7 +63,6 @@ class Run:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
         self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
-        self.model.compute_dtype = pick_dtype("auto", torch.device(self.device))
         weights = {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
         for idea in self.model.ideas.values():
             idea.loss_weights = {name: weights.get(name, value) for name, value in idea.loss_weights.items()}
@@ -73,6 +70,7 @@ class Run:
                 name: entry.but(rate=arguments.feeds_rate) if entry is FEED else entry
                 for name, entry in idea.declares.items()
             }
+        self.training = self.in_training()
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
         self.findings: dict[str, Any] = {
@@ -100,52 +98,43 @@ class Run:
         """Whether `seconds` more fit before the deadline."""
         return self.elapsed() + seconds < self.arguments.deadline
 
-    def optimizers(self) -> Optimizers:
+    def in_training(self) -> LeptonTraining:
         chosen = self.arguments
-        return Optimizers(
-            self.model, kind="muon", lr=chosen.lr, muon_lr=chosen.muon_lr, weight_decay=chosen.weight_decay
-        )
+        way = "plain" if self.device == "cpu" else "recorded" if chosen.no_compile else "compiled"
+        rates = {"lr": chosen.lr, "muon_lr": chosen.muon_lr, "weight_decay": chosen.weight_decay}
+        return LeptonTraining(self.model, way, seed=chosen.seed, **rates)
 
-    def step(self, micro_step: MicroStep, optimizers: Optimizers, tokens: torch.Tensor, lengths: torch.Tensor,
-             step: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """One optimizer step; returns the cross-entropy and the norm of the trunk's gradient, on the device."""
-        think, groups = plan_batch(self.model, tokens, self.arguments.seed, step, 0)
-        micro_step(tokens, lengths, think, groups, 1.0)
+    def step(self, batch: Batch, step: int, steps: int) -> dict[str, torch.Tensor]:
+        """One optimizer step; see `Training.step`."""
         scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
-        norm = optimizers.step(scale, grad_clip=1.0, graphs=micro_step.graphs)
-        return micro_step.take_figures()["loss"], norm
+        return self.training.step([batch], step, scale)
 
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def prepare(self) -> MicroStep:
+    def prepare(self) -> None:
         """Compile and record, which is not part of the time of training."""
-        on_gpu, lines = self.device == "cuda", []
-        micro_step = MicroStep(self.model, compiled=on_gpu and not self.arguments.no_compile, say=lines.append)
-        micro_step.prepare(self.arguments.batch_size, self.arguments.seq_len)
-        if any("cannot" in line for line in lines):
-            raise SystemExit(f"{lines[-1]}, so nothing here would be worth timing")
+        self.training.prepare(self.arguments.batch_size, self.arguments.seq_len)
         self.synchronize()
         self.tell(prepare_s=round(self.elapsed(), 1))
-        return micro_step
 
-    def train(self, micro_step: MicroStep) -> None:
+    def train(self) -> None:
         """One pass; the clock runs from step 20 on."""
         for idea in self.model.ideas.values():
             idea.learn_frequencies(lambda: token_counts(self.train_set, 50257))
-        optimizers, curve, norms, clock, timed = self.optimizers(), [], [], 0.0, min(20, self.steps - 1)
+        curve, norms, clock, timed = [], [], 0.0, min(20, self.steps - 1)
         rows, length = self.arguments.batch_size, self.arguments.seq_len
         for step in range(self.steps):
             if step == timed:
                 self.synchronize()
                 clock = time.perf_counter()
-            batch = self.train_set.batch(step, batch_size=rows)
-            nats, norm = self.step(micro_step, optimizers, *batch, step, self.steps)
-            norms.append(norm)
+            figures = self.step(self.train_set.batch(step, batch_size=rows), step, self.steps)
+            norms.append(figures["grad_norm"])
             if step % 100 == 0 or step == self.steps - 1:
-                curve.append([step, round(nats.item(), 4)])
-                print(f"{self.arguments.variant} step {step} {nats.item():.4f} {self.elapsed():.0f}s", flush=True)
+                nats = figures["loss"].item()
+                curve.append([step, round(nats, 4)])
+                print(f"{self.arguments.variant} step {step} {nats:.4f} {self.elapsed():.0f}s", flush=True)
         self.synchronize()
         speed = (self.steps - timed) * rows * length / (time.perf_counter() - clock)
         peak = torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else None
@@ -153,18 +142,10 @@ class Run:
         norms_of_gradients = dict(zip(("50%", "90%", "99%", "100%"), spread.tolist(), strict=True))
         self.tell(curve=curve, grad_norm=norms_of_gradients, tokens_per_s=round(speed), peak_gb=peak and round(peak, 2))
 
-    @torch.no_grad()
     def held_out_loss(self, limit: int | None = None, **options: Any) -> float:
         """Nats a token on the validation split, or on `limit` batches spread over it."""
-        nats, targets = torch.zeros(self.arguments.seq_len), torch.zeros(self.arguments.seq_len)
-        for tokens, lengths in self.held_out.batches(self.arguments.batch_size, limit):
-            out = self.model.trunk(tokens[:, :-1].to(self.device), **options)
-            for row, length in enumerate(lengths.tolist()):
-                logits = self.model.head(out.hidden[row, : length - 1])
-                target = tokens[row, 1:length].to(self.device)
-                each = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-                nats[: length - 1] += each.cpu()
-                targets[: length - 1] += 1
+        measure = partial(self.training.nats, **options)
+        nats, targets = held_out_nats(self.model, measure, self.held_out, self.arguments.batch_size, limit)
         self.quarters = (nats.view(4, -1).sum(1) / targets.view(4, -1).sum(1)).tolist()
         return (nats.sum() / targets.sum()).item()
 
@@ -192,17 +173,15 @@ class Run:
         table = list(ablate(self.model, lambda **options: self.held_out_loss(few, **options)))
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
 
-    def canary(self, micro_step: MicroStep) -> None:
+    def canary(self) -> None:
         """Law 6 at this size: fresh weights, some steps on uniform random tokens, then fresh noise."""
         vocabulary, steps = self.model.config.vocab_size, self.arguments.canary
-        torch.manual_seed(1)
-        initialise(self.model)
+        self.training.restart()
         self.model.train()
-        optimizers = self.optimizers()
         shape = (self.arguments.batch_size, self.arguments.seq_len + 1)
         lengths = torch.full((shape[0],), shape[1])
         for step in range(steps):
-            self.step(micro_step, optimizers, torch.randint(1, vocabulary, shape), lengths, step, steps)
+            self.step(Batch(torch.randint(1, vocabulary, shape), lengths), step, steps)
         with torch.no_grad():
             tokens = torch.randint(1, vocabulary, shape).to(self.device)
             hidden = self.model.trunk(tokens[:, :-1]).hidden
@@ -261,11 +240,11 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     run = Run(read_arguments())
-    micro_step = run.prepare()
-    run.train(micro_step)
+    run.prepare()
+    run.train()
     run.judge()
     if run.arguments.canary and run.has_time(60):
-        run.canary(micro_step)
+        run.canary()
     run.findings["seconds"] = round(run.elapsed(), 1)
     print(json.dumps(run.findings), flush=True)
 

@@ -7,12 +7,15 @@ AdamW, and on a GPU `torch.compile`. Its vocabulary is padded as LEPTON's is, be
 
 import importlib
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.training import DEFAULTS, Training, nats_of, shares
 from lepton.config import LeptonConfig
+from lepton.data.shards import Batch
 from lepton.errors import InputError
 from lepton.model.size_config import WIDTH_STEP, count_params, size_config
 from lepton.ops.query_blocks import computed_pairs
@@ -80,65 +83,93 @@ def _ffn(complete: LeptonConfig, width: int, target: int) -> int:
     return WIDTH_STEP * round(missing / (3 * width * complete.layers * WIDTH_STEP))
 
 
-class PeerTraining:
-    """A Llama in training on one batch of tokens, int [B, T + 1]."""
+class PeerTraining(Training):
+    """A Llama in training. Matrices decay by 0.1 x rate; gradients are clipped to norm 1."""
 
-    def __init__(
-        self, size: str, variant: str, way: str, tokens_BX: Tensor, accumulate: int, device: torch.device
-    ) -> None:
+    def __init__(self, size: str, variant: str, way: str, device: torch.device, *, seed: int = 0) -> None:
+        super().__init__(device, seed)
         transformers = load_transformers()
-        self.shape = peer_shape(size, variant)
-        self.way, self.accumulate, self.device = way, accumulate, device
-        # The library shifts the labels itself.
-        self.tokens_BT = tokens_BX[:, :-1].contiguous()
+        self.shape, self.way = peer_shape(size, variant), way
         config = transformers.LlamaConfig(
             **self.shape, tie_word_embeddings=True, use_cache=False, bos_token_id=0, eos_token_id=0
         )
+        torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(
             config, attn_implementation="sdpa", dtype=torch.float32
         ).to(device)
         self.model: nn.Module = model.train()
         self.parameters = list(self.model.parameters())
         self.dtype = pick_dtype("auto", device)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.rate = DEFAULTS.lr
+        """Peak rate; it may be changed before a step."""
+        groups = [
+            {"params": [each for each in self.parameters if each.ndim >= 2], "weight_decay": 0.1},
+            {"params": [each for each in self.parameters if each.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.95), fused=True)
 
     @property
     def params(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def flops_per_token(self, length: int) -> float:
-        """Of forward and backward pass, counted as `training_flops_per_token` counts a dense model."""
+        """As `training_flops_per_token` counts a dense model."""
         matrices = sum(parameter.numel() for parameter in self.parameters if parameter.ndim == 2)
         pairs = computed_pairs(length, None)
         heads = self.shape["num_hidden_layers"] * self.shape["num_attention_heads"] * self.shape["head_dim"]
         return 3 * 2 * (matrices + 2 * heads * pairs / length)
 
-    def prepare(self) -> None:
-        """Compile, and take a first step."""
+    def compile(self, rows: int, length: int) -> None:
         mode = MODES[self.way]
         if mode is not None:
             self.model.compile(mode=mode, dynamic=False)
-        if (
-            self.way == "recorded"
-        ):  # a replay overwrites what it returned before, so gradients need a place of their own
+        if self.way == "recorded":
+            # A replay overwrites what it returned before, so gradients need a place of their own.
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        self.step(0)
 
-    def step(self, index: int) -> None:
-        """One optimizer step."""
-        for _ in range(self.accumulate):
+    def step(self, batches: Sequence[Batch], index: int, scale: float) -> dict[str, Tensor]:
+        total = torch.zeros((), device=self.device)
+        for batch, share in zip(batches, shares(batches), strict=True):
             if self.way == "recorded":
                 torch.compiler.cudagraph_mark_step_begin()
-            tokens_BT = self._on_device()
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.model(input_ids=tokens_BT, labels=tokens_BT).loss
-            (loss / self.accumulate).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            tokens_BT, targets_BT = map(self._on_device, inputs_and_targets(batch))
+            with self._autocast():  # `labels` only ask for a loss: those that are shifted already count
+                loss = self.model(input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT).loss
+            (loss * share).backward()
+            total += loss.detach() * share
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * scale
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.way != "recorded")
+        return {"loss": total, "grad_norm": norm}
 
-    def _on_device(self) -> Tensor:
+    def nats(self, batch: Batch) -> Tensor:
+        """As in `Training`, without the compiler; logits are those of one row at a time."""
+        tokens_BX = batch.tokens.to(self.device)
+        head = self.model.get_output_embeddings()
+        with self._autocast():
+            hidden_BTD = self.model.base_model(input_ids=tokens_BX[:, :-1]).last_hidden_state
+            return torch.stack([
+                nats_of(head(hidden), row, length)
+                for hidden, row, length in zip(hidden_BTD, tokens_BX, batch.lengths.tolist(), strict=True)
+            ])  # fmt: skip
+
+    def optimizer_states(self) -> Iterator[dict[str, Tensor]]:
+        yield from self.optimizer.state.values()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _on_device(self, value: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            return self.tokens_BT.pin_memory().to(self.device, non_blocking=True)
-        return self.tokens_BT
+            return value.pin_memory().to(self.device, non_blocking=True)
+        return value
+
+
+def inputs_and_targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return tokens [B, T] and what follows each [B, T]: -100, which no loss counts, beyond a row's valid tokens."""
+    targets_BT = batch.tokens[:, 1:]
+    beyond_BT = torch.arange(1, batch.tokens.shape[1]) >= batch.lengths[:, None]
+    return batch.tokens[:, :-1].contiguous(), targets_BT.masked_fill(beyond_BT, -100)

@@ -22,81 +22,23 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import peer
 from benchmarks.ideas import VARIANTS
+from benchmarks.training import WAYS, LeptonTraining, Training
 from lepton.api import Lepton
+from lepton.data.shards import Batch
 from lepton.errors import InputError, nearest
 from lepton.model.size_config import size_config
-from lepton.runtime.device import device_name, keep_freed_memory, peak_flops, pick_device, pick_dtype, synchronize
-from lepton.train.batch_plan import plan_batch
-from lepton.train.cost import training_flops_per_token
-from lepton.train.micro_step import MicroStep
-from lepton.train.optimizer import Optimizers
-
-WAYS = {
-    "plain": {"compiled": False, "captured": False},
-    "recorded": {"compiled": False, "captured": True},
-    "compiled": {"compiled": True, "captured": True},
-}
+from lepton.runtime.device import device_name, keep_freed_memory, peak_flops, pick_device, synchronize
 
 STEPS_GPU = 4
 """Steps that a GPU is given at once, as in training, where the host prepares the next while it computes."""
 
 Found = dict[str, Any]
-
-
-class Training(Protocol):
-    """A model in training, as the clock sees it."""
-
-    @property
-    def params(self) -> int: ...
-    def flops_per_token(self, length: int) -> float: ...
-    def prepare(self) -> None: ...
-    def step(self, index: int) -> None: ...
-
-
-class LeptonTraining:
-    """A variant of LEPTON in training on one batch of tokens, int [B, T + 1]."""
-
-    def __init__(
-        self, size: str, variant: str, way: str, tokens_BX: Tensor, accumulate: int, device: torch.device
-    ) -> None:
-        self.way, self.tokens_BX, self.accumulate = way, tokens_BX, accumulate
-        self.lengths_B = torch.full((len(tokens_BX),), tokens_BX.shape[1])
-        self.model = Lepton(size_config(size, **VARIANTS[variant])).to(device).train()
-        self.model.compute_dtype = pick_dtype("auto", device)
-        if self.model.idea("drafter") is not None:
-            self.model.idea("drafter").ids.copy_(torch.arange(len(self.model.idea("drafter").ids)))
-        self.optimizers = Optimizers(
-            self.model, kind="muon", lr=6e-4, muon_lr=0.02, weight_decay=0.1, captured=WAYS[way]["captured"]
-        )
-
-    @property
-    def params(self) -> int:
-        return self.model.num_params()
-
-    def flops_per_token(self, length: int) -> float:
-        return training_flops_per_token(self.model, len(self.tokens_BX), length)
-
-    def prepare(self) -> None:
-        """Compile and record, and take a first step."""
-        self.micro_step = MicroStep(self.model, **WAYS[self.way], say=print)
-        rows, length = self.tokens_BX.shape
-        self.micro_step.prepare(rows, length - 1)
-        self.step(0)
-
-    def step(self, index: int) -> None:
-        """One optimizer step."""
-        for micro in range(self.accumulate):
-            think, groups = plan_batch(self.model, self.tokens_BX, 0, index, micro)
-            self.micro_step(self.tokens_BX, self.lengths_B, think, groups, 1 / self.accumulate)
-        self.micro_step.take_figures()
-        self.optimizers.step(1.0, 1.0, self.micro_step.graphs)
 
 
 @dataclass(frozen=True)
@@ -138,12 +80,22 @@ class Case:
         """Cases that can be compared have this in common."""
         return self.size, self.rows, self.length
 
-    def training(self, accumulate: int, device: torch.device) -> Training:
-        """Build the model; the tokens are the same for all cases of a size and batch."""
+    def training(self, device: torch.device) -> Training:
+        """Build the model."""
+        torch.manual_seed(0)
+        if self.variant in peer.VARIANTS:
+            return peer.PeerTraining(self.size, self.variant, self.way, device)
+        model = Lepton(size_config(self.size, **VARIANTS[self.variant])).to(device)
+        drafter = model.idea("drafter")
+        if drafter is not None:
+            drafter.ids.copy_(torch.arange(len(drafter.ids)))
+        return LeptonTraining(model, self.way)
+
+    def batch(self) -> Batch:
+        """Random tokens, the same for all cases of a size and batch."""
         torch.manual_seed(0)
         tokens_BX = torch.randint(1, size_config(self.size).vocab_size, (self.rows, self.length + 1))
-        kind = peer.PeerTraining if self.variant in peer.VARIANTS else LeptonTraining
-        return kind(self.size, self.variant, self.way, tokens_BX, accumulate, device)
+        return Batch(tokens_BX, torch.full((self.rows,), self.length + 1))
 
 
 class Runner:
@@ -157,8 +109,8 @@ class Runner:
         torch.cuda.reset_peak_memory_stats() if on_gpu else None
         torch._dynamo.utils.compilation_time_metrics.clear()
         begun = time.perf_counter()
-        self.training = case.training(accumulate, device)
-        self.training.prepare()
+        self.training, self.batches = case.training(device), [case.batch()] * accumulate
+        self.training.prepare(case.rows, case.length)
         synchronize(device)
         self.prepared = time.perf_counter() - begun
         self.step(1)
@@ -171,7 +123,7 @@ class Runner:
         steps = STEPS_GPU if self.device.type == "cuda" else 1
         begun = time.perf_counter()
         for each in range(steps):
-            self.training.step(steps * index + each)
+            self.training.step(self.batches, steps * index + each, 1.0)
         synchronize(self.device)
         return (time.perf_counter() - begun) / steps
 
@@ -229,7 +181,7 @@ def measure(cases: list[Case], steps: int, accumulate: int, profiled: int, devic
     for case in cases:
         try:
             runners.append(Runner(case, accumulate, device))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, InputError) as error:
             errors.append({"case": case.name, "error": str(error)[:200]})
         gc.collect()
     for index in range(2, steps + 2):

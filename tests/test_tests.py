@@ -48,6 +48,7 @@ OF_SEVERAL = {
     "test_seed_surface",
     "test_side_by_side",
     "test_tests",
+    "test_time_to_loss",
     "test_train_speed",
     "train/test_leaving",
 }
