@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import LeptonTraining, held_out_nats
+from benchmarks.training import DEFAULTS, LeptonTraining, held_out_nats
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import Batch, ShardedDataset
@@ -45,7 +45,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_uncertainty": {"uncertainty": False},
     "no_ideas": {"thoughts": 0, "memory_heads": 0, "slots": 0, "hint": 0},
 }
-WARM_UP = 100
 
 
 def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
@@ -106,7 +105,13 @@ class Run:
 
     def step(self, batch: Batch, step: int, steps: int) -> dict[str, torch.Tensor]:
         """One optimizer step; see `Training.step`."""
-        scale = lr_scale(step, max_steps=steps, warmup_steps=WARM_UP, cooldown=0.4, min_lr_ratio=0.0)
+        scale = lr_scale(
+            step,
+            max_steps=steps,
+            warmup_steps=DEFAULTS.warmup_steps,
+            cooldown=DEFAULTS.cooldown,
+            min_lr_ratio=DEFAULTS.min_lr_ratio,
+        )
         return self.training.step([batch], step, scale)
 
     def synchronize(self) -> None:

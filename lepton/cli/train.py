@@ -84,7 +84,7 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add("--muon_lr", type=float, metavar="X", help="peak learning rate of Muon (default: 0.02)")
     add("--optimizer", choices=("muon", "adamw"), help="muon is Muon and AdamW; adamw is AdamW alone (default: muon)")
     add("--weight_decay", type=float, metavar="X", help="matrices shrink by this x lr per step (default: 0.1)")
-    add("--warmup_steps", type=int, metavar="N", help="steps of warm-up, at most max_steps / 10 (default: 500)")
+    add("--warmup_steps", type=int, metavar="N", help="steps of warm-up, at most max_steps / 10 (default: 40)")
     add("--cooldown", type=float, metavar="X", help="last share of the run in which the rates fall (default: 0.4)")
     add("--min_lr_ratio", type=float, metavar="X", help="share of the peak rates where they end (default: 0)")
     add("--grad_clip", type=float, metavar="X", help="largest norm of the gradient (default: 1)")

@@ -112,8 +112,8 @@ class Block(nn.Module):
         elif slots is not None:
             keys_values = attention.key_value(slots.states_BCD, None, slots.bias_BC)
             extra = Extra(*keys_values, torch.arange(len(x_BTD), device=x_MD.device), slots.mask_BTC)
-        options = {"window": window, "biased": attention.biased, "shifted": attention.shifted}
-        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, **options)
+        angles, biased, shifted = (rotary.cos, rotary.sin), attention.biased, attention.shifted
+        out = ring_attention(q, k, v, angles, ring, extra, window=window, biased=biased, shifted=shifted)
         (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD, wanted_M=wanted_M)
         return few_mlp(x_MD, mlp.up, mlp.down, wanted_M).view_as(x_BTD), k, v
 

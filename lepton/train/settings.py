@@ -55,7 +55,7 @@ class TrainSettings:
     """'muon': Muon for the matrices of blocks, AdamW for the rest; 'adamw': AdamW for everything."""
     weight_decay: float = 0.1
     """Each step matrices outside the embedding shrink by weight_decay x lr (AdamW's rate, for both optimizers)."""
-    warmup_steps: int = 500
+    warmup_steps: int = 40
     """Steps of linear warm-up, at most a tenth of max_steps."""
     cooldown: float = 0.4
     """Share of max_steps, at the end, over which the rates fall linearly; between is the peak."""

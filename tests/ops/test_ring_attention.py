@@ -85,13 +85,9 @@ def compare(given, tolerance, **options):
 
 def shifted_key(k, at):
     """The key [B, K, H] that others attend to at a token of a document, one number after the other."""
-    return torch.stack(
-        [
-            k[..., at, :, i] if i < k.shape[-1] // 2 else k[..., at - 1, :, i] if at else torch.zeros_like(k[:, 0, :, i])
-            for i in range(k.shape[-1])
-        ],
-        -1,
-    )
+    before = k[:, at - 1] if at else torch.zeros_like(k[:, 0])
+    half = k.shape[-1] // 2
+    return torch.stack([(k[:, at] if i < half else before)[..., i] for i in range(2 * half)], -1)
 
 
 def stream(attention, window, slots, device, dtype, tolerance, length=60, sequences=3, most=8):

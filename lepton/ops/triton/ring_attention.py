@@ -135,9 +135,7 @@ def _write(
     if SHIFTED:
         earlier_row = row * TOKENS + tl.minimum(tl.maximum(new - 1, 0), TOKENS - 1)
         earlier_at = (earlier_row * KV_HEADS + kv_head) * HEAD
-        earlier_k = _head(
-            k_ptr, earlier_at, cos_ptr, sin_ptr, earlier_row * (HEAD // 4), 0.0, eps, HEAD, BIASED
-        )
+        earlier_k = _head(k_ptr, earlier_at, cos_ptr, sin_ptr, earlier_row * (HEAD // 4), 0.0, eps, HEAD, BIASED)
         last_at = ((position + columns - 1) % columns) * (KV_HEADS * HEAD) + h
         last_k = tl.load(ring_k_ptr + last_at, mask=(h >= 0) & (position > 0), other=0.0)
         earlier_k = tl.where((new == 0)[:, None], last_k[None, :], earlier_k)
@@ -269,7 +267,8 @@ def ring_attention(
             HEADS=heads, KV_HEADS=kv_heads, HEAD=head_dim, TOKENS=tokens,
             QUERIES=queries, NEW=max(16, triton.next_power_of_2(tokens)), ENTRIES=most,
             EXTRA=count and max(16, min(triton.next_power_of_2(count), most_extra)),
-            BIASED=biased, SHIFTED=shifted, MASKED=wanted_BT is not None, EXACT="ieee" if out.dtype == torch.float32 else "tf32",
+            BIASED=biased, SHIFTED=shifted, MASKED=wanted_BT is not None,
+            EXACT="ieee" if out.dtype == torch.float32 else "tf32",
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return out
