@@ -104,7 +104,7 @@ class Block(nn.Module):
         layers = (attention.q, attention.k, attention.v)
         q, k, v = products(x_MD, [_weight(layer, x_MD) for layer in layers], normed=True, wanted_M=wanted_M)
         q, k, v = (each.unflatten(0, (-1, length)) for each in (q, k, v))
-        ring = Ring(past.keys, past.values, past.place_B, past.position_B, wanted_BT)
+        ring = Ring(past.keys, past.values, past.place_B, past.position_B, wanted_BT, attention.shifted)
         window = past.window or past.keys.shape[1] - length
         extra = None
         if slots is not None and past.slots is not None:
@@ -112,8 +112,7 @@ class Block(nn.Module):
         elif slots is not None:
             keys_values = attention.key_value(slots.states_BCD, None, slots.bias_BC)
             extra = Extra(*keys_values, torch.arange(len(x_BTD), device=x_MD.device), slots.mask_BTC)
-        angles, biased, shifted = (rotary.cos, rotary.sin), attention.biased, attention.shifted
-        out = ring_attention(q, k, v, angles, ring, extra, window=window, biased=biased, shifted=shifted)
+        out = ring_attention(q, k, v, (rotary.cos, rotary.sin), ring, extra, window=window, biased=attention.biased)
         (x_MD,) = products(out.flatten(0, 1), [_weight(attention.out, x_MD)], residual=x_MD, wanted_M=wanted_M)
         return few_mlp(x_MD, mlp.up, mlp.down, wanted_M).view_as(x_BTD), k, v
 

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lepton.ops.attention import attend_with_bias
 from lepton.ops.attention_plan import bias
-from lepton.ops.heads import ending_in, norm, rotate
-from lepton.ops.heads import shifted as shifted_keys
+from lepton.ops.heads import ending_in, norm, rotate, shifted
 from lepton.ops.kernels import HALF, Kernel
 
 
@@ -37,6 +36,9 @@ class Ring:
     wanted_BT: Tensor | None = None
     """Bool: the new tokens that attend. The outputs of the others are 0, whatever their queries are, and the kernel
     reads no past of a row that has none. None: all do."""
+    shifted: bool = False
+    """Whether the position-free half of the keys that tokens attend to is that of the token before. The ring holds the
+    tokens' own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,6 @@ def ring_attention(
     *,
     window: int,
     biased: bool,
-    shifted: bool = False,
 ) -> Tensor:
     """Write the keys and values of new tokens to the rings, in place; return the outputs of attention, [B, T, N*H].
 
@@ -82,14 +83,14 @@ def ring_attention(
         window: largest number of tokens that a token attends to, itself included.
         biased: whether the last coordinate carries the bias of entries' scores: it becomes sqrt(H) in queries and 0 in
             keys of tokens.
-        shifted: whether the position-free half of the keys that tokens attend to is that of the token before. The ring
-            holds the tokens' own.
     """
-    assert ring.k.shape[1] >= window - 1 + shifted + q.shape[1], "a ring has room for the window and the new tokens"
+    assert ring.k.shape[1] >= window - 1 + ring.shifted + q.shape[1], (
+        "a ring has room for the window and the new tokens"
+    )
     if not RING_ATTENTION.works(q.device, q.dtype, ring.k.shape[-1]):
-        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased, shifted=shifted)
+        return plain_ring_attention(q, k, v, rotary, ring, extra, window=window, biased=biased)
     entries = (None,) * 4 if extra is None or not extra.k.shape[1] else tuple(vars(extra).values())
-    return _ring_attention(q, k, v, *rotary, *vars(ring).values(), *entries, window, biased, shifted)
+    return _ring_attention(q, k, v, *rotary, *vars(ring).values(), *entries, window, biased)
 
 
 def plain_ring_attention(
@@ -102,7 +103,6 @@ def plain_ring_attention(
     *,
     window: int,
     biased: bool,
-    shifted: bool = False,
 ) -> Tensor:
     """As `ring_attention`, in PyTorch."""
     _, columns, kv_heads, head_dim = ring.k.shape
@@ -119,14 +119,14 @@ def plain_ring_attention(
     ring.v[slot_B1, written_BT] = v_BTKH
 
     # Counted from the first new token. With shifted keys, the first entry only has the other half for the next one.
-    index_R = torch.arange(1 - window - shifted, 0, device=q.device)
+    index_R = torch.arange(1 - window - ring.shifted, 0, device=q.device)
     exists_BR = position_B1 + index_R >= 0
     read_BR = (position_B1 + index_R) % columns
     k_BRKH, v_BRKH = ring.k[slot_B1, read_BR], ring.v[slot_B1, read_BR]
     kept = [torch.where(exists_BR[:, :, None, None], each, 0) for each in (k_BRKH, v_BRKH)]
     k_BJKH = torch.cat([kept[0], k_BTKH], 1)
-    if shifted:
-        k_BJKH = shifted_keys(k_BJKH, F.pad(position_B1 == 0, (len(index_R), q.shape[1] - 1)))
+    if ring.shifted:
+        k_BJKH = shifted(k_BJKH, F.pad(position_B1 == 0, (len(index_R), q.shape[1] - 1)))
     index_J = torch.cat([index_R, index_T])
     distance_TJ = index_T[:, None] - index_J
     exists_BJ = torch.cat([exists_BR, exists_BR.new_ones(written_BT.shape)], 1)
@@ -151,8 +151,8 @@ def _trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         wanted = torch.ones(rows, 1, dtype=torch.bool, device=device)
         ring = (pool.clone(), pool.clone(), index_B, index_B + 15, wanted if rows == 1 else None)
         extra = (pool, pool, index_B, wanted[..., None].expand(-1, -1, 16))
-        for shifted in (False, True):
-            _ring_attention(x, x, x, angle, angle, *ring, *extra, 15, True, shifted)
+        for shifts in (False, True):
+            _ring_attention(x, x, x, angle, angle, *ring, shifts, *extra, 15, True)
 
 
 RING_ATTENTION = Kernel("attention of decoding", HALF, _trial)
@@ -171,13 +171,13 @@ def _ring_attention(
     slot_B: Tensor,
     position_B: Tensor,
     wanted_BT: Tensor | None,
+    shifted: bool,
     extra_k: Tensor | None,
     extra_v: Tensor | None,
     extra_B: Tensor | None,
     mask_BTC: Tensor | None,
     window: int,
     biased: bool,
-    shifted: bool,
 ) -> Tensor:
     from lepton.ops.triton import ring_attention as kernels
 
@@ -194,5 +194,5 @@ def _(q: Tensor, *_: Any) -> Tensor:
 @register_flop_formula(torch.ops.lepton.ring_attention)
 def _flops(q: Any, k: Any, v: Any, cos: Any, sin: Any, ring: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """Two products, scores and outputs, of each query with a window and all extra entries."""
-    extra, window = args[4], args[-3]
+    extra, window = args[5], args[-2]
     return int(2 * 2 * q[0] * q[1] * q[2] * (window + (extra[1] if extra else 0)))

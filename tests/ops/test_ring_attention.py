@@ -40,14 +40,17 @@ def draw_extra(attention, pool, slots, tokens, dtype, seen=0.4):
     return Extra(*keys_values, torch.randperm(pool), torch.rand(pool, tokens, slots) < seen)
 
 
-def draw(heads, kv_heads, head_dim, tokens, positions, *, slots=0, window=9, device="cpu", dtype=torch.float64):
+def draw(
+    heads, kv_heads, head_dim, tokens, positions, *,
+    slots=0, window=9, device="cpu", dtype=torch.float64, shifted=False,
+):  # fmt: skip
     """A step of one row for each position, with a ring of random normed entries, and its arguments."""
     attention, rows = attention_of(heads, kv_heads, head_dim), len(positions)
     position = torch.tensor(positions)
     rotary = rotary_of(position[:, None] + torch.arange(tokens), head_dim, dtype)
     shape = (rows + 2, window - 1 + tokens + 3, kv_heads, head_dim)
     rings = [torch.nn.functional.rms_norm(torch.randn(shape), (head_dim,)).to(device, dtype) for _ in range(2)]
-    ring = Ring(*rings, (torch.randperm(rows + 2)[:rows]).to(device), position.to(device))
+    ring = Ring(*rings, (torch.randperm(rows + 2)[:rows]).to(device), position.to(device), shifted=shifted)
     extra = draw_extra(attention, rows, slots, tokens, dtype) if slots else None
     extra = extra and Extra(*(part.to(device) for part in vars(extra).values()))
     widths = [heads * head_dim, *[kv_heads * head_dim] * 2]
@@ -126,11 +129,10 @@ def stream(attention, window, slots, device, dtype, tolerance, length=60, sequen
         out = ring_attention(
             *(each[batch[:, None].to(device), at.to(device)] for each in projected),
             (rotary.cos.to(device), rotary.sin.to(device)),
-            Ring(*rings, slot.to(device), position.to(device)),
+            Ring(*rings, slot.to(device), position.to(device), shifted=attention.shifted),
             Extra(*pools, extra.row_B[batch].to(device), seen.to(device)) if slots else None,
             window=window,
             biased=attention.biased,
-            shifted=attention.shifted,
         )
         for row, each in enumerate(active):
             found[each, done[each] : done[each] + tokens] = out[row].cpu()
@@ -169,9 +171,9 @@ def test_the_kernel_equals_the_plain_form(
 ):
     force(monkeypatch, RING_ATTENTION)
     dtype, tolerance = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
-    options = {"slots": slots, "window": 40, "device": device, "dtype": dtype}
+    options = {"slots": slots, "window": 40, "device": device, "dtype": dtype, "shifted": shifted}
     given = draw(heads, kv_heads, head_dim, tokens, [0, 3, 39, 40, 1000], **options)
-    compare(given, tolerance, window=40, biased=biased, shifted=shifted)
+    compare(given, tolerance, window=40, biased=biased)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -182,8 +184,8 @@ def test_blocks_of_every_size_are_the_same(blocks, device, monkeypatch):
     force(monkeypatch, RING_ATTENTION)
     monkeypatch.setattr(kernels, "BLOCKS", ((0, kernels.Blocks(*blocks)),))
     dtype, tolerance = (torch.float32, 1e-5) if device == "cpu" else (torch.bfloat16, 1e-2)
-    given = draw(3, 1, 16, 5, [0, 15, 16, 17, 70], slots=40, window=50, device=device, dtype=dtype)
-    compare(given, tolerance, window=50, biased=True, shifted=True)
+    given = draw(3, 1, 16, 5, [0, 15, 16, 17, 70], slots=40, window=50, device=device, dtype=dtype, shifted=True)
+    compare(given, tolerance, window=50, biased=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -200,13 +202,13 @@ def test_the_kernel_rounds_as_the_plain_form_does(device, monkeypatch):
     torch.testing.assert_close(given[4].k, plain[4].k)
 
 
-def garbled(given, window, filling, shifted):
+def garbled(given, window, filling):
     """The same step with `filling` in all that no token attends to."""
     *new, ring, extra = copied(given)
     columns = ring.k.shape[1]
     stays = torch.zeros(ring.k.shape[:2], dtype=torch.bool)
     for slot, position in zip(ring.slot_B.tolist(), ring.position_B.tolist(), strict=True):
-        stays[slot, [p % columns for p in range(max(0, position - window + 1 - shifted), position)]] = True
+        stays[slot, [p % columns for p in range(max(0, position - window + 1 - ring.shifted), position)]] = True
     for part in (ring.k, ring.v):
         part[~stays.to(part.device)] = filling
     keys, values = extra.k.clone(), extra.v.clone()
@@ -223,14 +225,14 @@ def garbled(given, window, filling, shifted):
 def test_what_no_token_attends_to_changes_nothing(tokens, shifted, device, monkeypatch):
     """Nor does a second call change anything: the result has no order of its own."""
     force(monkeypatch, RING_ATTENTION, answer=device != "plain")
-    given = draw(3, 1, 16, tokens, [0, 2, 8, 9, 500], slots=30, device="cpu" if device == "plain" else device)
+    place = "cpu" if device == "plain" else device
+    given = draw(3, 1, 16, tokens, [0, 2, 8, 9, 500], slots=30, device=place, shifted=shifted)
     given[5].mask_BTC[:, :, ::3] = False
     if device != "plain":
         given = to_dtype(given, torch.float32 if device == "cpu" else torch.bfloat16)
-    options = {"window": 9, "biased": True, "shifted": shifted}
-    expected = ring_attention(*copied(given), **options)
+    expected = ring_attention(*copied(given), window=9, biased=True)
     for filling in (0.0, NAN, float("inf")):
-        assert torch.equal(ring_attention(*garbled(given, 9, filling, shifted), **options), expected)
+        assert torch.equal(ring_attention(*garbled(given, 9, filling), window=9, biased=True), expected)
 
 
 def to_dtype(given, dtype):
@@ -310,7 +312,7 @@ def test_the_operator_keeps_its_word_to_the_compiler(slots, device):
     given = draw(2, 1, 16, 2, [3, 20], slots=slots, device=device, dtype=torch.float32)
     for wanted in (None, torch.tensor([[True, False], [False, False]], device=device)):
         masked = copied(given, wanted_BT=wanted)
-        torch.library.opcheck(module._ring_attention, (*flat(masked), 9, True, True))
+        torch.library.opcheck(module._ring_attention, (*flat(masked), 9, True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -335,7 +337,7 @@ def test_a_ring_must_have_room(monkeypatch):
     with pytest.raises(AssertionError, match="room"):
         ring_attention(*given, window=13, biased=True)
     with pytest.raises(AssertionError, match="room"):
-        ring_attention(*given, window=12, biased=True, shifted=True)
+        ring_attention(*copied(given, shifted=True), window=12, biased=True)
     asked = force(monkeypatch, RING_ATTENTION, answer=False)
     ring_attention(*given, window=12, biased=True)
     assert asked == [(torch.device("cpu"), torch.float64, 16)]
@@ -349,8 +351,10 @@ def test_a_ring_must_have_room(monkeypatch):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 4, 64), (14, 2, 64), (12, 4, 128)])
 def test_full_sizes(heads, kv_heads, head_dim, rows, tokens, shifted, dtype, device):
     positions = [(37 * row) % 600 for row in range(rows)]
-    given = draw(heads, kv_heads, head_dim, tokens, positions, slots=72, window=256, device=device, dtype=dtype)
-    compare(given, 1e-2, window=256, biased=True, shifted=shifted)
+    given = draw(
+        heads, kv_heads, head_dim, tokens, positions, slots=72, window=256, device=device, dtype=dtype, shifted=shifted
+    )
+    compare(given, 1e-2, window=256, biased=True)
 
 
 @pytest.mark.parametrize("device", GPU)
