@@ -27,7 +27,7 @@ TIMED = 3
 """Runs of which the fastest is the time of a micro-batch."""
 CACHE_ALL = "autograd_cache_allow_custom_autograd_functions"
 """PyTorch's option, off by default, to keep on disk also what it has traced of functions with a gradient of their own,
-such as `SquaredReLU`. With it a later process starts twice as fast."""
+such as `SquaredReLU` (benchmarks/results/2026-11-27-compile-cache.json)."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from lepton.train.micro_step import MicroStep
 from lepton.train.phases import Phases
 from lepton.train.progress import Progress
 from lepton.train.sample import sample_text
+from lepton.train.saving import Saving
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.single_process import refuse_several_processes
@@ -87,6 +88,7 @@ class Trainer:
         self.parts: Parts = assemble(start, phases)
         self.settings = self.parts.settings
         self.phases = phases
+        self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda")
         self.start = start
         self.progress = progress
         self.step = start.step
@@ -127,10 +129,12 @@ class Trainer:
                     if improved or saving:
                         self._save(best=improved, step=saving)
                     if stopping is not None:
+                        self.saving.wait()
                         raise Interrupted(stopping, self._farewell())
                     if self.step % settings.sample_every == 0 and not last:
                         self._sample()
             finally:
+                self.saving.close()
                 self.recorder.close()
         return self._finish()
 
@@ -189,7 +193,7 @@ class Trainer:
     def _save(self, *, best: bool, step: bool) -> None:
         self.recorder.sync()
         with self.phases("checkpoints"):
-            self.parts.folder.save(self._payload(), best=best, step=step)
+            self.saving.save(self._payload(), best=best, step=step)
         self.recorder.resume_clock()
 
     def _payload(self) -> dict[str, Any]:
@@ -215,6 +219,7 @@ class Trainer:
     def _finish(self) -> Path:
         """Save final.pt, and show the result of the run."""
         with self.phases("checkpoints"):
+            self.saving.wait()
             path = self.parts.folder.finish(self._payload())
         if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
             self._show_validation()

@@ -19,6 +19,7 @@ from lepton.train import assembly, trainer
 from lepton.train.micro_step import MicroStep
 from lepton.train.phases import Phases
 from lepton.train.progress import Progress
+from lepton.train.saving import Saving
 from lepton.train.starting_point import find_starting_point
 from lepton.train.stop_request import Interrupted
 from tests.streams import Watched
@@ -298,6 +299,19 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
         "out of GPU memory with --batch_size 64 on 24 GB: use --batch_size 32 --grad_accum 4 (the same step), "
         "or --checkpoint_activations"
     )
+
+
+def test_saving_beside_the_steps_saves_the_same(data, finished, tmp_path, monkeypatch):
+    """As on a GPU, also where the last step was saved as the run is stopped."""
+    monkeypatch.setattr(trainer, "Saving", lambda folder, *, beside: Saving(folder, beside=True))
+    stream = Watched("step 6/8", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        trainer.train(small_settings(data, tmp_path), stream=stream)
+    assert checkpoint.is_whole(tmp_path / "step_6.pt")
+    small_run(data, tmp_path, resume="auto")
+    assert metrics_of(tmp_path) == metrics_of(finished[0])
+    ours, theirs = (checkpoint.load(out / "step_4.pt")["model"] for out in (tmp_path, finished[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_auto_on_a_cpu_is_the_usual_split(data, tmp_path):
