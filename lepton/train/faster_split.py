@@ -3,7 +3,7 @@
 import torch
 
 from lepton.model import Network
-from lepton.runtime.device import gpu_memory
+from lepton.runtime.device import free_unused_memory, gpu_memory
 from lepton.train.memory_forecast import predicted_memory
 from lepton.train.micro_step import MicroStep
 from lepton.train.settings import TrainSettings
@@ -38,7 +38,7 @@ def faster_split(model: Network, settings: TrainSettings, micro_step: MicroStep,
     if other.split[0] <= batch_size or present * steps < LONG_RUN:
         return None
     found = _seconds(model, other)
-    torch.cuda.empty_cache()  # the graph is gone, and what it held belongs to the run
+    free_unused_memory(model.device)  # the trial's, which is gone
     if found is None or present < WORTH * found:
         return None
     rows, count = other.split

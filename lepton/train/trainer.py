@@ -19,6 +19,7 @@ import torch
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
+from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
 from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token
@@ -260,7 +261,7 @@ class Trainer:
         """
         parts, say = self.parts, self.progress.say
         while (micro_step := self._fitting_micro_step()) is None:
-            torch.cuda.empty_cache()
+            free_unused_memory(parts.device)
             self.settings = next(smaller_splits(self.settings))
             say(f"that was too much for the GPU's memory: {rows_a_time(self.settings)}")
         with self.phases("measure"):

@@ -46,6 +46,7 @@ def model(monkeypatch):
     monkeypatch.setattr(module, "gpu_memory", lambda device: (100 * 10**9, 100 * 10**9))
     monkeypatch.setattr(module, "predicted_memory", lambda model, settings: settings.split[0] * 10**9)
     monkeypatch.setattr(module, "MicroStep", Fake)
+    monkeypatch.setattr(module, "free_unused_memory", lambda device: None)
     model = nn.Module()
     model.device = torch.device("cuda")
     return model
