@@ -24,6 +24,7 @@ from lepton.train.assembly import Parts, assemble, make_room
 from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token
 from lepton.train.faster_split import faster_split
+from lepton.train.held_out_loss import HeldOutLoss
 from lepton.train.lock import locked
 from lepton.train.messages import introduce, out_of_memory, rows_a_time
 from lepton.train.metrics_recorder import MetricsRecorder
@@ -104,6 +105,7 @@ class Trainer:
         with StopRequest() as stop:
             micro_step = self._prepare()
             settings = self.settings
+            self.held_out_loss = HeldOutLoss(parts.model, micro_step.graphs, self.progress.say)
             log = make_room(self.start, parts.folder, self.progress.say)
             if not parts.folder.has_best:
                 self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
@@ -179,7 +181,9 @@ class Trainer:
                 calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
         with self.phases("validation"):
             limit = settings.eval_batches * settings.split[0] // rows
-            loss, bpb = validation_loss(parts.model, held_out, parts.tokenizer, batch_size=rows, limit=limit)
+            loss, bpb = validation_loss(
+                parts.model, held_out, parts.tokenizer, batch_size=rows, limit=limit, loss_of=self.held_out_loss
+            )
         with self.phases("figures of ideas"):
             ideas = idea_figures(parts.model, held_out, batch_size=rows) if learned else {}
         self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb, **ideas}
