@@ -132,12 +132,14 @@ class Trainer:
                     if improved or saving:
                         self._save(best=improved, step=saving)
                     if stopping is not None:
-                        self.saving.wait()
+                        with self.phases("checkpoints"):
+                            self.saving.wait()
                         raise Interrupted(stopping, self._farewell())
                     if self.step % settings.sample_every == 0 and not last:
                         self._sample()
             finally:
-                self.saving.close()
+                with self.phases("checkpoints"):
+                    self.saving.close()
                 self.recorder.close()
         return self._finish()
 

@@ -1,10 +1,12 @@
 import errno
+import io
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,13 @@ def test_the_output_begins_and_ends_as_promised(finished):
     assert lines[2].startswith("prepared in ")
     assert re.fullmatch(r"took [\d,]+ s(: \D+ \d+(, \D+ \d+)*)?", lines[-2])
     assert lines[-1] == f"checkpoint: {out / 'final.pt'}"
+
+
+def test_the_seconds_count_from_where_the_command_began(data, tmp_path):
+    began = time.perf_counter() - 5000
+    trainer.train(small_settings(data, tmp_path, max_steps=1), stream=(stream := io.StringIO()), since=began)
+    assert re.search(r"^prepared in 5,\d\d\d s: start 5,\d\d\d\b", stream.getvalue(), re.MULTILINE)
+    assert re.search(r"^took 5,\d\d\d s: preparation 5,\d\d\d\b", stream.getvalue(), re.MULTILINE)
 
 
 def test_a_run_is_repeatable_and_the_seed_counts(data, finished, tmp_path):
@@ -284,7 +293,11 @@ def test_data_that_does_not_fit_is_refused(data, tmp_path):
         small_run(other, tmp_path / "out")
 
 
-def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "said", "use"),
+    [(64, 64, "--batch_size 32 --grad_accum 4"), (None, 8, "--batch_size 4 --grad_accum 2")],
+)
+def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch, batch_size, said, use):
     def full(self, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -294,10 +307,9 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 10**9)
     monkeypatch.setattr("torch.nn.Module.to", full)
     with pytest.raises(InputError) as error:
-        small_run(data, tmp_path, device=None, batch_size=64, grad_accum=2)
+        small_run(data, tmp_path, device=None, batch_size=batch_size, grad_accum=2)
     assert str(error.value) == (
-        "out of GPU memory with --batch_size 64 on 24 GB: use --batch_size 32 --grad_accum 4 (the same step), "
-        "or --checkpoint_activations"
+        f"out of GPU memory with --batch_size {said} on 24 GB: use {use} (the same step), or --checkpoint_activations"
     )
 
 
