@@ -3,6 +3,7 @@
 import argparse
 import ast
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; a request to stop (`lepton.train.stop_request`) saves what was reached and gives 128 + the signal."""
+    since = time.perf_counter()
     share_the_cores()
     from lepton.train.stop_request import Interrupted
     from lepton.train.trainer import train
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     as_json = flags.pop("json", False)
     settings = settings_of(flags)
     try:
-        path = train(settings, given=set(flags), stream=sys.stderr if as_json else sys.stdout)
+        path = train(settings, given=set(flags), stream=sys.stderr if as_json else sys.stdout, since=since)
     except Interrupted as interrupted:
         complain(str(interrupted))
         return interrupted.exit_code
@@ -77,7 +79,9 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
 
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--batch_size", type=int, metavar="N", help="windows of a micro-batch (default: 4)")
+    add("--batch_size", type=_count_or_auto, metavar="N|auto",
+        help="windows of a micro-batch; auto: as many of the 4 x grad_accum windows of a step as fit into the GPU's "
+             "memory (default: 4)")  # fmt: skip
     add("--grad_accum", type=int, metavar="N", help="micro-batches of an optimizer step (default: 16; on a CPU 1)")
     add("--max_steps", type=int, metavar="N", help="optimizer steps in all (default: 50000)")
     add("--lr", type=float, metavar="X", help="peak learning rate of AdamW (default: 6e-4)")
@@ -121,6 +125,14 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add("--compile", action="store_true", help="compile the model, on a GPU alone (default there)")
     add("--no_compile", dest="compile", action="store_false", help="do not compile the model")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+
+
+def _count_or_auto(text: str) -> int | None:
+    """Return a number, or None, which leaves the choice to the trainer."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor auto") from None
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -152,10 +152,11 @@ def collect_outcomes(
     figures = [torch.empty(4 if uncertainty is None else 5, 0, dtype=torch.float64)]
     for part in iterate_positions(model, batches, max_tokens=max_tokens, carry=carry, depth=depth, think=think):
         logits_MV = part.logits_MV
+        log_max_M = logits_MV.log_softmax(-1).amax(-1)
         rows = [
             (logits_MV.argmax(-1) != part.target_M).to(logits_MV.dtype),
-            logits_MV.log_softmax(-1).amax(-1),
-            (logits_MV / temperature).log_softmax(-1).amax(-1),
+            log_max_M,
+            log_max_M if temperature == 1 else (logits_MV / temperature).log_softmax(-1).amax(-1),
             part.signals_M3[:, 0].to(logits_MV.dtype),
         ]
         if uncertainty is not None:

@@ -81,6 +81,13 @@ def peak_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def free_unused_memory(device: torch.device) -> None:
+    """Give memory that no tensor holds back to the GPU, and forget the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def gpu_memory(device: torch.device) -> tuple[int, int] | None:
     """Return the bytes available to this process and the total bytes of the GPU; None on a CPU."""
     if device.type != "cuda":

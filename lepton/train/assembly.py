@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError, naming, reason
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
-from lepton.runtime.device import keep_freed_memory, pick_device, pick_dtype
+from lepton.runtime.device import gpu_memory, keep_freed_memory, pick_device, pick_dtype, synchronize
 from lepton.train.folder import RunFolder
+from lepton.train.memory_forecast import predicted_memory
 from lepton.train.metrics_log import BAD, MetricsLog
 from lepton.train.optimizer import Optimizers
+from lepton.train.phases import Phases
 from lepton.train.run_data import RunData, open_run_data
 from lepton.train.settings import TrainSettings
+from lepton.train.split import largest_split
 from lepton.train.starting_point import StartingPoint
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
@@ -29,7 +33,7 @@ class Parts:
     """Everything that the trainer works with."""
 
     settings: TrainSettings
-    """With `grad_accum` and `compile` decided for the device."""
+    """With the split of a step and `compile` decided for the device."""
     size: str | None
     device: torch.device
     tokenizer: Tokenizer
@@ -39,30 +43,39 @@ class Parts:
     folder: RunFolder
 
 
-def assemble(start: StartingPoint) -> Parts:
-    """Build the parts. Nothing of an earlier run is touched yet.
+def assemble(start: StartingPoint, phases: Phases | None = None) -> Parts:
+    """Build the parts. Nothing of an earlier run is touched yet. `phases` counts the seconds.
 
     Raises:
         InputError: a device, data or weights that cannot be used.
     """
-    device = pick_device(start.settings.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    settings = settle_for_device(start.settings, device)
-    data = open_run_data(start, settings)
-    model = _build_model(start, settings, device)
-    if start.weights is None:
-        for idea in model.ideas.values():
-            idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
-    optimizers = Optimizers(
-        model,
-        kind=settings.optimizer,
-        lr=settings.lr,
-        muon_lr=settings.muon_lr,
-        weight_decay=settings.weight_decay,
-    )
-    if start.resumed is not None:
-        _restore(start.resumed, optimizers, device)
+    phases = phases or Phases()
+    with phases("device"):
+        device = pick_device(start.settings.device)
+        synchronize(device)  # the first call to a GPU takes a second or more
+        settings = settle_for_device(start.settings, device)
+        if device.type == "cpu":
+            keep_freed_memory()
+    if settings.compile:
+        with phases("compile"):
+            torch.compile(lambda: None)  # starts the compiler's workers, which take a while, beside what follows
+    with phases("data"):
+        data = open_run_data(start, settings)
+    with phases("model"):
+        model = _build_model(start, settings, device)
+        if start.weights is None:
+            for idea in model.ideas.values():
+                idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
+        settings = with_split(settings, model)
+        optimizers = Optimizers(
+            model,
+            kind=settings.optimizer,
+            lr=settings.lr,
+            muon_lr=settings.muon_lr,
+            weight_decay=settings.weight_decay,
+        )
+        if start.resumed is not None:
+            _restore(start.resumed, optimizers, device)
     run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep)
     return Parts(settings, start.size, device, start.tokenizer, data, model, optimizers, run_folder)
 
@@ -93,6 +106,17 @@ def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSet
             "nothing is slower for it"
         )
     return settings.replace(grad_accum=grad_accum, compile=compiled)
+
+
+def with_split(settings: TrainSettings, model: Network, device: torch.device | None = None) -> TrainSettings:
+    """Return `settings` with a `batch_size` that `model` has room for on `device`, by default its own.
+
+    A number that the user or a checkpoint has given stays.
+    """
+    if settings.batch_size is not None:
+        return settings
+    memory = gpu_memory(device or model.device)
+    return largest_split(settings, partial(predicted_memory, model), memory and memory[0])
 
 
 def _build_model(start: StartingPoint, settings: TrainSettings, device: torch.device) -> Network:

@@ -43,13 +43,14 @@ def training_seconds(flops: float, micro_batches: int, device: torch.device, dty
     """Return an estimate of the seconds that `flops` of training take, from the time of a matrix product."""
     size = 4096 if device.type == "cuda" else 768
     a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = min(_seconds(lambda: a @ a, device) for _ in range(4))
+    seconds = min(seconds_of(lambda: a @ a, device) for _ in range(4))
     share = USUAL_SHARE.get(device.type, 0.2) * (2 if (device.type, dtype) == ("cpu", torch.float32) else 1)
     rate = 2 * size**3 / seconds * share
     return flops / rate + (0 if device.type == "cpu" else micro_batches * HOST_SECONDS)
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `action` takes on `device`."""
     synchronize(device)
     start = time.perf_counter()
     action()

@@ -13,9 +13,8 @@ from lepton.ops.query_blocks import query_blocks
 from lepton.train.batch_plan import usual_groups
 from lepton.train.optimizer import split_parameters
 from lepton.train.settings import TrainSettings
+from lepton.train.split import USABLE, smaller_splits
 
-USABLE = 0.9
-"""Share of a card's memory that the proposed flags fill; fragmentation and forecast errors need the rest."""
 FP32 = 4
 
 
@@ -52,25 +51,24 @@ def predicted_bytes(
 
 def predicted_memory(model: Network, settings: TrainSettings) -> int:
     """Return `predicted_bytes` of `model` under `settings`."""
-    return predicted_bytes(
-        model, settings.batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer
-    )
+    batch_size, _ = settings.split
+    return predicted_bytes(model, batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer)
 
 
 def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], int], available: int) -> str:
     """Return flags with which a run fits into `available` bytes, such as '--batch_size 8 --grad_accum 4'.
 
     The first choice leaves the step unchanged: the largest smaller batch, or recomputed blocks. Then come both, and
-    then shorter rows. `predicted` gives the bytes of any settings; `grad_accum` must not be None.
+    then shorter rows. `predicted` gives the bytes of any settings, whose split must be decided.
     """
 
     def first(candidates: Iterator[TrainSettings]) -> TrainSettings | None:
         return next((each for each in candidates if predicted(each) <= USABLE * available), None)
 
     recomputed = settings.replace(checkpoint_activations=True)
-    ways = [first(_smaller(settings))]
+    ways = [first(smaller_splits(settings))]
     if not settings.checkpoint_activations:
-        with_recomputing = first(iter([recomputed])) or (None if ways[0] else first(_smaller(recomputed)))
+        with_recomputing = first(iter([recomputed])) or (None if ways[0] else first(smaller_splits(recomputed)))
         ways.append(with_recomputing)
     found = [_flags(settings, way) for way in ways if way]
     if found:
@@ -79,19 +77,10 @@ def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], 
     return _flags(settings, shorter) if shorter else "a smaller --model_size"
 
 
-def _smaller(settings: TrainSettings) -> Iterator[TrainSettings]:
-    """Yield the settings of the same step in smaller micro-batches, the largest first."""
-    assert settings.grad_accum is not None
-    rows = settings.batch_size * settings.grad_accum
-    for batch_size in range(settings.batch_size - 1, 0, -1):
-        if rows % batch_size == 0:
-            yield settings.replace(batch_size=batch_size, grad_accum=rows // batch_size)
-
-
 def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:
     """Yield the settings of a step in micro-batches of one row, halving the length of rows each time."""
-    assert settings.grad_accum is not None
-    rows = settings.batch_size * settings.grad_accum
+    batch_size, grad_accum = settings.split
+    rows = batch_size * grad_accum
     for halvings in range(1, settings.seq_len.bit_length()):
         yield settings.replace(batch_size=1, grad_accum=rows, seq_len=settings.seq_len >> halvings)
 

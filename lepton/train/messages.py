@@ -8,21 +8,22 @@ import torch
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
 from lepton.runtime.device import device_name, gpu_memory, pick_device, pick_dtype
-from lepton.train.assembly import GRAD_ACCUM, GRAD_ACCUM_CPU, Parts, settle_for_device
+from lepton.train.assembly import GRAD_ACCUM, GRAD_ACCUM_CPU, Parts, settle_for_device, with_split
 from lepton.train.cost import training_flops_per_token, training_seconds
 from lepton.train.memory_forecast import fitting_flags, predicted_memory
 from lepton.train.progress import duration
+from lepton.train.settings import TrainSettings
 from lepton.train.starting_point import StartingPoint
 
 
 def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) -> None:
     """Say what is trained on which data, about how long it will take, and which choices were made."""
     settings, model = parts.settings, parts.model
-    assert settings.grad_accum is not None
-    tokens = settings.batch_size * settings.grad_accum * settings.seq_len
+    batch_size, grad_accum = settings.split
+    tokens = batch_size * grad_accum * settings.seq_len
     left = settings.max_steps - start.step
-    flops = training_flops_per_token(model, settings.batch_size, settings.seq_len) * tokens * left
-    seconds = training_seconds(flops, left * settings.grad_accum, parts.device, model.dtype)
+    flops = training_flops_per_token(model, batch_size, settings.seq_len) * tokens * left
+    seconds = training_seconds(flops, left * grad_accum, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
     data = parts.data.train.describe()
@@ -35,6 +36,8 @@ def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) ->
         chosen = [text for name, text in choices.items() if getattr(start.settings, name) is None]
         if chosen:
             say(f"on a CPU: {', '.join(chosen)}; explicit flags win")
+    if start.settings.batch_size is None:
+        say(f"--batch_size auto: {rows_a_time(settings)}")
     memory = gpu_memory(parts.device)
     if memory is not None:
         available, total = memory
@@ -47,13 +50,24 @@ def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) ->
         say(note)
 
 
-def out_of_memory(start: StartingPoint) -> str:
-    """Return the error message of a run that did not fit on the GPU: what happened, and which flags would fit."""
+def rows_a_time(settings: TrainSettings) -> str:
+    """Return the split of a step in words."""
+    batch_size, grad_accum = settings.split
+    times = "at once" if grad_accum == 1 else f"{batch_size} at a time"
+    return f"the {batch_size * grad_accum} rows of a step {times}"
+
+
+def out_of_memory(start: StartingPoint, settings: TrainSettings | None = None) -> str:
+    """Return the error message of a run that did not fit on the GPU: what happened, and which flags would fit.
+
+    `settings` are those of the run, if they were decided before it failed.
+    """
     device = pick_device(start.settings.device)
-    settings = settle_for_device(start.settings, device)
+    settings = settings or settle_for_device(start.settings, device)
     with on_meta_device():
         model = Network(start.config)
     model.compute_dtype = pick_dtype(settings.dtype, device)
+    settings = with_split(settings, model, device)
     memory = gpu_memory(device)
     assert memory is not None
     available, total = memory

@@ -6,21 +6,28 @@ repeats are compiled, each once, and not the whole model: compile time grows wit
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as autograd_config
 
 from lepton.errors import reason
 from lepton.model import Network
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train.batch_plan import plan_batch
+from lepton.train.cost import seconds_of
 from lepton.train.mixed_precision import LowPrecisionCopies
 
 WARM_UP = 2
 """Runs of a shape before its first capture, so that compilation and setup at first use are done."""
+TIMED = 3
+"""Runs of which the fastest is the time of a micro-batch."""
+CACHE_ALL = "autograd_cache_allow_custom_autograd_functions"
+"""PyTorch's option, off by default, to keep on disk also what it has traced of functions with a gradient of their own,
+such as `SquaredReLU` (benchmarks/results/2026-11-27-compile-cache.json)."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,20 @@ class MicroStep:
         compiled: bool,
         captured: bool = True,
         say: Callable[[str], None] = print,
+        phase: Callable[[str], AbstractContextManager[None]] = lambda name: nullcontext(),
     ) -> None:
+        """Make one for `model`.
+
+        Args:
+            model: on its device.
+            compiled: whether the parts that repeat are compiled.
+            captured: whether micro-batches are captured, on a GPU.
+            say: is told what takes long, and what does not work here.
+            phase: names what a block of the work is, so that its seconds can be counted; see `Phases`.
+        """
         self._model = model
         self._copies = LowPrecisionCopies(model)
-        self._say = say
+        self._say, self._phase = say, phase
         self._parts: list[tuple[nn.Module, str, Callable[..., Any]]] = []
         if compiled:
             self._parts = [
@@ -76,23 +93,39 @@ class MicroStep:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
-        model, device = self._model, self._model.device
-        tokens = torch.full((batch_size, seq_len + 1), int(model.config.eos_id == 0))
-        think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
-        lengths = torch.full((batch_size,), seq_len + 1)
         while self._parts or self.graphs is not None:
             try:
-                self(tokens, lengths, think, groups, share=0.0)
+                self._run_idle(batch_size, seq_len)
                 break
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many types; none should stop a run that works without
                 what = "compile" if self._parts else "capture"
                 self._say(f"cannot {what} here ({reason(error)}): going on without, which runs slower")
-                self.graphs = CudaGraphs(device) if self._parts and self.graphs is not None else None
+                self.graphs = CudaGraphs(self._model.device) if self._parts and self.graphs is not None else None
                 self._parts = []
                 self._places.clear()
-        for parameter in model.parameters():
+        self._forget()
+
+    def seconds(self, batch_size: int, seq_len: int) -> float:
+        """Return the seconds of a micro-batch of a shape that is prepared. Nothing is added, gradients are set to zero.
+
+        What compilation and capture have not done before is counted.
+        """
+        device = self._model.device
+        found = min(seconds_of(lambda: self._run_idle(batch_size, seq_len), device) for _ in range(TIMED))
+        self._forget()
+        return found
+
+    def _run_idle(self, batch_size: int, seq_len: int) -> None:
+        """Run a micro-batch of this shape that has no share in a step."""
+        tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
+        think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
+        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, share=0.0)
+
+    def _forget(self) -> None:
+        """Set the gradients and the sums of the figures to zero."""
+        for parameter in self._model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()
         if self._sums is not None:
@@ -111,10 +144,11 @@ class MicroStep:
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
-                self._places[key] = self._warmed_up(inputs, groups)
+                with self._phase("compile" if self._parts else "load"):
+                    self._places[key] = self._warmed_up(inputs, groups)
             place = self._places[key]
             if key not in self.graphs:
-                with self._compiled():
+                with self._compiled(), self._phase("record"):
                     self.graphs.capture(key, lambda: self._run(place, groups))
             place.copy_(inputs)
             self.graphs.replay(key)
@@ -153,10 +187,12 @@ class MicroStep:
     @contextmanager
     def _compiled(self) -> Iterator[None]:
         """Run the compiled parts inside the block. Outside, shapes vary, and the model runs eagerly."""
+        cached = bool(self._parts) and hasattr(autograd_config, CACHE_ALL)
         try:
             for module, name, function in self._parts:
                 setattr(module, name, function)
-            yield
+            with autograd_config.patch(CACHE_ALL, True) if cached else nullcontext():
+                yield
         finally:
             for module, name, _ in self._parts:
                 module.__dict__.pop(name, None)

@@ -17,6 +17,8 @@ NOT_INHERITED = (
 )  # fmt: skip
 """Settings that a resumed run does not inherit: where it runs, what is allowed once, and what the checkpoint's own
 config says."""
+BATCH_SIZE = 4
+"""Rows of a micro-batch, unless the user says another number."""
 MAX_SEED = 2**64 - 1
 MAX_STEP_TOKENS = 2**28
 """Most tokens per optimizer step; all of them are read at once, 2 GiB."""
@@ -39,8 +41,9 @@ class TrainSettings:
     """Tokenizer file; None is the checkpoint's own, pile_tokenizer.json if it exists, or the shipped one."""
     seq_len: int = 512
     """Targets of a training window."""
-    batch_size: int = 4
-    """Windows of a micro-batch."""
+    batch_size: int | None = BATCH_SIZE
+    """Windows of a micro-batch; None: a step has 4 x grad_accum windows, and as many of them as fit into the GPU's
+    memory make a micro-batch. A run that resumes one keeps its split."""
     grad_accum: int | None = None
     """Micro-batches of an optimizer step; None is 16, and 1 on a CPU."""
     max_steps: int = 50_000
@@ -115,10 +118,11 @@ class TrainSettings:
                 raise InputError(f"{name}={getattr(self, name)}: must not be negative")
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError(f"seed={self.seed}: must lie in 0..{MAX_SEED} (64 bits)")
-        tokens = self.batch_size * (self.grad_accum or 1) * self.seq_len
+        rows, count = self.batch_size or BATCH_SIZE, self.grad_accum or 1
+        tokens = rows * count * self.seq_len
         if tokens > MAX_STEP_TOKENS:
             raise InputError(
-                f"batch_size={self.batch_size} x grad_accum={self.grad_accum or 1} x seq_len={self.seq_len} are "
+                f"batch_size={rows} x grad_accum={count} x seq_len={self.seq_len} are "
                 f"{tokens:,} tokens per step: must be at most {MAX_STEP_TOKENS:,}"
             )
         if self.threads is not None and self.threads > MAX_THREADS:
@@ -136,6 +140,13 @@ class TrainSettings:
         if self.resume and self.init_from:
             raise InputError(f"resume={self.resume} and init_from={self.init_from}: give one of them")
 
+    @property
+    def split(self) -> tuple[int, int]:
+        """The rows of a micro-batch and the micro-batches of a step, once both are decided."""
+        assert self.batch_size is not None
+        assert self.grad_accum is not None
+        return self.batch_size, self.grad_accum
+
     def replace(self, **changes: Any) -> "TrainSettings":
         """Return a copy with `changes`."""
         return dataclasses.replace(self, **changes)
@@ -152,8 +163,14 @@ class TrainSettings:
     def resumed_from(self, saved: Mapping[str, Any], given: Collection[str]) -> tuple["TrainSettings", list[str]]:
         """Return the settings of a run that resumes one with settings `saved`, and the changes, a line each.
 
-        The settings named in `given` win; the others keep their saved values.
+        The settings named in `given` win; the others keep their saved values. A `batch_size` of None leaves the split
+        as it was, so that the command that began a run also goes on with it.
+
+        Raises:
+            InputError: `batch_size` is None, and `grad_accum` asks for another number of rows in a step.
         """
+        if self.batch_size is None:
+            given = set(given) - {"batch_size", "grad_accum"}
         names = [field.name for field in dataclasses.fields(self) if field.name not in NOT_INHERITED]
         inherited = {name: saved[name] for name in names if name in saved and name not in given}
         changes = [
@@ -161,7 +178,15 @@ class TrainSettings:
             for name in names
             if name in given and name in saved and saved[name] != getattr(self, name)
         ]
-        return self.replace(**inherited), changes
+        resumed = self.replace(**inherited)
+        if self.batch_size is None and self.grad_accum is not None:
+            rows, count, asked = resumed.batch_size, resumed.grad_accum, BATCH_SIZE * self.grad_accum
+            if rows and count and rows * count != asked:
+                raise InputError(
+                    f"--batch_size auto --grad_accum {self.grad_accum} is a step of {asked} rows, the run to resume "
+                    f"has {rows} x {count}: leave both flags out, or give two numbers"
+                )
+        return resumed, changes
 
 
 _PLAIN: dict[type, tuple[Any, str]] = {

@@ -19,18 +19,24 @@ import torch
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
+from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
 from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token
+from lepton.train.faster_split import faster_split
+from lepton.train.held_out_loss import HeldOutLoss
 from lepton.train.lock import locked
-from lepton.train.messages import introduce, out_of_memory
+from lepton.train.messages import introduce, out_of_memory, rows_a_time
 from lepton.train.metrics_recorder import MetricsRecorder
 from lepton.train.micro_step import MicroStep
+from lepton.train.phases import Phases
 from lepton.train.progress import Progress
 from lepton.train.sample import sample_text
+from lepton.train.saving import Saving
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.single_process import refuse_several_processes
+from lepton.train.split import rows_at_once, smaller_splits
 from lepton.train.starting_point import StartingPoint, find_starting_point, run_folder
 from lepton.train.stop_request import SIGPIPE, Interrupted, StopRequest
 from lepton.train.validation import idea_figures, in_words, validation_loss
@@ -39,7 +45,13 @@ CALIBRATION_TOKENS = 1 << 12
 """Held-out tokens that uncertainty and routing are fitted on, before each validation."""
 
 
-def train(settings: TrainSettings, *, given: Collection[str] | None = None, stream: TextIO | None = None) -> Path:
+def train(
+    settings: TrainSettings,
+    *,
+    given: Collection[str] | None = None,
+    stream: TextIO | None = None,
+    since: float | None = None,
+) -> Path:
     """Train a model as `settings` say and return the path of its final checkpoint.
 
     Args:
@@ -47,11 +59,13 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
         given: names of the settings that the user chose. A resumed run takes all others from its checkpoint; by default
             those that differ from their defaults count as chosen.
         stream: where lines for people go, by default stdout.
+        since: the `time.perf_counter()` from which the seconds of the run are counted, by default now.
 
     Raises:
         InputError: a setting, a file or data that cannot be used, or a loss that is not finite.
         Interrupted: a signal came, or the reader of `stream` left; what was reached is saved.
     """
+    phases = Phases(since)
     refuse_several_processes(os.environ)
     progress = Progress(stream or sys.stdout)
     if settings.threads:
@@ -59,10 +73,12 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
     given = settings.changed() if given is None else given
     with locked(run_folder(settings, given), progress.say):
         start = find_starting_point(settings, given)
+        trainer: Trainer | None = None
         try:
-            return Trainer(start, progress).run()
+            trainer = Trainer(start, progress, phases)
+            return trainer.run()
         except torch.OutOfMemoryError as error:
-            raise InputError(out_of_memory(start)) from error
+            raise InputError(out_of_memory(start, trainer.settings if trainer else None)) from error
         finally:
             progress.clear()  # what follows goes to stderr
 
@@ -70,9 +86,11 @@ def train(settings: TrainSettings, *, given: Collection[str] | None = None, stre
 class Trainer:
     """One run: its parts, its present step, and the loop over steps."""
 
-    def __init__(self, start: StartingPoint, progress: Progress) -> None:
-        self.parts: Parts = assemble(start)
+    def __init__(self, start: StartingPoint, progress: Progress, phases: Phases) -> None:
+        self.parts: Parts = assemble(start, phases)
         self.settings = self.parts.settings
+        self.phases = phases
+        self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda")
         self.start = start
         self.progress = progress
         self.step = start.step
@@ -81,18 +99,21 @@ class Trainer:
 
     def run(self) -> Path:
         """Train until `max_steps` and return the final checkpoint."""
-        settings, parts = self.settings, self.parts
-        introduce(parts, self.start, self.progress.say)
-        log = make_room(self.start, parts.folder, self.progress.say)
-        if not parts.folder.has_best:
-            self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
+        parts = self.parts
+        with self.phases("estimate"):
+            introduce(parts, self.start, self.progress.say)
         with StopRequest() as stop:
-            micro_step = self._micro_step()
+            micro_step = self._prepare()
+            settings = self.settings
+            self.held_out_loss = HeldOutLoss(parts.model, micro_step.graphs, self.progress.say)
+            log = make_room(self.start, parts.folder, self.progress.say)
+            if not parts.folder.has_best:
+                self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
             self.recorder = MetricsRecorder(
                 log,
                 self.progress,
                 parts.device,
-                flops_per_target=training_flops_per_token(parts.model, settings.batch_size, settings.seq_len),
+                flops_per_target=training_flops_per_token(parts.model, settings.split[0], settings.seq_len),
                 first=self.step,
                 last=settings.max_steps,
             )
@@ -111,26 +132,30 @@ class Trainer:
                     if improved or saving:
                         self._save(best=improved, step=saving)
                     if stopping is not None:
+                        with self.phases("checkpoints"):
+                            self.saving.wait()
                         raise Interrupted(stopping, self._farewell())
                     if self.step % settings.sample_every == 0 and not last:
                         self._sample()
             finally:
+                with self.phases("checkpoints"):
+                    self.saving.close()
                 self.recorder.close()
         return self._finish()
 
     def _train_step(self, micro_step: MicroStep) -> None:
         """One optimizer step: all its micro-batches, an update, and a record that stays on the device."""
         settings, parts = self.settings, self.parts
-        assert settings.grad_accum is not None
+        batch_size, grad_accum = settings.split
         batches = [
-            parts.data.train.batch(self.step, micro, batch_size=settings.batch_size, accumulate=settings.grad_accum)
-            for micro in range(settings.grad_accum)
+            parts.data.train.batch(self.step, micro, batch_size=batch_size, accumulate=grad_accum)
+            for micro in range(grad_accum)
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
             micro_step(batch.tokens, batch.lengths, think, groups, count / sum(counts))
-            self.recorder.move(self.step + 1, (micro + 1) / settings.grad_accum)
+            self.recorder.move(self.step + 1, (micro + 1) / grad_accum)
         figures = micro_step.take_figures()
         scale = lr_scale(
             self.step,
@@ -145,16 +170,24 @@ class Trainer:
         self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=sum(counts))
 
     def _validate(self) -> bool:
-        """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is)."""
+        """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is).
+
+        Of a model that has learned nothing only the loss is measured.
+        """
         settings, parts, held_out = self.settings, self.parts, self.parts.data.held_out
-        rows = settings.batch_size
+        rows, learned = rows_at_once(settings), self.step > 0 or self.start.weights is not None
         self.recorder.flush()
         self.progress.hint("validating ...")
-        calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
-        loss, bpb = validation_loss(
-            parts.model, held_out, parts.tokenizer, batch_size=rows, limit=settings.eval_batches
-        )
-        ideas = idea_figures(parts.model, held_out, batch_size=rows)
+        if learned:
+            with self.phases("calibration"):
+                calibrate(parts.model, calibration_batches(held_out, rows, CALIBRATION_TOKENS))
+        with self.phases("validation"):
+            limit = settings.eval_batches * settings.split[0] // rows
+            loss, bpb = validation_loss(
+                parts.model, held_out, parts.tokenizer, batch_size=rows, limit=limit, loss_of=self.held_out_loss
+            )
+        with self.phases("figures of ideas"):
+            ideas = idea_figures(parts.model, held_out, batch_size=rows) if learned else {}
         self.validation = {"step": self.step, "val_loss": loss, "val_bpb": bpb, **ideas}
         self.recorder.note(self.validation)
         self._show_validation()
@@ -166,7 +199,8 @@ class Trainer:
 
     def _save(self, *, best: bool, step: bool) -> None:
         self.recorder.sync()
-        self.parts.folder.save(self._payload(), best=best, step=step)
+        with self.phases("checkpoints"):
+            self.saving.save(self._payload(), best=best, step=step)
         self.recorder.resume_clock()
 
     def _payload(self) -> dict[str, Any]:
@@ -191,10 +225,13 @@ class Trainer:
 
     def _finish(self) -> Path:
         """Save final.pt, and show the result of the run."""
-        path = self.parts.folder.finish(self._payload())
+        with self.phases("checkpoints"):
+            self.saving.wait()
+            path = self.parts.folder.finish(self._payload())
         if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
             self._show_validation()
         self._sample()
+        self.progress.say(f"took {self.phases.in_words()}")
         self.progress.say(f"checkpoint: {path}")
         return path
 
@@ -203,14 +240,15 @@ class Trainer:
         settings, parts = self.settings, self.parts
         self.recorder.flush()
         self.progress.hint("writing a sample ...")
-        text = sample_text(
-            parts.model,
-            parts.data.held_out,
-            parts.tokenizer,
-            prompt=settings.sample_prompt,
-            max_new_tokens=settings.sample_tokens,
-            seed=settings.seed,
-        )
+        with self.phases("samples"):
+            text = sample_text(
+                parts.model,
+                parts.data.held_out,
+                parts.tokenizer,
+                prompt=settings.sample_prompt,
+                max_new_tokens=settings.sample_tokens,
+                seed=settings.seed,
+            )
         self.progress.say("\n".join([f"sample at step {self.step:,}:", *(f"  | {line}" for line in text.splitlines())]))
         self.recorder.resume_clock()
 
@@ -222,8 +260,33 @@ class Trainer:
         assert self.validation is not None
         self.progress.say(in_words(self.validation, self.parts.model.config.layers))
 
-    def _micro_step(self) -> MicroStep:
-        settings = self.settings
-        micro_step = MicroStep(self.parts.model, compiled=bool(settings.compile), say=self.progress.say)
-        micro_step.prepare(settings.batch_size, settings.seq_len)
+    def _prepare(self) -> MicroStep:
+        """Compile and record, and say how long all took until here.
+
+        Where `--batch_size auto` has hoped for too much memory, the next smaller split is tried.
+        """
+        parts, say = self.parts, self.progress.say
+        while (micro_step := self._fitting_micro_step()) is None:
+            free_unused_memory(parts.device)
+            self.settings = next(smaller_splits(self.settings))
+            say(f"that was too much for the GPU's memory: {rows_a_time(self.settings)}")
+        with self.phases("measure"):
+            hint = faster_split(parts.model, self.settings, micro_step, self.settings.max_steps - self.step)
+        if hint:
+            say(hint)
+        say(f"prepared in {self.phases.fold('preparation', 'training')}")
+        return micro_step
+
+    def _fitting_micro_step(self) -> MicroStep | None:
+        """Return what runs micro-batches of the present split, or None if they do not fit and a smaller one may do."""
+        batch_size, _ = self.settings.split
+        try:
+            micro_step = MicroStep(
+                self.parts.model, compiled=bool(self.settings.compile), say=self.progress.say, phase=self.phases
+            )
+            micro_step.prepare(batch_size, self.settings.seq_len)
+        except torch.OutOfMemoryError:
+            if self.start.settings.batch_size is not None or batch_size == 1:
+                raise
+            return None
         return micro_step

@@ -1,10 +1,12 @@
 """What a run measures on held-out data between its steps: the loss, and figures of the ideas."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
@@ -20,7 +22,13 @@ FIGURE_TOKENS, FIGURE_NEW_TOKENS = 1024, 32
 
 @torch.no_grad()
 def validation_loss(
-    model: Network, data: ShardedDataset, tokenizer: Tokenizer, *, batch_size: int, limit: int | None
+    model: Network,
+    data: ShardedDataset,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    limit: int | None,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[float, float]:
     """Return the mean loss of `model` on `data` in nats per token, and the same in bits per byte of text.
 
@@ -32,6 +40,7 @@ def validation_loss(
         tokenizer: the one that `data` was made with.
         batch_size: windows at a time.
         limit: batches at most; None: all.
+        loss_of: gives the mean loss of a batch's tokens and lengths, such as `HeldOutLoss`.
     """
     device = model.device
     bytes_of_id = np.zeros(model.config.vocab_size, dtype=np.int64)
@@ -42,8 +51,7 @@ def validation_loss(
     targets = text_bytes = 0
     for tokens, lengths in data.batches(batch_size, limit):
         count = int(lengths.sum()) - len(lengths)
-        parts = model.loss(tokens.to(device), lengths=lengths.to(device), auxiliary=False).parts
-        total += parts["ce"].float() * count
+        total += loss_of(tokens, lengths).float() * count
         targets += count
         valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
         text_bytes += int(bytes_of_id[tokens[:, 1:][valid].numpy()].sum())

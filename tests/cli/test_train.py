@@ -65,6 +65,8 @@ def test_the_help_tells_the_true_defaults():
     [
         (["--lr", "1e-3"], "lr", 1e-3),
         (["--grad-accum=2"], "grad_accum", 2),
+        (["--batch_size", "8"], "batch_size", 8),
+        (["--batch_size", "auto"], "batch_size", None),
         (["--compile"], "compile", True),
         (["--no_compile"], "compile", False),
         (["--no-compile"], "compile", False),
@@ -82,6 +84,7 @@ def test_flags_become_settings(flags, name, value):
         (["--model_size", "tinny"], "unknown value 'tinny'; did you mean 'tiny'?"),
         (["--grad_acum", "2"], "unknown flag '--grad_acum'; did you mean '--grad_accum'?"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--batch_size", "all"], "'all' is neither a whole number nor auto"),
         (["--override", "window"], "'window' is not NAME=VALUE"),
         (["--override", "widow=3"], "unknown configuration field 'widow'; did you mean 'window'?"),
         (["--max_steps", "0"], "max_steps=0: must be at least 1"),

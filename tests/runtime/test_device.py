@@ -90,3 +90,13 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
     assert device.keep_freed_memory() == (sys.platform == "linux" and platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr("sys.platform", "win32")
     assert not device.keep_freed_memory()
+
+
+def test_unused_memory_goes_back_to_a_gpu_alone(monkeypatch):
+    called = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: called.append("empty"))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: called.append(device))
+    device.free_unused_memory(CPU)
+    assert called == []
+    device.free_unused_memory(torch.device("cuda", 1))
+    assert called == ["empty", torch.device("cuda", 1)]

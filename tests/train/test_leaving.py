@@ -42,9 +42,9 @@ class Pipe(io.StringIO):
 
 
 def test_a_reader_that_leaves_stops_the_run_after_a_save(data, finished, tmp_path):
-    """`train ... | head -4`: the fourth line is that of step 2."""
+    """`train ... | head -5`: the fifth line is that of step 2."""
     with pytest.raises(Interrupted, match=r"stopped at step 4, saved .*step_4\.pt; go on with --resume ") as stop:
-        train(small_settings(data, tmp_path), stream=Pipe(4, BrokenPipeError(errno.EPIPE, "Broken pipe")))
+        train(small_settings(data, tmp_path), stream=Pipe(5, BrokenPipeError(errno.EPIPE, "Broken pipe")))
     assert stop.value.exit_code == 141
     small_run(data, tmp_path, resume="auto")
     assert metrics_of(tmp_path) == metrics_of(finished)

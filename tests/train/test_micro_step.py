@@ -3,13 +3,14 @@ from dataclasses import is_dataclass
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._functorch import config as autograd_config
 
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.train.batch_plan import plan_batch
-from lepton.train.micro_step import MicroStep, compiled_parts
+from lepton.train.micro_step import CACHE_ALL, MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from tests.ops.devices import force
 from tests.train.small import SHAPE
@@ -172,6 +173,28 @@ def test_compiled_blocks_are_computed_again_without_compiling_again(monkeypatch)
     (programs, expected), (programs_again, found) = results
     assert programs_again == programs > 0
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_time_of_a_micro_batch_is_taken_without_a_trace(model):
+    micro_step = MicroStep(model, compiled=False)
+    micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert micro_step.seconds(4, 8) > 0
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert not any(figure for figure in micro_step.take_figures().values())
+
+
+def test_what_is_traced_of_functions_with_own_gradients_is_kept_on_disk(model, monkeypatch):
+    """Only while the parts run: the option belongs to whoever else compiles in this process."""
+    seen = []
+
+    def compile(forward, *, dynamic):
+        return lambda *args: seen.append(getattr(autograd_config, CACHE_ALL)) or forward(*args)
+
+    monkeypatch.setattr("torch.compile", compile)
+    assert not getattr(autograd_config, CACHE_ALL)
+    MicroStep(model, compiled=True, say=[].append).prepare(2, 8)
+    assert set(seen) == {True}
+    assert not getattr(autograd_config, CACHE_ALL)
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(model, monkeypatch):

@@ -34,6 +34,8 @@ from lepton.train.settings import TrainSettings
         ({"data_dir": 3}, "data_dir=3: must be a text or None"),
         ({"data_dir": "a\0b"}, "data_dir='a\\x00b': must be a text"),
         ({"overrides": [1]}, "overrides=[1]: must be a dict"),
+        ({"batch_size": "auto"}, "batch_size='auto': must be a whole number of 64 bits or None"),
+        ({"batch_size": None, "grad_accum": 10**9}, "batch_size=4 x grad_accum=1000000000 x seq_len=512 are"),
         ({"grad_accum": 10**9}, "tokens per step: must be at most 268,435,456"),
         ({"threads": 10**9}, "threads=1000000000: must be at most"),
         ({"sample_prompt": ""}, "sample_prompt is empty"),
@@ -86,3 +88,14 @@ def test_settings_of_an_older_version_resume():
     del saved["cooldown"]
     settings, changes = TrainSettings().resumed_from({**saved, "gone": 1}, set())
     assert (settings.lr, settings.cooldown, changes) == (1e-3, 0.4, [])
+
+
+def test_auto_resumes_the_split_of_the_run():
+    saved = TrainSettings(batch_size=64, grad_accum=2).to_dict()
+    for asked in (TrainSettings(batch_size=None), TrainSettings(batch_size=None, grad_accum=32)):
+        settings, changes = asked.resumed_from(saved, asked.changed())
+        assert (settings.split, changes) == ((64, 2), [])
+    asked = TrainSettings(batch_size=None, grad_accum=16)
+    message = "--batch_size auto --grad_accum 16 is a step of 64 rows, the run to resume has 64 x 2: leave both"
+    with pytest.raises(InputError, match=message):
+        asked.resumed_from(saved, asked.changed())

@@ -1,9 +1,12 @@
 import errno
+import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.train import trainer
+from lepton.train import assembly, trainer
+from lepton.train.micro_step import MicroStep
+from lepton.train.phases import Phases
+from lepton.train.progress import Progress
+from lepton.train.saving import Saving
+from lepton.train.starting_point import find_starting_point
 from lepton.train.stop_request import Interrupted
 from tests.streams import Watched
 from tests.train.small import metrics_of, small_run, small_settings, write_data
@@ -66,12 +74,13 @@ def test_the_metrics_tell_each_step_and_validation_once(finished):
     entries = metrics_of(out)
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))
     assert [entry["step"] for entry in entries if "val_loss" in entry] == [0, 4, 8]
-    train, validation = entries[1], entries[0]
+    train, validation, last = entries[1], entries[0], entries[-1]
     assert {"step", "loss", "lr", "grad_norm"} <= train.keys()
     ideas = {"mean_depth", "tokens_per_step", "calibration_error"}
-    assert {"step", "val_loss", "val_bpb", *ideas} == validation.keys()
+    assert {"step", "val_loss", "val_bpb"} == validation.keys(), "there is nothing to say about untrained ideas"
+    assert {"step", "val_loss", "val_bpb", *ideas} == last.keys()
     assert validation["val_loss"] == pytest.approx(np.log(300), rel=0.02)
-    assert entries[-1]["val_loss"] < validation["val_loss"] - 0.3
+    assert last["val_loss"] < validation["val_loss"] - 0.3
 
 
 def test_the_output_begins_and_ends_as_promised(finished):
@@ -84,7 +93,16 @@ def test_the_output_begins_and_ends_as_promised(finished):
     assert "sample at step 8:" in lines
     (last,) = [line for line in lines if line.startswith("step 8: validation loss")]
     assert lines.index(last) < lines.index("sample at step 8:"), "shown once"
+    assert lines[2].startswith("prepared in ")
+    assert re.fullmatch(r"took [\d,]+ s(: \D+ \d+(, \D+ \d+)*)?", lines[-2])
     assert lines[-1] == f"checkpoint: {out / 'final.pt'}"
+
+
+def test_the_seconds_count_from_where_the_command_began(data, tmp_path):
+    began = time.perf_counter() - 5000
+    trainer.train(small_settings(data, tmp_path, max_steps=1), stream=(stream := io.StringIO()), since=began)
+    assert re.search(r"^prepared in 5,\d\d\d s: start 5,\d\d\d\b", stream.getvalue(), re.MULTILINE)
+    assert re.search(r"^took 5,\d\d\d s: preparation 5,\d\d\d\b", stream.getvalue(), re.MULTILINE)
 
 
 def test_a_run_is_repeatable_and_the_seed_counts(data, finished, tmp_path):
@@ -275,20 +293,101 @@ def test_data_that_does_not_fit_is_refused(data, tmp_path):
         small_run(other, tmp_path / "out")
 
 
-def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "said", "use"),
+    [(64, 64, "--batch_size 32 --grad_accum 4"), (None, 8, "--batch_size 4 --grad_accum 2")],
+)
+def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch, batch_size, said, use):
     def full(self, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10**9, 24 * 10**9))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 10**9)
     monkeypatch.setattr("torch.nn.Module.to", full)
     with pytest.raises(InputError) as error:
-        small_run(data, tmp_path, device=None, batch_size=64, grad_accum=2)
+        small_run(data, tmp_path, device=None, batch_size=batch_size, grad_accum=2)
     assert str(error.value) == (
-        "out of GPU memory with --batch_size 64 on 24 GB: use --batch_size 32 --grad_accum 4 (the same step), "
-        "or --checkpoint_activations"
+        f"out of GPU memory with --batch_size {said} on 24 GB: use {use} (the same step), or --checkpoint_activations"
     )
+
+
+def test_saving_beside_the_steps_saves_the_same(data, finished, tmp_path, monkeypatch):
+    """As on a GPU, also where the last step was saved as the run is stopped."""
+    monkeypatch.setattr(trainer, "Saving", lambda folder, *, beside: Saving(folder, beside=True))
+    stream = Watched("step 6/8", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        trainer.train(small_settings(data, tmp_path), stream=stream)
+    assert checkpoint.is_whole(tmp_path / "step_6.pt")
+    small_run(data, tmp_path, resume="auto")
+    assert metrics_of(tmp_path) == metrics_of(finished[0])
+    ours, theirs = (checkpoint.load(out / "step_4.pt")["model"] for out in (tmp_path, finished[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_auto_on_a_cpu_is_the_usual_split(data, tmp_path):
+    small_run(data, tmp_path / "named", batch_size=4, grad_accum=2)
+    _, text = small_run(data, tmp_path / "auto", batch_size=None, grad_accum=2)
+    assert "--batch_size auto: the 8 rows of a step 4 at a time\n" in text
+    assert metrics_of(tmp_path / "auto") == metrics_of(tmp_path / "named")
+
+
+class Small(MicroStep):
+    """Micro-batches on a GPU without memory for more than two rows."""
+
+    def prepare(self, batch_size, seq_len):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_auto_takes_the_next_smaller_split_until_one_fits(data, tmp_path, monkeypatch):
+    small_run(data, tmp_path / "named", batch_size=2, grad_accum=4)
+    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (10**12, 10**12))
+    monkeypatch.setattr(trainer, "MicroStep", Small)
+    auto = {"batch_size": None, "grad_accum": 2}
+    _, text = small_run(data, tmp_path / "auto", **auto)
+    lines = [line for line in text.splitlines() if "rows of a step" in line]
+    assert lines == [
+        "--batch_size auto: the 8 rows of a step at once",
+        "that was too much for the GPU's memory: the 8 rows of a step 4 at a time",
+        "that was too much for the GPU's memory: the 8 rows of a step 2 at a time",
+    ]
+    assert checkpoint.load(tmp_path / "auto" / "final.pt")["training"] | {"checkpoint_dir": ""} == {
+        **checkpoint.load(tmp_path / "named" / "final.pt")["training"],
+        "checkpoint_dir": "",
+    }
+    assert losses_of(tmp_path / "auto") == losses_of(tmp_path / "named")
+
+
+def test_auto_goes_on_with_the_split_of_its_run(data, tmp_path, monkeypatch):
+    """On whatever card: another split would round otherwise. Where it does not fit, the run says so and ends."""
+    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (10**12, 10**12))
+    auto = {"batch_size": None, "grad_accum": 2}
+    small_run(data, tmp_path, **auto)
+    whole = metrics_of(tmp_path)
+    assert checkpoint.load(tmp_path / "step_4.pt")["training"]["batch_size"] == 8
+    for path in ("step_8.pt", "final.pt", "best.pt"):
+        (tmp_path / path).unlink()
+    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (0, 10**12))
+    small_run(data, tmp_path, **auto, resume="auto")
+    assert metrics_of(tmp_path) == whole
+    with pytest.raises(InputError, match=r"--batch_size auto --grad_accum 4 is a step of 16 rows, .* has 8 x 1: "):
+        small_run(data, tmp_path, batch_size=None, grad_accum=4, resume="auto")
+    monkeypatch.setattr(trainer, "MicroStep", Small)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.Trainer(
+            find_starting_point(small_settings(data, tmp_path, resume="auto"), {"checkpoint_dir", "resume"}),
+            Progress(None),
+            Phases(),
+        ).run()
+
+
+def test_a_faster_split_is_told(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "faster_split", lambda model, settings, micro_step, steps: f"{steps} steps: faster")
+    _, text = small_run(data, tmp_path, max_steps=2)
+    lines = text.splitlines()
+    assert lines[lines.index("2 steps: faster") + 1].startswith("prepared in ")
 
 
 def test_blocks_computed_twice_train_alike(data, finished, tmp_path):

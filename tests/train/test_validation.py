@@ -3,14 +3,19 @@ import math
 import pytest
 import torch
 
+from lepton.train.held_out_loss import HeldOutLoss
 from lepton.train.sample import sample_text
 from lepton.train.validation import in_words, validation_loss
 from tests.train.small import opened
 
 
+def plain(model):
+    return HeldOutLoss(model, None, print)
+
+
 def test_it_is_the_mean_over_targets_and_the_bytes_of_their_text(data, model):
     held_out, tokenizer = opened(data)  # rows of 128 targets: windows of 50, 50 and 28
-    loss, bpb = validation_loss(model, held_out, tokenizer, batch_size=3, limit=None)
+    loss, bpb = validation_loss(model, held_out, tokenizer, batch_size=3, limit=None, loss_of=plain(model))
     nats, targets, text = 0.0, 0, b""
     with torch.no_grad():
         for tokens, lengths in held_out.batches(1):
@@ -29,7 +34,7 @@ def test_the_limit_counts_batches(data, model):
     seen = []
     loss = model.loss
     model.loss = lambda tokens, **rest: seen.append(tokens.shape[0]) or loss(tokens, **rest)
-    validation_loss(model, train, tokenizer, batch_size=2, limit=3)
+    validation_loss(model, train, tokenizer, batch_size=2, limit=3, loss_of=plain(model))
     assert seen == [2, 2, 2]
 
 
@@ -39,7 +44,7 @@ def test_the_model_keeps_its_mode_and_weights(data, model, training):
     model.train(training)
     before = [parameter.clone() for parameter in model.parameters()]
     state = torch.get_rng_state()
-    validation_loss(model, held_out, tokenizer, batch_size=2, limit=1)
+    validation_loss(model, held_out, tokenizer, batch_size=2, limit=1, loss_of=plain(model))
     sample_text(model, held_out, tokenizer, prompt=None, max_new_tokens=3, seed=0)
     assert model.training is training
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
