@@ -74,10 +74,14 @@ class Training(ABC):
         """Compile, record, and take the first steps, which load kernels; afterwards all is as before."""
         self._first = [parameter.detach().cpu().clone() for parameter in self.model.parameters()]
         self.compile(rows, length)
-        batch = Batch(torch.ones(rows, length + 1, dtype=torch.int64), torch.full((rows,), length + 1))
+        batch = self.idle(rows, length)
         for index in range(FIRST_STEPS):
             self.step([batch], index, 1.0)
         self.restart()
+
+    def idle(self, rows: int, length: int) -> Batch:
+        """Return a batch of this shape that says nothing."""
+        return Batch(torch.ones(rows, length + 1, dtype=torch.int64), torch.full((rows,), length + 1))
 
     @torch.no_grad()
     def restart(self) -> None:

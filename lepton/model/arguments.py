@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lepton.errors import InputError, shown
-from lepton.model.checks import INTEGERS, check_device, check_range, integers
+from lepton.model.checks import INTEGERS, check_device, check_flags, check_range, integers
 from lepton.model.fresh_state import check_state, fresh_state
 from lepton.model.ideas.idea import Call
 from lepton.model.modules import Modules
@@ -36,10 +36,17 @@ def checked_lengths(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def checked_for_loss(
-    model: Modules, tokens: Tensor, lengths: Tensor | None, groups: int | None, auxiliary: bool
+    model: Modules,
+    tokens: Tensor,
+    lengths: Tensor | None,
+    targets: Tensor | None,
+    groups: int | None,
+    auxiliary: bool,
 ) -> tuple[Tensor, Tensor | None, int | None]:
     """Return the arguments of `loss` that are its own, validated."""
     tokens = checked_tokens(model, tokens, 2)
+    if targets is not None:
+        check_flags(targets, (tokens.shape[0], tokens.shape[1] - 1), tokens.device, "targets", "a flag a prediction")
     if groups is not None:  # a static bound may be rounded up
         groups = whole("groups", groups, 0, tokens.shape[1] + 64, " segments of a row")
     if not isinstance(auxiliary, bool):
@@ -86,8 +93,5 @@ def checked(
     whole_rows = torch.full((rows,), length, device=tokens.device)
     lengths = whole_rows if lengths is None else checked_lengths(tokens, lengths)
     if opens is not None:
-        if not isinstance(opens, Tensor) or opens.dtype != torch.bool or opens.shape != tokens.shape:
-            kind = f"{opens.dtype} {list(opens.shape)}" if isinstance(opens, Tensor) else type(opens).__name__
-            raise InputError(f"opens must have the shape of the tokens, bool {list(tokens.shape)}, not {kind}")
-        check_device(opens, tokens.device, "opens")
+        check_flags(opens, tokens.shape, tokens.device, "opens", "the shape of the tokens")
     return tokens, state, lengths, call

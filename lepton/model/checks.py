@@ -32,6 +32,13 @@ def integers(value: Any, shape: tuple[int, ...], device: torch.device, name: str
     return value.long()
 
 
+def check_flags(value: Any, shape: tuple[int, ...], device: torch.device, name: str, meaning: str) -> None:
+    """Raise InputError unless `value` is a bool tensor of this shape, which `meaning` describes, on this device."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
+        raise InputError(f"{name} must have {meaning}, bool {list(shape)}, not {_kind(value)}")
+    check_device(value, device, name)
+
+
 def check_device(value: Tensor, device: torch.device, name: str) -> None:
     """Raise InputError for a tensor that is not on the model's device."""
     if value.device != device:

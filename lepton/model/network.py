@@ -174,6 +174,7 @@ class Network(Modules):
         tokens: Tensor,
         *,
         lengths: Tensor | None = None,
+        targets: Tensor | None = None,
         think: int | Tensor | None = None,
         groups: int | None = None,
         auxiliary: bool = True,
@@ -183,6 +184,8 @@ class Network(Modules):
         Args:
             tokens: int [B, T], T >= 2; row b predicts tokens 1 .. lengths[b] - 1.
             lengths: integers [B], valid tokens of each row; None: all.
+            targets: bool [B, T - 1], the predictions that count, such as the answers of a task; None: all. What the
+                model reads does not depend on it.
             think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
             auxiliary: whether the losses of the ideas are computed; validation does without.
@@ -190,11 +193,11 @@ class Network(Modules):
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
-        tokens, lengths, groups = checked_for_loss(self, tokens, lengths, groups, auxiliary)
+        tokens, lengths, groups = checked_for_loss(self, tokens, lengths, targets, groups, auxiliary)
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
-        return objective(self, hidden, flow, tokens, lengths, auxiliary=auxiliary)
+        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary)
 
     def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
         """Embed the tokens of a chunk, and compute their rotary angles."""

@@ -25,14 +25,23 @@ class Loss:
 
 
 def objective(
-    model: Modules, hidden_BTD: Tensor, flow: Flow, tokens: Tensor, lengths: Tensor | None, *, auxiliary: bool
+    model: Modules,
+    hidden_BTD: Tensor,
+    flow: Flow,
+    tokens: Tensor,
+    lengths: Tensor | None,
+    targets_BT: Tensor | None,
+    *,
+    auxiliary: bool,
 ) -> Loss:
-    """Return the loss of predicting `tokens[:, 1:]` from what the trunk's pass over `tokens[:, :-1]` gave."""
+    """Return the loss of predicting `tokens[:, 1:]`, or those that `targets_BT` picks, from a pass over the others."""
     following_BT, position_BT = tokens[:, 1:].long(), flow.timeline.position_BT
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
         following_BT = following_BT.masked_fill(index_T >= lengths[:, None], IGNORE)
         position_BT = position_BT.masked_fill(index_T > lengths[:, None], -1)
+    if targets_BT is not None:
+        following_BT = following_BT.masked_fill(~targets_BT, IGNORE)
     total, ce, z, nats_M = linear_cross_entropy(
         model.head_down(hidden_BTD).flatten(0, 1),
         model.embed.weight,

@@ -38,6 +38,7 @@ class Inputs:
     lengths_B: Tensor
     think_B: Tensor | None
     share: Tensor
+    targets_BT: Tensor | None = None
 
     def copy_(self, other: "Inputs") -> None:
         """Copy the values of another micro-batch of the same shape into these tensors."""
@@ -131,16 +132,25 @@ class MicroStep:
         if self._sums is not None:
             self._sums.zero_()
 
-    def __call__(self, tokens: Tensor, lengths: Tensor, think: Tensor | None, groups: int | None, share: float) -> None:
+    def __call__(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        think: Tensor | None,
+        groups: int | None,
+        share: float,
+        targets: Tensor | None = None,
+    ) -> None:
         """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Network.loss` takes them."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share))
+        given = (tokens, lengths, think, torch.tensor(share), targets)
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
-        key = (tuple(tokens.shape), groups if any(idea.opens for idea in self._model.ideas.values()) else None)
+        opens = any(idea.opens for idea in self._model.ideas.values())
+        key = (tuple(tokens.shape), groups if opens else None, targets is None)
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
@@ -162,7 +172,13 @@ class MicroStep:
 
     def _run(self, inputs: Inputs, groups: int | None) -> None:
         with _tf32_products(self._model), self._copies.swapped_in():
-            loss = self._model.loss(inputs.tokens, lengths=inputs.lengths_B, think=inputs.think_B, groups=groups)
+            loss = self._model.loss(
+                inputs.tokens,
+                lengths=inputs.lengths_B,
+                targets=inputs.targets_BT,
+                think=inputs.think_B,
+                groups=groups,
+            )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
         terms = torch.stack([term.float() for term in loss.parts.values()])
@@ -172,7 +188,9 @@ class MicroStep:
 
     def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
         """Run a micro-batch of this shape without adding anything; return the inputs that its graph will read."""
-        idle = Inputs(inputs.tokens, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share))
+        idle = Inputs(
+            inputs.tokens, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share), inputs.targets_BT
+        )
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

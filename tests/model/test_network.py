@@ -174,6 +174,12 @@ def test_token_ids_of_every_integer_dtype(dtype):
         (lambda model: model.loss(torch.tensor([[1, 2, VOCAB]])), f"token id {VOCAB}"),
         (lambda model: model.loss(text(1), lengths=torch.tensor([3])), "lengths must hold one value"),
         (lambda model: model.loss(text(1), lengths=torch.tensor([3, 101])), "length 101"),
+        (
+            lambda model: model.loss(text(1), targets=text(1)[:, 1:]),
+            r"targets must have .* bool \[2, 99\], not torch.int64",
+        ),
+        (lambda model: model.loss(text(1), targets=text(1) > 5), r"a flag a prediction, .*, not torch.bool \[2, 100\]"),
+        (lambda model: model.loss(text(1), targets=[True]), "not list"),
         (lambda model: model.loss(text(1), groups=10**6), "groups=1000000: must be a whole number, in 0..164"),
         (lambda model: model.loss(text(1), auxiliary=torch.ones(3)), "auxiliary=tensor"),
         (lambda model: model.loss(text(1), groups="2"), "groups='2'"),

@@ -41,13 +41,14 @@ def test_every_auxiliary_loss_reaches_its_own_parameters():
         assert gradient.any(), name
 
 
-def slow_parts(model, tokens, lengths):
+def slow_parts(model, tokens, lengths, targets):
     """The small losses in single positions, as the modules describe them."""
     inputs = tokens[:, :-1]
     out = model.trunk(inputs)
     flow = out.flow
     documents = (inputs == EOS).cumsum(1) - (inputs == EOS).long()
     following = tokens[:, 1:].masked_fill(torch.arange(1, tokens.shape[1]) >= lengths[:, None], -100)
+    following = following.masked_fill(~targets, -100)
     flat = [divmod(pick, inputs.shape[1]) for pick in range(inputs.numel())]
 
     def nats(hidden, target):
@@ -108,15 +109,17 @@ LEARNS = {"exit": "router.exit_", "router": "router.benefit", "draft": "drafter.
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("padding", [EOS, 7])
-def test_the_small_losses_equal_single_positions(padding, seed, monkeypatch):
-    """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with."""
+@pytest.mark.parametrize(("padding", "share"), [(EOS, 1), (7, 1), (7, 0.9)])
+def test_the_small_losses_equal_single_positions(padding, share, seed, monkeypatch):
+    """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with, and where only
+    a share of the predictions counts."""
     monkeypatch.setattr(ideas, "OUTCOME_STRIDE", 3)
     model, tokens = build("complete"), text(seed, rows=9)
     lengths = torch.tensor([tokens.shape[1], 30, 2, 99, 64, 71, 17, 50, 88])
     tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], padding)
-    loss = model.loss(tokens, lengths=lengths)
-    expected = slow_parts(model, tokens, lengths)
+    targets = torch.rand(9, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(seed)) < share
+    loss = model.loss(tokens, lengths=lengths, targets=targets)
+    expected = slow_parts(model, tokens, lengths, targets)
     for part, begins in LEARNS.items():
         tolerance = 1e-6 if part == "peek" else 1e-9  # whose summary is of fp32
         torch.testing.assert_close(
@@ -126,6 +129,22 @@ def test_the_small_losses_equal_single_positions(padding, seed, monkeypatch):
         got = torch.autograd.grad(loss.loss, own, retain_graph=True)
         wanted = torch.autograd.grad(0.1 * expected[part], own, retain_graph=True)
         torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+def test_only_the_targets_count():
+    """The loss is the mean over them, and all of them is the loss without the argument."""
+    model, tokens, lengths = build("complete"), text(1), torch.tensor([100, 57])
+    targets = torch.zeros(2, 99, dtype=torch.bool)
+    targets[0, 40], targets[1, [3, 55, 80]] = True, True  # the last one lies in the padding
+    logits = model(tokens[:, :-1]).logits
+    nats = [
+        torch.nn.functional.cross_entropy(logits[row, t], tokens[row, t + 1]) for row, t in ((0, 40), (1, 3), (1, 55))
+    ]
+    got = model.loss(tokens, lengths=lengths, targets=targets).parts["ce"]
+    torch.testing.assert_close(got, torch.stack(nats).mean().detach(), rtol=0, atol=1e-9)
+    plain, every = (model.loss(tokens, lengths=lengths, targets=given) for given in (None, torch.ones_like(targets)))
+    assert plain.loss == every.loss
+    assert model.loss(tokens, targets=torch.zeros_like(targets)).parts["ce"] == 0
 
 
 def test_the_parts_are_reported():

@@ -83,6 +83,19 @@ def test_micro_batches_add_up_by_their_shares(model):
     torch.testing.assert_close(micro_step.take_figures()["loss"], loss.parts["ce"] / 2)
 
 
+def test_targets_are_those_of_the_loss(model):
+    """Also where a batch of the same shape has none."""
+    targets = torch.arange(32).view(4, 8) % 5 == 0
+    model.loss(TOKENS, lengths=LENGTHS, targets=targets, think=THINK).loss.backward()
+    expected = gradients(model)
+    micro_step = MicroStep(model, compiled=False)
+    micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+    assert any(not torch.equal(got, wanted) for got, wanted in zip(gradients(model), expected, strict=True))
+    model.zero_grad(set_to_none=False)
+    micro_step(TOKENS, LENGTHS, THINK, None, 1.0, targets)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
     """Twice, with other weights the second time, which the copies must follow."""
     at_work(model).compute_dtype = torch.bfloat16

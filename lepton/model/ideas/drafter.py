@@ -211,6 +211,7 @@ class Drafter(Idea):
             # The token i + 1 after each position, if it is in the chunk and the same document.
             token_BT = F.pad(following_BT[:, i:], (0, min(i, following_BT.shape[1])), value=IGNORE)
             if i:
+                token_BT = token_BT.masked_fill(ahead[-1] < 0, IGNORE)  # the cell reads what it drafts after
                 place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
                 token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
             ahead.append(token_BT)
