@@ -76,7 +76,12 @@ def slow_parts(model, tokens, lengths, targets):
         state = drafter.begin(out.hidden[row, t])
         for i in range(drafter.count):
             place = t + i + 1
-            if place >= inputs.shape[1] or documents[row, place] != documents[row, t] or following[row, place] < 0:
+            if (
+                following[row, t] < 0
+                or place >= inputs.shape[1]
+                or documents[row, place] != documents[row, t]
+                or following[row, place] < 0
+            ):
                 break
             state = drafter.step(state, model.embed.weight[inputs[row, place]])
             if following[row, place] in drafter.ids:

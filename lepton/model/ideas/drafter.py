@@ -206,12 +206,12 @@ class Drafter(Idea):
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """The loss at a quarter of the positions."""
         following_BT, position_BT = outcome.following_BT, outcome.position_BT
-        ahead = []
+        ahead: list[Tensor] = []
         for i in range(self.count + 1):
             # The token i + 1 after each position, if it is in the chunk and the same document.
             token_BT = F.pad(following_BT[:, i:], (0, min(i, following_BT.shape[1])), value=IGNORE)
             if i:
-                token_BT = token_BT.masked_fill(ahead[-1] < 0, IGNORE)  # the cell reads what it drafts after
+                token_BT = token_BT.masked_fill(ahead[-1] < 0, IGNORE)  # the cell reads that token
                 place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
                 token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
             ahead.append(token_BT)
