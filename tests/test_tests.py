@@ -42,6 +42,7 @@ OF_SEVERAL = {
     "proving_ground/test_hops",
     "proving_ground/test_path_star",
     "proving_ground/test_recall",
+    "proving_ground/test_runner",
     "proving_ground/test_task",
     "test_alive",
     "test_architecture",

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.task import EOS, SHAPE, Contender, Questions, Task, dense, prove
+from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 
 DEEPEST = 32
