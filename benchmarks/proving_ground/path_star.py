@@ -67,8 +67,7 @@ class PathStar(Task):
         listed_BE3 = torch.stack([from_BAS, arms_BAS, ends_BA], 3).flatten(1, 2)
         order_BE = torch.rand(rows, edges, generator=generator).argsort(1)
         listed_BX = listed_BE3.gather(1, order_BE[..., None].expand(-1, -1, 3)).flatten(1)
-        arm_B = torch.randint(self.arms, (rows,), generator=generator)
-        path_BS = arms_BAS[torch.arange(rows), arm_B]
+        path_BS = arms_BAS[:, 0]  # in the row all arms are alike: ids and the order of the edges are random
         mark, goal_B = self.between + 1, path_BS[:, -1]
         asked_BX = torch.stack([torch.full_like(goal_B, mark), start_B, goal_B, torch.full_like(goal_B, mark + 1)], 1)
         padding_BX = torch.full((rows, self.place - 3 - listed_BX.shape[1]), mark + 2)
