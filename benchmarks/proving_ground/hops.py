@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
+from lepton.errors import InputError
 
 DEEPEST = 32
 """Most hops that a row can ask for."""
@@ -40,6 +41,14 @@ class Hops(Task):
 
     small = {"length": 64, "every": 16, "trained": 4}
     columns = ((1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (9, 16), (16, 16), (17, 32), (32, 32))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.trained <= DEEPEST:
+            raise InputError(f"trained={self.trained}: must lie in 1..{DEEPEST}")
+        if self.every < 3 + self.pauses:
+            raise InputError(
+                f"every={self.every}: must be at least {3 + self.pauses}, the places of a question and more"
+            )
 
     @property
     def vocab_size(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
+from lepton.errors import InputError
 
 SEGMENT = 32
 """A segment opens at the question."""
@@ -39,6 +40,13 @@ class PathStar(Task):
     small = {"arms": 2, "length": 3, "ids": 10}
     columns = ((1, 1), (2, 2), (4, 4), (9, 9), (19, 19))
     free_running = True
+
+    def __post_init__(self) -> None:
+        nodes = 1 + self.arms * (self.length - 1)
+        if self.arms < 1 or self.length < 2 or nodes > self.ids:
+            raise InputError(
+                f"G({self.arms}, {self.length}) has {nodes} nodes: give arms, a length >= 2 and as many ids"
+            )
 
     @property
     def vocab_size(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
+from lepton.errors import InputError
 
 HALVINGS = 3
 """How often the pairs of an episode are halved at the start of training, whose rows hold more episodes instead."""
@@ -35,6 +36,10 @@ class Recall(Task):
 
     small = {"pairs": 32, "window": 16, "keys": 128, "values": 16}
     columns = ((1, 1), (2, 3), (4, 7), (8, 15), (1, 15))
+
+    def __post_init__(self) -> None:
+        if self.pairs < 16 or self.pairs % 16 or self.pairs > self.keys:
+            raise InputError(f"pairs={self.pairs}: must be a multiple of 16, and at most keys={self.keys}")
 
     @property
     def vocab_size(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.proving_ground.task import Questions, rules, score
+from lepton.errors import InputError
 from tests.proving_ground.tasks import FILES, Echo
 
 
@@ -43,6 +44,21 @@ def test_batches_are_a_pure_function_of_seed_and_step(name):
     assert not torch.equal(first.tokens, other.tokens)
     assert not torch.equal(first.tokens, type(task)(seed=1).training(7, 10, 4).tokens)
     assert not torch.equal(task.held_out(7, 4).tokens[:, -40:], first.tokens[:, -40:])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("hops", {"trained": 33}, "trained=33"),
+        ("hops", {"every": 8, "pauses": 8}, "every=8: must be at least 11"),
+        ("recall", {"pairs": 100}, "pairs=100"),
+        ("recall", {"pairs": 64, "keys": 32}, "at most keys=32"),
+        ("path_star", {"arms": 10, "length": 20}, "191 nodes"),
+    ],
+)
+def test_tasks_that_cannot_be_drawn_are_named(name, fields, message):
+    with pytest.raises(InputError, match=message):
+        type(FILES[name][1])(**fields)
 
 
 @pytest.mark.parametrize("name", FILES)
