@@ -1,6 +1,7 @@
 """What a trial of the trunk can change: a field for each switch, whose default is what the product does today."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,8 @@ class Trial:
                 object.__setattr__(self, field.name, _numbers(field, value))
             else:
                 check_type(field.name, value, field.type)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name}={value}: must be a finite number")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")

@@ -59,6 +59,7 @@ def test_a_trial_survives_json():
         ({"embed_betas": [0.9, "x"]}, "embed_betas"),
         ({"tokens": 100}, "steps=0"),
         ({"cooldown": 1.5}, "cooldown=1.5: must lie in 0..1"),
+        ({"tokens": float("inf")}, "tokens=inf: must be a finite number"),
         ({"conv": -1}, "conv=-1: must not be negative"),
         ({"name": "a/b"}, "name='a/b'"),
         ({"name": None}, "name=None"),
