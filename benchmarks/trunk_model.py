@@ -202,7 +202,7 @@ class TrunkModel(nn.Module):
         pairs = int(trial.head_dim * trial.rotary_share) // 2
         position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         rotary = Rotary.at(position_T, 4 * pairs, trial.rope_base, self.dtype)  # of a quarter as many pairs
-        x_BTD = self.smear(norm(self.embed_up(self.embed(tokens_BT).to(self.dtype))))
+        x_BTD = self.smear(norm(self.embed_up(self.embed(tokens_BT.long()).to(self.dtype))))
         first_BTD = middle_BTD = x_BTD
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, first_BTD, rotary)
