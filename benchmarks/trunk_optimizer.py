@@ -27,7 +27,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 """The coefficients a, b, c of ``a x + b x x' x + c x x' x x' x`` in each of five steps, by the method of Amsel et al.
-2025 (arXiv 2505.16932) with a safety factor of 2 %."""
+2025 (arXiv 2505.16932) with a safety factor of 2 %: the numbers that modded-nanogpt published and nanochat uses."""
 POLAR_MARGIN = 1.01
 """How much larger than the Frobenius norm the divisor is, since rounding must not lift a singular value above 1."""
 MOMENT_SHARE = 0.1
