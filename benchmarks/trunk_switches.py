@@ -10,7 +10,7 @@ from typing import Any
 from lepton.config import LeptonConfig, check_type
 from lepton.errors import InputError, naming, nearest, shown
 from lepton.files import parse_json
-from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX
+from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, SHIFT
 from lepton.model.size_config import size_config
 from lepton.train.optimizer import BETAS, MOMENTUM
 from lepton.train.settings import TrainSettings
@@ -66,7 +66,7 @@ class Trial:
     """Factor on the normed queries, and so on all attention scores."""
     shifted_keys: str = "odd"
     """Blocks, counted from 0, in which the second half of a key is that of the token before: none, odd, even, all."""
-    smear: str = "none"
+    smear: str = "channels"
     """What is added of the previous token's embedding: none; 'gated', a gate of the token's first channels times one
     learned number; 'channels', a learned number for each channel (a token shift)."""
     residual_scale: bool = False
@@ -94,8 +94,8 @@ class Trial:
     """Rate of `residual_scale`."""
     reinjection_lr: float = 0.5
     """Rate of `reinjection`."""
-    smear_lr: float = 0.2
-    """Rate of `smear`."""
+    smear_lr: float = SHIFT.rate * DEFAULTS.lr
+    """Rate of `smear`; the gated form was tried at 0.14."""
     backout_lr: float = 0.2
     """Rate of `backout`."""
     conv_lr: float = 0.01
