@@ -112,6 +112,8 @@ class LeptonConfig:
     shifted_keys: bool = False
     """Whether every second block takes the position-free half of a token's key from the token before it: one layer then
     finds what followed an earlier occurrence of the present token (Jordan et al., 2025: modded-nanogpt)."""
+    token_shift: bool = False
+    """Whether the embedding of the token before is added to that of each token, times a learned number a channel."""
     slot_bias: bool = True
     """Whether the last coordinate of each head carries the bias of slots' attention scores, rather than a number of
     the token's own."""

@@ -38,6 +38,7 @@ class Preset:
             ffn=self.ffn,
             embed_rank=self.embed_rank,
             shifted_keys=True,
+            token_shift=True,
             ideas=tuple(idea.preset(self.name, self.width) for idea in ideas.values()),
         )
 

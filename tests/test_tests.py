@@ -56,6 +56,10 @@ OF_SEVERAL = {
     "test_tests",
     "test_time_to_loss",
     "test_train_speed",
+    "test_trunk_model",
+    "test_trunk_optimizer",
+    "test_trunk_switches",
+    "test_trunk_trials",
     "train/test_leaving",
 }
 """Tests of what several modules do together, of a script, or of a document."""

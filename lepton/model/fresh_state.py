@@ -34,7 +34,8 @@ def fresh_state(model: Modules, rows: int, *, allocate: bool = True) -> State:
     parts = {name: idea.fresh(rows, dtype, device, allocate=allocate) for name, idea in model.ideas.items()}
     kept = {name: part for name, part in parts.items() if part is not None}
     ideas, memory = of_parts(kept, Origin(model) if allocate else None)
-    return State(position_B=counter, phase_B=counter, stem=stem, deep=deep, ideas=ideas, memory=memory)
+    last_token_B = counter if allocate and config.token_shift else None
+    return State(counter, counter, last_token_B, stem, deep, ideas, memory)
 
 
 def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:

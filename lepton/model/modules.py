@@ -11,7 +11,7 @@ from lepton.config import IDEAS, LeptonConfig
 from lepton.model.block import Block
 from lepton.model.ideas.idea import Host, Idea
 from lepton.model.layers import Linear
-from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, initialise
+from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, SHIFT, initialise
 from lepton.ops.cross_entropy import soft_cap
 
 COMMON_LOSSES = ("ce", "z")
@@ -31,6 +31,7 @@ class Modules(Host):
         "embed.weight": EMBEDDING,
         "embed_up.weight": EMBEDDING_MATRIX,
         "head_down.weight": EMBEDDING_MATRIX,
+        "shift_D": SHIFT,
     }
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -44,6 +45,7 @@ class Modules(Host):
         rank = config.embed_rank or config.width
         self.embed = nn.Embedding(config.padded_vocab_size, rank)
         self.embed_up = Linear(rank, config.width) if config.embed_rank else nn.Identity()
+        self.shift_D = nn.Parameter(torch.empty(config.width)) if config.token_shift else None
         self.stem = nn.ModuleList(self._blocks(0, config.stem_layers))
         self._build(reads_top=False)
         self.blocks = nn.ModuleList(self._blocks(config.stem_layers, config.layers))

@@ -145,7 +145,7 @@ class Network(Modules):
 
         `lengths` are the tokens [B] of each row that are not padding.
         """
-        x_BTD = norm(self.embed_up(inputs.embedded_BTE))
+        x_BTD = self.token_shifted(inputs, past.last_token_B)
         h_BTD, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
         flow = Flow.after_stem(inputs, h_BTD)
         updates: dict[str, Any] = {}
@@ -157,7 +157,8 @@ class Network(Modules):
         x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
-        chunk = Chunk(past, flow.timeline, stem, deep, updates, self.config.remembered, Origin(self))
+        tokens_BT = None if self.shift_D is None else flow.tokens_BT
+        chunk = Chunk(past, flow.timeline, stem, deep, tokens_BT, updates, self.config.remembered, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(
             hidden=norm(x_BTD),
@@ -204,6 +205,22 @@ class Network(Modules):
         config = self.config
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
         return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, causal)
+
+    def token_shifted(self, inputs: ChunkInputs, last_token_B: Tensor | None) -> Tensor:
+        """Return what the first block reads [B, T, D]: the normed embeddings, each with that of the token before it.
+
+        A token that starts a document has none before it. `last_token_B` is the token before the chunk.
+        """
+        x_BTD = norm(self.embed_up(inputs.embedded_BTE))
+        if self.shift_D is None:
+            return x_BTD
+        if last_token_B is None:
+            first_B1D = torch.zeros_like(x_BTD[:, :1])
+        else:
+            first_B1D = norm(self.embed_up(self.embed(last_token_B[:, None]).to(self.dtype)))
+        before_BTD = torch.cat([first_B1D, x_BTD[:, :-1]], 1)
+        starts_BT1 = (inputs.timeline.position_BT == 0)[..., None]
+        return x_BTD + self.shift_D.to(x_BTD.dtype) * before_BTD.masked_fill(starts_BT1, 0)
 
     def _run(
         self,

@@ -28,6 +28,8 @@ class Chunk:
     """Keys and values of the chunk in each block of the stem."""
     deep: Sequence[KeysValues]
     """The same in each deep block."""
+    tokens_BT: Tensor | None
+    """The tokens, if a token shift needs the last of them."""
     updates: dict[str, Any]
     """`Contribution.update` of the ideas that have state, by their names."""
     remembered: int | None
@@ -40,9 +42,14 @@ def commit(chunk: Chunk, count_B: Tensor) -> State:
     """Return the state after the first `count_B` tokens of each row of a chunk."""
     past, timeline = chunk.past, chunk.timeline
     parts = {name: update.after(count_B, timeline) for name, update in chunk.updates.items()}
+    last_token_B = None
+    if chunk.tokens_BT is not None:
+        before = 0 if past.last_token_B is None else past.last_token_B
+        last_token_B = timeline.at(chunk.tokens_BT.long(), count_B, before)
     return State(
         timeline.position_after(count_B),
         timeline.phase_after(count_B),
+        last_token_B,
         past.stem.after(chunk.stem, count_B, timeline, chunk.remembered),
         past.deep.after(chunk.deep, count_B, timeline, chunk.remembered),
         *of_parts(parts, chunk.origin),

@@ -67,6 +67,10 @@ BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)
 """A vector that starts at zero."""
 
 
+SHIFT = BIAS.but(rate=30)
+"""The factors of the token shift. They end far from zero, and start to learn at once (docs/log.md, 2026-11-27)."""
+
+
 def declared(model: nn.Module) -> dict[str, Declared]:
     """Return the entry of every parameter of `model`, by name, in the order of the model.
 

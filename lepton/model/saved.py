@@ -103,7 +103,7 @@ def _check_values(found: dict[str, Tensor], model: Modules) -> None:
     """Raise InputError for a number that no stream of this model leads to."""
     config = model.config
     limits: dict[str, dict[str, tuple[float, float]]] = {
-        "": {"position_B": (0, LONGEST), "phase_B": (0, config.segment - 1)}
+        "": {"position_B": (0, LONGEST), "phase_B": (0, config.segment - 1), "last_token_B": (0, config.vocab_size - 1)}
     }
     limits |= {name: idea.limits(config) for name, idea in model.ideas.items()}
     for name, value in found.items():

@@ -62,6 +62,8 @@ class State:
     """Position of the next token in its document; 0: it starts one."""
     phase_B: Tensor
     """Tokens since the segment opened, modulo its length; 0: the next token opens one."""
+    last_token_B: Tensor | None
+    """The token before the next one, int64, for the token shift. None: the model has none, or nothing was read."""
     stem: KVCache | KVRing
     """kv cache of the stem; in decoding, rings that the pass writes to."""
     deep: KVCache | KVRing

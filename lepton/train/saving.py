@@ -1,6 +1,7 @@
 """Saving checkpoints while the steps go on: a GPU does not wait for the disk."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
 import torch
@@ -48,11 +49,16 @@ class Saving:
 
 
 def copied(value: Any) -> Any:
-    """Return a copy, on the CPU, of the tensors in nested dicts and lists; other values are shared."""
+    """Return a copy, on the CPU, of the tensors in nested dicts and lists; other values are shared.
+
+    A state_dict keeps its `_metadata`, where the model's configuration is.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
+        kept = copy(value)
+        kept.update((key, copied(item)) for key, item in value.items())
+        return kept
     if isinstance(value, list | tuple):
         return type(value)(copied(item) for item in value)
     return value

@@ -24,6 +24,7 @@ SHAPE = {
     "head_dim": 8,
     "ffn": 64,
     "shifted_keys": True,
+    "token_shift": True,
     "vocab_size": VOCAB,
 }
 IDEAS = {
@@ -44,7 +45,7 @@ IDEAS = {
     "draft_vocab": 40,
 }
 
-# Everything on, then each idea off, then the baseline.
+# Everything on, then each idea off, then the baseline. Two are also without a part of the trunk.
 VARIANTS: dict[str, dict] = {
     "complete": IDEAS,
     "no thoughts": {**IDEAS, "thoughts": 0},
@@ -53,7 +54,7 @@ VARIANTS: dict[str, dict] = {
     "no peek": {**IDEAS, "hint": 0},
     "no router": {**IDEAS, "router": False},
     "no drafts": {**IDEAS, "drafts": 0},
-    "no uncertainty": {**IDEAS, "uncertainty": False},
+    "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False},
     "factorised, own keys": {**IDEAS, "embed_rank": 16, "shifted_keys": False},
     "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
     "dense": {"dense": True, "window": None},

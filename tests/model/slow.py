@@ -1,5 +1,6 @@
 """The whole model, slowly: one document, one token after the other, no batches, masks, blocks, chunks or states."""
 
+import itertools
 import math
 
 import torch
@@ -136,6 +137,8 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     down = model.head_down.weight if config.embed_rank else torch.eye(config.width, dtype=embedding.dtype)
     nothing: list[list[Column]] = [[] for _ in document]
     h = [norm(up @ embedding[token]) for token in document]
+    if config.token_shift:
+        h = [h[0], *(own + model.shift_D * before for before, own in itertools.pairwise(h))]
     for block in model.stem:
         h = run_block(block, h, nothing, config)
     u = [norm(state) for state in h]

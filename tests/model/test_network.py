@@ -1,5 +1,7 @@
 """The public surface of the model: shapes, dtypes, counts, checks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lepton.errors import InputError
 from lepton.model.layers import norm
 from lepton.model.parameters import declared
 from lepton.model.state import flatten
-from tests.laws.lab import VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views
+from tests.laws.lab import EOS, VARIANTS, VOCAB, assert_outputs, assert_states, build, text, views
 
 
 def test_the_logits_leave_out_the_padding_of_the_vocabulary():
@@ -121,6 +123,18 @@ def test_a_state_carries_a_graph_only_if_asked(variant):
     (gradient,) = torch.autograd.grad(second.logits.square().sum(), out.flow.embedded_BTE)
     assert gradient[:, -1].any(), "gradients reach the chunk before"
     assert not any(value.requires_grad for value in flatten(second.state).values()), "the next one is plain again"
+
+
+def test_the_token_before_a_chunk_counts_within_its_document():
+    """Row 0 goes on with a document, row 1 starts one: the token before it ended the last one."""
+    model, tokens = build("complete"), text(5, length=9, documents=False)
+    tokens[1, 3] = EOS
+    state = model(tokens[:, :4]).state
+    assert torch.equal(state.last_token_B, tokens[:, 3])
+    other = dataclasses.replace(state, last_token_B=(state.last_token_B + 1) % VOCAB)
+    before, after = (model(tokens[:, 4:], each).logits for each in (state, other))
+    assert (before[0, 0] - after[0, 0]).abs().max() > 1e-3
+    assert torch.equal(before[1], after[1])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ def set_to(value):
     [
         ("phase_B", set_to(-1), "'phase_B' holds -1: must lie in 0..3"),
         ("phase_B", set_to(4), "'phase_B' holds 4"),
+        ("last_token_B", set_to(-1), "'last_token_B' holds -1: must lie in 0..96"),
+        ("last_token_B", set_to(97), "'last_token_B' holds 97"),
         ("position_B", set_to(-(2**63)), "'position_B' holds -9223372036854775808"),
         ("position_B", set_to(2**31), "'position_B' holds 2147483648"),
         ("router.taken_B", set_to(9), r"taken_B' holds 9: must lie in 0\.\.8"),

@@ -5,6 +5,7 @@ import torch
 
 from lepton.errors import InputError
 from lepton.train.saving import Saving, copied
+from tests.laws.lab import build
 
 
 class Folder:
@@ -64,6 +65,15 @@ def test_at_once(folder):
     assert folder.saved == [([1], True, True)]
     saving.wait()
     saving.close()
+
+
+def test_a_copied_state_dict_still_knows_its_configuration():
+    weights = build("complete").state_dict()
+    kept = copied({"model": weights})["model"]
+    assert kept._metadata == weights._metadata
+    assert not any(kept[name] is value for name, value in weights.items())
+    with pytest.raises(InputError, match="these weights are of a model with"):
+        build("odd edges").load_state_dict(kept)
 
 
 def test_a_copy_shares_no_tensor():
