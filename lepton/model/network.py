@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -217,7 +218,7 @@ class Network(Modules):
         if last_token_B is None:
             first_B1D = torch.zeros_like(x_BTD[:, :1])
         else:
-            first_B1D = norm(self.embed_up(self.embed(last_token_B[:, None]).to(self.dtype)))
+            first_B1D = norm(self.embed_up(F.embedding(last_token_B[:, None], self.embed.weight).to(self.dtype)))
         before_BTD = torch.cat([first_B1D, x_BTD[:, :-1]], 1)
         starts_BT1 = (inputs.timeline.position_BT == 0)[..., None]
         return x_BTD + self.shift_D.to(x_BTD.dtype) * before_BTD.masked_fill(starts_BT1, 0)

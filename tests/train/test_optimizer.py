@@ -35,6 +35,7 @@ def test_which_parameter_goes_where_in_nano():
         model = create_lepton("nano")
     muon, rest = split_parameters(model)
     assert [name for name, *_ in rest] == [
+        "shift_D",
         "embed.weight",
         "embed_up.weight",
         "thoughts.start",
