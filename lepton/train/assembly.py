@@ -20,7 +20,7 @@ from lepton.train.optimizer import Optimizers
 from lepton.train.phases import Phases
 from lepton.train.run_data import RunData, open_run_data
 from lepton.train.settings import TrainSettings
-from lepton.train.split import largest_split
+from lepton.train.split import largest_split, validated_alike
 from lepton.train.starting_point import StartingPoint
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
@@ -116,7 +116,8 @@ def with_split(settings: TrainSettings, model: Network, device: torch.device | N
     if settings.batch_size is not None:
         return settings
     memory = gpu_memory(device or model.device)
-    return largest_split(settings, partial(predicted_memory, model), memory and memory[0])
+    found = largest_split(settings, partial(predicted_memory, model), memory and memory[0])
+    return validated_alike(found, settings.eval_batches)  # whatever the memory
 
 
 def _build_model(start: StartingPoint, settings: TrainSettings, device: torch.device) -> Network:

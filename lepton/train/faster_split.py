@@ -34,8 +34,10 @@ def faster_split(model: Network, settings: TrainSettings, micro_step: MicroStep,
         return None
     joined = settings.replace(batch_size=batch_size * grad_accum, grad_accum=1)
     other = largest_split(joined, lambda each: predicted_memory(model, each), memory[0])
+    if other.split[0] <= batch_size:
+        return None
     present = grad_accum * micro_step.seconds(batch_size, settings.seq_len)
-    if other.split[0] <= batch_size or present * steps < LONG_RUN:
+    if present * steps < LONG_RUN:
         return None
     found = _seconds(model, other)
     free_unused_memory(model.device)  # the trial's, which is gone

@@ -99,6 +99,7 @@ class MicroStep:
                 self._run_idle(batch_size, seq_len)
                 break
             except torch.OutOfMemoryError:
+                self._forget()
                 raise
             except Exception as error:  # of many types; none should stop a run that works without
                 what = "compile" if self._parts else "capture"

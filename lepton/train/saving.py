@@ -1,22 +1,25 @@
 """Saving checkpoints while the steps go on: a GPU does not wait for the disk."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from typing import Any
 
 import torch
 
+from lepton.errors import reason
 from lepton.train.folder import RunFolder
 
 
 class Saving:
     """Saves into a `RunFolder`: at once, or beside the steps, in a thread and from a copy in the host's memory.
 
-    One checkpoint is saved at a time. What goes wrong beside the steps is raised at the next call.
+    One checkpoint is saved at a time. What goes wrong beside the steps is raised at the next call, such as `check`.
     """
 
-    def __init__(self, folder: RunFolder, *, beside: bool) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, *, beside: bool, say: Callable[[str], None]) -> None:
+        """Make one. `say` is told at the end of what could not be saved."""
+        self._folder, self._say = folder, say
         self._thread = ThreadPoolExecutor(1) if beside else None
         self._under_way: Future[None] | None = None
 
@@ -42,10 +45,18 @@ class Saving:
         if under_way is not None:
             under_way.result()
 
+    def check(self) -> None:
+        """Raise what went wrong beside the steps, if something has: `wait` without waiting."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
     def close(self) -> None:
         """End the thread, once what was begun is on the disk or has failed."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        if self._thread is None:
+            return
+        self._thread.shutdown()
+        if self._under_way is not None and (error := self._under_way.exception()):
+            self._say(f"the newest checkpoint is missing: {reason(error)}")
 
 
 def copied(value: Any) -> Any:

@@ -38,6 +38,11 @@ def largest_split(
     return next((each for each in splits if predicted(each) <= USABLE * available), splits[-1])
 
 
+def validated_alike(settings: TrainSettings, eval_batches: int) -> TrainSettings:
+    """Return `settings` whose validations read the rows of `eval_batches` usual batches, or somewhat fewer."""
+    return settings.replace(eval_batches=max(1, eval_batches * BATCH_SIZE // settings.split[0]))
+
+
 def rows_at_once(settings: TrainSettings) -> int:
     """Return how many rows a validation reads at a time: a divisor of `batch_size`, so that it reads the same rows."""
     batch_size, _ = settings.split

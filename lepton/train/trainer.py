@@ -36,7 +36,7 @@ from lepton.train.saving import Saving
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 from lepton.train.single_process import refuse_several_processes
-from lepton.train.split import rows_at_once, smaller_splits
+from lepton.train.split import rows_at_once, smaller_splits, validated_alike
 from lepton.train.starting_point import StartingPoint, find_starting_point, run_folder
 from lepton.train.stop_request import SIGPIPE, Interrupted, StopRequest
 from lepton.train.validation import idea_figures, in_words, validation_loss
@@ -90,7 +90,7 @@ class Trainer:
         self.parts: Parts = assemble(start, phases)
         self.settings = self.parts.settings
         self.phases = phases
-        self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda")
+        self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda", say=progress.say)
         self.start = start
         self.progress = progress
         self.step = start.step
@@ -122,6 +122,7 @@ class Trainer:
                     self._validate()
                 while self.step < settings.max_steps:
                     self._train_step(micro_step)
+                    self.saving.check()
                     last = self.step == settings.max_steps
                     if self.step % settings.log_every == 0 or last:
                         self.recorder.show()
@@ -268,7 +269,7 @@ class Trainer:
         parts, say = self.parts, self.progress.say
         while (micro_step := self._fitting_micro_step()) is None:
             free_unused_memory(parts.device)
-            self.settings = next(smaller_splits(self.settings))
+            self.settings = validated_alike(next(smaller_splits(self.settings)), self.start.settings.eval_batches)
             say(f"that was too much for the GPU's memory: {rows_a_time(self.settings)}")
         with self.phases("measure"):
             hint = faster_split(parts.model, self.settings, micro_step, self.settings.max_steps - self.step)

@@ -30,7 +30,7 @@ def folder():
 
 @pytest.fixture
 def saving(folder):
-    saving = Saving(folder, beside=True)
+    saving = Saving(folder, beside=True, say=print)
     yield saving
     folder.free.set()
     saving.close()
@@ -58,9 +58,28 @@ def test_a_failure_is_raised_once_at_the_next_call(folder, saving):
     saving.wait()
 
 
+def test_a_failure_is_raised_as_soon_as_it_is_known(folder, saving):
+    folder.error = InputError("cannot save: No space left on device")
+    saving.save({"model": {}}, best=False, step=True)
+    saving.check()  # not yet
+    folder.free.set()
+    assert saving._under_way.exception(20)
+    with pytest.raises(InputError, match="No space left"):
+        saving.check()
+    saving.check()
+
+
+def test_a_failure_that_nobody_asked_for_is_said_at_the_end(folder, saving, capsys):
+    folder.error = InputError("cannot save: No space left on device")
+    folder.free.set()
+    saving.save({"model": {}}, best=False, step=True)
+    saving.close()
+    assert "the newest checkpoint is missing: cannot save: No space left" in capsys.readouterr().out
+
+
 def test_at_once(folder):
     folder.free.set()
-    saving = Saving(folder, beside=False)
+    saving = Saving(folder, beside=False, say=print)
     saving.save({"model": {"weight": torch.ones(1)}}, best=True, step=True)
     assert folder.saved == [([1], True, True)]
     saving.wait()

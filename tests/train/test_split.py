@@ -1,7 +1,7 @@
 import pytest
 
 from lepton.train.settings import TrainSettings
-from lepton.train.split import USABLE, largest_split, rows_at_once, smaller_splits
+from lepton.train.split import USABLE, largest_split, rows_at_once, smaller_splits, validated_alike
 
 
 def predicted(settings):
@@ -44,6 +44,13 @@ def test_a_part_of_the_memory_is_left():
     room = int(65 * 10**9 / USABLE)
     assert largest_split(settings, predicted, room + 9).split == (64, 1)
     assert largest_split(settings, predicted, room - 9).split == (32, 2)
+
+
+@pytest.mark.parametrize(("batch_size", "eval_batches"), [(64, 1), (32, 2), (5, 12), (1, 64), (128, 1)])
+def test_a_validation_reads_the_rows_that_it_would_read_anyway(batch_size, eval_batches):
+    settings = TrainSettings(batch_size=batch_size, grad_accum=1)
+    found = validated_alike(settings, 16)
+    assert found == settings.replace(eval_batches=eval_batches)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_an_out_of_memory_gpu_gets_advice(data, tmp_path, monkeypatch, batch_siz
 
 def test_saving_beside_the_steps_saves_the_same(data, finished, tmp_path, monkeypatch):
     """As on a GPU, also where the last step was saved as the run is stopped."""
-    monkeypatch.setattr(trainer, "Saving", lambda folder, *, beside: Saving(folder, beside=True))
+    monkeypatch.setattr(trainer, "Saving", lambda folder, *, beside, say: Saving(folder, beside=True, say=say))
     stream = Watched("step 6/8", lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped at step 6"):
         trainer.train(small_settings(data, tmp_path), stream=stream)
@@ -342,7 +342,8 @@ class Small(MicroStep):
 
 
 def test_auto_takes_the_next_smaller_split_until_one_fits(data, tmp_path, monkeypatch):
-    small_run(data, tmp_path / "named", batch_size=2, grad_accum=4)
+    usual = small_settings(data, tmp_path).eval_batches
+    small_run(data, tmp_path / "named", batch_size=2, grad_accum=4, eval_batches=2 * usual)
     monkeypatch.setattr(assembly, "gpu_memory", lambda device: (10**12, 10**12))
     monkeypatch.setattr(trainer, "MicroStep", Small)
     auto = {"batch_size": None, "grad_accum": 2}
