@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import DEFAULTS, LeptonTraining, held_out_nats
+from benchmarks.training import LeptonTraining, held_out_nats, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import Batch, ShardedDataset
@@ -31,7 +31,6 @@ from lepton.model.ideas import thoughts
 from lepton.model.parameters import FEED
 from lepton.model.size_config import count_params, size_config, widened
 from lepton.train.assembly import token_counts
-from lepton.train.schedule import lr_scale
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "complete": {},
@@ -105,14 +104,7 @@ class Run:
 
     def step(self, batch: Batch, step: int, steps: int) -> dict[str, torch.Tensor]:
         """One optimizer step; see `Training.step`."""
-        scale = lr_scale(
-            step,
-            max_steps=steps,
-            warmup_steps=DEFAULTS.warmup_steps,
-            cooldown=DEFAULTS.cooldown,
-            min_lr_ratio=DEFAULTS.min_lr_ratio,
-        )
-        return self.training.step([batch], step, scale)
+        return self.training.step([batch], step, own_schedule(step, steps))
 
     def synchronize(self) -> None:
         if self.device == "cuda":

@@ -34,7 +34,7 @@ import torch
 from benchmarks import peer
 from benchmarks.curves import Line, Panel, line_chart
 from benchmarks.train_speed import table
-from benchmarks.training import DEFAULTS, LeptonTraining, Training, held_out_nats
+from benchmarks.training import DEFAULTS, LeptonTraining, Training, held_out_nats, own_schedule
 from lepton.api import Lepton
 from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
@@ -43,7 +43,7 @@ from lepton.errors import InputError, nearest
 from lepton.model.size_config import size_config
 from lepton.runtime.device import device_name, keep_freed_memory, pick_device, synchronize
 from lepton.train.assembly import token_counts
-from lepton.train.schedule import lr_scale, warmup_length
+from lepton.train.schedule import warmup_length
 
 SHOWN_NATS = 1.0
 """How much of the loss the chart shows, from the lowest one upwards."""
@@ -115,17 +115,6 @@ RUNNERS: dict[str, Callable[[Setup], Runner]] = {
     "dense": lambda setup: lepton(setup, dense=True),
     "llama": llama,
 }
-
-
-def own_schedule(step: int, steps: int) -> float:
-    """The schedule of `train.py`."""
-    return lr_scale(
-        step,
-        max_steps=steps,
-        warmup_steps=DEFAULTS.warmup_steps,
-        cooldown=DEFAULTS.cooldown,
-        min_lr_ratio=DEFAULTS.min_lr_ratio,
-    )
 
 
 def linear_decay(step: int, steps: int) -> float:

@@ -15,6 +15,7 @@ from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
+from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
 
 WAYS = {
@@ -27,6 +28,17 @@ DEFAULTS = TrainSettings()
 """What `train.py` does by itself."""
 FIRST_STEPS = 2
 """Steps before the clock runs: the second one of equal shapes is captured."""
+
+
+def own_schedule(step: int, steps: int) -> float:
+    """Return the share of the peak rates at a step, by the schedule of `train.py`."""
+    return lr_scale(
+        step,
+        max_steps=steps,
+        warmup_steps=DEFAULTS.warmup_steps,
+        cooldown=DEFAULTS.cooldown,
+        min_lr_ratio=DEFAULTS.min_lr_ratio,
+    )
 
 
 class Training(ABC):

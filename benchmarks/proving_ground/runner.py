@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.proving_ground.task import Answer, Questions, Score, Task, rules, score
-from benchmarks.training import DEFAULTS, WAYS, LeptonTraining
+from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
 from lepton.model.size_config import DENSE, count_params, widened
 from lepton.train.batch_plan import plan_batch
-from lepton.train.schedule import lr_scale
 
 SHAPE: dict[str, Any] = {
     "width": 256,
@@ -87,14 +86,7 @@ class TaskTraining(LeptonTraining):
         self.restart()
         self.model.train()
         for step in range(steps):
-            scale = lr_scale(
-                step,
-                max_steps=steps,
-                warmup_steps=DEFAULTS.warmup_steps,
-                cooldown=DEFAULTS.cooldown,
-                min_lr_ratio=DEFAULTS.min_lr_ratio,
-            )
-            figures = self.step([task.training(step, steps, rows)], step, rate * scale)
+            figures = self.step([task.training(step, steps, rows)], step, rate * own_schedule(step, steps))
             if (step + 1) % max(1, steps // 8) == 0:
                 say(f"step {step + 1} of {steps}, rate {rate:g}: loss {figures['loss'].item():.3f}")
 

@@ -16,7 +16,7 @@ class HeldOutLoss:
     """Measures batches as `Network.loss` does, without a gradient."""
 
     def __init__(self, model: Network, graphs: CudaGraphs | None, say: Callable[[str], None]) -> None:
-        """Make one that captures into `graphs`, or does without if that is None or fails, which `say` is told."""
+        """Capture into `graphs`, or run eagerly if that is None or fails; `say` prints the message that it failed."""
         self._model, self._graphs, self._say = model, graphs, say
         self._places: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         """Tokens and lengths that the graph of a shape reads."""

@@ -68,7 +68,7 @@ class MicroStep:
             model: on its device.
             compiled: whether the parts that repeat are compiled.
             captured: whether micro-batches are captured, on a GPU.
-            say: is told what takes long, and what does not work here.
+            say: prints messages: what takes long, and what does not work here.
             phase: names what a block of the work is, so that its seconds can be counted; see `Phases`.
         """
         self._model = model

@@ -18,7 +18,7 @@ class Saving:
     """
 
     def __init__(self, folder: RunFolder, *, beside: bool, say: Callable[[str], None]) -> None:
-        """Make one. `say` is told at the end of what could not be saved."""
+        """`say` prints a message, such as that the newest checkpoint could not be saved."""
         self._folder, self._say = folder, say
         self._thread = ThreadPoolExecutor(1) if beside else None
         self._under_way: Future[None] | None = None

@@ -82,3 +82,8 @@ def opened(data, seq_len=50, split="val"):
     """Return a split of `data` and its tokenizer."""
     tokenizer = load_tokenizer(data / "tokenizer.json")
     return ShardedDataset(data, seq_len=seq_len, seed=0, split=split, vocab_size=300), tokenizer
+
+
+def losses_of(out):
+    """The steps of a run, and the loss of each."""
+    return [(entry["step"], entry["loss"]) for entry in metrics_of(out) if "loss" in entry]

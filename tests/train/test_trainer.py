@@ -17,23 +17,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
-from lepton.train import assembly, trainer
-from lepton.train.micro_step import MicroStep
-from lepton.train.phases import Phases
-from lepton.train.progress import Progress
+from lepton.train import trainer
 from lepton.train.saving import Saving
-from lepton.train.starting_point import find_starting_point
 from lepton.train.stop_request import Interrupted
 from tests.streams import Watched
-from tests.train.small import metrics_of, small_run, small_settings, write_data
+from tests.train.small import losses_of, metrics_of, small_run, small_settings, write_data
 
 
 def files_of(out):
     return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-
-
-def losses_of(out):
-    return [(entry["step"], entry["loss"]) for entry in metrics_of(out) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -324,64 +316,6 @@ def test_saving_beside_the_steps_saves_the_same(data, finished, tmp_path, monkey
     assert metrics_of(tmp_path) == metrics_of(finished[0])
     ours, theirs = (checkpoint.load(out / "step_4.pt")["model"] for out in (tmp_path, finished[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_auto_on_a_cpu_is_the_usual_split(data, tmp_path):
-    small_run(data, tmp_path / "named", batch_size=4, grad_accum=2)
-    _, text = small_run(data, tmp_path / "auto", batch_size=None, grad_accum=2)
-    assert "--batch_size auto: the 8 rows of a step 4 at a time\n" in text
-    assert metrics_of(tmp_path / "auto") == metrics_of(tmp_path / "named")
-
-
-class Small(MicroStep):
-    """Micro-batches on a GPU without memory for more than two rows."""
-
-    def prepare(self, batch_size, seq_len):
-        if batch_size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_auto_takes_the_next_smaller_split_until_one_fits(data, tmp_path, monkeypatch):
-    usual = small_settings(data, tmp_path).eval_batches
-    small_run(data, tmp_path / "named", batch_size=2, grad_accum=4, eval_batches=2 * usual)
-    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (10**12, 10**12))
-    monkeypatch.setattr(trainer, "MicroStep", Small)
-    auto = {"batch_size": None, "grad_accum": 2}
-    _, text = small_run(data, tmp_path / "auto", **auto)
-    lines = [line for line in text.splitlines() if "rows of a step" in line]
-    assert lines == [
-        "--batch_size auto: the 8 rows of a step at once",
-        "that was too much for the GPU's memory: the 8 rows of a step 4 at a time",
-        "that was too much for the GPU's memory: the 8 rows of a step 2 at a time",
-    ]
-    assert checkpoint.load(tmp_path / "auto" / "final.pt")["training"] | {"checkpoint_dir": ""} == {
-        **checkpoint.load(tmp_path / "named" / "final.pt")["training"],
-        "checkpoint_dir": "",
-    }
-    assert losses_of(tmp_path / "auto") == losses_of(tmp_path / "named")
-
-
-def test_auto_goes_on_with_the_split_of_its_run(data, tmp_path, monkeypatch):
-    """On whatever card: another split would round otherwise. Where it does not fit, the run says so and ends."""
-    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (10**12, 10**12))
-    auto = {"batch_size": None, "grad_accum": 2}
-    small_run(data, tmp_path, **auto)
-    whole = metrics_of(tmp_path)
-    assert checkpoint.load(tmp_path / "step_4.pt")["training"]["batch_size"] == 8
-    for path in ("step_8.pt", "final.pt", "best.pt"):
-        (tmp_path / path).unlink()
-    monkeypatch.setattr(assembly, "gpu_memory", lambda device: (0, 10**12))
-    small_run(data, tmp_path, **auto, resume="auto")
-    assert metrics_of(tmp_path) == whole
-    with pytest.raises(InputError, match=r"--batch_size auto --grad_accum 4 is a step of 16 rows, .* has 8 x 1: "):
-        small_run(data, tmp_path, batch_size=None, grad_accum=4, resume="auto")
-    monkeypatch.setattr(trainer, "MicroStep", Small)
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.Trainer(
-            find_starting_point(small_settings(data, tmp_path, resume="auto"), {"checkpoint_dir", "resume"}),
-            Progress(None),
-            Phases(),
-        ).run()
 
 
 def test_a_faster_split_is_told(data, tmp_path, monkeypatch):
