@@ -13,6 +13,7 @@ from lepton.model.attention import Rotary
 from lepton.model.block import MLP
 from lepton.model.layers import Linear, norm, products
 from lepton.model.parameters import (
+    BACKOUT,
     BIAS,
     EMBEDDING,
     EMBEDDING_MATRIX,
@@ -29,9 +30,8 @@ GATE_INPUTS, SMEAR_INPUTS = 12, 24
 """Channels of a token, its first, that the gates of heads and of the previous token read."""
 BOTTOM_SCALE, TOP_SCALE = 1.15, 1.05
 BOTTOM_REINJECTION, TOP_REINJECTION = 0.2, 0.05
-"""Initial values of the first and of the last block; those between lie on a line. These, the gated smear and the
-backout are ideas of nanochat (Karpathy, 2025)."""
-BACKOUT = 0.2
+"""Initial values of the first and of the last block; those between lie on a line. These and the gated smear are ideas
+of nanochat (Karpathy, 2025)."""
 
 
 def constant(value: float) -> Declared:
@@ -185,13 +185,13 @@ class TrunkModel(nn.Module):
             "head.weight": EMBEDDING.but(initial=normal(trial.head_std)),
             "embed_up.weight": EMBEDDING_MATRIX,
             "head_down.weight": EMBEDDING_MATRIX,
-            "backout": constant(BACKOUT),
+            "backout": BACKOUT,
         }
         self.embed = nn.Embedding(trial.padded_vocab_size, rank)
         self.embed_up = Linear(rank, width) if trial.embed_rank else nn.Identity()
         self.smear = SMEARS[trial.smear](width)
         self.blocks = nn.ModuleList(TrunkBlock(trial, layer) for layer in range(trial.layers))
-        self.backout = nn.Parameter(torch.empty(())) if trial.backout else None
+        self.backout = nn.Parameter(torch.empty(1)) if trial.backout else None
         self.head_down = Linear(width, rank) if trial.embed_rank else nn.Identity()
         self.head = None if trial.tied else Linear(rank, trial.padded_vocab_size)
         initialise(self)

@@ -71,7 +71,7 @@ def group_of(name: str, trial: Trial) -> Group:
         "*.mix.scale": Group(trial.scale_lr, (0.8, 0.95)),
         "*.mix.again": Group(trial.reinjection_lr, (0.96, 0.95)),
         "smear.*": Group(trial.smear_lr, trial.betas),
-        "backout": Group(trial.backout_lr, (0.8, 0.95)),
+        "backout": Group(trial.backout_lr, trial.betas),
         "*_conv.weight": Group(trial.conv_lr, (0.9, 0.95)),
         "*.head_gates.weight": Group(trial.gate_lr, (0.9, 0.95)),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from lepton.config import LeptonConfig, check_type
 from lepton.errors import InputError, naming, nearest, shown
 from lepton.files import parse_json
-from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, SHIFT
+from lepton.model.parameters import BACKOUT, EMBEDDING, EMBEDDING_MATRIX, SHIFT
 from lepton.model.size_config import size_config
 from lepton.train.optimizer import BETAS, MOMENTUM
 from lepton.train.settings import TrainSettings
@@ -73,8 +73,8 @@ class Trial:
     """Whether each block first multiplies the stream by a learned number, at first 1.15 to 1.05 from below to above."""
     reinjection: bool = False
     """Whether each block first adds the embedding, times a learned number, at first 0.2 to 0.05."""
-    backout: bool = False
-    """Whether the stream of the middle, times a learned number, at first 0.2, is subtracted at the end."""
+    backout: bool = True
+    """Whether the stream of the middle, times a learned number, is subtracted at the end."""
     conv: int = 0
     """Tokens that a causal convolution on keys and values reads, a filter for each channel; 0 or 1: there is none."""
     head_gates: bool = False
@@ -96,7 +96,7 @@ class Trial:
     """Rate of `reinjection`."""
     smear_lr: float = SHIFT.rate * DEFAULTS.lr
     """Rate of `smear`; the gated form was tried at 0.14."""
-    backout_lr: float = 0.2
+    backout_lr: float = BACKOUT.rate * DEFAULTS.lr
     """Rate of `backout`."""
     conv_lr: float = 0.01
     """Rate of `conv`."""
@@ -125,7 +125,7 @@ class Trial:
     """Whether the rows of a momentum are given one norm before it is orthogonalised."""
     renormalisation: bool = False
     """Whether an update is then given the Frobenius norm of an exactly orthogonal one."""
-    second_moments: bool = False
+    second_moments: bool = True
     """Whether an update's rows (of a wide matrix its columns) are divided by a running mean of their size; the norm of
     the whole stays (NorMuon, arXiv 2510.05491)."""
     momentum: tuple[float, float, float] = (MOMENTUM, MOMENTUM, MOMENTUM)

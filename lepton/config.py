@@ -114,6 +114,9 @@ class LeptonConfig:
     finds what followed an earlier occurrence of the present token (Jordan et al., 2025: modded-nanogpt)."""
     token_shift: bool = False
     """Whether the embedding of the token before is added to that of each token, times a learned number a channel."""
+    backout: bool = False
+    """Whether the residual stream after the middle block, times a learned number, is subtracted before the head: what
+    the blocks above no longer need then does not disturb the prediction (Karpathy, 2025: nanochat)."""
     slot_bias: bool = True
     """Whether the last coordinate of each head carries the bias of slots' attention scores, rather than a number of
     the token's own."""
@@ -156,6 +159,11 @@ class LeptonConfig:
         """Tokens before a chunk whose keys and values are kept: the window of its first token, and with `shifted_keys`
         one more. None: all of the document."""
         return None if self.window is None else self.window - 1 + self.shifted_keys
+
+    @property
+    def middle(self) -> int:
+        """The block, counted from 0 with the stem's, whose stream `backout` subtracts; never below the stem's last."""
+        return max(self.layers // 2, self.stem_layers - 1)
 
     def shifts_keys(self, layer: int) -> bool:
         """Return whether block `layer`, counted from 0 with the stem's, has shifted keys."""

@@ -39,22 +39,24 @@ class Preset:
             embed_rank=self.embed_rank,
             shifted_keys=True,
             token_shift=True,
+            backout=True,
             ideas=tuple(idea.preset(self.name, self.width) for idea in ideas.values()),
         )
 
 
-# From TINY on the MLP's width is a multiple of 256: a GPU computes a product in tiles of up to 256 columns, and
-# a partial last tile costs as much as a full one.
+# Few wide layers: TINY with 8 layers learns as much from a token as with 12, and trains and generates faster
+# (docs/log.md, 2026-11-27). From TINY on the MLP's width is a multiple of 256: a GPU computes a product in tiles of up
+# to 256 columns, and a partial last tile costs as much as a full one.
 #           name      M     purpose             width layers heads kv head  ffn  embedding
 _TABLE = (
     Preset("nano",   10,   "debugging",         192,   7,    3,   1,  64,   800, 128),
     Preset("micro",  25,   "quick experiments", 384,   6,    3,   1, 128,  1600, 256),
-    Preset("tiny",   112,  "development",       768,  12,    6,   2, 128,  2560),
-    Preset("small",  160,  "overnight runs",    896,  12,    7,   1, 128,  3840),
-    Preset("medium", 350,  "real training",    1152,  19,    9,   3, 128,  4864),
-    Preset("large",  760,  "full scale",       1536,  26,   12,   4, 128,  6144),
-    Preset("xl",     1500, "a big GPU",        2048,  30,   16,   4, 128,  8448),
-    Preset("xxl",    3000, "go big or go home", 2560, 40,   20,   4, 128, 10752),
+    Preset("tiny",   112,  "development",       768,   8,    6,   2, 128,  4352),
+    Preset("small",  160,  "overnight runs",    896,   9,    7,   1, 128,  5632),
+    Preset("medium", 350,  "real training",    1152,  14,    9,   3, 128,  7168),
+    Preset("large",  760,  "full scale",       1536,  20,   12,   4, 128,  8704),
+    Preset("xl",     1500, "a big GPU",        2048,  24,   16,   4, 128, 11264),
+    Preset("xxl",    3000, "go big or go home", 2560, 30,   20,   4, 128, 15360),
 )  # fmt: skip
 
 SIZES: dict[str, Preset] = {preset.name: preset for preset in _TABLE}

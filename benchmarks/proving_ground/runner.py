@@ -34,6 +34,7 @@ SHAPE: dict[str, Any] = {
     "ffn": 1024,
     "shifted_keys": True,
     "token_shift": True,
+    "backout": True,
 }
 """Trunk of the contenders, unless a task says otherwise: about 3.5 M parameters."""
 SMALL: dict[str, Any] = {"width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn": 128}

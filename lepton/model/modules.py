@@ -11,7 +11,7 @@ from lepton.config import IDEAS, LeptonConfig
 from lepton.model.block import Block
 from lepton.model.ideas.idea import Host, Idea
 from lepton.model.layers import Linear
-from lepton.model.parameters import EMBEDDING, EMBEDDING_MATRIX, SHIFT, initialise
+from lepton.model.parameters import BACKOUT, EMBEDDING, EMBEDDING_MATRIX, SHIFT, initialise
 from lepton.ops.cross_entropy import soft_cap
 
 COMMON_LOSSES = ("ce", "z")
@@ -32,6 +32,7 @@ class Modules(Host):
         "embed_up.weight": EMBEDDING_MATRIX,
         "head_down.weight": EMBEDDING_MATRIX,
         "shift_D": SHIFT,
+        "backout": BACKOUT,
     }
 
     def __init__(self, config: LeptonConfig) -> None:
@@ -49,6 +50,7 @@ class Modules(Host):
         self.stem = nn.ModuleList(self._blocks(0, config.stem_layers))
         self._build(reads_top=False)
         self.blocks = nn.ModuleList(self._blocks(config.stem_layers, config.layers))
+        self.backout = nn.Parameter(torch.empty(1)) if config.backout else None
         self.head_down = Linear(config.width, rank) if config.embed_rank else nn.Identity()
         self._build(reads_top=True)
         losses = [*COMMON_LOSSES, *(name for idea in self.ideas.values() for name in idea.loss_weights)]

@@ -147,7 +147,7 @@ class Network(Modules):
         `lengths` are the tokens [B] of each row that are not padding.
         """
         x_BTD = self.token_shifted(inputs, past.last_token_B)
-        h_BTD, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
+        h_BTD, _, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
         flow = Flow.after_stem(inputs, h_BTD)
         updates: dict[str, Any] = {}
         for idea in self._in_flow():  # thoughts, memory, crystals, peek, router
@@ -155,7 +155,8 @@ class Network(Modules):
             flow = flow.plus(idea.name, contribution)
             if contribution.update is not None:
                 updates[idea.name] = contribution.update
-        x_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
+        x_BTD, middle_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
+        x_BTD = self.backed_out(x_BTD, middle_BTD, flow)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
         tokens_BT = None if self.shift_D is None else flow.tokens_BT
@@ -223,6 +224,16 @@ class Network(Modules):
         starts_BT1 = (inputs.timeline.position_BT == 0)[..., None]
         return x_BTD + self.shift_D.to(x_BTD.dtype) * before_BTD.masked_fill(starts_BT1, 0)
 
+    def backed_out(self, x_BTD: Tensor, middle_BTD: Tensor, flow: Flow) -> Tensor:
+        """Return the stream after the deep blocks less a share of that after the middle block.
+
+        Tokens that skipped the deep blocks stay as they are.
+        """
+        if self.backout is None:
+            return x_BTD
+        share = self.backout.to(x_BTD.dtype)
+        return x_BTD - (share * flow.deep_BT[..., None] if flow.call.routed else share) * middle_BTD
+
     def _run(
         self,
         blocks: nn.ModuleList,
@@ -231,9 +242,15 @@ class Network(Modules):
         rotary: Rotary,
         plan: AttentionPlan,
         slots: Slots | None = None,
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """Run some blocks; return the residual stream after them, and the chunk's keys and values in each."""
-        keys_values = []
+    ) -> tuple[Tensor, Tensor, list[KeysValues]]:
+        """Run the stem or the deep blocks.
+
+        Returns:
+            The residual stream after them, that after the middle block (or before the first one, if they are above
+            it), and the chunk's keys and values in each.
+        """
+        first = 0 if blocks is self.stem else self.config.stem_layers
+        middle_BTD, keys_values = x_BTD, []
         for layer, block in enumerate(blocks):
             arguments = (x_BTD, past.layer(layer), rotary, plan, slots)
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -242,7 +259,9 @@ class Network(Modules):
             else:
                 x_BTD, k_BTKH, v_BTKH = block(*arguments)
             keys_values.append((k_BTKH, v_BTKH))
-        return x_BTD, keys_values
+            if first + layer == self.config.middle:
+                middle_BTD = x_BTD
+        return x_BTD, middle_BTD, keys_values
 
     def _in_flow(self) -> Iterator[Idea]:
         """Yield the ideas between stem and deep blocks, in the order of the flow."""

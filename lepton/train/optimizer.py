@@ -1,8 +1,9 @@
 """Optimizers: Muon for the matrices of blocks, AdamW for all other parameters.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
-orthogonal matrix. Its update has spectral norm sqrt(max(1, rows / columns)) x rate whatever the width, so one rate
-serves all sizes.
+orthogonal matrix. Its update has spectral norm of about sqrt(max(1, rows / columns)) x rate whatever the width, so one
+rate serves all sizes. Each row of an update (each column of a wide one) is then divided by a running mean of its size,
+and the norm of the whole is restored (NorMuon, arXiv 2510.05491).
 
 A step of both is some hundred kernels, which a GPU's host takes longer to launch than the GPU to run. So on a GPU the
 step is captured as a CUDA graph and replayed in one launch.
@@ -25,6 +26,8 @@ BETAS = (0.8, 0.96)
 EPS = 1e-10
 """Far below the gradients of rare tokens' embeddings, which a usual 1e-8 would slow down."""
 MOMENTUM = 0.95
+SECOND_MOMENT = 0.9
+"""Share of the past in the running second moments of Muon's updates."""
 
 STACKED = 2**25
 """Matrix elements that are orthogonalised at once; this bounds the memory of the copies."""
@@ -43,9 +46,10 @@ def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters]:
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` in a few large kernels: matrices of one shape are orthogonalised together.
 
-    One by one, their kernels take a GPU's host longer to launch than the GPU to run. State and options are those of the
-    base class, with its usual adjustment of the rate and Nesterov momentum. Gradients are overwritten. A group's `lr`
-    is a number, or a tensor without dimensions on the matrices' device, which is then read there.
+    One by one, their kernels take a GPU's host longer to launch than the GPU to run. Options are those of the base
+    class, with its usual adjustment of the rate and Nesterov momentum; second moments are added to its state. Gradients
+    are overwritten. A group's `lr` is a number, or a tensor without dimensions on the matrices' device, which is then
+    read there.
     """
 
     dtype = torch.bfloat16
@@ -62,12 +66,15 @@ class BatchedMuon(torch.optim.Muon):
                 for matrix in matrices:
                     if not self.state[matrix]:
                         self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                        self.state[matrix]["row_moments"] = row_moments(matrix)
                 averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                moments = [self.state[matrix]["row_moments"] for matrix in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 torch._foreach_lerp_(gradients, averages, momentum)
                 update = orthogonal(
                     torch.stack(gradients), self.dtype, group["ns_coefficients"], group["ns_steps"], group["eps"]
                 )
+                update = evened(update, moments)
                 rows, columns = matrices[0].shape
                 update.mul_(-lr * math.sqrt(max(1, rows / columns)))
                 torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
@@ -89,6 +96,24 @@ def orthogonal(
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(stack.dtype)
+
+
+def row_moments(matrix: Tensor) -> Tensor:
+    """Return zeros for the second moments of the rows of `matrix` [rows, 1], or of its columns where it is wide."""
+    rows, columns = matrix.shape
+    return matrix.new_zeros((rows, 1) if rows >= columns else (1, columns))
+
+
+def evened(stack: Tensor, moments: list[Tensor]) -> Tensor:
+    """Divide each row of the matrices of a stack (column, where they are wide) by a running mean of its size.
+
+    The Frobenius norm of each matrix stays. `moments`, one of `row_moments` for each, take up those of the stack.
+    """
+    axis = -1 if moments[0].shape[1] == 1 else -2
+    torch._foreach_lerp_(moments, stack.square().mean(axis, keepdim=True).unbind(), 1 - SECOND_MOMENT)
+    divided = stack * torch.stack(moments).clamp_min(1e-10).rsqrt()
+    before, after = (each.norm(dim=(-2, -1), keepdim=True) for each in (stack, divided))
+    return divided * (before / after.clamp_min(1e-6))
 
 
 class Optimizers:
@@ -227,13 +252,15 @@ def _check_states(states: Any, member: torch.optim.Optimizer) -> None:
     for number, state in states.items():
         parameter = parameters[number]
         wanted = {"momentum_buffer": parameter}
+        if isinstance(member, BatchedMuon):
+            wanted["row_moments"] = row_moments(parameter)
         if isinstance(member, torch.optim.AdamW):
             wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         if not isinstance(state, Mapping):
             raise InputError(f"parameter {number} has {type(state).__name__} instead of named tensors")
         with naming(f"parameter {number}"):
             compare(state, wanted)
-            for name in ("step", "exp_avg_sq"):  # both only ever add squares and ones
+            for name in ("step", "exp_avg_sq", "row_moments"):  # they only ever add squares and ones
                 if name in wanted and state[name].numel() and state[name].min() < 0:
                     raise InputError(f"'{name}' holds numbers below 0")
 

@@ -25,6 +25,7 @@ SHAPE = {
     "ffn": 64,
     "shifted_keys": True,
     "token_shift": True,
+    "backout": True,
     "vocab_size": VOCAB,
 }
 IDEAS = {
@@ -54,7 +55,7 @@ VARIANTS: dict[str, dict] = {
     "no peek": {**IDEAS, "hint": 0},
     "no router": {**IDEAS, "router": False},
     "no drafts": {**IDEAS, "drafts": 0},
-    "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False},
+    "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False, "backout": False},
     "factorised, own keys": {**IDEAS, "embed_rank": 16, "shifted_keys": False},
     "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
     "dense": {"dense": True, "window": None},

@@ -164,10 +164,15 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     seen, log_score = ([[] for _ in u], [])
     if model.crystals is not None:
         seen, log_score = visible_crystals(model.crystals, u, config)
+    streams = []
     for block in model.blocks:
         extra = [[slot_column(block.attention, u[s], log_score[s], config) for s in seen[t]] for t in range(len(u))]
         for t, group in enumerate(groups):
             extra[t] += [] if group is None else [slot_column(block.attention, norm(z), 0.0, config) for z in group]
         x = run_block(block, x, extra, config)
+        streams.append(x)
+    if config.backout:
+        middle = [h, *streams][config.middle - config.stem_layers + 1]
+        x = [top - model.backout * below for top, below in zip(x, middle, strict=True)]
     scores = torch.stack([embedding[: config.vocab_size] @ (down @ norm(state)) for state in x])
     return config.logit_cap * torch.tanh(scores / config.logit_cap)

@@ -121,8 +121,9 @@ def test_parameters_learn_at_their_rates(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("stacked", [2**25, 3000, 1])
-def test_batched_muon_is_torchs_muon(monkeypatch, stacked):
+def test_batched_muon_is_torchs_muon_but_for_the_second_moments(monkeypatch, stacked):
     monkeypatch.setattr(optimizer, "STACKED", stacked)
+    monkeypatch.setattr(optimizer, "evened", lambda stack, moments: stack)
     shapes = [(32, 48), (48, 32), (32, 48), (16, 16), (32, 48)]
     start = [torch.randn(shape) for shape in shapes]
     results = []
@@ -142,6 +143,30 @@ def test_batched_muon_is_torchs_muon(monkeypatch, stacked):
             torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # bf16 products of updates of up to 0.02 each
     moved = [float((matrix.detach() - first).norm()) for matrix, first in zip(results[1][0], start, strict=True)]
     assert min(moved) > 0.05
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (4, 4)])
+def test_second_moments_even_out_the_rows_of_updates(shape):
+    """Of the columns, where there are more of them."""
+    axis = 1 if shape[0] >= shape[1] else 0
+    matrices = torch.randn(2, *shape) * torch.logspace(0, 1, shape[1 - axis]).unsqueeze(axis)
+    moments = [optimizer.row_moments(matrix) for matrix in matrices]
+    for _ in range(100):  # the mean of what is always the same is that
+        update = optimizer.evened(matrices, moments)
+    sizes = update.norm(dim=1 + axis)
+    torch.testing.assert_close(sizes, sizes[:, :1].expand_as(sizes), rtol=1e-4, atol=0)
+    torch.testing.assert_close(update.norm(dim=(1, 2)), matrices.norm(dim=(1, 2)))
+    torch.testing.assert_close(torch.stack(moments), matrices.square().mean(1 + axis, keepdim=True), rtol=1e-4, atol=0)
+
+
+def test_the_second_moments_are_running_means():
+    first, second = torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([[2.0, 2.0], [0.0, 0.0]])
+    moments = [optimizer.row_moments(first)]
+    optimizer.evened(first[None], moments)
+    torch.testing.assert_close(moments[0], torch.tensor([[0.1], [0.9]]))
+    optimizer.evened(second[None], moments)
+    torch.testing.assert_close(moments[0], torch.tensor([[0.49], [0.81]]))
+    assert not optimizer.evened(torch.zeros(1, 2, 2), moments).any()
 
 
 def test_batched_muon_takes_its_rate_as_a_number_or_where_the_matrices_lie():
