@@ -69,7 +69,7 @@ BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)
 
 SHIFT = BIAS.but(rate=30)
 """The factors of the token shift. They end far from zero, and start to learn at once (docs/log.md, 2026-11-27)."""
-BACKOUT = BIAS.but(initial=lambda number: nn.init.constant_(number, 0.2), rate=100)
+BACKOUT = BIAS.but(initial=lambda number: nn.init.constant_(number, 0.2), rate=300)
 """The factor of the stream that is subtracted before the head. It ends near 1 (docs/log.md, 2026-11-27)."""
 
 
