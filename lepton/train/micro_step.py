@@ -16,6 +16,7 @@ from torch._functorch import config as autograd_config
 
 from lepton.errors import reason
 from lepton.model import Network
+from lepton.model.block import Block
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import seconds_of
@@ -219,7 +220,7 @@ class MicroStep:
 
 def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
     """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph."""
-    blocks = [(block, "forward") for block in [*model.stem, *model.blocks]]
+    blocks: list[tuple[nn.Module, str]] = [(each, "forward") for each in model.modules() if isinstance(each, Block)]
     return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
 
 

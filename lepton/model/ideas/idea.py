@@ -38,6 +38,7 @@ from lepton.model.parameters import Declarations
 from lepton.model.timeline import Rounds, Timeline
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import linear_cross_entropy
+from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many."""
@@ -99,6 +100,8 @@ class Contribution:
     """Inputs of the idea, kept only if its loss reruns the idea."""
     deep_BT: Tensor | None = None
     """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
+    stream_BTD: Tensor | None = None
+    """A residual stream in place of the flow's: later ideas and the deep blocks read it."""
     update: Any = None
     """How the idea's state changes with this chunk: an object with `after(count_B, timeline)`, which returns the state
     after the first `count_B` tokens of each row. None: the idea has no state."""
@@ -125,13 +128,13 @@ class Flow(ChunkInputs):
     """A chunk between the stem and the deep blocks, with the contributions of the ideas that have run so far."""
 
     h_BTD: Tensor
-    """Residual stream after the stem."""
+    """Residual stream after the stem, and after an idea that gives another one."""
     u_BTD: Tensor
     """The same, normed. This is what ideas read."""
     x_BTD: Tensor
     """`h_BTD` plus what ideas have added so far. The deep blocks start from the final sum."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
-    """By name of the idea, in order; without `added_BTD`, which is in the stream, and without `update`."""
+    """By name of the idea, in order; without `stream_BTD` and `added_BTD`, which are in the stream, and `update`."""
 
     @staticmethod
     def after_stem(inputs: ChunkInputs, h_BTD: Tensor) -> "Flow":
@@ -140,9 +143,13 @@ class Flow(ChunkInputs):
 
     def plus(self, name: str, given: Contribution) -> "Flow":
         """Return the flow with the contribution of the idea `name`."""
-        x_BTD = self.x_BTD if given.added_BTD is None else self.x_BTD + given.added_BTD
-        kept = replace(given, added_BTD=None, update=None)
-        return replace(self, x_BTD=x_BTD, contributions={**self.contributions, name: kept})
+        flow, x_BTD = self, given.stream_BTD
+        if x_BTD is not None:
+            flow = replace(self, h_BTD=x_BTD, u_BTD=norm(x_BTD), x_BTD=x_BTD)
+        if given.added_BTD is not None:
+            flow = replace(flow, x_BTD=flow.x_BTD + given.added_BTD)
+        kept = replace(given, stream_BTD=None, added_BTD=None, update=None)
+        return replace(flow, contributions={**self.contributions, name: kept})
 
     def without_slots(self) -> "Flow":
         """Return the flow without slots, which only the deep blocks need."""
@@ -271,6 +278,10 @@ class Idea(nn.Module):
     plain values."""
     opens: ClassVar[bool] = False
     """Whether it computes something for each segment that opens, so that shapes depend on the number of segments."""
+    thinks_always: bool = False
+    """Whether rounds of thinking run in every pass, and not only where a segment opens."""
+    think_limit: int = MAX_ROUNDS
+    """Most rounds of thinking that a call may ask for."""
     old_names: ClassVar[Mapping[str, str]] = {}
     """Old state files: name prefix of its tensors -> present prefix."""
 
