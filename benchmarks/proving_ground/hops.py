@@ -165,8 +165,8 @@ CONTENDERS = {
     "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
     "thoughts": Contender(),
 }
-"""The control comes first: 20 layers should reach 16 hops. With slots alone the tokens do not think. Pauses are tokens in the row: the configuration cannot say
-thoughts of one round with a constant start."""
+"""The control comes first: 20 layers should reach 16 hops. With slots alone the tokens do not think. Pauses are tokens
+in the row: the configuration cannot say thoughts of one round with a constant start."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

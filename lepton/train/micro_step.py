@@ -16,7 +16,6 @@ from torch._functorch import config as autograd_config
 
 from lepton.errors import reason
 from lepton.model import Network
-from lepton.model.block import Block
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train.batch_plan import plan_batch
 from lepton.train.cost import seconds_of
@@ -220,8 +219,9 @@ class MicroStep:
 
 def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
     """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph."""
-    blocks: list[tuple[nn.Module, str]] = [(each, "forward") for each in model.modules() if isinstance(each, Block)]
-    return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
+    blocks: list[tuple[nn.Module, str]] = [(block, "forward") for block in [*model.stem, *model.blocks]]
+    own = [(idea, *name.rpartition(".")) for idea in model.ideas.values() for name in idea.compiled]
+    return blocks + [(idea.get_submodule(inside), name) for idea, inside, _, name in own]
 
 
 @contextmanager

@@ -122,7 +122,11 @@ def remember(memory, u) -> list[torch.Tensor]:
         parts = F.silu(mixed).view(memory.heads, -1).split([memory.key_dim, memory.key_dim, memory.value_dim], -1)
         q, k, v = F.normalize(parts[0], dim=-1), F.normalize(parts[1], dim=-1), parts[2]
         decay, rate = (memory.gates.weight @ u[t]).chunk(2)
-        tokens.append((q, k, v, F.logsigmoid(decay + memory.decay_bias), torch.sigmoid(rate)))
+        log_decay = F.logsigmoid(decay + memory.decay_bias)
+        if memory.rate_bias is not None:
+            rate = rate + memory.rate_bias
+            log_decay = torch.sigmoid(rate) * log_decay
+        tokens.append((q, k, v, log_decay, torch.sigmoid(rate)))
     parts = [torch.stack(part, 1)[None, None] for part in zip(*tokens, strict=True)]
     state, document = (
         torch.zeros(1, memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype),

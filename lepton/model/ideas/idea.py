@@ -1,17 +1,14 @@
 """The contract of an idea: a module of the model, and everything that the rest of the package has to know about it.
 
 There are two kinds. An idea *in the pass* runs once per chunk, between the stem and the deep blocks: its `contribute`
-reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may add a vector to the
-residual stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep
-state. An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the
-last hidden states, and generation calls it by name.
+reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may change the residual
+stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep state.
+An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the last
+hidden states, and generation calls it by name.
 
-Everything else that concerns ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs, the
-forecast of GPU memory, compilation, ablation, state files. So a new idea is one file with a configuration and a module,
-and two lines in `lepton/model/ideas/__init__.py`: the import, and its place in the order. docs/add_an_idea.md is the
-guide.
-
-`Idea` is what to implement. The other classes are what its methods receive and return:
+Everything else that concerns ideas is a loop over `Modules.ideas`. So a new idea is one file with a configuration and a
+module, and two lines in `lepton/model/ideas/__init__.py`: docs/add_an_idea.md is the guide. `Idea` is what to
+implement. The other classes are what its methods receive and return:
 
     ChunkInputs   a chunk before the first block
     Flow          the same after the stem, with what the ideas have contributed so far
@@ -273,9 +270,9 @@ class Idea(nn.Module):
     """Initial value and optimizer group of each of its parameters; see `lepton.model.parameters`."""
     loss_weights: ClassVar[Mapping[str, float]] = {}
     """Weight of each of its losses in the training loss."""
-    compiled: ClassVar[tuple[str, ...]] = ()
-    """Names of its methods that are compiled for training. Their arguments are tensors, dataclasses of tensors and
-    plain values."""
+    compiled: tuple[str, ...] = ()
+    """Names of its methods that are compiled for training, or of its modules' ("block.forward"). Their arguments are
+    tensors, dataclasses of tensors and plain values."""
     opens: ClassVar[bool] = False
     """Whether it computes something for each segment that opens, so that shapes depend on the number of segments."""
     thinks_always: bool = False
@@ -393,11 +390,6 @@ def matrices(*modules: nn.Module | None) -> int:
     """Return the number of weights in all linear layers of some modules, which is their multiply-adds per token."""
     parts = (part for module in modules if module is not None for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
-
-
-def children(model: nn.Module) -> Iterator[Idea]:
-    """Yield the ideas of a model, in the order of construction."""
-    return (module for module in model.children() if isinstance(module, Idea))
 
 
 @contextmanager

@@ -198,7 +198,7 @@ class Thoughts(Idea):
         self.config, self.rounds, self.most_rounds = config, own.rounds, own.most_rounds
         self.thinks_always = own.over_tokens
         if own.over_tokens:
-            self.think_limit = own.most_rounds
+            self.think_limit, self.compiled = own.most_rounds, ("forward", "block.forward")
         self.start = nn.Parameter(torch.empty(own.count, config.width))
         self.opening = Linear(config.width, config.width)
         self.again = Linear(config.width, config.width) if own.over_tokens else None
