@@ -185,7 +185,7 @@ class Thoughts(Idea):
 
     name = "thoughts"
     opens = True
-    compiled = ("forward",)
+    compiled: tuple[str, ...] = ("forward",)
     old_names = {"group.": "thoughts.group."}
     declares = {
         "start": SCORE.but(initial=normal(1)),
