@@ -6,8 +6,7 @@ stream, give the deep blocks extra keys and values (slots), or decide which toke
 An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the last
 hidden states, and generation calls it by name. Everything else that concerns ideas is a loop over `Modules.ideas`. So a
 new idea is one file with a configuration and a module, and two lines in `lepton/model/ideas/__init__.py`:
-docs/add_an_idea.md is the guide. `Idea` is what to implement. The other classes are what its methods receive and
-return:
+docs/add_an_idea.md is the guide. `Idea` is what to implement; its methods receive and return the other classes:
 
     ChunkInputs   a chunk before the first block
     Flow          the same after the stem, with what the ideas have contributed so far
@@ -39,7 +38,7 @@ from lepton.values import MAX_ROUNDS
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many."""
 SIGNALS = ("router", "thoughts", "memory")
-"""Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of the memory's read."""
+"""Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 
