@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
     """Return the configuration of a variant; what its ideas leave of the parameters goes into the MLPs."""
-    overrides = {name: int(value) for name, value in (change.split("=") for change in changes)}
+    overrides = {name: json.loads(value) for name, value in (change.split("=") for change in changes)}
     return widened(size_config(size, **VARIANTS[variant], **overrides), count_params(size_config(size)))
 
 
@@ -210,7 +210,7 @@ def read_arguments() -> argparse.Namespace:
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
-    add("--change", nargs="+", default=[], metavar="FIELD=N", help="fields of the configuration to change")
+    add("--change", nargs="+", default=[], metavar="FIELD=JSON", help="fields of the configuration to change")
     add("--weights", nargs="+", default=[], metavar="LOSS=W", help="weights of auxiliary losses to change")
     add("--seed", type=int, default=0)
     add("--eval_batches", type=int, help="validation batches (default: all)")
