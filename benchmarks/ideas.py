@@ -27,7 +27,6 @@ from lepton.evals.calibration import calibrate, fit_temperature
 from lepton.evals.positions import calibration_batches, evaluation_batches
 from lepton.evals.reliability import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
-from lepton.model.ideas import thoughts
 from lepton.model.parameters import FEED
 from lepton.model.size_config import count_params, size_config, widened
 from lepton.train.assembly import token_counts
@@ -48,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
     """Return the configuration of a variant; what its ideas leave of the parameters goes into the MLPs."""
-    overrides = {name: int(value) for name, value in (change.split("=") for change in changes)}
+    overrides = {name: json.loads(value) for name, value in (change.split("=") for change in changes)}
     return widened(size_config(size, **VARIANTS[variant], **overrides), count_params(size_config(size)))
 
 
@@ -211,14 +210,7 @@ def read_arguments() -> argparse.Namespace:
     add("--tokens", type=float, default=16e6)
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
-    add(
-        "--rounds",
-        type=int,
-        nargs="+",
-        default=thoughts.TRAINING_ROUNDS,
-        help="what rounds of thinking are drawn from; more than 2 for one row in 8 at most",
-    )
-    add("--change", nargs="+", default=[], metavar="FIELD=N", help="fields of the configuration to change")
+    add("--change", nargs="+", default=[], metavar="FIELD=JSON", help="fields of the configuration to change")
     add("--weights", nargs="+", default=[], metavar="LOSS=W", help="weights of auxiliary losses to change")
     add("--seed", type=int, default=0)
     add("--eval_batches", type=int, help="validation batches (default: all)")
@@ -231,7 +223,6 @@ def read_arguments() -> argparse.Namespace:
     if arguments.smoke:
         arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
         arguments.eval_batches = 1
-    thoughts.TRAINING_ROUNDS = tuple(arguments.rounds)
     return arguments
 
 

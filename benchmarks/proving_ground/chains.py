@@ -97,7 +97,8 @@ class Chains(Task):
 def shape(task: Chains) -> LeptonConfig:
     """Return the complete model: a window of the whole row, and thoughts that open at `=`."""
     config = LeptonConfig(**SHAPE, window=2 * task.place, segment=task.place, vocab_size=task.vocab_size)
-    return config.replace(thoughts={"count": 4, "ffn": 512})
+    thoughts = {"rounds": 8, "most_rounds": 16, "over_tokens": True}
+    return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
 
 CONTENDERS = {
@@ -105,6 +106,7 @@ CONTENDERS = {
     "dense": Contender(changes=dense()),
     "no_thoughts": Contender(changes={"thoughts": None}),
     "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
+    "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
     "thoughts": Contender(),
 }
 """The control comes first: 16 layers should learn 8 operations."""

@@ -151,9 +151,10 @@ def hop(letters_BL: Tensor, start_Q: Tensor, p_B: Tensor) -> Tensor:
 
 
 def shape(task: Hops) -> LeptonConfig:
-    """Return the complete model: a window of the whole row, and thoughts that open at each question."""
+    """Return the complete model: a window of the whole row, and tokens that think for as many rounds as hops."""
     config = LeptonConfig(**SHAPE, window=task.length + 64, segment=task.every, vocab_size=task.vocab_size)
-    return config.replace(thoughts={"count": 4, "ffn": 512})
+    thoughts = {"rounds": task.trained, "most_rounds": max(DEEPEST, task.trained), "over_tokens": True}
+    return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
 
 CONTENDERS = {
@@ -161,10 +162,11 @@ CONTENDERS = {
     "dense": Contender(changes=dense()),
     "no_thoughts": Contender(changes={"thoughts": None}),
     "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
+    "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
     "thoughts": Contender(),
 }
-"""The control comes first: 20 layers should reach 16 hops. Pauses are tokens in the row: the configuration cannot say
-thoughts of one round with a constant start."""
+"""The control comes first: 20 layers should reach 16 hops. With slots alone the tokens do not think. Pauses are tokens
+in the row: the configuration cannot say thoughts of one round with a constant start."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -95,10 +95,10 @@ class Cycles:
         counts = [1 << i for i in range(bucket_of(rows).bit_length())] if apart else [rows]
         return sorted({self._bucket(count, opening, drafts) for count in counts})
 
-    @staticmethod
-    def _bound(opening: bool, rounds: int) -> int:
+    def _bound(self, opening: bool, rounds: int) -> int:
         """Return the bound of the rounds of thinking of a captured cycle: few different ones."""
-        return bucket_of(rounds) if opening and rounds else 0
+        thinks = opening or any(idea.thinks_always for idea in self._model.ideas.values())
+        return bucket_of(rounds) if thinks and rounds else 0
 
     def _capture(self, shape: Shape, place_B: Tensor) -> None:
         """Capture a cycle; it runs once before, on the place that nobody has, so that what it needs is built."""

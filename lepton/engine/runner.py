@@ -180,7 +180,7 @@ class Runner:
             rows=len(places),
             drafts=work.drafts,
             opening=work.opening,
-            rounds=work.rounds if work.opening else 0,
+            rounds=work.rounds,
             routed=work.routed,
         )
         outcome = self._cycles.run(places, shape)

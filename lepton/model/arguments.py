@@ -70,6 +70,8 @@ def checked_call(model: Modules, rows: int, depth: float | None, think: int | Te
     think = thinking_rounds(think)
     if think and "thoughts" not in model.ideas:
         raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
+    if think > (limit := min((idea.think_limit for idea in model.ideas.values()), default=think)):
+        raise InputError(f"think={think}: this model keeps the states of {limit} rounds; give at most {limit}")
     return Call(share, think)
 
 

@@ -72,10 +72,11 @@ class AttentionPlan:
 
     def of_rows(self, rows_A: Tensor) -> "AttentionPlan":
         """Return the plan of the rows with indices `rows_A`."""
+        starts_AJ = None if self.starts_BJ is None else self.starts_BJ.index_select(0, rows_A)
         if self.ranges is not None:
-            return AttentionPlan(self.ranges.of_rows(rows_A), ())
+            return AttentionPlan(self.ranges.of_rows(rows_A), (), starts_BJ=starts_AJ)
         blocks = (QueryBlock(b.queries, b.entries, b.bias_BQJ.index_select(0, rows_A)) for b in self.blocks)
-        return AttentionPlan(None, tuple(blocks))
+        return AttentionPlan(None, tuple(blocks), starts_BJ=starts_AJ)
 
     def take(self, x: Tensor) -> Tensor:
         """Return the values [M, ...] of `x` [B, T, ...] at the queries that are computed; `x` itself if all are."""

@@ -219,8 +219,9 @@ class MicroStep:
 
 def compiled_parts(model: Network) -> list[tuple[nn.Module, str]]:
     """Return modules and the names of their functions that are compiled, each by itself; equal ones share a graph."""
-    blocks = [(block, "forward") for block in [*model.stem, *model.blocks]]
-    return blocks + [(idea, name) for idea in model.ideas.values() for name in idea.compiled]
+    blocks: list[tuple[nn.Module, str]] = [(block, "forward") for block in [*model.stem, *model.blocks]]
+    own = [(idea, *name.rpartition(".")) for idea in model.ideas.values() for name in idea.compiled]
+    return blocks + [(idea.get_submodule(inside), name) for idea, inside, _, name in own]
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def test_asking_for_more_changes_no_token(variant, seed):
 def test_padding_opens_no_segments(model, monkeypatch):
     """Shorter prompts are filled up with a token that does not end a document: each end would be thought about."""
     groups = []
-    monkeypatch.setattr(model.thoughts, "forward", lambda *args: groups.append(args[5].opening_BG) or forward(*args))
+    monkeypatch.setattr(model.thoughts, "forward", lambda *args: groups.append(args[4].opening_BG) or forward(*args))
     forward = type(model.thoughts).forward.__get__(model.thoughts)
     model.generate([[7], PROMPT * 2], 1)
     assert groups[0].shape == (2, len(PROMPT) * 2 // model.config.segment + 1)

@@ -61,16 +61,22 @@ def attend(attention, state, position, columns: list[Column], config) -> torch.T
     return attention.out.weight @ torch.cat(answers)
 
 
+def columns_of(attention, u, config) -> list[Column]:
+    """The columns of the tokens of a document, given their normed states."""
+    columns = [token_column(attention, state, t, config) for t, state in enumerate(u)]
+    if not attention.shifted:
+        return columns
+    before = [torch.zeros_like(columns[0][0]), *(keys for keys, _, _ in columns)]
+    half = config.head_dim // 2
+    return [
+        (torch.cat([keys[:, :half], other[:, half:]], 1), values, bias)
+        for (keys, values, bias), other in zip(columns, before, strict=False)
+    ]
+
+
 def run_block(block, x, extra: list[list[Column]], config) -> list[torch.Tensor]:
     """One block over a document; token t also sees the columns `extra[t]`."""
-    columns = [token_column(block.attention, norm(state), t, config) for t, state in enumerate(x)]
-    if block.attention.shifted:
-        before = [torch.zeros_like(columns[0][0]), *(keys for keys, _, _ in columns)]
-        half = config.head_dim // 2
-        columns = [
-            (torch.cat([keys[:, :half], other[:, half:]], 1), values, bias)
-            for (keys, values, bias), other in zip(columns, before, strict=False)
-        ]
+    columns = columns_of(block.attention, [norm(state) for state in x], config)
     result = []
     for t, state in enumerate(x):
         first = 0 if config.window is None else max(0, t - config.window + 1)
@@ -83,13 +89,24 @@ def run_mlp(mlp, state) -> torch.Tensor:
     return mlp.down.weight @ F.relu(mlp.up.weight @ norm(state)) ** 2
 
 
-def think(thoughts, u, t, rounds, config) -> torch.Tensor:
-    """The group that opens at token t: [S, D]."""
+def token_rounds(thoughts, h, rounds, config) -> list[list[torch.Tensor]]:
+    """The inputs of each round over the tokens of a document, and at the end the tokens after the last."""
+    found, x = [], h
+    for round_ in range(rounds):
+        again = [thoughts.again.weight @ norm(state) for state in h]
+        inputs = [norm(state) + more for state, more in zip(x, again, strict=True)] if round_ else x
+        found.append(inputs)
+        x = run_block(thoughts.block, inputs, [[] for _ in h], config)
+    return [*found, x]
+
+
+def think(thoughts, seen, u, t, rounds, config) -> torch.Tensor:
+    """The group that opens at token t: [S, D]; `seen` are the normed states of all tokens in each round."""
     attention, first = thoughts.block.attention, max(0, t - config.window + 1)
-    window = [token_column(attention, u[s], s, config) for s in range(first, t + 1)]
     start = [vector + thoughts.opening.weight @ u[t] for vector in thoughts.start]
     slots = start
-    for _ in range(rounds):
+    for round_ in range(rounds):
+        window = columns_of(attention, seen[round_], config)[first : t + 1]
         entering = [norm(slot + begun) for slot, begun in zip(slots, start, strict=True)]
         own = [slot_column(attention, slot, 0.0, config) for slot in entering]
         moved = [slot + attend(attention, slot, t, window + own, config) for slot in entering]
@@ -105,7 +122,11 @@ def remember(memory, u) -> list[torch.Tensor]:
         parts = F.silu(mixed).view(memory.heads, -1).split([memory.key_dim, memory.key_dim, memory.value_dim], -1)
         q, k, v = F.normalize(parts[0], dim=-1), F.normalize(parts[1], dim=-1), parts[2]
         decay, rate = (memory.gates.weight @ u[t]).chunk(2)
-        tokens.append((q, k, v, F.logsigmoid(decay + memory.decay_bias), torch.sigmoid(rate)))
+        log_decay = F.logsigmoid(decay + memory.decay_bias)
+        if memory.rate_bias is not None:
+            rate = rate + memory.rate_bias
+            log_decay = torch.sigmoid(rate) * log_decay
+        tokens.append((q, k, v, log_decay, torch.sigmoid(rate)))
     parts = [torch.stack(part, 1)[None, None] for part in zip(*tokens, strict=True)]
     state, document = (
         torch.zeros(1, memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype),
@@ -144,10 +165,11 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     u = [norm(state) for state in h]
     groups: list[torch.Tensor | None] = [None] * len(u)
     if model.thoughts is not None:
-        opened = {
-            t: think(model.thoughts, u, t, config.idea("thoughts").rounds, config)
-            for t in range(0, len(u), config.segment)
-        }
+        rounds, seen, stem = config.idea("thoughts").rounds, [u] * config.idea("thoughts").rounds, u
+        if config.idea("thoughts").over_tokens:
+            *inputs, h = token_rounds(model.thoughts, h, rounds, config)
+            seen, u = [[norm(state) for state in each] for each in inputs], [norm(state) for state in h]
+        opened = {t: think(model.thoughts, seen, stem, t, rounds, config) for t in range(0, len(u), config.segment)}
         groups = [opened[t - t % config.segment] for t in range(len(u))]
     reads = remember(model.memory, u) if model.memory is not None else None
     x = list(h)

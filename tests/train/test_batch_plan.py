@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.model.ideas.thoughts import MAX_TRAINING_ROUNDS, USUAL_ROUNDS, late_rows
+from lepton.model.ideas.thoughts import ThoughtsConfig, late_rows
 from lepton.train.batch_plan import plan_batch
 from tests.laws.lab import build, text
 
@@ -12,12 +12,12 @@ def test_no_batch_wants_more_late_rounds_than_there_is_room_for(rows):
     model, tokens, seen = build("complete"), text(1, rows=rows), set()
     for step in range(200):
         rounds_B, groups = plan_batch(model, tokens, 0, step, 0)
-        assert (rounds_B > USUAL_ROUNDS).sum() <= late_rows(rows)
+        assert (rounds_B > ThoughtsConfig.rounds).sum() <= late_rows(rows)
         again_B, again = plan_batch(model, tokens, 0, step, 0)
         assert torch.equal(rounds_B, again_B)
         assert groups == again
         seen |= set(rounds_B.tolist())
-    assert seen == {0, 1, USUAL_ROUNDS, MAX_TRAINING_ROUNDS}
+    assert seen == {0, 1, ThoughtsConfig.rounds, ThoughtsConfig.most_rounds}
 
 
 @pytest.mark.parametrize("seed", [20241126130100, 2**63, 2**64 - 1])

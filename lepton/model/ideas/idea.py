@@ -1,17 +1,12 @@
 """The contract of an idea: a module of the model, and everything that the rest of the package has to know about it.
 
 There are two kinds. An idea *in the pass* runs once per chunk, between the stem and the deep blocks: its `contribute`
-reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may add a vector to the
-residual stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep
-state. An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the
-last hidden states, and generation calls it by name.
-
-Everything else that concerns ideas is a loop over `Modules.ideas`: initial values, optimizer groups, losses, FLOPs, the
-forecast of GPU memory, compilation, ablation, state files. So a new idea is one file with a configuration and a module,
-and two lines in `lepton/model/ideas/__init__.py`: the import, and its place in the order. docs/add_an_idea.md is the
-guide.
-
-`Idea` is what to implement. The other classes are what its methods receive and return:
+reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may change the residual
+stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep state.
+An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the last
+hidden states, and generation calls it by name. Everything else that concerns ideas is a loop over `Modules.ideas`. So a
+new idea is one file with a configuration and a module, and two lines in `lepton/model/ideas/__init__.py`:
+docs/add_an_idea.md is the guide. `Idea` is what to implement; its methods receive and return the other classes:
 
     ChunkInputs   a chunk before the first block
     Flow          the same after the stem, with what the ideas have contributed so far
@@ -38,12 +33,12 @@ from lepton.model.parameters import Declarations
 from lepton.model.timeline import Rounds, Timeline
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.ops.cross_entropy import linear_cross_entropy
+from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many."""
 SIGNALS = ("router", "thoughts", "memory")
-"""Ideas whose signals the uncertainty reads: expected benefit of depth, last change of the thoughts, size of the
-memory's read."""
+"""Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1
 """Largest position in a document."""
 
@@ -99,6 +94,8 @@ class Contribution:
     """Inputs of the idea, kept only if its loss reruns the idea."""
     deep_BT: Tensor | None = None
     """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
+    stream_BTD: Tensor | None = None
+    """A residual stream in place of the flow's: later ideas and the deep blocks read it."""
     update: Any = None
     """How the idea's state changes with this chunk: an object with `after(count_B, timeline)`, which returns the state
     after the first `count_B` tokens of each row. None: the idea has no state."""
@@ -125,13 +122,13 @@ class Flow(ChunkInputs):
     """A chunk between the stem and the deep blocks, with the contributions of the ideas that have run so far."""
 
     h_BTD: Tensor
-    """Residual stream after the stem."""
+    """Residual stream after the stem, and after an idea that gives another one."""
     u_BTD: Tensor
     """The same, normed. This is what ideas read."""
     x_BTD: Tensor
     """`h_BTD` plus what ideas have added so far. The deep blocks start from the final sum."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
-    """By name of the idea, in order; without `added_BTD`, which is in the stream, and without `update`."""
+    """By name of the idea, in order; without `stream_BTD` and `added_BTD`, which are in the stream, and `update`."""
 
     @staticmethod
     def after_stem(inputs: ChunkInputs, h_BTD: Tensor) -> "Flow":
@@ -140,9 +137,13 @@ class Flow(ChunkInputs):
 
     def plus(self, name: str, given: Contribution) -> "Flow":
         """Return the flow with the contribution of the idea `name`."""
-        x_BTD = self.x_BTD if given.added_BTD is None else self.x_BTD + given.added_BTD
-        kept = replace(given, added_BTD=None, update=None)
-        return replace(self, x_BTD=x_BTD, contributions={**self.contributions, name: kept})
+        flow, x_BTD = self, given.stream_BTD
+        if x_BTD is not None:
+            flow = replace(self, h_BTD=x_BTD, u_BTD=norm(x_BTD), x_BTD=x_BTD)
+        if given.added_BTD is not None:
+            flow = replace(flow, x_BTD=flow.x_BTD + given.added_BTD)
+        kept = replace(given, stream_BTD=None, added_BTD=None, update=None)
+        return replace(flow, contributions={**self.contributions, name: kept})
 
     def without_slots(self) -> "Flow":
         """Return the flow without slots, which only the deep blocks need."""
@@ -266,11 +267,15 @@ class Idea(nn.Module):
     """Initial value and optimizer group of each of its parameters; see `lepton.model.parameters`."""
     loss_weights: ClassVar[Mapping[str, float]] = {}
     """Weight of each of its losses in the training loss."""
-    compiled: ClassVar[tuple[str, ...]] = ()
-    """Names of its methods that are compiled for training. Their arguments are tensors, dataclasses of tensors and
-    plain values."""
+    compiled: tuple[str, ...] = ()
+    """Names of its methods that are compiled for training, or of its modules' ("block.forward"). Their arguments are
+    tensors, dataclasses of tensors and plain values."""
     opens: ClassVar[bool] = False
     """Whether it computes something for each segment that opens, so that shapes depend on the number of segments."""
+    thinks_always: bool = False
+    """Whether rounds of thinking run in every pass, and not only where a segment opens."""
+    think_limit: int = MAX_ROUNDS
+    """Most rounds of thinking that a call may ask for."""
     old_names: ClassVar[Mapping[str, str]] = {}
     """Old state files: name prefix of its tensors -> present prefix."""
 
@@ -382,11 +387,6 @@ def matrices(*modules: nn.Module | None) -> int:
     """Return the number of weights in all linear layers of some modules, which is their multiply-adds per token."""
     parts = (part for module in modules if module is not None for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
-
-
-def children(model: nn.Module) -> Iterator[Idea]:
-    """Yield the ideas of a model, in the order of construction."""
-    return (module for module in model.children() if isinstance(module, Idea))
 
 
 @contextmanager

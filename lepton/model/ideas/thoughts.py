@@ -1,13 +1,17 @@
 """Thought tokens: latent vectors that are computed when a segment opens, and never appear in the output.
 
 The thoughts of a segment, a group, start from learned vectors and the stem state of the token that opens the segment.
-In each round one block, the same in all rounds, lets them attend to each other and to the window of stem states up to
-and including the opening token. The initial vectors are added again and the sum is normed in each round. The opening
-token is also the first that attends to the group, so the thoughts can influence the first generated token after a
-prompt. Looped blocks: Universal Transformer (2018), Saunshi et al. (2025).
+In each round one block, the same in all rounds, lets them attend to each other and to the window of tokens up to and
+including the opening token. The initial vectors are added again and the sum is normed in each round. The opening token
+is also the first that attends to the group, so the thoughts can influence the first generated token after a prompt.
+
+With `over_tokens` the same block also runs over all tokens in each round: a token then has keys and values of its own
+for each round, and a chain of n steps through the text takes n rounds, since each round can copy what another token has
+found so far. What follows reads the tokens after their rounds. Looped blocks: Universal Transformer (2018), Saunshi et
+al. (2025).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import check_range
 from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
 from lepton.model.kv_cache import KeysValues, KVCache
-from lepton.model.kv_ring import joined
+from lepton.model.kv_ring import KVRing, joined
 from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import MATRIX, SCORE, normal
+from lepton.model.rounds import Tokens, in_rounds
 from lepton.model.timeline import Rounds, Timeline
 from lepton.ops.attention import attend
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
+from lepton.ops.heads import shifted
+from lepton.ops.query_blocks import computed_pairs
 
-TRAINING_ROUNDS = (0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4)
-"""In training the rounds of each row are drawn from these, so that any number works afterwards, also 0. Most draws are
-the usual number, because drawing all numbers equally often may make it worse (docs/log.md)."""
-USUAL_ROUNDS = 2
-"""Every row is computed for this many rounds in training; `late_rows` rows, those with the most rounds, continue."""
-MAX_TRAINING_ROUNDS = 4
+USUAL = 13
+"""Of 16 rows this many think for the usual number of rounds in training, one for none, one for one, and one for the
+most. So any number works afterwards, also 0. Most draws are the usual number, because drawing all numbers equally often
+may make it worse (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +51,22 @@ class ThoughtsConfig(IdeaConfig):
     ffn: int = 768
     """Hidden width of the thinking block's MLP."""
     rounds: int = 2
-    """Rounds of thinking, if a call gives none. Training draws them from `TRAINING_ROUNDS` instead."""
+    """Rounds of thinking, if a call gives none, and the usual number in training."""
+    most_rounds: int = 4
+    """The largest number in training; with `over_tokens` also that of any call."""
+    over_tokens: bool = False
+    """Whether all tokens think, and not only the thoughts: a token's keys and values of each round are state."""
 
     name = "thoughts"
-    most = {"count": 1024, "ffn": 1 << 18, "rounds": 256}
+    most = {"count": 1024, "ffn": 1 << 18, "rounds": 256, "most_rounds": 256}
     flat = {"thoughts": "count", "thought_ffn": "ffn", "rounds": "rounds"}
     flat_switch = "thoughts"
 
     def check(self, config: LeptonConfig) -> None:
         self.at_least(0, "rounds")
         self.at_least(1, "count", "ffn")
+        if self.over_tokens and self.rounds > self.most_rounds:
+            raise InputError(f"thoughts.rounds={self.rounds}: must be at most most_rounds={self.most_rounds}")
         segment_within_window(config)
 
     def build(self, config: LeptonConfig) -> "Thoughts":
@@ -84,7 +96,7 @@ class ThoughtState:
     """The state of the thoughts."""
 
     kv: KVCache
-    """Keys and values of the thinking block."""
+    """Keys and values of the thinking block; with `over_tokens` a layer for each round."""
     group: Group
 
 
@@ -93,13 +105,13 @@ class ThoughtUpdate:
     """The groups of a chunk, and the keys and values of its tokens in the thinking block."""
 
     groups: "Groups"
-    chunk: KeysValues
+    chunk: Sequence[KeysValues]
     past: KVCache
     remembered: int | None
 
     def after(self, count_B: Tensor, timeline: Timeline) -> ThoughtState:
         """Return the state after the first `count_B` tokens."""
-        kv = self.past.after([self.chunk], count_B, timeline, self.remembered)
+        kv = self.past.after(self.chunk, count_B, timeline, self.remembered)
         return ThoughtState(kv, self.groups.after(count_B))
 
 
@@ -152,9 +164,8 @@ class ThinkingInputs:
     """Initial thoughts."""
     each_B: Tensor
     """Rounds of each row."""
-    k_BJKH: Tensor
-    """Keys of remembered tokens and chunk in the thinking block."""
-    v_BJKH: Tensor
+    seen: Sequence[KeysValues]
+    """Keys and values [B, J, K, H] of remembered tokens and chunk, for each round; the last ones serve later rounds."""
     here: Rotary
     """Rotary angles of the opening tokens."""
     plan: AttentionPlan
@@ -162,11 +173,11 @@ class ThinkingInputs:
 
     def of_rows(self, rows_A: Tensor) -> "ThinkingInputs":
         """Return the inputs of the rows with indices `rows_A`."""
-        start, each, k, v, cos, sin = (
-            value.index_select(0, rows_A)
-            for value in (self.start_BGSD, self.each_B, self.k_BJKH, self.v_BJKH, self.here.cos, self.here.sin)
+        start, each, cos, sin = (
+            value.index_select(0, rows_A) for value in (self.start_BGSD, self.each_B, self.here.cos, self.here.sin)
         )
-        return ThinkingInputs(start, each, k, v, Rotary(cos, sin), self.plan.of_rows(rows_A))
+        seen = [(k.index_select(0, rows_A), v.index_select(0, rows_A)) for k, v in self.seen]
+        return ThinkingInputs(start, each, seen, Rotary(cos, sin), self.plan.of_rows(rows_A))
 
 
 class Thoughts(Idea):
@@ -174,22 +185,31 @@ class Thoughts(Idea):
 
     name = "thoughts"
     opens = True
-    compiled = ("forward",)
+    compiled: tuple[str, ...] = ("forward",)
     old_names = {"group.": "thoughts.group."}
-    declares = {"start": SCORE.but(initial=normal(1)), "opening.weight": MATRIX}
+    declares = {
+        "start": SCORE.but(initial=normal(1)),
+        "opening.weight": MATRIX,
+        "again.weight": MATRIX.but(initial=nn.init.eye_),
+    }
 
     def __init__(self, config: LeptonConfig, own: ThoughtsConfig) -> None:
         super().__init__()
-        self.config, self.rounds = config, own.rounds
+        self.config, self.rounds, self.most_rounds = config, own.rounds, own.most_rounds
+        self.thinks_always = own.over_tokens
+        if own.over_tokens:
+            self.think_limit, self.compiled = own.most_rounds, ("forward", "block.forward")
         self.start = nn.Parameter(torch.empty(own.count, config.width))
         self.opening = Linear(config.width, config.width)
-        self.block = Block(config, own.ffn)
+        self.again = Linear(config.width, config.width) if own.over_tokens else None
+        self.block = Block(config, own.ffn, shifted=config.shifted_keys and own.over_tokens)
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> ThoughtState:
         nothing = torch.zeros(rows, *self.start.shape, dtype=dtype, device=device)
         inactive = torch.zeros(rows, dtype=torch.bool, device=device)
         group = Group(nothing, inactive, torch.zeros(rows, dtype=dtype, device=device))
-        return ThoughtState(KVCache.fresh(self.config, 1, rows, dtype, device, allocate=allocate), group)
+        layers = self.most_rounds if self.thinks_always else 1
+        return ThoughtState(KVCache.fresh(self.config, layers, rows, dtype, device, allocate=allocate), group)
 
     def limits(self, config: LeptonConfig) -> dict[str, tuple[float, float]]:
         return {"active_B": (0, 1), "change_B": (0, torch.inf)}
@@ -199,19 +219,38 @@ class Thoughts(Idea):
 
     def contribute(self, flow: Flow, past: ThoughtState) -> Contribution:
         """Compute a group for each segment that opens; each token attends to the group of its own segment."""
-        chunk = self.block.attention.key_value(flow.u_BTD, flow.rotary)
-        k_BJKH, v_BJKH = joined(past.kv.layer(0), *chunk)
         rounds = self.rounds if flow.call.think is None else flow.call.think
-        groups = self(flow.u_BTD, k_BJKH, v_BJKH, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
+        stream_BTD, chunk = None, [self.block.attention.key_value(flow.u_BTD, flow.rotary)]
+        if self.thinks_always:
+            stream_BTD, chunk = self.over_tokens(flow, past.kv, rounds)
+        seen = [joined(past.kv.layer(round_), *each) for round_, each in enumerate(chunk)]
+        if self.block.attention.shifted:
+            seen = [(shifted(k_BJKH, flow.causal.starts_BJ), v_BJKH) for k_BJKH, v_BJKH in seen]
+        groups = self(flow.u_BTD, seen, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
         thought_BTD, change_BT = groups.read()
         update = ThoughtUpdate(groups, chunk, past.kv, self.config.remembered)
-        return Contribution(slots=groups.slots(), feature_BTF=thought_BTD, signal_BT=change_BT, update=update)
+        return Contribution(
+            stream_BTD=stream_BTD,
+            slots=groups.slots(),
+            feature_BTF=thought_BTD,
+            signal_BT=change_BT,
+            update=update,
+        )
+
+    def over_tokens(
+        self, flow: Flow, past: KVCache | KVRing, rounds: int | Tensor | Rounds
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """Return the residual stream of the tokens after their rounds, and their keys and values in each round."""
+        assert self.again is not None
+        each_B, usual = _each(rounds, len(flow.h_BTD), flow.h_BTD.device, self.rounds)
+        tokens = Tokens(flow.h_BTD, self.again(flow.u_BTD), each_B, flow.rotary, flow.causal.plan())
+        late_A = each_B.argsort(descending=True)[: late_rows(len(each_B))] if isinstance(rounds, Tensor) else None
+        return in_rounds(self.block, tokens, past, min(usual, self.most_rounds), self.most_rounds, late_A)
 
     def forward(
         self,
         u_BTD: Tensor,
-        k_BJKH: Tensor,
-        v_BJKH: Tensor,
+        seen: Sequence[KeysValues],
         past: Group,
         rotary: Rotary,
         timeline: Timeline,
@@ -222,14 +261,13 @@ class Thoughts(Idea):
 
         Args:
             u_BTD: normed stem states.
-            k_BJKH: keys of remembered tokens and chunk in the thinking block.
-            v_BJKH: their values.
+            seen: keys and values of remembered tokens and chunk in the thinking block, for each round.
             past: the group that is open before the chunk.
             rotary: rotary angles of the chunk's tokens.
             timeline: its segments.
             causal: its attention mask.
-            rounds: one number for all rows, or one for each; or an int tensor [B] in training: at most `USUAL_ROUNDS`,
-                in `late_rows` rows at most `MAX_TRAINING_ROUNDS`.
+            rounds: one number for all rows, or one for each; or an int tensor [B] in training: at most the usual
+                number, in `late_rows` rows at most `most_rounds`.
         """
         opening_BG = timeline.opening_BG
         rows, groups = opening_BG.shape
@@ -240,14 +278,14 @@ class Thoughts(Idea):
         start_BGSD = self.start.to(u_BTD.dtype) + self.opening(at_indices(u_BTD, index_BG))[:, :, None]
         here = Rotary(at_indices(rotary.cos, index_BG), at_indices(rotary.sin, index_BG))
         plan = causal.plan_of_mask(self._mask(opening_BG, causal))
-        each_B, usual = _each(rounds, rows, u_BTD.device)
-        inputs = ThinkingInputs(start_BGSD, each_B, k_BJKH, v_BJKH, here, plan)
+        each_B, usual = _each(rounds, rows, u_BTD.device, self.rounds)
+        inputs = ThinkingInputs(start_BGSD, each_B, seen, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
         z_BGSD, change_BG = self._think(inputs, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
             # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, continue.
             late_A = each_B.argsort(descending=True)[: late_rows(rows)]
-            late = range(USUAL_ROUNDS, MAX_TRAINING_ROUNDS)
+            late = range(usual, self.most_rounds)
             z_AGSD, change_AG = (value.index_select(0, late_A) for value in (z_BGSD, change_BG))
             z_AGSD, change_AG = self._think(inputs.of_rows(late_A), late, z_AGSD, change_AG)
             z_BGSD, change_BG = z_BGSD.index_copy(0, late_A, z_AGSD), change_BG.index_copy(0, late_A, change_AG)
@@ -262,7 +300,8 @@ class Thoughts(Idea):
     def _think(self, inputs: ThinkingInputs, rounds: range, z_BGSD: Tensor, change_BG: Tensor) -> tuple[Tensor, Tensor]:
         """Compute some rounds; return thoughts and their change. A row ignores rounds beyond its own number."""
         for round_ in rounds:
-            thought_BGSD = self._round(norm(z_BGSD + inputs.start_BGSD), inputs)
+            seen = inputs.seen[min(round_, len(inputs.seen) - 1)]
+            thought_BGSD = self._round(norm(z_BGSD + inputs.start_BGSD), inputs, seen)
             on_B = round_ < inputs.each_B
             moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
             change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
@@ -280,7 +319,7 @@ class Thoughts(Idea):
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
 
-    def _round(self, z_BGSD: Tensor, inputs: ThinkingInputs) -> Tensor:
+    def _round(self, z_BGSD: Tensor, inputs: ThinkingInputs, seen: KeysValues) -> Tensor:
         """Run the thinking block over all groups; return normed thoughts."""
         attention = self.block.attention
         # Queries have the position of the opening token, so they can prefer near tokens. Keys of slots have none.
@@ -288,20 +327,21 @@ class Thoughts(Idea):
         place = Rotary(inputs.here.cos.repeat_interleave(slots, 1), inputs.here.sin.repeat_interleave(slots, 1))
         z_BQD = z_BGSD.flatten(1, 2)
         q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
-        out_BQNH = attend(q_BQNH, inputs.k_BJKH, inputs.v_BJKH, inputs.plan, (own_k, own_v))
+        out_BQNH = attend(q_BQNH, *seen, inputs.plan, (own_k, own_v))
         z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
         z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
         return norm(z_BQD).view_as(z_BGSD)
 
     def check_rounds(self, think_B: Tensor) -> None:
-        check_range(think_B, 0, MAX_TRAINING_ROUNDS, "rounds of thinking")
+        check_range(think_B, 0, self.most_rounds, "rounds of thinking")
         late = late_rows(len(think_B))
-        check_range((think_B > USUAL_ROUNDS).sum(), 0, late, f"rows that think for more than {USUAL_ROUNDS} rounds:")
+        check_range((think_B > self.rounds).sum(), 0, late, f"rows that think for more than {self.rounds} rounds:")
 
     def rounds_in_training(self, rows: int, generator: torch.Generator) -> Tensor:
         """Draw the rounds of each row; in all but `late_rows` rows at most the usual number."""
-        rounds_B = torch.tensor(TRAINING_ROUNDS)[torch.randint(len(TRAINING_ROUNDS), (rows,), generator=generator)]
-        rounds_B[(rounds_B > USUAL_ROUNDS).nonzero()[late_rows(rows) :]] = USUAL_ROUNDS
+        numbers = torch.tensor([0, min(1, self.rounds), *[self.rounds] * USUAL, self.most_rounds])
+        rounds_B = numbers[torch.randint(len(numbers), (rows,), generator=generator)]
+        rounds_B[(rounds_B > self.rounds).nonzero()[late_rows(rows) :]] = self.rounds
         return rounds_B
 
     def slots_of(self, groups: int) -> int:
@@ -314,7 +354,13 @@ class Thoughts(Idea):
         rounds = self.rounds if work.think is None else work.think
         a_round = slots * matrices(self.block) + 2 * config.heads * config.head_dim * slots * (work.length + slots)
         keys_values = work.length * matrices(attention.k, attention.v)
-        return keys_values + work.groups * matrices(self.opening) + rounds * a_round
+        total = work.groups * matrices(self.opening) + rounds * a_round
+        if self.again is None:
+            return total + keys_values
+        pairs = computed_pairs(work.length, config.window)
+        total += work.length * matrices(self.again)
+        total += rounds * (work.length * matrices(self.block) + 2 * config.heads * config.head_dim * pairs)
+        return total + keys_values * (min(2, self.most_rounds) if rounds == 0 else rounds < self.most_rounds)
 
     def kept_bytes(self, work: Work) -> float:
         """Each round concatenates its own keys and values with those of the tokens, and keeps them."""
@@ -322,10 +368,13 @@ class Thoughts(Idea):
         slots = work.groups * len(self.start)
         heads = config.kv_heads if work.half else config.heads
         a_round = 2 * (work.length + slots) * heads * config.head_dim + 10 * slots * config.width
-        return int(work.itemsize * training_rounds(work.rows) * a_round)
+        if self.thinks_always:  # as in a block, and what goes in and is kept
+            outputs = 3 * config.heads * config.head_dim + 2 * config.kv_heads * config.head_dim
+            a_round += work.length * (6 * config.width + outputs + self.block.mlp.up.out_features)
+        return int(work.itemsize * self.think_in_training(work.rows) * a_round)
 
     def think_in_training(self, rows: int) -> float:
-        return training_rounds(rows)
+        return self.rounds + (self.most_rounds - self.rounds) * late_rows(rows) / rows
 
     def switches(self) -> dict[str, Switch]:
         """Off: no rounds, so no token attends to a group."""
@@ -337,20 +386,15 @@ class Thoughts(Idea):
         return {self.name: off}
 
 
-def _each(rounds: int | Tensor | Rounds, rows: int, device: torch.device) -> tuple[Tensor, int]:
-    """Return the rounds of each row [B], and the number that is computed for all of them."""
+def _each(rounds: int | Tensor | Rounds, rows: int, device: torch.device, usual: int) -> tuple[Tensor, int]:
+    """Return the rounds of each row [B], and the number that is computed for all of them, in training `usual`."""
     if isinstance(rounds, Rounds):
         return rounds.each_B, rounds.most
     if isinstance(rounds, Tensor):
-        return rounds, USUAL_ROUNDS
+        return rounds, usual
     return torch.full((rows,), rounds, device=device), rounds
 
 
-def training_rounds(rows: int) -> float:
-    """Return the mean number of rounds that are computed per row of a training batch, whatever is drawn."""
-    return USUAL_ROUNDS + (MAX_TRAINING_ROUNDS - USUAL_ROUNDS) * late_rows(rows) / rows
-
-
 def late_rows(rows: int) -> int:
-    """Return how many of `rows` rows can have more than `USUAL_ROUNDS` in training."""
+    """Return how many of `rows` rows can have more than the usual number of rounds in training."""
     return max(1, rows // 8)

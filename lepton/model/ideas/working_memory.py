@@ -46,6 +46,9 @@ class WorkingMemoryConfig(IdeaConfig):
     """Width of a head's keys and queries."""
     value_dim: int = 128
     """Width of a head's values."""
+    tied_decay: bool = False
+    """Whether a token forgets only as far as it writes, a_t = sigmoid(..) ** b_t: a memory then outlasts any number of
+    tokens that do not write. Heads begin with write rates of 0.05 to 0.5."""
 
     name = "memory"
     most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096}
@@ -94,6 +97,11 @@ def spread_decay(bias_N: Tensor) -> None:
     bias_N.copy_(torch.linspace(2, 6, len(bias_N)))
 
 
+def spread_rate(bias_N: Tensor) -> None:
+    """Fill with -3 ... 0 over the heads, the slowest head first in decay: write rates of about 0.5 to 0.05."""
+    bias_N.copy_(torch.linspace(0, -3, len(bias_N)))
+
+
 class WorkingMemory(Idea):
     """Projections, causal convolution and gates around the delta rule."""
 
@@ -108,6 +116,7 @@ class WorkingMemory(Idea):
         "conv": SCORE.but(initial=first_tap),
         "gates.weight": SCORE,
         "decay_bias": BIAS.but(initial=spread_decay),
+        "rate_bias": BIAS.but(initial=spread_rate),
         "out.weight": FEED,
     }
 
@@ -119,6 +128,7 @@ class WorkingMemory(Idea):
         self.conv = nn.Parameter(torch.empty(self.channels, CONV))
         self.gates = Linear(config.width, 2 * self.heads)
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
+        self.rate_bias = nn.Parameter(torch.empty(self.heads)) if own.tied_decay else None
         self.out = Linear(self.heads * self.value_dim, config.width)
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> WorkingMemoryState:
@@ -187,14 +197,14 @@ class WorkingMemory(Idea):
         precise = torch.promote_types(u_BTD.dtype, torch.float32)
         parts = F.silu(mixed_BTI).to(precise).unflatten(-1, (self.heads, -1))
         q, k, v = parts.split([self.key_dim, self.key_dim, self.value_dim], -1)
-        decay, rate = self.gates(u_BTD).to(precise).chunk(2, -1)
+        log_decay_BTN, rate_BTN = self._gates(u_BTD, precise)
         chunk = min(CHUNK, length)
         writes = Writes(
             _chunks(F.normalize(q, dim=-1, eps=UNIT_EPS), chunk),
             _chunks(F.normalize(k, dim=-1, eps=UNIT_EPS), chunk),
             _chunks(v, chunk),
-            _chunks(F.logsigmoid(decay + self.decay_bias.to(precise))[..., None], chunk)[..., 0],
-            _chunks(rate.sigmoid()[..., None], chunk)[..., 0],
+            _chunks(log_decay_BTN[..., None], chunk)[..., 0],
+            _chunks(rate_BTN[..., None], chunk)[..., 0],
             _pad_chunks(timeline.document_BT, chunk),
         )
         entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
@@ -204,6 +214,15 @@ class WorkingMemory(Idea):
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
         normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
         return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
+
+    def _gates(self, u_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the logarithm of the decay, and the write rate, of each head [B, T, N]."""
+        decay_BTN, rate_BTN = self.gates(u_BTD).to(dtype).chunk(2, -1)
+        log_decay_BTN = F.logsigmoid(decay_BTN + self.decay_bias.to(dtype))
+        if self.rate_bias is None:
+            return log_decay_BTN, rate_BTN.sigmoid()
+        rate_BTN = (rate_BTN + self.rate_bias.to(dtype)).sigmoid()
+        return rate_BTN * log_decay_BTN, rate_BTN
 
     def _few(self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, "FewUpdate"]:
         """`forward` for a few tokens of one document, without gradients, in few operators.
@@ -218,9 +237,7 @@ class WorkingMemory(Idea):
         qk, v_BTNU = parts.split([2 * self.key_dim, self.value_dim], 3)
         qk_BTN2H = qk.unflatten(3, (2, self.key_dim))
         size_BTN21 = torch.linalg.vector_norm(qk_BTN2H, dim=4, keepdim=True).clamp_min(UNIT_EPS)
-        decay_BTN, rate_BTN = self.gates(u_BTD).to(state_BNHU.dtype).chunk(2, 2)
-        log_decay_BTN = F.logsigmoid(decay_BTN + self.decay_bias.to(state_BNHU.dtype))
-        writes = FewWrites(qk_BTN2H / size_BTN21, v_BTNU, log_decay_BTN, rate_BTN.sigmoid())
+        writes = FewWrites(qk_BTN2H / size_BTN21, v_BTNU, *self._gates(u_BTD, state_BNHU.dtype))
         read_BTNU, added_BTNU = read_few(writes, state_BNHU)
         update = FewUpdate(writes, added_BTNU, state_BNHU, joined_BJI)
         strength_BT = torch.linalg.vector_norm(read_BTNU, dim=(2, 3)) * (self.heads * self.value_dim) ** -0.5

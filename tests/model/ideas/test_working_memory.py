@@ -173,3 +173,21 @@ def test_more_tokens_gradients_and_unknown_documents_take_the_long_way():
         tokens = text(1, rows=3, length=FEW, documents=False)
         read = Timeline.read(tokens, timeline.start_B, timeline.phase_B, eos_id=EOS, segment=99)
         assert outcome(model, (u, tail, state, read))[1] is MemoryUpdate
+
+
+@torch.no_grad()
+def test_with_tied_decay_what_does_not_write_forgets_nothing():
+    """One needle, then many tokens whose write rate is almost 0."""
+    left = {}
+    for tied in (False, True):
+        torch.manual_seed(0)
+        memory = build("complete", **{"memory.tied_decay": tied}).memory
+        memory.gates.weight.zero_()
+        state = memory.fresh(1, torch.float64, torch.device("cpu"), allocate=True).matrix_BNHU
+        state[:] = 1
+        if tied:
+            memory.rate_bias.fill_(-12)
+        log_decay, _ = memory._gates(torch.zeros(1, 1000, 32, dtype=torch.float64), torch.float64)
+        left[tied] = log_decay.sum(1).exp().max().item()
+    assert left[False] < 0.2
+    assert left[True] > 0.99
