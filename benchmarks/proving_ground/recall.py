@@ -115,7 +115,8 @@ def shuffled(generator: torch.Generator, shape: Sequence[int]) -> tuple[Tensor, 
 def shape(task: Recall) -> LeptonConfig:
     """Return the complete model: a short window, the working memory and crystals."""
     config = LeptonConfig(**SHAPE, window=task.window, segment=task.window, vocab_size=task.vocab_size)
-    return config.replace(memory={"heads": 4, "key_dim": 64, "value_dim": 128}, crystals={"slots": 64})
+    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
+    return config.replace(memory=memory, crystals={"slots": 64})
 
 
 CONTENDERS = {
@@ -124,9 +125,11 @@ CONTENDERS = {
     "window_only": Contender(changes={"ideas": ()}),
     "crystals": Contender(changes={"memory": None}),
     "memory": Contender(changes={"crystals": None}),
+    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
     "complete": Contender(),
 }
-"""The controls come first: full attention should find every pair, of two steps with 8 layers if not with 4."""
+"""The controls come first: full attention should find every pair, of two steps with 8 layers if not with 4. A fading
+memory forgets at each token, whether it writes or not."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
