@@ -9,6 +9,7 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
+from lepton.distributed import Ranks
 from lepton.errors import InputError, naming, reason
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
@@ -20,7 +21,7 @@ from lepton.train.optimizer import Optimizers
 from lepton.train.phases import Phases
 from lepton.train.run_data import RunData, open_run_data
 from lepton.train.settings import TrainSettings
-from lepton.train.split import largest_split, validated_alike
+from lepton.train.split import check_shared, largest_split, validated_alike
 from lepton.train.starting_point import StartingPoint
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
@@ -43,13 +44,15 @@ class Parts:
     folder: RunFolder
 
 
-def assemble(start: StartingPoint, phases: Phases | None = None) -> Parts:
+def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | None = None) -> Parts:
     """Build the parts. Nothing of an earlier run is touched yet. `phases` counts the seconds.
+
+    Of several `ranks`, each builds its own, which share the micro-batches and Muon's work.
 
     Raises:
         InputError: a device, data or weights that cannot be used.
     """
-    phases = phases or Phases()
+    phases, ranks = phases or Phases(), ranks or Ranks()
     with phases("device"):
         device = pick_device(start.settings.device)
         synchronize(device)  # the first call to a GPU takes a second or more
@@ -66,17 +69,20 @@ def assemble(start: StartingPoint, phases: Phases | None = None) -> Parts:
         if start.weights is None:
             for idea in model.ideas.values():
                 idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
-        settings = with_split(settings, model)
+        settings = ranks.told(with_split(settings, model, processes=ranks.size))
+        check_shared(settings, ranks.size)
+        ranks.copy_([*model.parameters(), *model.buffers()])
         optimizers = Optimizers(
             model,
             kind=settings.optimizer,
             lr=settings.lr,
             muon_lr=settings.muon_lr,
             weight_decay=settings.weight_decay,
+            mesh=ranks.mesh(device.type) if ranks.several else None,
         )
         if start.resumed is not None:
             _restore(start.resumed, optimizers, device)
-    run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep)
+    run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep, owned=ranks.leads)
     return Parts(settings, start.size, device, start.tokenizer, data, model, optimizers, run_folder)
 
 
@@ -108,15 +114,17 @@ def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSet
     return settings.replace(grad_accum=grad_accum, compile=compiled)
 
 
-def with_split(settings: TrainSettings, model: Network, device: torch.device | None = None) -> TrainSettings:
+def with_split(
+    settings: TrainSettings, model: Network, device: torch.device | None = None, processes: int = 1
+) -> TrainSettings:
     """Return `settings` with a `batch_size` that `model` has room for on `device`, by default its own.
 
-    A number that the user or a checkpoint has given stays.
+    The `processes` share the micro-batches of a step. A number that the user or a checkpoint has given stays.
     """
     if settings.batch_size is not None:
         return settings
     memory = gpu_memory(device or model.device)
-    found = largest_split(settings, partial(predicted_memory, model), memory and memory[0])
+    found = largest_split(settings, partial(predicted_memory, model), memory and memory[0], processes)
     return validated_alike(found, settings.eval_batches)  # whatever the memory
 
 

@@ -17,11 +17,13 @@ class RunFolder:
     Only for a run that holds the folder's lock (`lepton.train.lock`).
     """
 
-    def __init__(self, path: str | Path, *, keep: int) -> None:
+    def __init__(self, path: str | Path, *, keep: int, owned: bool = True) -> None:
+        """`owned`: whether this process writes to the folder; of several, the others only know where it is."""
         self.path = Path(path)
         self.keep = keep
-        remove_unfinished(self.path)
-        checkpoint.remove_unfinished(self.path)
+        if owned:
+            remove_unfinished(self.path)
+            checkpoint.remove_unfinished(self.path)
 
     @property
     def metrics(self) -> Path:
@@ -29,6 +31,10 @@ class RunFolder:
 
     def step_path(self, step: int) -> Path:
         return self.path / f"step_{step}.pt"
+
+    @property
+    def final(self) -> Path:
+        return self.path / FINAL
 
     @property
     def has_best(self) -> bool:
@@ -52,7 +58,7 @@ class RunFolder:
 
     def finish(self, payload: dict[str, Any]) -> Path:
         """Save the last step as final.pt."""
-        path, last = self.path / FINAL, self.step_path(payload["step"])
+        path, last = self.final, self.step_path(payload["step"])
         if last.exists():
             checkpoint.duplicate(last, path)
         else:

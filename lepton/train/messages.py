@@ -16,20 +16,21 @@ from lepton.train.settings import TrainSettings
 from lepton.train.starting_point import StartingPoint
 
 
-def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) -> None:
-    """Say what is trained on which data, about how long it will take, and which choices were made."""
+def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None], processes: int = 1) -> None:
+    """Say what is trained on which data, about how long `processes` will take, and which choices were made."""
     settings, model = parts.settings, parts.model
     batch_size, grad_accum = settings.split
     tokens = batch_size * grad_accum * settings.seq_len
     left = settings.max_steps - start.step
     flops = training_flops_per_token(model, batch_size, settings.seq_len) * tokens * left
-    seconds = training_seconds(flops, left * grad_accum, parts.device, model.dtype)
+    seconds = training_seconds(flops / processes, left * grad_accum // processes, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
     data = parts.data.train.describe()
     say(
         f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens per step; {data}; "
-        f"{left:,} steps in about {duration(seconds)} on {device_name(parts.device)}, {dtype}"
+        f"{left:,} steps in about {duration(seconds)} on "
+        f"{f'{processes} x ' if processes > 1 else ''}{device_name(parts.device)}, {dtype}"
     )
     if parts.device.type == "cpu":
         choices = {"grad_accum": f"--grad_accum {GRAD_ACCUM_CPU} instead of {GRAD_ACCUM}", "compile": "not compiled"}

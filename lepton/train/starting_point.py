@@ -11,6 +11,7 @@ import lepton
 from lepton import checkpoint
 from lepton.config import LeptonConfig, check_names
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from lepton.distributed import Ranks
 from lepton.errors import InputError, naming
 from lepton.model.size_config import size_config
 from lepton.train.settings import TrainSettings
@@ -56,13 +57,16 @@ def run_folder(settings: TrainSettings, given: Collection[str]) -> Path:
     return Path(settings.resume).parent
 
 
-def find_starting_point(settings: TrainSettings, given: Collection[str]) -> StartingPoint:
+def find_starting_point(settings: TrainSettings, given: Collection[str], ranks: Ranks | None = None) -> StartingPoint:
     """Find the checkpoint to start from, if any, and decide the settings; `given` names those that the user chose.
+
+    Of several `ranks`, all start from what rank 0 finds.
 
     Raises:
         InputError: a checkpoint that is missing, torn or of another shape, or a tokenizer that does not fit.
     """
-    path = _resume_path(settings)
+    path = _resume_path(settings) if ranks is None or ranks.leads else None
+    path = path if ranks is None else ranks.told(path)
     if path is not None:
         start = _resume(settings, given, path)
         return dataclasses.replace(start, notes=_skipped(settings, path) + start.notes)
@@ -73,6 +77,13 @@ def find_starting_point(settings: TrainSettings, given: Collection[str]) -> Star
     shape = {"eos_id": tokenizer.eos_id, "dense": settings.dense, **settings.overrides}
     notes = [f"no checkpoint in {settings.checkpoint_dir} yet: starting afresh"] if settings.resume else []
     return _checked(StartingPoint(settings, size_config(size, **shape), size, tokenizer, None, None, notes=notes))
+
+
+def going_on(settings: TrainSettings, given: Collection[str]) -> TrainSettings:
+    """Return the settings of a run whose processes the launcher has started again: it resumes its newest checkpoint."""
+    folder = run_folder(settings, given)
+    newest = checkpoint.newest_whole(folder)
+    return settings if newest is None else settings.replace(resume=str(newest), init_from=None)
 
 
 def _resume_path(settings: TrainSettings) -> Path | None:
