@@ -107,8 +107,10 @@ class Ranks:
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), src=0)
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """Return all processes as one dimension, for tensors that they have parts of."""
+    def mesh(self, device_type: str, *, by_host: bool = False) -> DeviceMesh:
+        """Return all processes as one dimension, or `by_host`, where there are several hosts, as (hosts, processes)."""
+        if by_host and self.local_size < self.size:
+            return init_device_mesh(device_type, (self.size // self.local_size, self.local_size))
         return init_device_mesh(device_type, (self.size,))
 
     @contextlib.contextmanager

@@ -133,6 +133,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="compute blocks once (the default)",
     )
+    add("--shard", action="store_true", help="share weights and optimizer among the processes that torchrun starts")
     add("--compile", action="store_true", help="compile the model, on a GPU alone (default there)")
     add("--no_compile", dest="compile", action="store_false", help="do not compile the model")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")

@@ -21,6 +21,7 @@ from lepton.train.optimizer import Optimizers
 from lepton.train.phases import Phases
 from lepton.train.run_data import RunData, open_run_data
 from lepton.train.settings import TrainSettings
+from lepton.train.sharding import shard
 from lepton.train.split import check_shared, largest_split, validated_alike
 from lepton.train.starting_point import StartingPoint
 
@@ -53,6 +54,10 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
         InputError: a device, data or weights that cannot be used.
     """
     phases, ranks = phases or Phases(), ranks or Ranks()
+    if start.settings.shard and not ranks.several:
+        raise InputError(
+            "--shard: one process has nobody to share with; start several with torchrun --nproc_per_node N"
+        )
     with phases("device"):
         device = pick_device(start.settings.device)
         synchronize(device)  # the first call to a GPU takes a second or more
@@ -69,16 +74,20 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
         if start.weights is None:
             for idea in model.ideas.values():
                 idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
-        settings = ranks.told(with_split(settings, model, processes=ranks.size))
+        settings = ranks.told(with_split(settings, model, device, ranks.size))
         check_shared(settings, ranks.size)
-        ranks.copy_([*model.parameters(), *model.buffers()])
+        mesh = ranks.mesh(device.type, by_host=settings.shard) if ranks.several else None
+        if settings.shard and mesh is not None:
+            shard(model, mesh)
+        else:
+            ranks.copy_([*model.parameters(), *model.buffers()])
         optimizers = Optimizers(
             model,
             kind=settings.optimizer,
             lr=settings.lr,
             muon_lr=settings.muon_lr,
             weight_decay=settings.weight_decay,
-            mesh=ranks.mesh(device.type) if ranks.several else None,
+            mesh=mesh,
         )
         if start.resumed is not None:
             _restore(start.resumed, optimizers, device)
@@ -124,7 +133,9 @@ def with_split(
     if settings.batch_size is not None:
         return settings
     memory = gpu_memory(device or model.device)
-    found = largest_split(settings, partial(predicted_memory, model), memory and memory[0], processes)
+    found = largest_split(
+        settings, partial(predicted_memory, model, processes=processes), memory and memory[0], processes
+    )
     return validated_alike(found, settings.eval_batches)  # whatever the memory
 
 
@@ -136,8 +147,10 @@ def _build_model(start: StartingPoint, settings: TrainSettings, device: torch.de
     model = Network(start.config)
     if start.weights is not None:
         model.load_state_dict(start.weights)
-    model.to(device).train()
+    model.train()
     model.compute_dtype = pick_dtype(settings.dtype, device)
+    if not settings.shard:  # else it moves there a block at a time
+        model.to(device)
     model.checkpoint_activations = settings.checkpoint_activations
     return model
 

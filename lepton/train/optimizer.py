@@ -23,6 +23,7 @@ from lepton.errors import InputError, naming, reason
 from lepton.model.parameters import Declared, declared
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.tensors import compare
+from lepton.train.sharding import like
 
 BETAS = (0.8, 0.96)
 EPS = 1e-10
@@ -300,7 +301,12 @@ class Optimizers:
                 _check_states(saved["states"][name], member)
         for name, member in self._members.items():
             own = member.state_dict()["param_groups"]
-            member.load_state_dict({"state": saved["states"][name], "param_groups": own})
+            parameters = [parameter for group in member.param_groups for parameter in group["params"]]
+            states = {
+                number: {key: like(value, parameters[number]) for key, value in state.items()}
+                for number, state in saved["states"][name].items()
+            }
+            member.load_state_dict({"state": states, "param_groups": own})
         self._state = object()
 
 

@@ -1,5 +1,6 @@
 """Where a run starts: afresh, from a checkpoint's weights, or at the step of a checkpoint that it resumes."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
@@ -15,6 +16,7 @@ from lepton.distributed import Ranks
 from lepton.errors import InputError, naming
 from lepton.model.size_config import size_config
 from lepton.train.settings import TrainSettings
+from lepton.train.sharded_checkpoint import SHARDED_SUFFIX, consolidated, sharded_steps
 
 DEFAULT_SIZE = "tiny"
 AUTO = "auto"
@@ -82,14 +84,27 @@ def find_starting_point(settings: TrainSettings, given: Collection[str], ranks: 
 def going_on(settings: TrainSettings, given: Collection[str]) -> TrainSettings:
     """Return the settings of a run whose processes the launcher has started again: it resumes its newest checkpoint."""
     folder = run_folder(settings, given)
-    newest = checkpoint.newest_whole(folder)
-    return settings if newest is None else settings.replace(resume=str(newest), init_from=None)
+    path = newest(folder)
+    return settings if path is None else settings.replace(resume=str(path), init_from=None)
 
 
 def _resume_path(settings: TrainSettings) -> Path | None:
+    """Return the file to resume; a sharded checkpoint is made one file of."""
     if settings.resume == AUTO:
-        return checkpoint.newest_whole(settings.checkpoint_dir)
-    return Path(settings.resume) if settings.resume else None
+        return newest(settings.checkpoint_dir)
+    path = Path(settings.resume) if settings.resume else None
+    return consolidated(path) if path is not None and path.suffix == SHARDED_SUFFIX else path
+
+
+def newest(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a folder as one file, sharded ones included; None: there is none."""
+    found = checkpoint.newest_whole(folder)
+    step = (None if found is None else checkpoint.step_of(found)) or 0
+    for sharded, path in reversed(sharded_steps(folder)):
+        if sharded > step:
+            with contextlib.suppress(InputError):  # an earlier one may do
+                return consolidated(path)
+    return found
 
 
 def _skipped(settings: TrainSettings, path: Path) -> list[str]:

@@ -41,6 +41,8 @@ from lepton.train.sample import sample_text
 from lepton.train.saving import Saving
 from lepton.train.schedule import lr_scale
 from lepton.train.settings import TrainSettings
+from lepton.train.sharded_checkpoint import ShardedSaving, sharded_path
+from lepton.train.sharding import gathered
 from lepton.train.split import rows_at_once, smaller_splits, validated_alike
 from lepton.train.starting_point import StartingPoint, find_starting_point, going_on, run_folder
 from lepton.train.stop_request import SIGPIPE, Interrupted, StopRequest
@@ -110,11 +112,16 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.parts: Parts = assemble(start, phases, self.ranks)
         self.settings = self.parts.settings
-        self.gradients = FlatGradients(self.parts.model.parameters()) if self.ranks.several else None
+        sharded = self.settings.shard
+        self.gradients = FlatGradients(() if sharded or not self.ranks.several else self.parts.model.parameters())
         self.updating = False
         """Whether the weights are between two steps."""
         self.phases = phases
-        self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda", say=progress.say)
+        self.saving: Saving | ShardedSaving
+        if sharded:
+            self.saving = ShardedSaving(self.parts.folder, self.ranks, progress.say)
+        else:
+            self.saving = Saving(self.parts.folder, beside=self.parts.device.type == "cuda", say=progress.say)
         self.start = start
         self.progress = progress
         self.step = start.step
@@ -209,25 +216,30 @@ class Trainer:
 
     def _added_up(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up the gradients of all processes; return the sums of their `figures`."""
-        if self.gradients is None:
+        if not self.ranks.several:
             return figures
         sums = torch.stack(list(figures.values()))
         self.ranks.add_([*self.gradients.buffers, sums])
         return dict(zip(figures, sums.unbind(), strict=True))
 
     def _validate(self) -> bool:
-        """`_measure` in rank 0, while the others wait; return whether the loss is the best so far."""
-        improved = self.ranks.told(self._measure() if self.ranks.leads else False)
+        """`_measure` in rank 0, while the others wait; return whether the loss is the best so far.
+
+        Sharded, all measure together.
+        """
+        measures = self.ranks.leads or self.settings.shard
+        improved = self.ranks.told(self._measure() if measures else False)
         self.ranks.copy_([*self.parts.model.buffers()])  # which calibration has set
         return improved
 
     def _measure(self) -> bool:
         """Calibrate, measure the held-out loss, and return whether it is the best so far (untrained it never is).
 
-        Of a model that has learned nothing only the loss is measured.
+        Of a model that has learned nothing, or is sharded, only the loss is measured.
         """
         settings, parts, held_out = self.settings, self.parts, self.parts.data.held_out
-        rows, learned = rows_at_once(settings), self.step > 0 or self.start.weights is not None
+        rows = rows_at_once(settings)
+        learned = (self.step > 0 or self.start.weights is not None) and not settings.shard
         self.recorder.flush()
         self.progress.hint("validating ...")
         if learned:
@@ -250,7 +262,7 @@ class Trainer:
         return improved
 
     def _save(self, *, best: bool, step: bool) -> None:
-        if not self.ranks.leads:
+        if not self.ranks.leads and not self.settings.shard:
             return
         self.recorder.sync()
         with self.phases("checkpoints"):
@@ -282,7 +294,7 @@ class Trainer:
 
         On a GPU that is impossible: what waits there for the other process never ends.
         """
-        if not self.ranks.leads or self.updating or self.parts.device.type != "cpu":
+        if not self.ranks.leads or self.updating or self.parts.device.type != "cpu" or self.settings.shard:
             return f"go on from the newest checkpoint in {self.parts.folder.path} with --resume auto"
         if not self.parts.folder.step_path(self.step).exists():
             self._save(best=False, step=True)
@@ -290,11 +302,15 @@ class Trainer:
 
     def _finish(self) -> Path:
         """Save final.pt, and show the result of the run; return the path of final.pt."""
-        if not self.ranks.leads:
-            return self.parts.folder.final
+        path = self.parts.folder.final
         with self.phases("checkpoints"):
             self.saving.wait()
-            path = self.parts.folder.finish(self._payload())
+            payload = self._payload()
+            if self.settings.shard:
+                payload = gathered(payload, keep=self.ranks.leads)
+            if not self.ranks.leads:
+                return path
+            self.parts.folder.finish(payload)
         if self.validation and self.step == self.start.step:  # no step was left to do, so it has not been shown
             self._show_validation()
         self._sample()
@@ -304,7 +320,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Show a text that the model writes."""
-        if not self.ranks.leads:
+        if not self.ranks.leads or self.settings.shard:
             return
         settings, parts = self.settings, self.parts
         self.recorder.flush()
@@ -323,6 +339,8 @@ class Trainer:
 
     def _farewell(self) -> str:
         path = self.parts.folder.step_path(self.step)
+        if self.settings.shard:
+            path = sharded_path(path.parent, self.step)
         return f"stopped at step {self.step:,}, saved {path}; go on with --resume {shlex.quote(str(path))}"
 
     def _show_validation(self) -> None:
@@ -354,7 +372,11 @@ class Trainer:
         micro_step: MicroStep | None
         try:
             micro_step = MicroStep(
-                self.parts.model, compiled=bool(self.settings.compile), say=self.progress.say, phase=self.phases
+                self.parts.model,
+                compiled=bool(self.settings.compile),
+                captured=not self.settings.shard,
+                say=self.progress.say,
+                phase=self.phases,
             )
             micro_step.prepare(batch_size, self.settings.seq_len)
         except torch.OutOfMemoryError:
