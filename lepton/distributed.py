@@ -119,9 +119,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if not self.several or not _is_of_others(error):
+            if not self.several or isinstance(error, RankLost) or not is_of_others(error):
                 raise
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
     def note_failure(self, error: BaseException) -> None:
         """Tell the others why this process ends."""
@@ -138,8 +138,11 @@ class Ranks:
             dist.all_reduce(box, how)
         return int(box)
 
-    def _lost(self, error: RuntimeError) -> RankLost:
-        """Return the error that names who is gone: what a failed one has noted, or who does not answer."""
+    def lost(self, error: BaseException) -> RankLost:
+        """Return the error to raise after one of communication.
+
+        It names who is gone: the process that has noted its failure, or those that do not answer.
+        """
         assert self.store is not None
         try:
             self.store.set(f"left/{self.rank}", "alive")
@@ -161,7 +164,7 @@ class Ranks:
         return RankLost(f"{names} {verb} gone: killed, or the host is down", speaks=self.rank == first)
 
 
-def _is_of_others(error: RuntimeError) -> bool:
+def is_of_others(error: BaseException) -> bool:
     """Whether an error is one of communication. gloo raises plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection" in str(error)
 

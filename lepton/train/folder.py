@@ -1,5 +1,6 @@
 """The folder of a run: which checkpoints it holds, which are kept, and what happens to those of an earlier run."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from lepton import checkpoint
 from lepton.files import readable, remove_unfinished
 from lepton.train.metrics_log import BAD
 
+SHARDED_NAME = re.compile(r"step_(\d+)\.dcp")
+"""Name of a sharded checkpoint, a folder; see `lepton.train.sharded_checkpoint`."""
 BEST, FINAL, METRICS = "best.pt", "final.pt", "metrics.jsonl"
 
 
@@ -75,7 +78,8 @@ class RunFolder:
         metrics = [path for path in (self.metrics, self.metrics.with_name(METRICS + BAD)) if path.exists()]
         for path in metrics:
             readable(path, "metrics file")
-        later = [path for step, path in checkpoint.steps_in(self.path) if step > after]
+        steps = [*checkpoint.steps_in(self.path), *sharded_steps(self.path, whole=False)]
+        later = [path for step, path in steps if step > after]
         named = [path for name in (BEST, FINAL) if (path := self.path / name).exists()]
         if not later and not (fresh and named):
             if fresh:
@@ -99,3 +103,10 @@ class RunFolder:
     def _is_from(path: Path, after: int) -> bool:
         """Whether a checkpoint is whole and of step `after` or earlier: it belongs to the resumed run as well."""
         return checkpoint.is_whole(path) and checkpoint.load(path)["step"] <= after
+
+
+def sharded_steps(folder: str | Path, *, whole: bool = True) -> list[tuple[int, Path]]:
+    """Return (N, path) of each step_N.dcp in `folder`, oldest first, by default only of those that are whole."""
+    folder = Path(folder)
+    found = [(match, path) for path in folder.glob("*.dcp") if (match := SHARDED_NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if not whole or (path / ".metadata").exists())

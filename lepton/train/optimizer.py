@@ -303,7 +303,10 @@ class Optimizers:
             own = member.state_dict()["param_groups"]
             parameters = [parameter for group in member.param_groups for parameter in group["params"]]
             states = {
-                number: {key: like(value, parameters[number]) for key, value in state.items()}
+                number: {
+                    key: value if key == "row_moments" else like(value, parameters[number])
+                    for key, value in state.items()
+                }
                 for number, state in saved["states"][name].items()
             }
             member.load_state_dict({"state": states, "param_groups": own})

@@ -6,8 +6,8 @@ number of processes. DCP reads `.metadata` by pickle, which can run code: resume
 """
 
 import json
-import re
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lepton import checkpoint
-from lepton.distributed import Ranks
+from lepton.distributed import Ranks, is_of_others
 from lepton.errors import InputError, reason
 from lepton.files import parse_json, read_bytes
-from lepton.train.folder import RunFolder
+from lepton.train.folder import RunFolder, sharded_steps
 from lepton.train.sharding import gathered
 
-STEP_NAME = re.compile(r"step_(\d+)\.dcp")
 SHARDED_SUFFIX = ".dcp"
 VALUES = "run.json"
 MAX_VALUES = 1 << 28
@@ -75,7 +74,12 @@ class ShardedSaving:
             return
         try:
             under_way.result()
-        except Exception as error:  # DCP wraps what happens in other processes in errors of its own
+        except (
+            Exception,
+            dcp.CheckpointException,
+        ) as error:
+            if is_of_others(error):
+                raise self._ranks.lost(error) from error
             raise InputError(f"cannot save a checkpoint in {self._folder.path}: {reason(error)}") from error
         if self._ranks.leads:
             for _, old in sharded_steps(self._folder.path)[: -self._folder.keep]:
@@ -92,13 +96,6 @@ class ShardedSaving:
 
 def sharded_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step}.dcp"
-
-
-def sharded_steps(folder: str | Path) -> list[tuple[int, Path]]:
-    """Return (N, path) of each whole step_N.dcp in `folder`, oldest first."""
-    folder = Path(folder)
-    found = [(match, path) for path in folder.glob("*.dcp") if (match := STEP_NAME.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in found if (path / ".metadata").exists())
 
 
 def consolidated(path: Path) -> Path:
@@ -120,14 +117,19 @@ def consolidated(path: Path) -> Path:
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    except Exception as error:  # a damaged one fails in many ways
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process loads all
+            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # a damaged one fails in many ways
         raise InputError(f"{path} cannot be read ({reason(error)}); take an earlier checkpoint") from error
     payload = _with_tensors(values, tensors)
-    states = payload["optimizer"]["states"]
-    payload["optimizer"]["states"] = {
-        name: {int(number): state for number, state in group.items()} for name, group in states.items()
-    }
+    try:
+        states = payload["optimizer"]["states"]
+        payload["optimizer"]["states"] = {
+            name: {int(number): state for number, state in group.items()} for name, group in states.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path / VALUES} is not that of a checkpoint ({reason(error)})") from error
     checkpoint.save(target, payload)
     return target
 

@@ -21,8 +21,8 @@ from lepton.model.attention import Slots
 from lepton.model.objective import Loss
 
 SEEN_BY_HOOKS = (Slots, Loss)
-"""What blocks take and the loss gives. FSDP finds the tensors in it only if it knows the classes; otherwise it scatters
-the gradients of a block before those that come through slots are there."""
+"""What blocks take and the loss gives. Versions of FSDP that look into no dataclass find the tensors in these because
+pytree knows them. Otherwise they may scatter a block's gradients before those that come through slots are there."""
 
 
 def shard(model: Network, mesh: DeviceMesh) -> None:

@@ -15,8 +15,9 @@ from lepton.data.tokenizer import Tokenizer, load_tokenizer
 from lepton.distributed import Ranks
 from lepton.errors import InputError, naming
 from lepton.model.size_config import size_config
+from lepton.train.folder import sharded_steps
 from lepton.train.settings import TrainSettings
-from lepton.train.sharded_checkpoint import SHARDED_SUFFIX, consolidated, sharded_steps
+from lepton.train.sharded_checkpoint import SHARDED_SUFFIX, consolidated
 
 DEFAULT_SIZE = "tiny"
 AUTO = "auto"

@@ -97,8 +97,9 @@ def _train(settings: TrainSettings, given: Collection[str], ranks: Ranks, progre
         start = find_starting_point(settings, given, ranks)
         trainer: Trainer | None = None
         try:
-            trainer = Trainer(start, progress, phases, ranks)
-            return trainer.run()
+            with ranks.watched():
+                trainer = Trainer(start, progress, phases, ranks)
+                return trainer.run()
         except torch.OutOfMemoryError as error:
             raise InputError(out_of_memory(start, trainer.settings if trainer else None)) from error
         finally:
@@ -136,31 +137,11 @@ class Trainer:
                 introduce(parts, self.start, self.progress.say, self.ranks.size)
         with StopRequest(says=self.ranks.leads) as stop:
             micro_step = self._prepare()
-            settings = self.settings
             self.held_out_loss = HeldOutLoss(parts.model, micro_step.graphs, self.progress.say)
             self.recorder = self._recorder() if self.ranks.leads else Unrecorded()
             try:
-                if self.step == 0:
-                    self._validate()
-                while self.step < settings.max_steps:
-                    self._train_step(micro_step)
-                    self.saving.check()
-                    last = self.step == settings.max_steps
-                    if self.step % settings.log_every == 0 or last:
-                        self.recorder.show()
-                    improved = (self.step % settings.eval_every == 0 or last) and self._validate()
-                    # Asked once: a signal that comes during the save waits for the next step.
-                    # One that came to any process stops all of them.
-                    stopping = self.ranks.largest(SIGPIPE if self.progress.closed else stop.signum or 0) or None
-                    saving = self.step % settings.save_every == 0 or last or stopping is not None
-                    if improved or saving:
-                        self._save(best=improved, step=saving)
-                    if stopping is not None:
-                        with self.phases("checkpoints"):
-                            self.saving.wait()
-                        raise Interrupted(stopping, self._farewell())
-                    if self.step % settings.sample_every == 0 and not last:
-                        self._sample()
+                with self.ranks.watched():
+                    self._steps(micro_step, stop)
             except RankLost as lost:
                 raise RankLost(f"{lost}; {self._rescue()}", speaks=lost.speaks) from lost
             finally:
@@ -168,6 +149,31 @@ class Trainer:
                     self.saving.close()
                 self.recorder.close()
         return self._finish()
+
+    def _steps(self, micro_step: MicroStep, stop: StopRequest) -> None:
+        """The loop over steps, with what comes between them."""
+        settings = self.settings
+        if self.step == 0:
+            self._validate()
+        while self.step < settings.max_steps:
+            self._train_step(micro_step)
+            self.saving.check()
+            last = self.step == settings.max_steps
+            if self.step % settings.log_every == 0 or last:
+                self.recorder.show()
+            improved = (self.step % settings.eval_every == 0 or last) and self._validate()
+            # Asked once: a signal that comes during the save waits for the next step.
+            # One that came to any process stops all of them.
+            stopping = self.ranks.largest(SIGPIPE if self.progress.closed else stop.signum or 0) or None
+            saving = self.step % settings.save_every == 0 or last or stopping is not None
+            if improved or saving:
+                self._save(best=improved, step=saving)
+            if stopping is not None:
+                with self.phases("checkpoints"):
+                    self.saving.wait()
+                raise Interrupted(stopping, self._farewell())
+            if self.step % settings.sample_every == 0 and not last:
+                self._sample()
 
     def _recorder(self) -> MetricsRecorder:
         settings, parts = self.settings, self.parts
@@ -207,8 +213,7 @@ class Trainer:
             min_lr_ratio=settings.min_lr_ratio,
         )
         self.updating = True
-        with self.ranks.watched():
-            norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
+        norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
         self.step += 1
         self.updating = False
         figures["grad_norm"] = norm.float()

@@ -4,6 +4,9 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from lepton.cli.train import main
 from tests.processes import Processes, train_in
 from tests.train.small import SHAPE, losses_of, metrics_of, write_data
 
+ROOT = Path(__file__).parents[2]
 RANK_LOST, BAD_INPUT = 1, 2
 
 
@@ -152,6 +156,40 @@ def test_a_process_that_fails_is_named_and_what_was_reached_is_saved(data, tmp_p
     assert "RuntimeError: the card is on fire" in processes.said(1)
     saved = f"stopped at step 10, saved {out / 'step_10.pt'}; go on with --resume {out / 'step_10.pt'}"
     assert processes.said(0) == f"error: rank 1 failed: the card is on fire; {saved}\n"
+
+
+DIES = """
+import itertools, os, signal, sys
+import torch
+from lepton.cli.train import main
+
+if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
+    backward, calls = torch.Tensor.backward, itertools.count(1)
+
+    def dying(loss):
+        if next(calls) == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+        backward(loss)
+
+    torch.Tensor.backward = dying
+sys.exit(main())
+"""
+
+
+def test_torchrun_starts_them_again_and_the_run_goes_on_by_itself(data, runs, tmp_path):
+    """Rank 1 kills itself in step 6; what step 5 has reached is saved and resumed, although no flag says so."""
+    script, out = tmp_path / "dies.py", tmp_path / "out"
+    script.write_text(DIES)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
+    words = [sys.executable, "-m", *torchrun, str(script), *flags(data, out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=100, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {out / 'step_5.pt'} at step 5" in done.stdout
+    assert "rank 1 is gone: killed, or the host is down; stopped at step 5" in done.stderr
+    assert metrics_of(out) == metrics_of(runs[2][0])
 
 
 def test_micro_batches_that_cannot_be_shared_are_refused(data, tmp_path):
