@@ -233,6 +233,8 @@ def joined(environment: Mapping[str, str], device: str | None) -> Iterator[Ranks
     if on_gpu:
         torch.cuda.set_device(gpu)
     store, _, _ = next(dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.size, timeout=TIMEOUT))
+    # torchrun's store outlives the processes: what those before a restart have left there would mislead these.
+    store = dist.PrefixStore(f"start {environment.get(RESTARTS, '0')}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
