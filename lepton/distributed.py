@@ -66,6 +66,11 @@ class Ranks:
     def several(self) -> bool:
         return self.size > 1
 
+    @property
+    def shards(self) -> int:
+        """Processes that share weights with `--shard`: all, or with several hosts those of each."""
+        return min(self.size, self.local_size)
+
     def share(self, count: int) -> range:
         """Return this process's part of `count` micro-batches, which the number of processes must divide."""
         each = count // self.size

@@ -74,7 +74,7 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
         if start.weights is None:
             for idea in model.ideas.values():
                 idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
-        settings = ranks.told(with_split(settings, model, device, ranks.size))
+        settings = ranks.told(with_split(settings, model, device, ranks))
         check_shared(settings, ranks.size)
         mesh = ranks.mesh(device.type, by_host=settings.shard) if ranks.several else None
         if settings.shard and mesh is not None:
@@ -124,18 +124,18 @@ def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSet
 
 
 def with_split(
-    settings: TrainSettings, model: Network, device: torch.device | None = None, processes: int = 1
+    settings: TrainSettings, model: Network, device: torch.device | None = None, ranks: Ranks | None = None
 ) -> TrainSettings:
     """Return `settings` with a `batch_size` that `model` has room for on `device`, by default its own.
 
-    The `processes` share the micro-batches of a step. A number that the user or a checkpoint has given stays.
+    The `ranks` share the micro-batches of a step. A number that the user or a checkpoint has given stays.
     """
     if settings.batch_size is not None:
         return settings
     memory = gpu_memory(device or model.device)
-    found = largest_split(
-        settings, partial(predicted_memory, model, processes=processes), memory and memory[0], processes
-    )
+    ranks = ranks or Ranks()
+    predicted = partial(predicted_memory, model, shards=ranks.shards)
+    found = largest_split(settings, predicted, memory and memory[0], ranks.size)
     return validated_alike(found, settings.eval_batches)  # whatever the memory
 
 

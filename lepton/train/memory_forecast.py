@@ -16,6 +16,8 @@ from lepton.train.settings import TrainSettings
 from lepton.train.split import USABLE, smaller_splits
 
 FP32 = 4
+SHARDS = (2, 4, 8)
+"""GPUs of a host that the advice considers."""
 
 
 def predicted_bytes(
@@ -57,8 +59,8 @@ def predicted_bytes(
     return _parameters(model, optimizer) // shards + working + batch_size * row + busiest
 
 
-def predicted_memory(model: Network, settings: TrainSettings, processes: int = 1) -> int:
-    """Return `predicted_bytes` of `model` under `settings`, for each of `processes` on GPUs of their own."""
+def predicted_memory(model: Network, settings: TrainSettings, shards: int = 1) -> int:
+    """Return `predicted_bytes` of `model` under `settings`; with `shard`, for each of so many GPUs."""
     batch_size, _ = settings.split
     return predicted_bytes(
         model,
@@ -66,15 +68,21 @@ def predicted_memory(model: Network, settings: TrainSettings, processes: int = 1
         settings.seq_len,
         settings.checkpoint_activations,
         settings.optimizer,
-        processes if settings.shard else 1,
+        shards if settings.shard else 1,
     )
 
 
-def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], int], available: int) -> str:
+def fitting_flags(
+    settings: TrainSettings,
+    predicted: Callable[[TrainSettings], int],
+    available: int,
+    sharded: Callable[[TrainSettings, int], int] | None = None,
+) -> str:
     """Return flags with which a run fits into `available` bytes, such as '--batch_size 8 --grad_accum 4'.
 
     The first choice leaves the step unchanged: the largest smaller batch, or recomputed blocks. Then come both, and
-    then shorter rows. `predicted` gives the bytes of any settings, whose split must be decided.
+    then shorter rows, or several GPUs that share the weights. `predicted` gives the bytes of any settings, whose split
+    must be decided, and `sharded` those of each of so many GPUs.
     """
 
     def first(candidates: Iterator[TrainSettings]) -> TrainSettings | None:
@@ -89,7 +97,16 @@ def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], 
     if found:
         return ", or ".join(found)
     shorter = first(_shorter(recomputed))
-    return _flags(settings, shorter) if shorter else "a smaller --model_size"
+    advice = [_flags(settings, shorter)] if shorter else []
+    if sharded is not None and not settings.shard:
+        rows = settings.split[0] * settings.split[1]
+        single = recomputed.replace(shard=True, batch_size=1, grad_accum=rows)
+        for count in SHARDS:
+            if rows % count == 0 and sharded(single, count) <= USABLE * available:
+                split = f"--shard --checkpoint_activations --batch_size 1 --grad_accum {rows}"
+                advice.append(f"{count} such GPUs: torchrun --nproc_per_node {count} train.py {split}")
+                break
+    return ", or ".join(advice) or "a smaller --model_size"
 
 
 def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:

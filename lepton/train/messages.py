@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from lepton.distributed import Ranks
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
 from lepton.runtime.device import device_name, gpu_memory, pick_device, pick_dtype
@@ -16,8 +17,10 @@ from lepton.train.settings import TrainSettings
 from lepton.train.starting_point import StartingPoint
 
 
-def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None], processes: int = 1) -> None:
-    """Say what is trained on which data, about how long `processes` will take, and which choices were made."""
+def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None], ranks: Ranks | None = None) -> None:
+    """Say what is trained on which data, about how long the processes will take, and which choices were made."""
+    ranks = ranks or Ranks()
+    processes = ranks.size
     settings, model = parts.settings, parts.model
     batch_size, grad_accum = settings.split
     tokens = batch_size * grad_accum * settings.seq_len
@@ -42,10 +45,11 @@ def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None], pr
     memory = gpu_memory(parts.device)
     if memory is not None:
         available, total = memory
-        predicted = predicted_memory(model, settings)
+        predicted = predicted_memory(model, settings, ranks.shards)
         say(f"GPU memory: about {predicted / 1e9:.1f} GB of {total / 1e9:.1f} GB")
         if predicted > available:
-            use = fitting_flags(settings, partial(predicted_memory, model), available)
+            own = partial(predicted_memory, model, shards=ranks.shards)
+            use = fitting_flags(settings, own, available, partial(predicted_memory, model))
             say(f"only {available / 1e9:.1f} GB of it are free, which will hardly do: use {use}")
     for note in [*start.notes, *parts.data.notes]:
         say(note)
@@ -72,5 +76,6 @@ def out_of_memory(start: StartingPoint, settings: TrainSettings | None = None) -
     memory = gpu_memory(device)
     assert memory is not None
     available, total = memory
-    use = fitting_flags(settings, partial(predicted_memory, model), available)
+    sharded = partial(predicted_memory, model)
+    use = fitting_flags(settings, sharded, available, sharded)
     return f"out of GPU memory with --batch_size {settings.batch_size} on {total / 1e9:.0f} GB: use {use}"

@@ -134,7 +134,7 @@ class Trainer:
         parts = self.parts
         with self.phases("estimate"):
             if self.ranks.leads:
-                introduce(parts, self.start, self.progress.say, self.ranks.size)
+                introduce(parts, self.start, self.progress.say, self.ranks)
         with StopRequest(says=self.ranks.leads) as stop:
             micro_step = self._prepare()
             self.held_out_loss = HeldOutLoss(parts.model, micro_step.graphs, self.progress.say)
