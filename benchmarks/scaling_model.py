@@ -31,7 +31,7 @@ from lepton.train.settings import TrainSettings
 
 HOST = 8
 """GPUs of a host."""
-LINKS = {"inside": 350e9, "between": 40e9}
+LINKS = {"inside": 330e9, "between": 40e9}
 """Bytes a second that leave a GPU: NVLink 4 inside a host of H100s, of its 450 GB/s what rings reach; one InfiniBand
 port of 400 Gbit/s a GPU between hosts, of its 50 GB/s."""
 PEAK = 989e12

@@ -148,7 +148,10 @@ class Trainer:
                 with self.phases("checkpoints"):
                     self.saving.close()
                 self.recorder.close()
-        return self._finish()
+        path = self._finish()
+        if self.ranks.several and micro_step.graphs is not None:
+            micro_step.graphs.clear()  # NCCL does not end while a graph holds its kernels
+        return path
 
     def _steps(self, micro_step: MicroStep, stop: StopRequest) -> None:
         """The loop over steps, with what comes between them."""

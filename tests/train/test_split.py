@@ -140,7 +140,7 @@ def test_several_processes_get_splits_that_they_can_share():
 @pytest.mark.parametrize(
     ("split", "processes", "advice"),
     [
-        ((4, 3), 2, "use --batch_size 2 --grad_accum 6 (the same step), or --grad_accum 2 or 4, or start 1 process"),
+        ((4, 3), 2, "use --batch_size 3 --grad_accum 4 (the same step), or --grad_accum 2 or 4, or start 1 process"),
         ((1, 1), 2, "use --grad_accum 2, or start 1 process"),
         ((1, 8), 6, "use --grad_accum 6 or 12, or start 4 processes"),
     ],
