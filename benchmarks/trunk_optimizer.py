@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.trunk_model import TrunkModel
 from benchmarks.trunk_switches import Trial
+from lepton.model.parameters import BACKOUT
 from lepton.train.optimizer import EPS, orthogonal, split_parameters
 from lepton.train.schedule import lr_scale
 
@@ -59,6 +60,7 @@ class Group(NamedTuple):
     lr: float
     betas: tuple[float, float]
     decay: float = 0.0
+    eps: float = EPS
 
 
 def group_of(name: str, trial: Trial) -> Group:
@@ -71,7 +73,7 @@ def group_of(name: str, trial: Trial) -> Group:
         "*.mix.scale": Group(trial.scale_lr, (0.8, 0.95)),
         "*.mix.again": Group(trial.reinjection_lr, (0.96, 0.95)),
         "smear.*": Group(trial.smear_lr, trial.betas),
-        "backout": Group(trial.backout_lr, trial.betas),
+        "backout": Group(trial.backout_lr, trial.betas, eps=BACKOUT.eps or EPS),
         "*_conv.weight": Group(trial.conv_lr, (0.9, 0.95)),
         "*.head_gates.weight": Group(trial.gate_lr, (0.9, 0.95)),
     }
@@ -177,9 +179,10 @@ class TrunkOptimizer:
         for name, parameter, _ in rest:
             members.setdefault(group_of(name, self.trial), []).append(parameter)
         groups = [
-            {"params": each, "betas": group.betas, "weight_decay": group.decay} for group, each in members.items()
+            {"params": each, "betas": group.betas, "weight_decay": group.decay, "eps": group.eps}
+            for group, each in members.items()
         ]
-        self._adamw = torch.optim.AdamW(groups, eps=EPS, fused=True, capturable=on_gpu)
+        self._adamw = torch.optim.AdamW(groups, fused=True, capturable=on_gpu)
         self._peaks = [group.lr for group in members]
         for group in self._adamw.param_groups:
             group["lr"] = torch.zeros((), device=device) if on_gpu else 0.0

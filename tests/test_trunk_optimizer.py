@@ -41,7 +41,7 @@ SWITCHES = {
             "newton_schulz": "polar_express",
             "row_equilibration": True,
             "renormalisation": True,
-            "second_moments": True,
+            "second_moments": False,
             "momentum": (0.85, 0.97, 0.9),
             "warmup_steps": 1,
         }
@@ -54,7 +54,7 @@ LEARNED = {
     "blocks.1.mix.again": ("reinjection_lr", {"reinjection": True}),
     "smear.share": ("smear_lr", {"smear": "gated"}),
     "smear.gate.weight": ("smear_lr", {"smear": "gated"}),
-    "backout": ("backout_lr", {"backout": True}),
+    "backout": ("backout_lr", {}),
     "blocks.1.attention.key_conv.weight": ("conv_lr", {"conv": 2}),
     "blocks.1.attention.value_conv.weight": ("conv_lr", {"conv": 2}),
     "blocks.1.attention.head_gates.weight": ("gate_lr", {"head_gates": True}),

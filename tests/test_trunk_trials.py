@@ -45,13 +45,13 @@ def call(tmp_path, folder, queue, *words):
 
 
 def test_a_queue_is_run_once_and_rows_are_appended(tmp_path, folder, capsys):
-    queue = queue_of(tmp_path, {"name": "one"}, {"name": "two", "conv": 3, "backout": True})
+    queue = queue_of(tmp_path, {"name": "one"}, {"name": "two", "conv": 3, "backout": False})
     one, two = call(tmp_path, folder, queue)
     assert (one["name"], two["name"], two["trial"]["conv"]) == ("one", "two", 3)
     assert [line["name"] for line in map(json.loads, capsys.readouterr().out.splitlines())] == ["one", "two"]
     assert one["tokens"] == 20 * 2 * 20 - sum(20 - 14 for length in lengths_of(folder) if length == 15)
-    assert (len(one["curve"]), one["numbers"].keys(), two["numbers"].keys()) == (8, set(), {"backout"})
-    assert two["params"] - one["params"] == 2 * 4 * 2 * 32 + 1
+    assert (len(one["curve"]), one["numbers"].keys(), two["numbers"].keys()) == (8, {"backout"}, set())
+    assert two["params"] - one["params"] == 2 * 4 * 2 * 32 - 1
     assert one["loss"] != two["loss"]
     assert one["device"].startswith("CPU")
     assert len(call(tmp_path, folder, queue)) == 2, "all are claimed"

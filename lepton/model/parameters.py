@@ -30,6 +30,8 @@ class Declared:
     """Whether weight decay applies."""
     auxiliary: bool = False
     """Whether its gradient comes only from auxiliary losses. It is then clipped separately from the trunk's."""
+    eps: float | None = None
+    """AdamW's: gradients far below it hardly move the parameter. None: the usual one of `lepton.train.optimizer`."""
 
     def but(self, **changes: object) -> "Declared":
         """Return a copy with `changes`."""
@@ -69,8 +71,9 @@ BIAS = Declared(nn.init.zeros_, optimizer="adamw", decays=False)
 
 SHIFT = BIAS.but(rate=30)
 """The factors of the token shift. They end far from zero, and start to learn at once (docs/log.md, 2026-11-27)."""
-BACKOUT = BIAS.but(initial=lambda number: nn.init.constant_(number, 0.2), rate=300)
-"""The factor of the stream that is subtracted before the head. It ends near 1 (docs/log.md, 2026-11-27)."""
+BACKOUT = BIAS.but(initial=lambda number: nn.init.constant_(number, 0.2), rate=100, eps=1e-5)
+"""The factor of the stream that is subtracted before the head. It ends near 1 in TINY (docs/log.md, 2026-11-27). Before
+the first step blocks add nothing, and its gradient is nothing but rounding: 1e-7, then 1e-3 and more."""
 
 
 def declared(model: nn.Module) -> dict[str, Declared]:

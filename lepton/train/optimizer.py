@@ -335,17 +335,13 @@ def _check_states(states: Any, member: torch.optim.Optimizer) -> None:
 
 
 def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Return groups of parameters that learn at one rate and decay alike, the fastest first."""
-    kinds = sorted({(entry.rate, entry.decays) for *_, entry in parameters}, reverse=True)
+    """Return groups of parameters that learn alike, the fastest first."""
+    members: dict[tuple[float, bool, float | None], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter, entry in sorted(parameters, key=lambda each: (-each[2].rate, not each[2].decays)):
+        members.setdefault((entry.rate, entry.decays, entry.eps), []).append((name, parameter))
     return [
-        {
-            "params": [
-                (name, each) for name, each, entry in parameters if (entry.rate, entry.decays) == (rate, decays)
-            ],
-            "rate": rate,
-            "weight_decay": decays * weight_decay,
-        }
-        for rate, decays in kinds
+        {"params": each, "rate": rate, "weight_decay": decays * weight_decay} | ({} if eps is None else {"eps": eps})
+        for (rate, decays, eps), each in members.items()
     ]
 
 

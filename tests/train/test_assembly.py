@@ -47,9 +47,9 @@ ADAMW, MUON = ("optimizer", "states", "adamw"), ("optimizer", "states", "muon")
     ("place", "change", "message"),
     [
         (
-            (*ADAMW, 0, "exp_avg"),
+            (*ADAMW, 1, "exp_avg"),
             lambda value: value[:1],
-            r"state of adamw: parameter 0: size mismatch: 'exp_avg' has shape",
+            r"state of adamw: parameter 1: size mismatch: 'exp_avg' has shape",
         ),
         ((*ADAMW, 0, "exp_avg"), lambda value: value.double(), r"'exp_avg' holds torch\.float64"),
         ((*ADAMW, 0, "exp_avg_sq"), lambda value: value - 1, "'exp_avg_sq' holds numbers below 0"),

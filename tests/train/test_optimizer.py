@@ -36,6 +36,7 @@ def test_which_parameter_goes_where_in_nano():
     muon, rest = split_parameters(model)
     assert [name for name, *_ in rest] == [
         "shift_D",
+        "backout",
         "embed.weight",
         "embed_up.weight",
         "thoughts.start",
