@@ -115,7 +115,8 @@ class Ranks:
     def mesh(self, device_type: str, *, by_host: bool = False) -> DeviceMesh:
         """Return all processes as one dimension, or `by_host`, where there are several hosts, as (hosts, processes)."""
         if by_host and self.local_size < self.size:
-            return init_device_mesh(device_type, (self.size // self.local_size, self.local_size))
+            shape = self.size // self.local_size, self.local_size
+            return init_device_mesh(device_type, shape, mesh_dim_names=("hosts", "processes"))
         return init_device_mesh(device_type, (self.size,))
 
     @contextlib.contextmanager

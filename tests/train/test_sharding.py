@@ -1,5 +1,7 @@
 """What two processes share is what one has, to the rounding of fp64: gradients, norms, and the weights after steps."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -34,8 +36,10 @@ def made(dtype, recomputed):
 def trained(ranks, way, dtype=torch.float64, recomputed=False):
     """Train for some steps; return the gradients of the first one, the norm of each step, weights and state."""
     model, tokens, lengths = made(dtype, recomputed)
-    mesh = ranks.mesh("cpu") if ranks.several else None
-    if way == "shard":
+    if way == "hosts":
+        ranks = dataclasses.replace(ranks, local_rank=ranks.rank % 2, local_size=2)
+    mesh = ranks.mesh("cpu", by_host=way == "hosts") if ranks.several else None
+    if way in ("shard", "hosts"):
         shard(model, mesh)
     optimizers = Optimizers(model, kind="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1, mesh=mesh)
     gradients = FlatGradients(model.parameters() if way == "copies" else ())
@@ -58,6 +62,12 @@ def test_two_processes_have_the_gradients_and_the_weights_of_one(tmp_path, way, 
     expected = trained(Ranks(), "one")
     assert all(grad.norm() > 0 for grad in expected[0].values()), "nothing to compare"
     for found in in_ranks(tmp_path, trained, way, torch.float64, recomputed):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_four_processes_on_two_hosts_share_within_each(tmp_path):
+    expected = trained(Ranks(), "one")
+    for found in in_ranks(tmp_path, trained, "hosts", size=4):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
