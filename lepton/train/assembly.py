@@ -68,7 +68,12 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
         with phases("compile"):
             torch.compile(lambda: None)  # starts the compiler's workers, which take a while, beside what follows
     with phases("data"):
+        prepares = settings.data_dir is None  # the default corpus, which rank 0 does alone
+        if prepares and not ranks.leads:
+            ranks.wait()
         data = open_run_data(start, settings)
+        if prepares and ranks.leads:
+            ranks.wait()
     with phases("model"):
         model = _build_model(start, settings, device)
         if start.weights is None:
