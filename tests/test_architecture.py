@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # training; generation and training meet in `cli` alone.
 FLOORS = (
     ("errors", "requirements", "shapes"),
-    ("files", "values"),
+    ("files", "values", "distributed"),
     ("config", "archive", "tensors", "ops"),
     ("presets", "checkpoint", "data", "runtime"),
     ("model",),

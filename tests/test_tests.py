@@ -61,6 +61,7 @@ OF_SEVERAL = {
     "test_trunk_switches",
     "test_trunk_trials",
     "train/test_leaving",
+    "train/test_several_processes",
 }
 """Tests of what several modules do together, of a script, or of a document."""
 PATCHES = {"setattr", "delattr", "patch"}

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from lepton.presets import SIZES
 
 if TYPE_CHECKING:
     from lepton.train.settings import TrainSettings
+
+RANK_LOST = 1
+"""Exit code where another process of the run has failed or is gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,18 +40,25 @@ def run(args: argparse.Namespace) -> int:
     """Train; a request to stop (`lepton.train.stop_request`) saves what was reached and gives 128 + the signal."""
     since = time.perf_counter()
     share_the_cores()
+    from lepton.distributed import RankLost, ranks_of
     from lepton.train.stop_request import Interrupted
     from lepton.train.trainer import train
 
     flags = vars(args)
     as_json = flags.pop("json", False)
     settings = settings_of(flags)
+    leads = ranks_of(os.environ).leads
     try:
         path = train(settings, given=set(flags), stream=sys.stderr if as_json else sys.stdout, since=since)
     except Interrupted as interrupted:
-        complain(str(interrupted))
+        if leads:
+            complain(str(interrupted))
         return interrupted.exit_code
-    if as_json:
+    except RankLost as lost:
+        if lost.speaks:
+            complain(f"error: {lost}")
+        return RANK_LOST
+    if as_json and leads:
         from lepton import checkpoint
 
         print_json({"checkpoint": str(path), **(checkpoint.load(path)["validation"] or {})})
@@ -122,6 +133,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="compute blocks once (the default)",
     )
+    add("--shard", action="store_true", help="share weights and optimizer among the processes that torchrun starts")
     add("--compile", action="store_true", help="compile the model, on a GPU alone (default there)")
     add("--no_compile", dest="compile", action="store_false", help="do not compile the model")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")

@@ -9,6 +9,7 @@ import torch
 
 from lepton.data.shards import ShardedDataset
 from lepton.data.tokenizer import Tokenizer
+from lepton.distributed import Ranks
 from lepton.errors import InputError, naming, reason
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
@@ -20,7 +21,8 @@ from lepton.train.optimizer import Optimizers
 from lepton.train.phases import Phases
 from lepton.train.run_data import RunData, open_run_data
 from lepton.train.settings import TrainSettings
-from lepton.train.split import largest_split, validated_alike
+from lepton.train.sharding import shard
+from lepton.train.split import check_shared, largest_split, validated_alike
 from lepton.train.starting_point import StartingPoint
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
@@ -43,13 +45,19 @@ class Parts:
     folder: RunFolder
 
 
-def assemble(start: StartingPoint, phases: Phases | None = None) -> Parts:
+def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | None = None) -> Parts:
     """Build the parts. Nothing of an earlier run is touched yet. `phases` counts the seconds.
+
+    Of several `ranks`, each builds its own, which share the micro-batches and Muon's work.
 
     Raises:
         InputError: a device, data or weights that cannot be used.
     """
-    phases = phases or Phases()
+    phases, ranks = phases or Phases(), ranks or Ranks()
+    if start.settings.shard and not ranks.several:
+        raise InputError(
+            "--shard: one process has nobody to share with; start several with torchrun --nproc_per_node N"
+        )
     with phases("device"):
         device = pick_device(start.settings.device)
         synchronize(device)  # the first call to a GPU takes a second or more
@@ -60,23 +68,35 @@ def assemble(start: StartingPoint, phases: Phases | None = None) -> Parts:
         with phases("compile"):
             torch.compile(lambda: None)  # starts the compiler's workers, which take a while, beside what follows
     with phases("data"):
+        prepares = settings.data_dir is None  # the default corpus, which rank 0 does alone
+        if prepares and not ranks.leads:
+            ranks.wait()
         data = open_run_data(start, settings)
+        if prepares and ranks.leads:
+            ranks.wait()
     with phases("model"):
         model = _build_model(start, settings, device)
         if start.weights is None:
             for idea in model.ideas.values():
                 idea.learn_frequencies(lambda: token_counts(data.train, model.config.vocab_size))
-        settings = with_split(settings, model)
+        settings = ranks.told(with_split(settings, model, device, ranks))
+        check_shared(settings, ranks.size)
+        mesh = ranks.mesh(device.type, by_host=settings.shard) if ranks.several else None
+        if settings.shard and mesh is not None:
+            shard(model, mesh)
+        else:
+            ranks.copy_([*model.parameters(), *model.buffers()])
         optimizers = Optimizers(
             model,
             kind=settings.optimizer,
             lr=settings.lr,
             muon_lr=settings.muon_lr,
             weight_decay=settings.weight_decay,
+            mesh=mesh,
         )
         if start.resumed is not None:
             _restore(start.resumed, optimizers, device)
-    run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep)
+    run_folder = RunFolder(settings.checkpoint_dir, keep=settings.keep, owned=ranks.leads)
     return Parts(settings, start.size, device, start.tokenizer, data, model, optimizers, run_folder)
 
 
@@ -108,15 +128,19 @@ def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSet
     return settings.replace(grad_accum=grad_accum, compile=compiled)
 
 
-def with_split(settings: TrainSettings, model: Network, device: torch.device | None = None) -> TrainSettings:
+def with_split(
+    settings: TrainSettings, model: Network, device: torch.device | None = None, ranks: Ranks | None = None
+) -> TrainSettings:
     """Return `settings` with a `batch_size` that `model` has room for on `device`, by default its own.
 
-    A number that the user or a checkpoint has given stays.
+    The `ranks` share the micro-batches of a step. A number that the user or a checkpoint has given stays.
     """
     if settings.batch_size is not None:
         return settings
     memory = gpu_memory(device or model.device)
-    found = largest_split(settings, partial(predicted_memory, model), memory and memory[0])
+    ranks = ranks or Ranks()
+    predicted = partial(predicted_memory, model, shards=ranks.shards)
+    found = largest_split(settings, predicted, memory and memory[0], ranks.size)
     return validated_alike(found, settings.eval_batches)  # whatever the memory
 
 
@@ -128,8 +152,10 @@ def _build_model(start: StartingPoint, settings: TrainSettings, device: torch.de
     model = Network(start.config)
     if start.weights is not None:
         model.load_state_dict(start.weights)
-    model.to(device).train()
+    model.train()
     model.compute_dtype = pick_dtype(settings.dtype, device)
+    if not settings.shard:  # else it moves there a block at a time
+        model.to(device)
     model.checkpoint_activations = settings.checkpoint_activations
     return model
 

@@ -1,5 +1,6 @@
 """The folder of a run: which checkpoints it holds, which are kept, and what happens to those of an earlier run."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from lepton import checkpoint
 from lepton.files import readable, remove_unfinished
 from lepton.train.metrics_log import BAD
 
+SHARDED_NAME = re.compile(r"step_(\d+)\.dcp")
+"""Name of a sharded checkpoint, a folder; see `lepton.train.sharded_checkpoint`."""
 BEST, FINAL, METRICS = "best.pt", "final.pt", "metrics.jsonl"
 
 
@@ -17,11 +20,13 @@ class RunFolder:
     Only for a run that holds the folder's lock (`lepton.train.lock`).
     """
 
-    def __init__(self, path: str | Path, *, keep: int) -> None:
+    def __init__(self, path: str | Path, *, keep: int, owned: bool = True) -> None:
+        """`owned`: whether this process writes to the folder; of several, the others only know where it is."""
         self.path = Path(path)
         self.keep = keep
-        remove_unfinished(self.path)
-        checkpoint.remove_unfinished(self.path)
+        if owned:
+            remove_unfinished(self.path)
+            checkpoint.remove_unfinished(self.path)
 
     @property
     def metrics(self) -> Path:
@@ -29,6 +34,10 @@ class RunFolder:
 
     def step_path(self, step: int) -> Path:
         return self.path / f"step_{step}.pt"
+
+    @property
+    def final(self) -> Path:
+        return self.path / FINAL
 
     @property
     def has_best(self) -> bool:
@@ -52,7 +61,7 @@ class RunFolder:
 
     def finish(self, payload: dict[str, Any]) -> Path:
         """Save the last step as final.pt."""
-        path, last = self.path / FINAL, self.step_path(payload["step"])
+        path, last = self.final, self.step_path(payload["step"])
         if last.exists():
             checkpoint.duplicate(last, path)
         else:
@@ -69,7 +78,8 @@ class RunFolder:
         metrics = [path for path in (self.metrics, self.metrics.with_name(METRICS + BAD)) if path.exists()]
         for path in metrics:
             readable(path, "metrics file")
-        later = [path for step, path in checkpoint.steps_in(self.path) if step > after]
+        steps = [*checkpoint.steps_in(self.path), *sharded_steps(self.path, whole=False)]
+        later = [path for step, path in steps if step > after]
         named = [path for name in (BEST, FINAL) if (path := self.path / name).exists()]
         if not later and not (fresh and named):
             if fresh:
@@ -93,3 +103,10 @@ class RunFolder:
     def _is_from(path: Path, after: int) -> bool:
         """Whether a checkpoint is whole and of step `after` or earlier: it belongs to the resumed run as well."""
         return checkpoint.is_whole(path) and checkpoint.load(path)["step"] <= after
+
+
+def sharded_steps(folder: str | Path, *, whole: bool = True) -> list[tuple[int, Path]]:
+    """Return (N, path) of each step_N.dcp in `folder`, oldest first, by default only of those that are whole."""
+    folder = Path(folder)
+    found = [(match, path) for path in folder.glob("*.dcp") if (match := SHARDED_NAME.fullmatch(path.name))]
+    return sorted((int(match[1]), path) for match, path in found if not whole or (path / ".metadata").exists())

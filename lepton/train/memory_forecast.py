@@ -16,10 +16,17 @@ from lepton.train.settings import TrainSettings
 from lepton.train.split import USABLE, smaller_splits
 
 FP32 = 4
+SHARDS = (2, 4, 8)
+"""GPUs of a host that the advice considers."""
 
 
 def predicted_bytes(
-    model: Network, batch_size: int, seq_len: int, checkpoint_activations: bool, optimizer: str = "muon"
+    model: Network,
+    batch_size: int,
+    seq_len: int,
+    checkpoint_activations: bool,
+    optimizer: str = "muon",
+    shards: int = 1,
 ) -> int:
     """Return about how many bytes tensors hold on a GPU at the peak of a training step, with compiled parts.
 
@@ -33,6 +40,7 @@ def predicted_bytes(
         seq_len: targets of a row.
         checkpoint_activations: whether only each block's inputs are stored; see `Modules`.
         optimizer: 'muon' or 'adamw'.
+        shards: GPUs that share weights, gradients and optimizer state; the result is of each.
     """
     config, size = model.config, model.dtype.itemsize
     ends = config.layers * size * seq_len * config.width  # the input of each block is always kept
@@ -46,20 +54,35 @@ def predicted_bytes(
     row = ends + inside + _between(model, work) + int(sum(idea.kept_bytes(work) for idea in model.ideas.values()))
     busiest = max(_loss(model, batch_size * seq_len), batch_size * gradients)
     working = size * _matrices(model) if size < FP32 else 0
-    return _parameters(model, optimizer) + working + batch_size * row + busiest
+    if shards > 1:
+        working = _gathered(model)
+    return _parameters(model, optimizer) // shards + working + batch_size * row + busiest
 
 
-def predicted_memory(model: Network, settings: TrainSettings) -> int:
-    """Return `predicted_bytes` of `model` under `settings`."""
+def predicted_memory(model: Network, settings: TrainSettings, shards: int = 1) -> int:
+    """Return `predicted_bytes` of `model` under `settings`; with `shard`, for each of so many GPUs."""
     batch_size, _ = settings.split
-    return predicted_bytes(model, batch_size, settings.seq_len, settings.checkpoint_activations, settings.optimizer)
+    return predicted_bytes(
+        model,
+        batch_size,
+        settings.seq_len,
+        settings.checkpoint_activations,
+        settings.optimizer,
+        shards if settings.shard else 1,
+    )
 
 
-def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], int], available: int) -> str:
+def fitting_flags(
+    settings: TrainSettings,
+    predicted: Callable[[TrainSettings], int],
+    available: int,
+    sharded: Callable[[TrainSettings, int], int] | None = None,
+) -> str:
     """Return flags with which a run fits into `available` bytes, such as '--batch_size 8 --grad_accum 4'.
 
     The first choice leaves the step unchanged: the largest smaller batch, or recomputed blocks. Then come both, and
-    then shorter rows. `predicted` gives the bytes of any settings, whose split must be decided.
+    then shorter rows, or several GPUs that share the weights. `predicted` gives the bytes of any settings, whose split
+    must be decided, and `sharded` those of each of so many GPUs.
     """
 
     def first(candidates: Iterator[TrainSettings]) -> TrainSettings | None:
@@ -74,7 +97,16 @@ def fitting_flags(settings: TrainSettings, predicted: Callable[[TrainSettings], 
     if found:
         return ", or ".join(found)
     shorter = first(_shorter(recomputed))
-    return _flags(settings, shorter) if shorter else "a smaller --model_size"
+    advice = [_flags(settings, shorter)] if shorter else []
+    if sharded is not None and not settings.shard:
+        rows = settings.split[0] * settings.split[1]
+        single = recomputed.replace(shard=True, batch_size=1, grad_accum=rows)
+        for count in SHARDS:
+            if rows % count == 0 and sharded(single, count) <= USABLE * available:
+                split = f"--shard --checkpoint_activations --batch_size 1 --grad_accum {rows}"
+                advice.append(f"{count} such GPUs: torchrun --nproc_per_node {count} train.py {split}")
+                break
+    return ", or ".join(advice) or "a smaller --model_size"
 
 
 def _shorter(settings: TrainSettings) -> Iterator[TrainSettings]:
@@ -97,6 +129,14 @@ def _parameters(model: Network, optimizer: str) -> int:
     """Parameters, gradients, and one average of Muon or two of AdamW, in fp32."""
     muon, rest = (sum(parameter.numel() for _, parameter, _ in part) for part in split_parameters(model))
     return FP32 * ((3 if optimizer == "muon" else 4) * muon + 4 * rest)
+
+
+def _gathered(model: Network) -> int:
+    """What is whole at one time of a sharded model: two blocks, the gradients of two, and all that is in no block."""
+    blocks = [_matrices(block) for block in [*model.stem, *model.blocks]]
+    rest = model.num_params() - sum(blocks)
+    # A block's gradients once more in fp32, as they are added up; of the rest, gradients, and these as they are sent.
+    return 2 * max(blocks) * (2 * model.dtype.itemsize + FP32) + 3 * FP32 * rest
 
 
 def _matrices(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from lepton.distributed import Ranks
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
 from lepton.runtime.device import device_name, gpu_memory, pick_device, pick_dtype
@@ -16,20 +17,23 @@ from lepton.train.settings import TrainSettings
 from lepton.train.starting_point import StartingPoint
 
 
-def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) -> None:
-    """Say what is trained on which data, about how long it will take, and which choices were made."""
+def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None], ranks: Ranks | None = None) -> None:
+    """Say what is trained on which data, about how long the processes will take, and which choices were made."""
+    ranks = ranks or Ranks()
+    processes = ranks.size
     settings, model = parts.settings, parts.model
     batch_size, grad_accum = settings.split
     tokens = batch_size * grad_accum * settings.seq_len
     left = settings.max_steps - start.step
     flops = training_flops_per_token(model, batch_size, settings.seq_len) * tokens * left
-    seconds = training_seconds(flops, left * grad_accum, parts.device, model.dtype)
+    seconds = training_seconds(flops / processes, left * grad_accum // processes, parts.device, model.dtype)
     dtype = "bf16" if model.dtype is torch.bfloat16 else "fp32"
     name = f"{parts.size or 'model'}{', dense' if model.config.dense else ''}"
     data = parts.data.train.describe()
     say(
         f"{name}: {model.num_params() / 1e6:.1f} M parameters; {tokens:,} tokens per step; {data}; "
-        f"{left:,} steps in about {duration(seconds)} on {device_name(parts.device)}, {dtype}"
+        f"{left:,} steps in about {duration(seconds)} on "
+        f"{f'{processes} x ' if processes > 1 else ''}{device_name(parts.device)}, {dtype}"
     )
     if parts.device.type == "cpu":
         choices = {"grad_accum": f"--grad_accum {GRAD_ACCUM_CPU} instead of {GRAD_ACCUM}", "compile": "not compiled"}
@@ -41,10 +45,11 @@ def introduce(parts: Parts, start: StartingPoint, say: Callable[[str], None]) ->
     memory = gpu_memory(parts.device)
     if memory is not None:
         available, total = memory
-        predicted = predicted_memory(model, settings)
+        predicted = predicted_memory(model, settings, ranks.shards)
         say(f"GPU memory: about {predicted / 1e9:.1f} GB of {total / 1e9:.1f} GB")
         if predicted > available:
-            use = fitting_flags(settings, partial(predicted_memory, model), available)
+            own = partial(predicted_memory, model, shards=ranks.shards)
+            use = fitting_flags(settings, own, available, partial(predicted_memory, model))
             say(f"only {available / 1e9:.1f} GB of it are free, which will hardly do: use {use}")
     for note in [*start.notes, *parts.data.notes]:
         say(note)
@@ -71,5 +76,6 @@ def out_of_memory(start: StartingPoint, settings: TrainSettings | None = None) -
     memory = gpu_memory(device)
     assert memory is not None
     available, total = memory
-    use = fitting_flags(settings, partial(predicted_memory, model), available)
+    sharded = partial(predicted_memory, model)
+    use = fitting_flags(settings, sharded, available, sharded)
     return f"out of GPU memory with --batch_size {settings.batch_size} on {total / 1e9:.0f} GB: use {use}"

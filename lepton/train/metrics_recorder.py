@@ -35,11 +35,14 @@ class MetricsRecorder:
         flops_per_target: float,
         first: int,
         last: int,
+        processes: int = 1,
     ) -> None:
+        """`processes` are those that train together, each on a GPU like `device`."""
         self._log = log
         self._progress = progress
         self._device = device
-        self._peak = peak_flops(device)
+        peak = peak_flops(device)
+        self._peak = peak and peak * processes
         self._flops_per_target = flops_per_target
         self._first, self._last = first, last
         self._pending: list[Pending] = []
@@ -112,6 +115,37 @@ class MetricsRecorder:
 
     def close(self) -> None:
         self._log.close()
+
+
+class Unrecorded(MetricsRecorder):
+    """Records nothing: what a process of a run has whose rank 0 records the metrics."""
+
+    def __init__(self) -> None:
+        pass
+
+    def add(self, step: int, figures: dict[str, Tensor], *, lr: float, targets: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def show(self) -> None:
+        pass
+
+    def move(self, step: int, share: float) -> None:
+        pass
+
+    def note(self, figures: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def resume_clock(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def check_finite(figures: dict[str, Any], step: int) -> None:

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lepton.model import Network
 from lepton.model.layers import Linear
@@ -21,7 +22,11 @@ class LowPrecisionCopies:
 
     def __init__(self, model: Network) -> None:
         self._linears = [
-            module for module in model.modules() if isinstance(module, Linear) and module.weight.dtype != model.dtype
+            module
+            for module in model.modules()
+            if isinstance(module, Linear)
+            and module.weight.dtype != model.dtype
+            and not isinstance(module.weight, DTensor)  # those are cast when they are gathered
         ]
         self._masters = [cast(nn.Parameter, linear.weight) for linear in self._linears]
         self._copies = [nn.Parameter(master.detach().to(model.dtype)) for master in self._masters]

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lepton.errors import InputError, naming, reason
 from lepton.model.parameters import Declared, declared
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.tensors import compare
+from lepton.train.sharding import like
 
 BETAS = (0.8, 0.96)
 EPS = 1e-10
@@ -54,6 +57,9 @@ class BatchedMuon(torch.optim.Muon):
 
     dtype = torch.bfloat16
     """What matrices are orthogonalised in."""
+    mesh: DeviceMesh | None = None
+    """The processes that share the work: each orthogonalises its part of the matrices. Those are equal in all of them,
+    or sharded by rows over the last dimension of the mesh."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -61,24 +67,66 @@ class BatchedMuon(torch.optim.Muon):
         assert closure is None
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for matrices in _alike([matrix for matrix in group["params"] if matrix.grad is not None]):
-                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+            for matrices in _alike([matrix for matrix in group["params"] if matrix.grad is not None], self._sharers):
                 for matrix in matrices:
                     if not self.state[matrix]:
                         self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
                         self.state[matrix]["row_moments"] = row_moments(matrix)
-                averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                gradients = [local(matrix.grad) for matrix in matrices if matrix.grad is not None]
+                averages = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
                 moments = [self.state[matrix]["row_moments"] for matrix in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 torch._foreach_lerp_(gradients, averages, momentum)
-                update = orthogonal(
-                    torch.stack(gradients), self.dtype, group["ns_coefficients"], group["ns_steps"], group["eps"]
-                )
-                update = evened(update, moments)
+                update = self._direction(torch.stack(gradients), moments, group, matrices[0])
                 rows, columns = matrices[0].shape
                 update.mul_(-lr * math.sqrt(max(1, rows / columns)))
-                torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(matrices, update.unbind())
+                mine = [local(matrix) for matrix in matrices]
+                torch._foreach_mul_(mine, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(mine, update.unbind())
+
+    @property
+    def _sharers(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size(-1)
+
+    def _direction(self, stack: Tensor, moments: list[Tensor], group: dict[str, Any], like: Tensor) -> Tensor:
+        """Return the updates of a stack of averages before the rate; `moments` take them up.
+
+        With a mesh, `stack` is this process's part of matrices such as `like`: all of them, or some of their rows. It
+        changes places so that each process has some matrices whole, and back.
+        """
+        options = self.dtype, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        if self.mesh is None:
+            return evened(orthogonal(stack, *options), moments)
+        shape = torch.Size([len(stack), *like.shape])
+        whole = _spread(stack, self.mesh, Shard(1) if isinstance(like, DTensor) else Replicate(), shape)
+        own = _mine(whole)
+        all_moments = _spread(torch.stack(moments), self.mesh, Replicate())
+        own_moments = _mine(all_moments).clone()
+        if len(own):
+            own = evened(orthogonal(own, *options), list(own_moments.unbind()))
+        mixed = _spread(own_moments, self.mesh, Shard(0), all_moments.shape).redistribute(
+            placements=all_moments.placements
+        )
+        torch._foreach_copy_(moments, mixed.to_local().unbind())
+        return _spread(own, self.mesh, Shard(0), shape).redistribute(placements=whole.placements).to_local()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor; any other is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _spread(part: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size | None = None) -> DTensor:
+    """Return the tensor of `shape` of which each process of the mesh's last dimension has a part."""
+    placements = [*[Replicate()] * (mesh.ndim - 1), placement]
+    shape = part.shape if shape is None else shape
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _mine(stack: DTensor) -> Tensor:
+    """Return those matrices of a stack that this process takes, whole."""
+    return stack.redistribute(placements=[*stack.placements[:-1], Shard(0)]).to_local()
 
 
 def orthogonal(
@@ -101,7 +149,7 @@ def orthogonal(
 def row_moments(matrix: Tensor) -> Tensor:
     """Return zeros for the second moments of the rows of `matrix` [rows, 1], or of its columns where it is wide."""
     rows, columns = matrix.shape
-    return matrix.new_zeros((rows, 1) if rows >= columns else (1, columns))
+    return local(matrix).new_zeros((rows, 1) if rows >= columns else (1, columns))
 
 
 def evened(stack: Tensor, moments: list[Tensor]) -> Tensor:
@@ -120,11 +168,20 @@ class Optimizers:
     """The optimizers of one run behind one `step`; `kind` is 'muon' (with AdamW for the rest) or 'adamw' (only AdamW).
 
     A matrix shrinks by weight_decay x lr per step under either optimizer; embedding and vectors do not decay. On a GPU
-    steps are captured and replayed, unless `captured` is False; their results are the same.
+    steps are captured and replayed, unless `captured` is False; their results are the same. The processes of `mesh`
+    share Muon's work; parameters that are sharded over them are not captured.
     """
 
     def __init__(
-        self, model: nn.Module, *, kind: str, lr: float, muon_lr: float, weight_decay: float, captured: bool = True
+        self,
+        model: nn.Module,
+        *,
+        kind: str,
+        lr: float,
+        muon_lr: float,
+        weight_decay: float,
+        captured: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         muon, rest = split_parameters(model)
         if kind == "adamw":
@@ -134,13 +191,14 @@ class Optimizers:
         self._trunk = [parameter for _, parameter, entry in both if not entry.auxiliary]
         self._auxiliary = [parameter for _, parameter, entry in both if entry.auxiliary]
         self._device = both[0][1].device
-        on_gpu = self._device.type == "cuda"
+        sharded = any(isinstance(parameter, DTensor) for parameter in self._trunk)
+        on_gpu = self._device.type == "cuda" and not sharded
         adamw = torch.optim.AdamW(
             _groups(rest, weight_decay),
             lr=lr,
             betas=BETAS,
             eps=EPS,
-            fused=on_gpu or self._device.type == "cpu",
+            fused=on_gpu or self._device.type == "cpu" or sharded,
             capturable=on_gpu,
         )
         self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
@@ -148,7 +206,9 @@ class Optimizers:
             groups = _groups(muon, weight_decay * lr / muon_lr)
             batched = BatchedMuon(groups, lr=muon_lr, momentum=MOMENTUM, adjust_lr_fn="original")
             # A run in fp32 gets fp32 here too: bf16 would amplify the smallest differences between runs.
-            batched.dtype = torch.float32 if getattr(model, "dtype", None) == torch.float32 else torch.bfloat16
+            own = getattr(model, "dtype", None)
+            batched.dtype = own if own in (torch.float32, torch.float64) else torch.bfloat16
+            batched.mesh = mesh
             self._members["muon"] = batched
         self._peak = {"adamw": lr, "muon": muon_lr}
         if on_gpu:  # rates lie there, captured or not, so that both ways round them alike
@@ -190,7 +250,8 @@ class Optimizers:
         for member in self._members.values():
             member.step()
         if gradients := [each.grad for each in self._trunk + self._auxiliary if each.grad is not None]:
-            torch._foreach_zero_(gradients)
+            torch._foreach_zero_([local(each) for each in gradients])
+        norm, apart = (each.full_tensor() if isinstance(each, DTensor) else each for each in (norm, apart))
         # A norm that is not finite in either group makes the result not finite, and the run stops.
         return norm + 0 * apart
 
@@ -240,7 +301,15 @@ class Optimizers:
                 _check_states(saved["states"][name], member)
         for name, member in self._members.items():
             own = member.state_dict()["param_groups"]
-            member.load_state_dict({"state": saved["states"][name], "param_groups": own})
+            parameters = [parameter for group in member.param_groups for parameter in group["params"]]
+            states = {
+                number: {
+                    key: value if key == "row_moments" else like(value, parameters[number])
+                    for key, value in state.items()
+                }
+                for number, state in saved["states"][name].items()
+            }
+            member.load_state_dict({"state": states, "param_groups": own})
         self._state = object()
 
 
@@ -276,12 +345,15 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
     ]
 
 
-def _alike(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the matrices in groups of one shape, of at most STACKED numbers where that is more than one matrix."""
+def _alike(matrices: list[Tensor], sharers: int) -> Iterator[list[Tensor]]:
+    """Yield the matrices in groups of one shape, of at most STACKED numbers for each of the `sharers` of the work.
+
+    That is at least one matrix for each.
+    """
     shapes: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         shapes.setdefault(matrix.shape, []).append(matrix)
     for shape, group in shapes.items():
-        at_once = max(1, STACKED // shape.numel())
+        at_once = sharers * max(1, STACKED // shape.numel())
         for first in range(0, len(group), at_once):
             yield group[first : first + at_once]

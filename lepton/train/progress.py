@@ -12,7 +12,7 @@ class Progress:
     """Lines for people: on a terminal the progress is one line that moves, elsewhere each is a line of its own.
 
     A failing print never stops a run. `closed` says that the reader of a pipe has left. Other errors, such as a lost
-    terminal or a full disk, are ignored, since metrics.jsonl holds all figures.
+    terminal or a full disk, are ignored, since metrics.jsonl holds all figures. Without a stream nothing is printed.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -54,6 +54,8 @@ class Progress:
             self._shown = 0
 
     def _print(self, text: str) -> None:
+        if self._stream is None:
+            return
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         try:
             # What the console lacks (cp1252) prints as "?".

@@ -13,7 +13,7 @@ OPTIMIZERS = ("muon", "adamw")
 DTYPES = ("auto", "bf16", "fp32")
 NOT_INHERITED = (
     "checkpoint_dir", "resume", "init_from", "allow_other_data", "device", "compile", "threads", "overrides",
-    "model_size", "dense",
+    "model_size", "dense", "shard",
 )  # fmt: skip
 """Settings that a resumed run does not inherit: where it runs, what is allowed once, and what the checkpoint's own
 config says."""
@@ -96,6 +96,9 @@ class TrainSettings:
     """Arithmetic of the model: 'bf16', 'fp32', or 'auto': bf16 where the hardware has it. Parameters stay fp32."""
     checkpoint_activations: bool = False
     """Store only each block's inputs and recompute it in the backward pass: slower, in less memory."""
+    shard: bool = False
+    """Each of several processes keeps a share of weights, gradients and optimizer state: for models that one card
+    cannot hold."""
     compile: bool | None = None
     """Compile the parts that the model repeats; None compiles on a GPU. A CPU cannot."""
     threads: int | None = None

@@ -1,5 +1,6 @@
 """Where a run starts: afresh, from a checkpoint's weights, or at the step of a checkpoint that it resumes."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
@@ -11,9 +12,12 @@ import lepton
 from lepton import checkpoint
 from lepton.config import LeptonConfig, check_names
 from lepton.data.tokenizer import Tokenizer, load_tokenizer
+from lepton.distributed import Ranks
 from lepton.errors import InputError, naming
 from lepton.model.size_config import size_config
+from lepton.train.folder import sharded_steps
 from lepton.train.settings import TrainSettings
+from lepton.train.sharded_checkpoint import SHARDED_SUFFIX, consolidated
 
 DEFAULT_SIZE = "tiny"
 AUTO = "auto"
@@ -56,13 +60,16 @@ def run_folder(settings: TrainSettings, given: Collection[str]) -> Path:
     return Path(settings.resume).parent
 
 
-def find_starting_point(settings: TrainSettings, given: Collection[str]) -> StartingPoint:
+def find_starting_point(settings: TrainSettings, given: Collection[str], ranks: Ranks | None = None) -> StartingPoint:
     """Find the checkpoint to start from, if any, and decide the settings; `given` names those that the user chose.
+
+    Of several `ranks`, all start from what rank 0 finds.
 
     Raises:
         InputError: a checkpoint that is missing, torn or of another shape, or a tokenizer that does not fit.
     """
-    path = _resume_path(settings)
+    path = _resume_path(settings) if ranks is None or ranks.leads else None
+    path = path if ranks is None else ranks.told(path)
     if path is not None:
         start = _resume(settings, given, path)
         return dataclasses.replace(start, notes=_skipped(settings, path) + start.notes)
@@ -75,10 +82,30 @@ def find_starting_point(settings: TrainSettings, given: Collection[str]) -> Star
     return _checked(StartingPoint(settings, size_config(size, **shape), size, tokenizer, None, None, notes=notes))
 
 
+def going_on(settings: TrainSettings, given: Collection[str]) -> TrainSettings:
+    """Return the settings of a run whose processes the launcher has started again: it resumes its newest checkpoint."""
+    folder = run_folder(settings, given)
+    path = newest(folder)
+    return settings if path is None else settings.replace(resume=str(path), init_from=None)
+
+
 def _resume_path(settings: TrainSettings) -> Path | None:
+    """Return the file to resume; a sharded checkpoint is made one file of."""
     if settings.resume == AUTO:
-        return checkpoint.newest_whole(settings.checkpoint_dir)
-    return Path(settings.resume) if settings.resume else None
+        return newest(settings.checkpoint_dir)
+    path = Path(settings.resume) if settings.resume else None
+    return consolidated(path) if path is not None and path.suffix == SHARDED_SUFFIX else path
+
+
+def newest(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a folder as one file, sharded ones included; None: there is none."""
+    found = checkpoint.newest_whole(folder)
+    step = (None if found is None else checkpoint.step_of(found)) or 0
+    for sharded, path in reversed(sharded_steps(folder)):
+        if sharded > step:
+            with contextlib.suppress(InputError):  # an earlier one may do
+                return consolidated(path)
+    return found
 
 
 def _skipped(settings: TrainSettings, path: Path) -> list[str]:

@@ -28,7 +28,9 @@ class StopRequest:
     One that is ignored stays ignored: `nohup` and shells that start a job in the background rely on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, says: bool = True) -> None:
+        """`says`: whether this process prints that a signal has come; of several, one does."""
+        self._says = says
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -48,6 +50,8 @@ class StopRequest:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        if not self._says:
+            return
         text = (
             f"\n{signal.Signals(signum).name}: stopping after this step, then saving; a further Ctrl-C leaves at once\n"
         )

@@ -113,7 +113,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(data, finished,
 
 def test_a_run_among_several_processes_is_refused_before_it_makes_a_folder(data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match=r"WORLD_SIZE=2: a launcher such as torchrun started several processes"):
+    with pytest.raises(InputError, match=r"WORLD_SIZE=2: a launcher other than torchrun started several processes"):
         small_run(data, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -3,7 +3,7 @@ import torch
 
 from lepton.api import Lepton
 from lepton.model.size_config import size_config
-from lepton.train.memory_forecast import USABLE, fitting_flags, predicted_bytes
+from lepton.train.memory_forecast import USABLE, fitting_flags, predicted_bytes, predicted_memory
 from lepton.train.settings import TrainSettings
 
 # Peaks of torch.cuda.max_memory_allocated, in GB: one NVIDIA H200, bf16, Muon, compiled parts.
@@ -77,6 +77,41 @@ def test_the_advice_names_flags_and_values(batch_size, grad_accum, checkpointing
         batch_size=batch_size, grad_accum=grad_accum, seq_len=512, checkpoint_activations=checkpointing
     )
     assert fitting_flags(settings, fake, int(room_gb * 1e9)) == expected
+
+
+def shared(settings, shards):
+    assert settings.shard
+    return fake(settings) - int(1e9 * (1 - 1 / shards))
+
+
+@pytest.mark.parametrize(
+    ("room_gb", "rows", "advice"),
+    [
+        (0.7, 16, "--grad_accum 16"),
+        (0.4, 16, "--grad_accum 16"),
+        (0.4, 6, "a smaller --model_size"),
+        (0.1, 16, "a smaller --model_size"),
+    ],
+)
+def test_the_advice_is_to_share_where_one_card_is_too_small(room_gb, rows, advice):
+    gpus = 2 if room_gb > 0.6 else 4
+    if rows == 16 and room_gb > 0.2:
+        flags = f"train.py --shard --checkpoint_activations --batch_size 1 {advice}"
+        advice = f"{gpus} such GPUs: torchrun --nproc_per_node {gpus} {flags}"
+    settings = TrainSettings(batch_size=1, grad_accum=rows, seq_len=512)
+    assert fitting_flags(settings, fake, int(room_gb * 1e9), shared) == advice
+
+
+def test_shares_take_less_of_each_gpu():
+    model = shape_of("xl")
+    model.compute_dtype = torch.bfloat16
+    settings = TrainSettings(batch_size=4, grad_accum=1, seq_len=1024)
+    whole = predicted_memory(model, settings, 2)
+    assert whole == predicted_memory(model, settings), "copies share nothing"
+    halves, eighths = (predicted_memory(model, settings.replace(shard=True), shards) for shards in (2, 8))
+    assert eighths < halves < whole
+    state = 3 * 4 * model.num_params()
+    assert halves - eighths == pytest.approx(state * (1 / 2 - 1 / 8), rel=0.1)
 
 
 def test_the_advice_fits_a_card():

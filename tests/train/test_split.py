@@ -8,7 +8,7 @@ from lepton.train.micro_step import MicroStep
 from lepton.train.phases import Phases
 from lepton.train.progress import Progress
 from lepton.train.settings import TrainSettings
-from lepton.train.split import USABLE, largest_split, rows_at_once, smaller_splits, validated_alike
+from lepton.train.split import USABLE, check_shared, largest_split, rows_at_once, smaller_splits, validated_alike
 from lepton.train.starting_point import find_starting_point
 from tests.train.small import losses_of, metrics_of, small_run, small_settings
 
@@ -125,3 +125,27 @@ def test_auto_goes_on_with_the_split_of_its_run(data, tmp_path, monkeypatch):
             Progress(None),
             Phases(),
         ).run()
+
+
+def split_of(batch_size, grad_accum):
+    return TrainSettings(batch_size=batch_size, grad_accum=grad_accum)
+
+
+def test_several_processes_get_splits_that_they_can_share():
+    assert [each.split for each in smaller_splits(split_of(8, 1), 2)] == [(4, 2), (2, 4), (1, 8)]
+    assert largest_split(split_of(4, 2), lambda each: each.split[0], 100, 2).split == (4, 2)
+    check_shared(split_of(4, 6), 3)
+
+
+@pytest.mark.parametrize(
+    ("split", "processes", "advice"),
+    [
+        ((4, 3), 2, "use --batch_size 3 --grad_accum 4 (the same step), or --grad_accum 2 or 4, or start 1 process"),
+        ((1, 1), 2, "use --grad_accum 2, or start 1 process"),
+        ((1, 8), 6, "use --grad_accum 6 or 12, or start 4 processes"),
+    ],
+)
+def test_a_split_that_they_cannot_share_is_refused_with_what_is_near(split, processes, advice):
+    with pytest.raises(InputError) as caught:
+        check_shared(split_of(*split), processes)
+    assert str(caught.value).endswith(f"evenly: {advice}")
