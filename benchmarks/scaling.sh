@@ -2,10 +2,14 @@
 # Everything that is measured on a host with two GPUs, in at most 9 minutes: `benchmarks.scaling` for four sizes, equal
 # losses of one and two processes in fp32, and a killed rank that starts again. Each part has its own time limit; one
 # that fails does not stop the others. Run it in the root of a checkout.
-#   DATA=folder of prepared data (without it, random tokens, and part 1 is left out)
+#   DATA=folder of shard_*.npy (without it, random tokens, and the default data in parts 1 and 6)
 #   OUT=folder for results (default: ./scaling-out)
 #   bash benchmarks/scaling.sh            all parts
 #   bash benchmarks/scaling.sh 1 2 5      only these
+set -u
+OUT=${OUT:-scaling-out}
+DATA=${DATA:-}
+PYTHON=${PYTHON:-python3}
 export OMP_NUM_THREADS=8
 # NVLink multicast stays off.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
