@@ -133,18 +133,30 @@ def test_only_the_kernels_need_what_is_optional(path):
     assert path.parent == OPTIONAL_FOLDER or f"import {OPTIONAL}" not in path.read_text(encoding="utf-8")
 
 
-def test_every_third_party_import_is_a_declared_dependency():
-    """A library that happens to be installed beside another one is no dependency."""
+def third_party(nodes):
+    """Return the libraries that the imports among syntax nodes name."""
     used = set()
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                used.add(node.module.split(".")[0])
-            elif isinstance(node, ast.Import):
-                used |= {alias.name.split(".")[0] for alias in node.names}
-    used -= set(sys.stdlib_module_names) | {"lepton", OPTIONAL}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            used.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+    return used - set(sys.stdlib_module_names) - {"lepton", OPTIONAL}
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    """A library that happens to be installed beside another one is no dependency.
+
+    What an extra brings is imported where it is used.
+    """
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
     with (ROOT / "pyproject.toml").open("rb") as file:
-        ranges = {name.split(">=")[0] for name in tomllib.load(file)["project"]["dependencies"]}
+        project = tomllib.load(file)["project"]
+    ranges = {name.split(">=")[0] for name in project["dependencies"]}
+    extras = {name.split(">=")[0] for key, names in project["optional-dependencies"].items() for name in names}
+    used = set().union(*(third_party(ast.walk(tree)) for tree in trees))
+    assert not extras & set().union(*(third_party(tree.body) for tree in trees))
+    used -= extras
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = {line.split("==")[0] for line in lines if "==" in line}
     assert used == ranges == pins

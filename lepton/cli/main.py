@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "eval": "measure a checkpoint on held-out text",
     "calibrate": "fit what a checkpoint's uncertainty and depth mean",
+    "plot": "draw the metrics of runs side by side",
     "export": "write the weights alone, as safetensors",
     "prepare": "turn text, code or JSON lines into training shards",
     "tokenizer": "train a tokenizer",
