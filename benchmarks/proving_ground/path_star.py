@@ -107,10 +107,11 @@ class PathStar(Task):
 
 
 def shape(task: PathStar) -> LeptonConfig:
-    """Return the complete model: 8 layers, a window of the whole row, thoughts and peek at the question."""
+    """Return the complete model: 8 layers, a window of the whole row, tokens that think, and a peek they learn from."""
     width = task.place + task.length + SEGMENT
     config = LeptonConfig(**{**SHAPE, "layers": 8}, window=width, segment=SEGMENT, vocab_size=task.vocab_size)
-    return config.replace(thoughts={"count": 4, "ffn": 512}, peek={"width": 64, "horizon": task.length})
+    thoughts = {"count": 4, "ffn": 512, "rounds": task.length, "most_rounds": task.length, "over_tokens": True}
+    return config.replace(thoughts=thoughts, peek={"width": 64, "horizon": task.length, "into_trunk": True})
 
 
 CONTENDERS = {
@@ -120,6 +121,7 @@ CONTENDERS = {
     "dense": Contender(changes=dense()),
     "no_peek": Contender(changes={"peek": None}),
     "hint_alone": Contender(losses={"peek": 0.0}),
+    "peek_apart": Contender(changes={"peek.into_trunk": False}),
     "complete": Contender(),
 }
 """The control comes first: backwards the path should be found at this size. Forwards, a deeper model that is asked for

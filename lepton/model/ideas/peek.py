@@ -3,7 +3,7 @@
 The hint is the output of a small MLP, which reads the stem state, the memory's read and the current thoughts. A
 projection that starts at zero adds it to the residual stream. Its loss compares it with a summary of the tokens ahead,
 the next one excluded: a right-to-left sum of their embeddings. The gradient of this loss stops at the MLP's inputs, so
-it does not change the trunk.
+it does not change the trunk, unless `into_trunk` says so: then the trunk learns to know what is ahead.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,8 @@ class PeekConfig(IdeaConfig):
     """Width of the hint."""
     horizon: int = 8
     """The summary covers the tokens 2..horizon ahead."""
+    into_trunk: bool = False
+    """Whether the gradient of its loss reaches what the hint reads."""
 
     name = "peek"
     most = {"width": 1 << 15, "horizon": 1024}
@@ -74,7 +76,7 @@ class Peek(Idea):
         self.down = Linear(2 * own.width, own.width)
         self.back = Linear(own.width, config.width)
         self.summary = Linear(own.width, config.embed_rank or config.width)
-        self.horizon = own.horizon
+        self.horizon, self.into_trunk = own.horizon, own.into_trunk
 
     def contribute(self, flow: Flow, past: Any) -> Contribution:
         """Compute the hint and add it to the stream."""
@@ -89,10 +91,11 @@ class Peek(Idea):
     def loss(self, inputs_BTI: Tensor, embedded_BTE: Tensor, position_BT: Tensor) -> Tensor:
         """Return the mean of 1 - cosine(projected hint, summary), over the tokens that have a summary.
 
-        `embedded_BTE` are the embeddings of the tokens. Neither argument gets a gradient.
+        `embedded_BTE` are the embeddings of the tokens, which get no gradient; nor do the inputs without `into_trunk`.
         """
         target_BTE, has_BT = summary(embedded_BTE.detach().float(), position_BT, self.horizon)
-        predicted_BTE = self.summary(self.hint(inputs_BTI.detach())).float()
+        hint_BTF = self.hint(inputs_BTI if self.into_trunk else inputs_BTI.detach())
+        predicted_BTE = self.summary(hint_BTF).float()
         distance_BT = 1 - F.cosine_similarity(predicted_BTE, target_BTE, dim=-1)
         return (distance_BT * has_BT).sum() / has_BT.sum().clamp(min=1)
 
@@ -108,7 +111,8 @@ class Peek(Idea):
         return work.length * (matrices(self) - matrices(self.summary))
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        return 2 * (2 * matrices(self.up) + 3 * matrices(self.down, self.summary)) / ROW_STRIDE
+        passes = 3 if self.into_trunk else 2
+        return 2 * (passes * matrices(self.up) + 3 * matrices(self.down, self.summary)) / ROW_STRIDE
 
     def kept_bytes(self, work: Work) -> float:
         """Its inputs, and the stream before and after the hint is added."""

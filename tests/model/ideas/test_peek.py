@@ -45,3 +45,18 @@ def test_the_hint_enters_the_stream_by_one_matrix():
     assert (model(tokens).logits - expected).abs().max() > 1e-3
     model.peek.back.weight.zero_()
     torch.testing.assert_close(model(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("into_trunk", [False, True])
+def test_the_trunk_learns_from_the_hint_only_if_it_is_to(into_trunk):
+    model, tokens = build("complete", **{"peek.into_trunk": into_trunk}), text(1)
+    for idea in model.ideas.values():
+        idea.loss_weights = {name: 1.0 if name == "peek" else 0.0 for name in idea.loss_weights}
+    with_hint, without = [], []
+    for found, weight in ((with_hint, 1.0), (without, 0.0)):
+        model.peek.loss_weights = {"peek": weight}
+        model.zero_grad()
+        model.loss(tokens).loss.backward()
+        found += [block.mlp.up.weight.grad.clone() for block in model.stem]
+    for ours, theirs in zip(with_hint, without, strict=True):
+        assert torch.equal(ours, theirs) is not into_trunk
