@@ -23,6 +23,12 @@ def check() -> None:
         )
 
 
+def need(name: str, what: str) -> None:
+    """Raise MissingLibrary if a library that only `what` needs is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise MissingLibrary(f"{what} needs {name}; get it with: {sys.executable} -m pip install {name}")
+
+
 def _lacking(name: str) -> str | None:
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed"

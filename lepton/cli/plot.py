@@ -1,14 +1,12 @@
 """`python -m lepton plot`: the metrics of one or several runs as a chart."""
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lepton.errors import InputError, reason
-from lepton.requirements import MissingLibrary
+from lepton.requirements import need
 
 METRICS = "metrics.jsonl"
 PANELS = {
@@ -43,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--out {args.out}: give a name that ends in {', '.join(FORMATS)}")
     if args.smooth < 1:
         raise InputError(f"--smooth {args.smooth}: must be at least 1")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingLibrary(f"charts need matplotlib; get it with: {sys.executable} -m pip install matplotlib")
+    need("matplotlib", "a chart")
     import matplotlib
 
     figure = chart(read_runs(args.runs), args.smooth)

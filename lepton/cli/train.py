@@ -117,6 +117,8 @@ def _add_files_and_reports(group: argparse._ArgumentGroup) -> None:
     add("--eval_every", type=int, metavar="N", help="steps between validations (default: 500)")
     add("--eval_batches", type=int, metavar="N", help="batches of a validation (default: 16)")
     add("--log_every", type=int, metavar="N", help="steps between progress lines (default: 10)")
+    add("--tensorboard", action="store_true", help="also write the metrics for TensorBoard, into the checkpoint folder")
+    add("--no_tensorboard", dest="tensorboard", action="store_false", help="do not (the default)")
     add("--sample_every", type=int, metavar="N", help="steps between text samples (default: 1000)")
     add("--sample_prompt", metavar="TEXT", help="text that samples continue (default: a beginning of the data)")
     add("--sample_tokens", type=int, metavar="N", help="tokens of a sample (default: 64)")

@@ -13,6 +13,7 @@ from lepton.distributed import Ranks
 from lepton.errors import InputError, naming, reason
 from lepton.model import Network
 from lepton.model.weights import on_meta_device
+from lepton.requirements import need
 from lepton.runtime.device import gpu_memory, keep_freed_memory, pick_device, pick_dtype, synchronize
 from lepton.train.folder import RunFolder
 from lepton.train.memory_forecast import predicted_memory
@@ -24,6 +25,7 @@ from lepton.train.settings import TrainSettings
 from lepton.train.sharding import shard
 from lepton.train.split import check_shared, largest_split, validated_alike
 from lepton.train.starting_point import StartingPoint
+from lepton.train.tensorboard import TensorBoardLog
 
 GRAD_ACCUM, GRAD_ACCUM_CPU = 16, 1
 COUNTED_WINDOWS, COUNTED_AT_ONCE = 1024, 16
@@ -53,6 +55,8 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
     Raises:
         InputError: a device, data or weights that cannot be used.
     """
+    if start.settings.tensorboard:
+        need("tensorboard", "--tensorboard")
     phases, ranks = phases or Phases(), ranks or Ranks()
     if start.settings.shard and not ranks.several:
         raise InputError(
@@ -100,7 +104,9 @@ def assemble(start: StartingPoint, phases: Phases | None = None, ranks: Ranks | 
     return Parts(settings, start.size, device, start.tokenizer, data, model, optimizers, run_folder)
 
 
-def make_room(start: StartingPoint, folder: RunFolder, say: Callable[[str], None]) -> MetricsLog:
+def make_room(
+    start: StartingPoint, folder: RunFolder, say: Callable[[str], None], *, tensorboard: bool = False
+) -> MetricsLog:
     """Move aside what the run would overwrite of an earlier one; return the metrics.jsonl, cut at the first step."""
     goes_on = start.path is not None and start.path.parent.resolve() == folder.path.resolve()
     aside = folder.set_aside(after=start.step if goes_on else -1)
@@ -110,7 +116,7 @@ def make_room(start: StartingPoint, folder: RunFolder, say: Callable[[str], None
     bad = MetricsLog.rewind(folder.metrics, start.step)
     if bad:
         say(f"{folder.metrics}: {bad} line{'s' * (bad > 1)} without a step, moved to {folder.metrics.name}{BAD}")
-    return MetricsLog(folder.metrics)
+    return TensorBoardLog(folder.metrics, start.step) if tensorboard else MetricsLog(folder.metrics)
 
 
 def settle_for_device(settings: TrainSettings, device: torch.device) -> TrainSettings:

@@ -84,6 +84,8 @@ class TrainSettings:
     """Batches of a validation."""
     log_every: int = 10
     """Steps between progress lines."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the folder `tensorboard` in `checkpoint_dir`."""
     sample_every: int = 1000
     """Steps between text samples."""
     sample_prompt: str | None = None

@@ -180,7 +180,7 @@ class Trainer:
 
     def _recorder(self) -> MetricsRecorder:
         settings, parts = self.settings, self.parts
-        log = make_room(self.start, parts.folder, self.progress.say)
+        log = make_room(self.start, parts.folder, self.progress.say, tensorboard=settings.tensorboard)
         if not parts.folder.has_best:
             self.best = math.inf  # best.pt of the resumed run is elsewhere: the next validation writes one
         return MetricsRecorder(

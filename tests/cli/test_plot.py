@@ -82,4 +82,4 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch, c
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
     assert main(["plot", str(folder)]) == 2
-    assert "charts need matplotlib; get it with" in capsys.readouterr().err
+    assert "a chart needs matplotlib; get it with" in capsys.readouterr().err
