@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.filler import noise, prose
+from benchmarks.proving_ground.filler import prose
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
@@ -132,7 +132,6 @@ class Needle(Task):
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
         """The value of the latest sentence, whatever its key: found by the words that the row repeats."""
         tokens_BX, found = questions.tokens, torch.zeros_like(questions.level)
-        before, between, _ = FORM
         for row in range(len(tokens_BX)):
             is_word = (tokens_BX[row] >= self.word) & (tokens_BX[row] < self.word + WORDS)
             latest = int(is_word.nonzero()[-1]) - 2
