@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -191,7 +191,8 @@ class Run:
         self.tell(canary={"nats": mean, "chance": chance, "error": error, "no_leak": mean >= chance - 4 * error})
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the options of a run; `words` are those of the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
     add("--data_dir", required=True)
@@ -219,7 +220,7 @@ def read_arguments() -> argparse.Namespace:
     add("--deadline", type=float, default=math.inf, help="seconds after which nothing more is begun")
     add("--no_compile", action="store_true", help="record the kernels without compiling them")
     add("--smoke", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.smoke:
         arguments.size, arguments.batch_size, arguments.seq_len, arguments.tokens = "nano", 2, 64, 640
         arguments.eval_batches = 1

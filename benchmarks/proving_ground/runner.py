@@ -42,6 +42,9 @@ SMALL: dict[str, Any] = {"width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32,
 RATES = (0.3, 1.0, 3.0)
 """Learning rates that are compared, as multiples of those of `train.py`."""
 
+CHUNK = 2048
+"""Tokens that a test reads at a time; longer rows are streams."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -100,7 +103,7 @@ def answers_of(model: Lepton, *, free_running: bool, think: int | None = None) -
     @torch.no_grad()
     def answer(questions: Questions) -> tuple[Tensor, Tensor]:
         tokens_BX, scored_BT = questions.tokens.to(model.device), (questions.level > 0).to(model.device)
-        logits_MV = model.head(model.trunk(tokens_BX[:, :-1], think=think).hidden[scored_BT])
+        logits_MV = model.head(hidden_at(model, tokens_BX[:, :-1], scored_BT, think))
         truth_M = tokens_BX[:, 1:][scored_BT]
         nats_M = torch.nn.functional.cross_entropy(logits_MV.float(), truth_M, reduction="none")
         nats_BT = torch.zeros(scored_BT.shape, device=model.device).masked_scatter(scored_BT, nats_M)
@@ -111,6 +114,24 @@ def answers_of(model: Lepton, *, free_running: bool, think: int | None = None) -
         return guess_BT.cpu(), nats_BT.cpu()
 
     return answer
+
+
+@torch.no_grad()
+def hidden_at(model: Lepton, tokens_BT: Tensor, chosen_BT: Tensor, think: int | None = None) -> Tensor:
+    """Return the hidden vectors of the chosen places [M, width], row by row.
+
+    Rows longer than `CHUNK` are read as a stream: a chunk after the other, with the state that the last one left.
+    """
+    if tokens_BT.shape[1] <= CHUNK:
+        return model.trunk(tokens_BT, think=think).hidden[chosen_BT]
+    state, found, rows = None, [], []
+    for start in range(0, tokens_BT.shape[1], CHUNK):
+        output = model.trunk(tokens_BT[:, start : start + CHUNK], state, think=think)
+        here_BT = chosen_BT[:, start : start + CHUNK]
+        found.append(output.hidden[here_BT])
+        rows.append(here_BT.nonzero()[:, 0])
+        state = output.commit(output.lengths)
+    return torch.cat(found)[torch.cat(rows).argsort(stable=True)]
 
 
 def rolled_out(model: Lepton, tokens_BX: Tensor, scored_BT: Tensor, think: int | None) -> Tensor:
@@ -148,7 +169,7 @@ class Proof:
 
     def head(self) -> None:
         """Print the names of the columns, and what needs no model."""
-        names = (f"{first}" if first == last else f"{first}-{last}" for first, last in self.task.columns)
+        names = (self.task.column(*each) for each in self.task.columns)
         print(f"{'% right at level':24} {'M par':>6} {'rate':>5} {' '.join(f'{name:>7}' for name in names)}")
         tests = self.tests(self.task)
         found = rules(self.task, tests)
@@ -207,7 +228,7 @@ def read(
         if isinstance(each.default, bool):
             parser.add_argument(f"--{each.name}", action="store_true")
         else:
-            parser.add_argument(f"--{each.name}", type=int, default=each.default)
+            parser.add_argument(f"--{each.name}", type=type(each.default), default=each.default)
     parser.add_argument("--models", nargs="+", default=[*contenders], metavar="NAME", help=", ".join(contenders))
     parser.add_argument("--steps", type=int, default=defaults["steps"])
     parser.add_argument("--rows", type=int, default=defaults["rows"], help="rows of a batch")

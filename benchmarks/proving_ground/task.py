@@ -68,6 +68,10 @@ class Task(ABC):
             test: whether they are for the final figures.
         """
 
+    def column(self, first: int, last: int) -> str:
+        """Return the heading, of at most 7 letters, of the levels `first` .. `last`."""
+        return f"{first}" if first == last else f"{first}-{last}"
+
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
         """Return the answers [B, T] of simple rules that do not solve the task, by name."""
         return {}

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.proving_ground import chains, hops, path_star, recall
+from benchmarks.proving_ground import babi, chains, hops, needle, path_star, recall
 from benchmarks.proving_ground.task import Questions, Task
 
 FILES = {"hops": (hops, hops.Hops()), "chains": (chains, chains.Chains()), "recall": (recall, recall.Recall()),
-         "path_star": (path_star, path_star.PathStar())}  # fmt: skip
+         "path_star": (path_star, path_star.PathStar()),
+         "needle": (needle, needle.Needle(length=256, tested=512)),
+         "babi": (babi, babi.Babi(filler=128, tested=256))}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
