@@ -180,9 +180,9 @@ def _tokenizer(path: str) -> Tokenizer:
 def shape(task: Babi) -> LeptonConfig:
     """Return the complete model: a window of 512, all that reads beyond it, and thoughts."""
     config = LeptonConfig(**SHAPE, window=512, segment=128, vocab_size=task.vocab_size)
-    return config.replace(
-        memory={"heads": 4, "key_dim": 64, "value_dim": 128}, crystals={"slots": 64}, thoughts={"count": 4, "ffn": 512}
-    )
+    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
+    thoughts = {"count": 4, "ffn": 512, "rounds": 4, "most_rounds": 8, "over_tokens": True}
+    return config.replace(memory=memory, crystals={"slots": 64}, thoughts=thoughts)
 
 
 CONTENDERS = {

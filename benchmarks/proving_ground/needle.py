@@ -2,8 +2,8 @@
 
 All sentences of a row have one of `TEMPLATES` forms of words, fresh for each row: no mark says that a needle comes, and
 the distractors give other keys other values in the same words. Key and value are two tokens each. Training has 2 k
-tokens, the test up to 64 k, read as a stream. Each token of an answer counts, the second read
-after the true first one. A level is 1 and the number of times that the length has doubled since training.
+tokens, the test up to 64 k, read as a stream. Each token of an answer counts, the second read after the true first one.
+A level is 1 and the number of times that the length has doubled since training.
 
     python -m benchmarks.proving_ground.needle --asked 4 --filler_dir D --models complete
 """
@@ -143,7 +143,8 @@ class Needle(Task):
 def shape(task: Needle) -> LeptonConfig:
     """Return the complete model: a window of 512, the working memory and crystals."""
     config = LeptonConfig(**SHAPE, window=512, segment=64, vocab_size=task.vocab_size)
-    return config.replace(memory={"heads": 4, "key_dim": 64, "value_dim": 128}, crystals={"slots": 64})
+    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
+    return config.replace(memory=memory, crystals={"slots": 64})
 
 
 CONTENDERS = {
@@ -152,6 +153,7 @@ CONTENDERS = {
     "window_only": Contender(changes={"ideas": ()}),
     "crystals": Contender(changes={"memory": None}),
     "memory": Contender(changes={"crystals": None}),
+    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
     "complete": Contender(),
 }
 """The controls come first: full attention should find every needle at the length of training."""

@@ -101,7 +101,7 @@ class Pool:
             return value.expand(places, *value.shape[1:]).clone()
 
         state = renewed(like, empty, ring)
-        if slots is not None:
+        if slots is not None and len(model.blocks):
             self._slot_count = slots[0].shape[1]
             assert isinstance(state.deep, KVRing)
             ring_of_layer = state.deep.keys[0]

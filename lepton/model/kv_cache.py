@@ -44,7 +44,8 @@ class KVCache:
         """Return the cache after the first `count_B` tokens of a chunk with keys and values `chunk` in each layer."""
         position_B = timeline.position_after(count_B)
         entries = int(position_B.max()) if remembered is None else remembered
-        keys, values = (torch.stack(each, 1) for each in zip(*chunk, strict=True))
+        nothing = self.keys_BLRKH[:, :, :0]  # a model may have no deep blocks
+        keys, values = (torch.stack(each, 1) for each in zip(*chunk, strict=True)) if chunk else (nothing, nothing)
         return KVCache(
             _advance(self.keys_BLRKH, keys, count_B, position_B, entries),
             _advance(self.values_BLRKH, values, count_B, position_B, entries),

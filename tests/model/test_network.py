@@ -231,3 +231,14 @@ def test_too_few_groups_and_rows_that_there_are_not_are_refused():
     state = model(text(1, rows=1)).state
     with pytest.raises(InputError, match="rows of a state of 1"):
         state.rows(torch.tensor([1]))
+
+
+@torch.no_grad()
+def test_a_model_may_have_no_deep_blocks():
+    model, tokens = build("complete", layers=2), text(1)
+    whole = model(tokens)
+    first = model(tokens[:, :60])
+    rest = model(tokens[:, 60:], first.state)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 60:], rtol=0, atol=1e-9)
+    prompt = tokens[0, :20].tolist()
+    assert model.generate(prompt, 10, seed=0) == model.generate(prompt, 10, seed=0, use_speculative=False)
