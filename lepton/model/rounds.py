@@ -13,7 +13,7 @@ from torch import Tensor
 from lepton.model.attention import Rotary
 from lepton.model.block import Block
 from lepton.model.kv_cache import KeysValues, KVCache
-from lepton.model.kv_ring import KVRing, LayerCache
+from lepton.model.kv_ring import KVRing, LayerCache, RingLayer
 from lepton.model.layers import norm
 from lepton.ops.attention_plan import AttentionPlan
 
@@ -64,6 +64,7 @@ def in_rounds(
 
     Returns:
         The residual stream after the rounds [B, T, D], and the keys and values [B, T, K, H] of each of `most` rounds.
+        Rings hold them already.
     """
     chunk: list[KeysValues] = []
     for round_ in range(usual):
@@ -73,6 +74,8 @@ def in_rounds(
     for round_ in range(usual, most):
         if round_ in (usual, 1):  # later ones are the same
             held = block.attention.key_value(norm(tokens.before(round_)), tokens.rotary)
+        if isinstance(ring := past.layer(round_), RingLayer):
+            ring.written(*held)
         chunk.append(held)
     if late_A is None:
         return tokens.x_BTD, chunk

@@ -323,3 +323,22 @@ def test_a_diverged_model_is_named():
         model.blocks[0].mlp.down.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="not finite"):
         model.generate(PROMPT, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("think", [None, 0, 1, 4])
+def test_tokens_that_think_are_generated_as_by_plain_passes(think):
+    """With and without drafts, alone and in a batch, whatever the number of rounds."""
+    model = build("over tokens", dtype=torch.float32)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 9, 8, 7]]
+    greedy = {"temperature": 0.0, "think": think}
+    found = model.generate(prompts, 24, use_speculative=True, **greedy)
+    assert found == model.generate(prompts, 24, use_speculative=False, **greedy)
+    assert found[0] == model.generate([prompts[0]], 24, **greedy)[0]
+    tokens = torch.tensor([prompts[2]])
+    opens = torch.arange(tokens.shape[1])[None] == tokens.shape[1] - 1
+    out, text = model(tokens, opens=opens, think=think), [*prompts[2]]
+    while len(text) < len(found[2]):
+        text.append(int(out.logits[0, -1].argmax()))
+        out = model(torch.tensor([text[-1:]]), out.state, think=think)
+    assert text == found[2]

@@ -220,10 +220,14 @@ class Thoughts(Idea):
     def contribute(self, flow: Flow, past: ThoughtState) -> Contribution:
         """Compute a group for each segment that opens; each token attends to the group of its own segment."""
         rounds = self.rounds if flow.call.think is None else flow.call.think
-        stream_BTD, chunk = None, [self.block.attention.key_value(flow.u_BTD, flow.rotary)]
+        stream_BTD: Tensor | None = None
+        seen: list[KeysValues] = []
         if self.thinks_always:
             stream_BTD, chunk = self.over_tokens(flow, past.kv, rounds)
-        seen = [joined(past.kv.layer(round_), *each) for round_, each in enumerate(chunk)]
+        else:
+            chunk = [self.block.attention.key_value(flow.u_BTD, flow.rotary)]
+        if not self.thinks_always or flow.timeline.opening_BG.shape[1]:
+            seen = [joined(past.kv.layer(round_), *each) for round_, each in enumerate(chunk)]
         if self.block.attention.shifted:
             seen = [(shifted(k_BJKH, flow.causal.starts_BJ), v_BJKH) for k_BJKH, v_BJKH in seen]
         groups = self(flow.u_BTD, seen, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
