@@ -233,13 +233,8 @@ class Thoughts(Idea):
         groups = self(flow.u_BTD, seen, past.group, flow.rotary, flow.timeline, flow.causal, rounds)
         thought_BTD, change_BT = groups.read()
         update = ThoughtUpdate(groups, chunk, past.kv, self.config.remembered)
-        return Contribution(
-            stream_BTD=stream_BTD,
-            slots=groups.slots(),
-            feature_BTF=thought_BTD,
-            signal_BT=change_BT,
-            update=update,
-        )
+        given = {"slots": groups.slots(), "feature_BTF": thought_BTD, "signal_BT": change_BT}
+        return Contribution(**given, stream_BTD=stream_BTD, update=update)
 
     def over_tokens(
         self, flow: Flow, past: KVCache | KVRing, rounds: int | Tensor | Rounds
