@@ -11,8 +11,10 @@ profiler; waiting for another GPU is part of it. Prints each row as soon as it i
 """
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.run import get_args_parser
 
 from benchmarks.train_speed import STEPS_GPU, table
 from lepton.api import Lepton
@@ -155,7 +158,8 @@ class Run:
 
 
 def be_a_process(case: str, micros: list[int], steps: int, data_dir: str | None) -> None:
-    """Run one case in one process; rank 0 prints its rows."""
+    """Run one case in one process; rank 0 prints its rows. One that is ended says where it was."""
+    faulthandler.register(signal.SIGTERM, chain=True)
     with joined(os.environ, None) as ranks:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
@@ -171,6 +175,8 @@ def be_a_process(case: str, micros: list[int], steps: int, data_dir: str | None)
 def launched(case: str, processes: int, chosen: argparse.Namespace, left: float) -> list[Row]:
     """Run a case in so many processes; return its rows, and a row with the error if there is one."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if "--virtual-local-rank" in get_args_parser().format_help():
+        words.append("--virtual-local-rank")  # each process sees its GPU as number 0, so all share what is compiled
     words += ["-m", "benchmarks.scaling", "--case", case, "--steps", str(chosen.steps)]
     words += ["--micro", *map(str, chosen.micro if case.startswith(("tiny", "nano")) else chosen.micro[:1])]
     words += ["--data_dir", chosen.data_dir] if chosen.data_dir else []
@@ -186,7 +192,7 @@ def launched(case: str, processes: int, chosen: argparse.Namespace, left: float)
             said, problem = torchrun.communicate()
             late = f"\nended after {left:.0f} s"
         problem = problem + late if torchrun.returncode else ""
-        sys.stderr.write(problem[-3000:])
+        sys.stderr.write(problem[-8000:])
         rows = [json.loads(line.removeprefix(RESULT)) for line in said.splitlines() if line.startswith(RESULT)]
         lines = [line for line in problem.splitlines() if "Error" in line or line.startswith("ended")]
         error = (lines or problem.splitlines()[-1:] or [""])[-1]
