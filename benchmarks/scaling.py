@@ -62,7 +62,8 @@ class Run:
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
         torch.manual_seed(0)
-        self.model = model = Lepton(size_config(size)).train()
+        with self.device:  # billions of random numbers take a CPU minutes
+            self.model = model = Lepton(size_config(size)).train()
         if (drafter := model.idea("drafter")) is not None:
             drafter.ids.copy_(torch.arange(len(drafter.ids)))
         model.compute_dtype = pick_dtype("auto", self.device)
@@ -178,7 +179,7 @@ def launched(case: str, processes: int, chosen: argparse.Namespace, left: float)
     if "--virtual-local-rank" in get_args_parser().format_help():
         words.append("--virtual-local-rank")  # each process sees its GPU as number 0, so all share what is compiled
     words += ["-m", "benchmarks.scaling", "--case", case, "--steps", str(chosen.steps)]
-    words += ["--micro", *map(str, chosen.micro if case.startswith(("tiny", "nano")) else chosen.micro[:1])]
+    words += ["--micro", *map(str, chosen.micro)]
     words += ["--data_dir", chosen.data_dir] if chosen.data_dir else []
     rows: list[Row] = []
     error = f"no time: {left:.0f} s are left"
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4], help="micro-batches a GPU and step, of TINY")
+    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4], help="micro-batches a GPU and step")
     parser.add_argument("--steps", type=int, default=8, help="times that four steps are timed")
     parser.add_argument("--data_dir", help="folder of shards (default: random tokens)")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no case begins or goes on")

@@ -47,7 +47,7 @@ wanted 3 && timeout 210 "$PYTHON" -m benchmarks.scaling --cases medium/16x1024 -
   --json "$OUT/medium.json" 2> "$OUT/medium.err"
 
 # 4: XL, sharded. Bars: trains, 10 % of the forecast, 40 % MFU. At most 160 s.
-wanted 4 && timeout 160 "$PYTHON" -m benchmarks.scaling --cases xl/16x1024/shard --processes 2 --micro 1 --steps 3 \
+wanted 4 && timeout 160 "$PYTHON" -m benchmarks.scaling --cases xl/16x1024/shard --processes 2 --micro 1 8 --steps 3 \
   --deadline 150 --json "$OUT/xl.json" 2> "$OUT/xl.err"
 
 # 5: XXL, sharded and recomputed. Bar: trains. At most 140 s.
