@@ -25,8 +25,17 @@ def check() -> None:
 
 def need(name: str, what: str) -> None:
     """Raise MissingLibrary if a library that only `what` needs is missing."""
-    if importlib.util.find_spec(name) is None:
+    if not all(importlib.util.find_spec(part) for part in _with_parents(name)):
         raise MissingLibrary(f"{what} needs {name}; get it with: {sys.executable} -m pip install {name}")
+
+
+def _with_parents(name: str) -> list[str]:
+    """Return the packages that a module lies in and the module: `find_spec` raises where one of the former is missing.
+
+    They come in this order, so that the first that is missing is the last that is looked for.
+    """
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _lacking(name: str) -> str | None:
