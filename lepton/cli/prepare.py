@@ -1,4 +1,4 @@
-"""`prepare`: text, Markdown, code folders, JSON lines, JSON arrays and tables -> training shards."""
+"""`prepare`: text, Markdown, HTML, code folders, JSON lines, JSON arrays, tables and Parquet -> training shards."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 from lepton.cli.arguments import add_json, print_json
 from lepton.data.prepare import MAX_ROW_LEN, ROW_LEN, prepare
+from lepton.data.snippets import snippets
 from lepton.data.sources import MARKER
 from lepton.data.split import FLOOR
 from lepton.data.tokenizer import load_tokenizer
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a text file (one document), a .jsonl file (one document a line), a .json array or a .csv or .tsv table "
-        "(one an entry), each also as .gz, .xz or .bz2, or a folder of such files; in folders, hidden and binary files "
-        "and linked folders are skipped, and .json files without text fields are source code",
+        help="a text file or an .html page (one document), a .jsonl file (one document a line), a .json array, a .csv "
+        "or .tsv table (one an entry), each also as .gz, .xz, .bz2 or .zst, a .parquet file (one document a row), or a "
+        "folder of such files; in folders, hidden and binary files and linked folders are skipped, and .json files "
+        "without text fields are source code",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards; a new or empty one")
     parser.add_argument("--force", action="store_true", help="replace the data set in DIR, once the new one is whole")
@@ -41,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         metavar="SHARE",
         help=f"share of the documents kept for validation (default: 0.01); of small corpora more, up to {FLOOR} tokens",
+    )
+    parser.add_argument(
+        "--keep_duplicates", action="store_true", help="keep documents that are equal to an earlier one"
     )
     parser.add_argument(
         "--row_len",
@@ -72,15 +77,17 @@ def separator_of(args: argparse.Namespace) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print what came of it."""
     notes: list[str] = []
+    tokenizer = load_tokenizer(args.tokenizer)
     metadata = prepare(
         args.sources,
         args.out,
-        load_tokenizer(args.tokenizer),
+        tokenizer,
         val_fraction=args.val_fraction,
         text_field=args.text_field,
         separator=separator_of(args),
         force=args.force,
         row_len=args.row_len,
+        keep_duplicates=args.keep_duplicates,
         show_progress=True,
         note=notes.append,
     )
@@ -90,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     documents, tokens, text_bytes = metadata["documents"], metadata["total_tokens"], metadata["text_bytes"]
     print(f"{args.out}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes of text per token")
-    print("\n".join([_validation(metadata), *notes, _next_step(args, metadata)]))
+    shown = [f"  {text!r}" for text in snippets(Path(args.out), tokenizer, metadata)]
+    print("\n".join([_validation(metadata), *notes, "random snippets of what trains:", *shown]))
+    print(_next_step(args, metadata))
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from tqdm import tqdm
 
+from lepton.data.duplicates import Distinct
 from lepton.data.publish import METADATA, Place, place_for
 from lepton.data.publish import publish as _publish
 from lepton.data.sources import MARKER, Corpus, Piece
@@ -42,6 +43,8 @@ class Preparation:
     """Text between the documents of a file; None: a line that is the marker alone; '': one document a file."""
     row_len: int = ROW_LEN
     """Tokens of a row."""
+    keep_duplicates: bool = False
+    """Whether documents that are equal to an earlier one are kept."""
     shard_rows: int | None = None
     """Rows of a full shard; None: as many as make `SHARD_TOKENS` tokens."""
 
@@ -67,6 +70,7 @@ class PreparationFields(TypedDict, total=False):
     text_field: str
     separator: str | None
     row_len: int
+    keep_duplicates: bool
     shard_rows: int | None
 
 
@@ -84,6 +88,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the documents of `sources` (see `Corpus`) as shards into the folder `out`; return its metadata.
 
+    - Documents that are equal to an earlier one are left out (see `Distinct`).
     - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id,
       and the metadata say how far, so that nobody trains on it.
     - `out` is decided on before anything is read, and holds the whole data set or nothing new (see
@@ -99,10 +104,14 @@ def prepare(
     try:
         with place_for(out, force=force, wait=wait) as place:
             corpus = _corpus(sources, out, place, settled)
+            distinct = None if settled.keep_duplicates else Distinct()
             quiet = None if show_progress else True  # None: shown on a terminal alone
             with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-                encoded = _encode(corpus.pieces(bar.update), tokenizer, place.partial, settled)
-            metadata = {"name": name or out.name, **encoded, **_about(corpus)}
+                pieces = corpus.pieces(bar.update)
+                pieces = distinct.pieces(pieces) if distinct else pieces
+                encoded = _encode(pieces, tokenizer, place.partial, settled)
+            dropped = distinct.dropped if distinct else 0
+            metadata = {"name": name or out.name, **encoded, "duplicates": dropped, **_about(corpus)}
             if not metadata["documents"]:
                 skipped = corpus.skipped_summary()
                 why = f" (skipped: {skipped})" if skipped else ""
@@ -110,7 +119,7 @@ def prepare(
             text = json.dumps(metadata, indent=2, ensure_ascii=False)
             (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
             _publish(place)
-            for line in _notes(corpus):
+            for line in _notes(corpus, dropped):
                 note(line)
     except OSError as error:
         # numpy says of a full disk only how much of an array was written
@@ -163,7 +172,9 @@ def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, how: Pr
     }
 
 
-def _notes(corpus: Corpus) -> Iterator[str]:
+def _notes(corpus: Corpus, dropped: int) -> Iterator[str]:
+    if dropped:
+        yield f"left out: {dropped:,} documents equal to an earlier one; --keep_duplicates keeps them"
     if skipped := corpus.skipped_summary():
         yield f"skipped: {skipped}"
     if corpus.separators:

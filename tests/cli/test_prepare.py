@@ -1,6 +1,7 @@
 """`python -m lepton prepare` and `python -m lepton tokenizer`."""
 
 import argparse
+import ast
 import json
 import shlex
 import shutil
@@ -53,6 +54,33 @@ def test_prepare_says_what_it_made(call: Call, notes: Path, capsys: pytest.Captu
     assert "skipped: 1 binary (photo.jpg)" in out
     assert "train on it: python -m lepton train --data_dir data" in out
     assert np.load("data/shard_00000.npy").shape[1] == 2048
+
+
+def test_ten_random_snippets_are_shown_the_same_each_time(
+    call: Call, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for folder in ("data", "again"):
+        call(prepare, "notes", "--out", folder)
+        lines = capsys.readouterr().out.splitlines()
+        start = lines.index("random snippets of what trains:") + 1
+        found.append([ast.literal_eval(line.strip()) for line in lines[start : start + 10]])
+        assert lines[start + 10].startswith("train on it: ")
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 10
+    whole = "".join((notes / f"{i:02d}.md").read_text() for i in range(40))
+    assert all(text in whole for text in found[0])
+    assert any("It rained on day" in text for text in found[0])
+
+
+def test_duplicates_are_said_and_can_be_kept(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("notes", "notes/again")
+    call(prepare, "notes", "--out", "data")
+    out = capsys.readouterr().out
+    assert "data: 40 documents, " in out
+    assert "left out: 40 documents equal to an earlier one" in out
+    call(prepare, "notes", "--out", "data", "--force", "--keep_duplicates")
+    assert "data: 80 documents, " in capsys.readouterr().out
 
 
 def suggested(out: str) -> list[str]:
