@@ -1,12 +1,13 @@
 """Preparing training data: documents -> tokens -> shards of packed rows, in the form that `ShardedDataset` reads."""
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,7 @@ MAX_SHARD_TOKENS = 1 << 27
 """Most tokens of a shard, which is made in memory."""
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once."""
+Kind = TypeVar("Kind", bound=Corpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,43 +103,55 @@ def prepare(
     """
     settled = Preparation(**how)
     sources, out = list(sources), Path(out).absolute()
-    try:
-        with place_for(out, force=force, wait=wait) as place:
-            corpus = _corpus(sources, out, place, settled)
-            distinct = None if settled.keep_duplicates else Distinct()
-            quiet = None if show_progress else True  # None: shown on a terminal alone
-            with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-                pieces = corpus.pieces(bar.update)
-                pieces = distinct.pieces(pieces) if distinct else pieces
-                encoded = _encode(pieces, tokenizer, place.partial, settled)
-            dropped = distinct.dropped if distinct else 0
-            metadata = {"name": name or out.name, **encoded, "duplicates": dropped, **_about(corpus)}
-            if not metadata["documents"]:
-                skipped = corpus.skipped_summary()
-                why = f" (skipped: {skipped})" if skipped else ""
-                raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
-            text = json.dumps(metadata, indent=2, ensure_ascii=False)
-            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
-            _publish(place)
-            for line in _notes(corpus, dropped):
-                note(line)
-    except OSError as error:
-        # numpy says of a full disk only how much of an array was written
-        raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
+    with making(out, force=force, wait=wait) as place:
+        corpus = corpus_of(Corpus, sources, out, place, settled)
+        distinct = None if settled.keep_duplicates else Distinct()
+        quiet = None if show_progress else True  # None: shown on a terminal alone
+        with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
+            pieces = corpus.pieces(bar.update)
+            pieces = distinct.pieces(pieces) if distinct else pieces
+            encoded = _encode(pieces, tokenizer, place.partial, settled)
+        dropped = distinct.dropped if distinct else 0
+        metadata = {"name": name or out.name, **encoded, "duplicates": dropped, **about(corpus)}
+        if not metadata["documents"]:
+            skipped = corpus.skipped_summary()
+            why = f" (skipped: {skipped})" if skipped else ""
+            raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
+        finish(place, metadata)
+        for line in notes(corpus, dropped):
+            note(line)
     return metadata
 
 
-def _corpus(sources: list[str | Path], out: Path, place: Place, how: Preparation) -> Corpus:
-    """Return the documents to prepare; none may lie where they are written to."""
+@contextlib.contextmanager
+def making(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
+    """Yield the place to make the data set of `out` in (see `place_for`). Raises InputError if it cannot be written."""
+    try:
+        with place_for(out, force=force, wait=wait) as place:
+            yield place
+    except OSError as error:
+        # numpy says of a full disk only how much of an array was written
+        raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
+
+
+def finish(place: Place, metadata: dict[str, Any]) -> None:
+    """Write the metadata of a data set that is whole, and let it take its place."""
+    text = json.dumps(metadata, indent=2, ensure_ascii=False)
+    (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
+    _publish(place)
+
+
+def corpus_of(kind: type[Kind], sources: list[str | Path], out: Path, place: Place, how: Preparation) -> Kind:
+    """Return the documents to prepare, a `Corpus` or what derives from it; none may lie where they are written to."""
     for source in sources:
         path = Path(os.path.realpath(source))
         if place.folder in (path, *path.parents):
             raise InputError(f"{source} lies in the output folder {out}: name another with --out")
     own = (place.folder, place.partial.parent)
-    return Corpus(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
+    return kind(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
 
 
-def _about(corpus: Corpus) -> dict[str, Any]:
+def about(corpus: Corpus) -> dict[str, Any]:
     """Return what the metadata say of the sources, once they are read."""
     return {
         "separators": corpus.separators,
@@ -172,7 +186,8 @@ def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, how: Pr
     }
 
 
-def _notes(corpus: Corpus, dropped: int) -> Iterator[str]:
+def notes(corpus: Corpus, dropped: int) -> Iterator[str]:
+    """Yield a line on each thing that a user may not expect; `dropped` are the duplicates that were left out."""
     if dropped:
         yield f"left out: {dropped:,} documents equal to an earlier one; --keep_duplicates keeps them"
     if skipped := corpus.skipped_summary():

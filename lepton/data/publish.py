@@ -26,6 +26,9 @@ try:
 except ImportError:  # Windows: no locks on folders, so every process writes a folder of its own
     fcntl = None  # type: ignore[assignment]
 
+ANSWERS = "answers"
+"""Of conversations, what the names of the files of flags begin with, where those of tokens begin with ``shard``."""
+ARRAYS = ("shard_*.npy", f"{ANSWERS}_*.npy")
 UNFINISHED = "unfinished"
 """Marker file: the files of this data set are being replaced."""
 METADATA = "metadata.json"
@@ -84,7 +87,8 @@ def _check_out(out: Path, force: bool, inside: bool) -> None:
         raise InputError(f"{out} is a file: name a folder with --out")
     found = [path for path in out.glob("*") if not (inside and path.name in (WORKSHOP, SYSTEMS_OWN))]
     for path in sorted([*found, *out.glob("val/*")]):
-        ours = path.match("shard_*.npy") or path.relative_to(out) in map(Path, (METADATA, "val", UNFINISHED))
+        array = any(map(path.match, ARRAYS))
+        ours = array or path.relative_to(out) in map(Path, (METADATA, "val", UNFINISHED))
         if not ours:
             raise InputError(f"{out} holds other files ({path.relative_to(out)}): name a new folder with --out")
     replaceable = (out / UNFINISHED).exists() or (force and any(out.glob("shard_*.npy")))
@@ -115,7 +119,8 @@ def _move_in(place: Place) -> None:
     _check_out(place.folder, place.force, inside=True)
     unfinished = place.folder / UNFINISHED
     unfinished.touch()
-    for path in [place.folder / METADATA, *place.folder.glob("shard_*.npy"), *place.folder.glob("val/shard_*.npy")]:
+    arrays = [path for where in ("", "val/") for kind in ARRAYS for path in place.folder.glob(where + kind)]
+    for path in [place.folder / METADATA, *arrays]:
         path.unlink(missing_ok=True)
     files = sorted(path.relative_to(place.partial) for path in place.partial.rglob("*") if path.is_file())
     for name in sorted(files, key=lambda name: name == Path(METADATA)):

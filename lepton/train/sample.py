@@ -23,6 +23,6 @@ def sample_text(
 
 def beginning(data: ShardedDataset) -> list[int]:
     """Return the first tokens of `data`, at most PROMPT_TOKENS."""
-    tokens, lengths = next(data.batches(1))
+    tokens, lengths, _ = next(data.batches(1))
     ids: list[int] = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
     return ids
