@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.data.prepare import MAX_ROW_LEN, ROW_LEN, prepare
+from lepton.data.chat_shards import FIELD, prepare_chat
+from lepton.data.chat_shards import ROW_LEN as CHAT_ROW_LEN
+from lepton.data.prepare import MAX_ROW_LEN, ROW_LEN, PreparationFields, prepare
 from lepton.data.snippets import snippets
 from lepton.data.sources import MARKER
 from lepton.data.split import FLOOR
 from lepton.data.tokenizer import load_tokenizer
+from lepton.errors import InputError
 
 SEQ_LEN = 512
 """What training reads at once unless `--seq_len` is given."""
@@ -34,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the shards; a new or empty one")
     parser.add_argument("--force", action="store_true", help="replace the data set in DIR, once the new one is whole")
     parser.add_argument(
-        "--text_field", default="text", metavar="NAME", help="field of JSON entries, column of tables (default: text)"
+        "--chat",
+        action="store_true",
+        help="the sources are conversations, for fine-tuning: JSON lines (also a .json array, or .parquet) of "
+        '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...], or of objects with such a '
+        "list in the field `messages`",
+    )
+    parser.add_argument(
+        "--text_field",
+        metavar="NAME",
+        help=f"field of JSON entries, column of tables (default: text; with --chat {FIELD})",
     )
     add_separator(parser)
     parser.add_argument(
@@ -50,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--row_len",
         type=int,
-        default=ROW_LEN,
         metavar="N",
-        help=f"tokens of a row, the most that --seq_len can be; 2..{MAX_ROW_LEN} (default: {ROW_LEN})",
+        help=f"tokens of a row, the most that --seq_len can be; 2..{MAX_ROW_LEN} (default: {ROW_LEN}; with --chat "
+        f"{CHAT_ROW_LEN}, and longer conversations are cut)",
     )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer file (default: pile_tokenizer.json, or LEPTON's)"
@@ -78,29 +90,34 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, and print what came of it."""
     notes: list[str] = []
     tokenizer = load_tokenizer(args.tokenizer)
-    metadata = prepare(
-        args.sources,
-        args.out,
-        tokenizer,
-        val_fraction=args.val_fraction,
-        text_field=args.text_field,
-        separator=separator_of(args),
-        force=args.force,
-        row_len=args.row_len,
-        keep_duplicates=args.keep_duplicates,
-        show_progress=True,
-        note=notes.append,
-    )
+    how = PreparationFields(val_fraction=args.val_fraction, keep_duplicates=args.keep_duplicates)
+    if args.text_field is not None:
+        how["text_field"] = args.text_field
+    if args.row_len is not None:
+        how["row_len"] = args.row_len
+    if args.separator is not None:
+        if args.chat:
+            raise InputError("--separator: conversations are not split; leave it out, or leave out --chat")
+        how["separator"] = separator_of(args)
+    make = prepare_chat if args.chat else prepare
+    metadata = make(args.sources, args.out, tokenizer, force=args.force, show_progress=True, note=notes.append, **how)
     if args.json:
         print("\n".join(notes), end="\n" if notes else "", file=sys.stderr)
         print_json({"out": str(Path(args.out)), **metadata})
         return 0
-    documents, tokens, text_bytes = metadata["documents"], metadata["total_tokens"], metadata["text_bytes"]
-    print(f"{args.out}: {documents:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes of text per token")
+    print(f"{args.out}: {_contents(metadata)}")
     shown = [f"  {text!r}" for text in snippets(Path(args.out), tokenizer, metadata)]
     print("\n".join([_validation(metadata), *notes, "random snippets of what trains:", *shown]))
     print(_next_step(args, metadata))
     return 0
+
+
+def _contents(metadata: dict[str, Any]) -> str:
+    """Return how much there is of what."""
+    documents, tokens = metadata["documents"], metadata["total_tokens"]
+    if "chat" in metadata:
+        return f"{documents:,} conversations, {tokens:,} tokens, {metadata['answer_tokens']:,} of them in answers"
+    return f"{documents:,} documents, {tokens:,} tokens, {metadata['text_bytes'] / tokens:.2f} bytes of text per token"
 
 
 def _validation(metadata: dict[str, Any]) -> str:
@@ -108,21 +125,27 @@ def _validation(metadata: dict[str, Any]) -> str:
     documents, ends, tokens = metadata["val_documents"], metadata["val_ends"], metadata["val_tokens"]
     if not tokens:
         return f"for validation: the last rows, {metadata['held_out_tokens']:,} tokens"
-    whose = [f"{documents:,} documents"] * bool(documents) + [f"the ends of {ends:,} that train"] * bool(ends)
+    unit = "conversations" if "chat" in metadata else "documents"
+    whose = [f"{documents:,} {unit}"] * bool(documents) + [f"the ends of {ends:,} that train"] * bool(ends)
     little = "; this is little, and what is measured on it is noisy: prepare more text" if tokens < FLOOR else ""
     return f"for validation: {' and '.join(whose)}, {tokens:,} tokens{little}"
 
 
 def _next_step(args: argparse.Namespace, metadata: dict[str, Any]) -> str:
     """Return the command that trains on the data, or why there is none yet."""
-    row_len = metadata["row_len"]
+    row_len, chat = metadata["row_len"], "chat" in metadata
     if max(metadata["val_tokens"], metadata["held_out_tokens"]) < 2:
         return "too little to train on: nothing is left for validation; prepare more text"
     words = ["python", "-m", "lepton", "train", "--data_dir", args.out]
-    words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
-    words += ["--seq_len", str(row_len)] if row_len < SEQ_LEN else []
-    words += [] if _has_gpu() else ["--model_size", "nano"]
-    return f"train on it: {subprocess.list2cmdline(words) if os.name == 'nt' else shlex.join(words)}"
+    if chat:
+        words += ["--init_from", "checkpoints/final.pt", "--checkpoint_dir", "chat"]
+        words += ["--seq_len", str(row_len - 1)] if row_len - 1 != SEQ_LEN else []  # a conversation is then never cut
+    else:
+        words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+        words += ["--seq_len", str(row_len)] if row_len < SEQ_LEN else []
+        words += [] if _has_gpu() else ["--model_size", "nano"]
+    command = subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return f"{'fine-tune a model' if chat else 'train'} on it: {command}"
 
 
 def _has_gpu() -> bool:

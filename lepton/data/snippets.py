@@ -35,4 +35,4 @@ def snippets(
         start = ids[0] == tokenizer.eos_id
         end = ids.index(tokenizer.eos_id, 1) if tokenizer.eos_id in ids[1:] else len(ids)
         found.append(tokenizer.decode(ids[start:end]).strip("\N{REPLACEMENT CHARACTER}"))
-    return found
+    return [text for text in found if text]  # what fills the rows of conversations has none

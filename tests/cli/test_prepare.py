@@ -83,6 +83,36 @@ def test_duplicates_are_said_and_can_be_kept(call: Call, notes: Path, capsys: py
     assert "data: 80 documents, " in capsys.readouterr().out
 
 
+def test_conversations_are_prepared_and_the_suggested_command_fits(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven of nine."}]
+    lines = [json.dumps({"talk": [*talk, {"role": "user", "content": str(i)}, talk[1]]}) for i in range(50)]
+    Path("chats.jsonl").write_text("\n".join([*lines, lines[0]]))
+    with pytest.raises(
+        InputError, match=r"no field 'messages' \(found: talk\); name that of the messages: --text_field"
+    ):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat")
+    with pytest.raises(InputError, match="--separator: conversations are not split"):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat", "--separator", "x")
+    for words, seq_len in (([], 512), (["--row_len", "100", "--force"], 99)):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat", "--text_field", "talk", *words)
+        out = capsys.readouterr().out
+        assert "data: 50 conversations, " in out
+        assert f" tokens, {50 * 10} of them in answers" in out
+        assert "left out: 1 documents equal to an earlier one" in out
+        assert "How many?" in out
+        (line,) = [line for line in out.splitlines() if line.startswith("fine-tune a model on it: ")]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        train.add_arguments(parser)
+        given = vars(parser.parse_args(shlex.split(line.partition(": ")[2])[4:]))
+        settings = train.settings_of({name: value for name, value in given.items() if name != "json"})
+        assert (settings.data_dir, settings.init_from) == ("data", "checkpoints/final.pt")
+        assert settings.checkpoint_dir != "checkpoints"
+        assert settings.seq_len == seq_len
+        ShardedDataset("data", seq_len=seq_len, seed=0, split="train", vocab_size=50257)
+
+
 def suggested(out: str) -> list[str]:
     """The command that the output suggests, as a shell would read it."""
     (line,) = [line for line in out.splitlines() if line.startswith("train on it: ")]
