@@ -74,6 +74,8 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LeptonHFConfig) -> None:
         super().__init__(config)
         self.network = Network(config.shape)
+        precise = [name for name, value in self.network.named_buffers() if value.is_floating_point()]
+        self._keep_in_fp32_modules_strict = precise  # what was calibrated, also in a file of bf16
         self.post_init()
 
     def forward(
