@@ -169,13 +169,14 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         is_first_iteration: bool = False,
         opens: Tensor | None = None,
-        **others: Any,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for the next pass of `generate`.
 
         As in LEPTON's own `generate`, the last token of a prompt opens new thoughts, which have seen all of it; a
         prompt of one token opens none.
         """
+        # The name `kwargs` tells transformers that `generate` takes whatever `forward` does.
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         columns = input_ids.shape[1]
@@ -186,7 +187,7 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
         elif opens is not None:  # what was opened in the prompt, where there is no cache and it is read again
             added = columns - opens.shape[1]
             opens = torch.nn.functional.pad(opens, (0, added)) if added >= 0 else None
-        given = {name: value for name, value in others.items() if name != "labels"}
+        given = {name: value for name, value in kwargs.items() if name != "labels"}
         return {"input_ids": input_ids, "attention_mask": attention_mask, "opens": opens, **given}
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], **options: Any) -> Any:
