@@ -1,8 +1,9 @@
 """LEPTON in transformers: after `import lepton.hf`, its Auto classes load exported folders. Needs the extra `hf`."""
 
+from lepton.hf.remote_code import OLDEST
 from lepton.requirements import need
 
-need("transformers", "lepton.hf")
+need("transformers", "lepton.hf", OLDEST)
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 

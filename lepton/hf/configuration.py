@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
+from lepton.hf.remote_code import AUTO_MAP
 from lepton.model import Network  # noqa: F401  (registers the ideas, which `LeptonConfig.from_dict` needs)
 
 
@@ -38,7 +39,11 @@ class LeptonHFConfig(PreTrainedConfig):
             self.lepton = self.shape.to_dict()  # what is wrong is said here, with the name of the field
             self.bos_token_id = self.shape.eos_id if self.bos_token_id is None else self.bos_token_id
             self.eos_token_id = self.shape.eos_id if self.eos_token_id is None else self.eos_token_id
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: a model writes the code of its configuration, too."""
 
     @property
     def shape(self) -> LeptonConfig:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from lepton.hf.cache import LeptonCache
 from lepton.hf.configuration import LeptonHFConfig
 from lepton.hf.loss import training_loss
 from lepton.hf.padding import Packed
+from lepton.hf.remote_code import write_code
 from lepton.model import Network, Output, State
 from lepton.model.parameters import initialise
 from lepton.ops.cross_entropy import IGNORE
@@ -225,6 +227,16 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
             initialise(self.network)
             for value in weights.values():
                 setattr(value, READY, True)
+
+    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Write configuration, weights, and the code that reads them; as in transformers."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if Path(save_directory).is_dir():
+            write_code(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: `save_pretrained` writes the code by itself."""
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the embedding, which is also the head's matrix."""
