@@ -4,10 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.hf.configuration import LeptonHFConfig
-from lepton.hf.conversion import from_lepton, to_lepton
+from lepton.hf.conversion import from_lepton, save_checkpoint, to_lepton
 from lepton.hf.modeling import LeptonForCausalLM
+from lepton.hf.tokenizer import as_fast_tokenizer
+from tests.cli.tiny import run, save_tiny
 from tests.hf.small import CLOSE, pair, text
 
 
@@ -51,3 +54,15 @@ def test_a_model_from_a_configuration_alone_has_first_weights():
     assert model.network.router.quantiles.isfinite().all()
     assert model.loss_function is not None
     assert from_lepton(model.network).config.shape == config.shape
+
+
+@pytest.mark.parametrize("name", ["back.pt", "back.safetensors"])
+def test_a_model_goes_back_to_the_commands_of_lepton(tmp_path, name):
+    model, tokenizer = save_tiny(tmp_path / "final.pt")
+    save_checkpoint(from_lepton(model), tmp_path / name, as_fast_tokenizer(tokenizer))
+    flags = ["--dtype", "fp32", "--prompt", "fox", "--seed", 1, "--max_new_tokens", 6]
+    texts = [run("generate", "--checkpoint", tmp_path / path, *flags)[1] for path in ("final.pt", name)]
+    assert texts[0] == texts[1] != ""
+    assert Lepton.from_checkpoint(tmp_path / name).tokenizer.hash == tokenizer.hash
+    save_checkpoint(from_lepton(model), tmp_path / name)
+    assert Lepton.from_checkpoint(tmp_path / name).tokenizer is None
