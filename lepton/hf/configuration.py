@@ -18,7 +18,7 @@ class LeptonHFConfig(PreTrainedConfig):
     """
 
     model_type = "lepton"
-    keys_to_ignore_at_inference = ["cache"]
+    keys_to_ignore_at_inference = ["cache", "uncertainty", "opens"]
 
     lepton: dict[str, Any] | None = None
     """Fields of `LeptonConfig`, as its `to_dict` gives them. None is no model: transformers makes such a configuration

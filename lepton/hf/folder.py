@@ -51,7 +51,8 @@ def write_folder(
         raise InputError(f"{out} is a file: name a folder to write")
     if out.is_dir() and any(out.iterdir()) and not force:
         raise InputError(f"{out} has files: give another folder, or --force to replace those of an export")
-    unfinished = out.with_name(f".{out.name}.{secrets.token_hex(4)}{UNFINISHED}")
+    whole = out.resolve()
+    unfinished = whole.parent / f".{whole.name}.{secrets.token_hex(4)}{UNFINISHED}"
     try:
         unfinished.mkdir(parents=True)
         _fill(unfinished, model, tokenizer)
@@ -61,9 +62,9 @@ def write_folder(
             shutil.copymode(unfinished / CARD_NAME, path)
         if out.is_dir():
             for path in sorted(unfinished.iterdir()):
-                os.replace(path, out / path.name)
+                os.replace(path, whole / path.name)
         else:
-            os.replace(unfinished, out)
+            os.replace(unfinished, whole)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; name a folder that can be written") from error
     finally:

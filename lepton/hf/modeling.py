@@ -15,6 +15,7 @@ from lepton.hf.cache import LeptonCache
 from lepton.hf.configuration import LeptonHFConfig
 from lepton.hf.loss import training_loss
 from lepton.hf.padding import Packed
+from lepton.hf.precision import in_own_precision
 from lepton.hf.remote_code import write_code
 from lepton.model import Network, Output, State
 from lepton.model.parameters import initialise
@@ -80,6 +81,7 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
         self._keep_in_fp32_modules_strict = precise  # what was calibrated, also in a file of bf16
         self.post_init()
 
+    @in_own_precision
     def forward(
         self,
         input_ids: Tensor,

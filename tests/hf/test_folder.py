@@ -61,7 +61,7 @@ def test_half_precision_keeps_the_buffers(saved, tmp_path):
         assert read(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_files_that_are_there_are_kept_without_force(saved, folder, tmp_path):
+def test_files_that_are_there_are_kept_without_force(saved, tmp_path, monkeypatch):
     command = ("export", "--to", "hf", "--checkpoint", saved[0], "--out")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "notes.md").write_text("mine")
@@ -70,7 +70,8 @@ def test_files_that_are_there_are_kept_without_force(saved, folder, tmp_path):
         assert (code, len(err.splitlines())) == (2, 1)
         assert message in err
     assert {path.name for path in tmp_path.iterdir()} == {"file", "notes.md"}
-    assert run(*command, tmp_path, "--force")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(*command, ".", "--force")[0] == 0
     assert (tmp_path / "notes.md").read_text() == "mine"
     assert {*FILES} <= {path.name for path in tmp_path.iterdir()}
     assert not [path for path in tmp_path.parent.iterdir() if path.name.startswith(".")]
