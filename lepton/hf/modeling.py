@@ -230,10 +230,18 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
             for value in weights.values():
                 setattr(value, READY, True)
 
-    def save_pretrained(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """Write configuration, weights, and the code that reads them; as in transformers."""
-        super().save_pretrained(save_directory, *arguments, **options)
-        if Path(save_directory).is_dir():
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """Write configuration, weights, and the code that reads them; as in transformers.
+
+        Raises:
+            InputError: `push_to_hub=True`, which would leave the code behind.
+        """
+        if options.get("push_to_hub"):
+            raise InputError(
+                "push_to_hub=True: save first, then call model.push_to_hub(name): it takes the code"
+            )
+        super().save_pretrained(save_directory, is_main_process, **options)
+        if is_main_process and Path(save_directory).is_dir():
             write_code(save_directory)
 
     @classmethod

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from lepton.errors import InputError
 from lepton.hf.remote_code import OLDEST, PACKAGE, closure, flat, relative, write_code
 from tests.cli.tiny import run, save_tiny
 
@@ -92,11 +93,16 @@ def test_a_training_run_saves_the_code_too(saved, tmp_path):
     """`save_pretrained` after `import lepton.hf`, as `Trainer` calls it."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(saved[0], trust_remote_code=True).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(saved[0], trust_remote_code=True)
+    model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.glob("*.py")}
     assert names == {path.name for path in saved[0].glob("*.py")}
     fields = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert fields["auto_map"]["AutoModelForCausalLM"] == "modeling_lepton.LeptonForCausalLM"
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not [*(tmp_path / "other").glob("*.py")]
+    with pytest.raises(InputError, match="save first, then call model"):
+        model.save_pretrained(tmp_path / "none", push_to_hub=True)
 
 
 def test_transformers_finds_every_file_and_asks_for_no_other_library(tmp_path):
