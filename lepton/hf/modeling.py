@@ -237,9 +237,7 @@ class LeptonForCausalLM(PreTrainedModel, GenerationMixin):
             InputError: `push_to_hub=True`, which would leave the code behind.
         """
         if options.get("push_to_hub"):
-            raise InputError(
-                "push_to_hub=True: save first, then call model.push_to_hub(name): it takes the code"
-            )
+            raise InputError("push_to_hub=True: save first, then call model.push_to_hub(name): it takes the code")
         super().save_pretrained(save_directory, is_main_process, **options)
         if is_main_process and Path(save_directory).is_dir():
             write_code(save_directory)
