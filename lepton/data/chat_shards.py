@@ -62,7 +62,7 @@ def prepare_chat(
         dropped = distinct.dropped if distinct else 0
         metadata = {"name": out.name, "chat": TEMPLATE, **written, "duplicates": dropped, **about(corpus)}
         finish(place, metadata)
-        for line in notes(corpus, dropped):
+        for line in notes(corpus, dropped, "conversations"):
             note(line)
         if cut:
             note(f"cut into rows: {cut:,} conversations longer than {settled.row_len:,} tokens; see --row_len")

@@ -186,10 +186,10 @@ def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, how: Pr
     }
 
 
-def notes(corpus: Corpus, dropped: int) -> Iterator[str]:
+def notes(corpus: Corpus, dropped: int, units: str = "documents") -> Iterator[str]:
     """Yield a line on each thing that a user may not expect; `dropped` are the duplicates that were left out."""
     if dropped:
-        yield f"left out: {dropped:,} documents equal to an earlier one; --keep_duplicates keeps them"
+        yield f"left out: {dropped:,} {units} equal to an earlier one; --keep_duplicates keeps them"
     if skipped := corpus.skipped_summary():
         yield f"skipped: {skipped}"
     if corpus.separators:

@@ -100,7 +100,7 @@ def test_conversations_are_prepared_and_the_suggested_command_fits(
         out = capsys.readouterr().out
         assert "data: 50 conversations, " in out
         assert f" tokens, {50 * 10} of them in answers" in out
-        assert "left out: 1 documents equal to an earlier one" in out
+        assert "left out: 1 conversations equal to an earlier one" in out
         assert "How many?" in out
         (line,) = [line for line in out.splitlines() if line.startswith("fine-tune a model on it: ")]
         parser = argparse.ArgumentParser(exit_on_error=False)

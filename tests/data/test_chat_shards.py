@@ -193,25 +193,3 @@ def test_what_is_no_conversation_is_named_with_its_place(tmp_path: Path, letters
         with pytest.raises(InputError, match=problem):
             prepare_chat([source], tmp_path / "out", letters)
         assert not (tmp_path / "out").exists()
-    text = tmp_path / "a.txt"
-    text.write_text("hello")
-    with pytest.raises(InputError, match=r"a\.txt: conversations are read from \.jsonl, \.parquet and \.json arrays"):
-        prepare_chat([text], tmp_path / "out", letters)
-
-
-def test_folders_arrays_and_parquet_give_the_same(tmp_path: Path, letters: Tokenizer) -> None:
-    made = talks(20)
-    lists = [[message._asdict() for message in messages] for messages in made]
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (folder / "readme.md").write_text("no conversation")
-    (folder / "a.json").write_text(json.dumps([{"messages": each} for each in lists]))
-    found = [prepare_chat([folder], tmp_path / "a", letters, row_len=256)]
-    assert found[0]["skipped"] == {".md without usable 'messages'": 1}
-    arrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    parquet.write_table(arrow.table({"n": range(20), "messages": lists}), tmp_path / "b.parquet")
-    found.append(prepare_chat([tmp_path / "b.parquet"], tmp_path / "b", letters, row_len=256))
-    for name in ("shard_00000.npy", "answers_00000.npy"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -2,19 +2,15 @@
 
 import bz2
 import gzip
-import importlib.util
 import json
 import lzma
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lepton.data import formats
-from lepton.data.packing import UNREADABLE
 from lepton.data.sources import Corpus
 from lepton.errors import InputError
-from lepton.requirements import MissingLibrary
 from tests.data.test_sources import documents, lines, put
 
 PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
@@ -36,37 +32,6 @@ def test_packed_text_tables_and_json_are_read(tmp_path: Path, packing: str) -> N
         plain = put(tmp_path / name, content)
         packed = put(tmp_path / (name + packing), PACK[packing](content.encode()))
         assert documents(Corpus([plain])) == documents(Corpus([packed])) == wanted
-
-
-@pytest.mark.parametrize("packing", PACK)
-def test_torn_packed_files_are_named(tmp_path: Path, packing: str) -> None:
-    whole = PACK[packing]("\n".join(map(str, range(40_000))).encode())
-    for content in (whole[: len(whole) // 2], b"", b"plain text", whole[:50] + b"\0\xff" * 60 + whole[170:]):
-        path = put(tmp_path / f"a.txt{packing}", content)
-        with pytest.raises(InputError, match=rf"a\.txt\{packing} is torn or no {packing[1:]} file"):
-            Corpus([path])
-    corpus = Corpus([tmp_path])
-    assert documents(corpus) == []
-    assert corpus.skipped == {path: f"torn {packing}"}
-
-
-@pytest.mark.parametrize("suffix", sorted(UNREADABLE))
-def test_what_is_not_read_is_refused_by_name_with_the_fix(tmp_path: Path, suffix: str) -> None:
-    path = put(tmp_path / f"my data{suffix}", "PAR1 looks like text")
-    with pytest.raises(InputError, match=rf"my data\{suffix}: \{suffix} files are not read; [a-z]") as caught:
-        Corpus([path])
-    assert "\n" not in str(caught.value)
-    assert "{" not in str(caught.value)
-    corpus = Corpus([tmp_path])
-    assert documents(corpus) == []
-    assert corpus.skipped_summary() == f"1 {suffix} (my data{suffix})"
-
-
-def test_packed_archives_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"\.tar files are not read; unpack it"):
-        Corpus([put(tmp_path / "a.tar.gz", "x")])
-    with pytest.raises(InputError, match=r"a\.parquet\.gz: a packed \.parquet file is not read; unpack it"):
-        Corpus([put(tmp_path / "a.parquet.gz", "x")])
 
 
 def test_a_json_array_is_read_an_element_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,64 +139,7 @@ def test_lines_and_rows_have_a_greatest_length(tmp_path: Path, monkeypatch: pyte
             documents(Corpus([put(tmp_path / name, content)]))
 
 
-# Pages
-
-
-PAGE = """<!DOCTYPE html><html><head><title>Not text</title><style>p { color: red }</style></head>
-<body><script>var x = "<p>no</p>";</script>
-<h1>Caf&eacute;   at&#32;night</h1><p>One <b>bold</b>
-word.<br>A line.</p><ul><li>first</li><li>second</li></ul>
-<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>
-<pre>  kept
-    as it is</pre><noscript>no</noscript></body></html>
-"""
-TEXT_OF_PAGE = "Café at night\n\nOne bold word.\nA line.\n\n- first\n- second\n\na\tb\n1\t2\n\n  kept\n    as it is\n"
-
-
-@pytest.mark.parametrize("name", ["a.html", "A.HTM", "a.xhtml", "a.html.gz"])
-def test_a_page_is_read_as_its_text(tmp_path: Path, name: str) -> None:
-    content = PAGE.encode()
-    path = put(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
-    assert documents(Corpus([path])) == documents(Corpus([tmp_path])) == [TEXT_OF_PAGE]
-
-
-@pytest.mark.parametrize(
-    ("page", "text"),
-    [
-        ("no markup", "no markup\n"),
-        ("<p>never closed <i>here", "never closed here\n"),
-        ("<head><title>t<body><p>after a head that is not closed", "after a head that is not closed\n"),
-        ("1 < 2 &amp; 3 > 2", "1 < 2 & 3 > 2\n"),
-        ("<p>a</p></p></div><p>b", "a\n\nb\n"),
-        ("<p> </p>", None),
-    ],
-)
-def test_pages_of_any_quality_give_text(tmp_path: Path, page: str, text: str | None) -> None:
-    assert documents(Corpus([put(tmp_path / "a.html", page)])) == [text] * (text is not None)
-
-
-def test_a_page_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"a\.html: no HTML that can be read .*: save it as plain text"):
-        documents(Corpus([put(tmp_path / "a.html", "<p>a<![foo[ b")]))
-    monkeypatch.setattr(formats, "MAX_DOCUMENT", 100)
-    with pytest.raises(InputError, match=r"b\.html: longer than"):
-        documents(Corpus([put(tmp_path / "b.html", "a" * 101)]))
-
-
-# Zstandard and Parquet
-
-
-def test_zst_is_read_and_a_torn_one_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("backports.zstd")
-    from lepton.data.packing import zstd
-
-    pack = partial(zstd().compress, options={zstd().CompressionParameter.checksum_flag: 1})
-    assert documents(Corpus([put(tmp_path / "a.txt.zst", pack(STORY.encode()))])) == [STORY]
-    assert documents(Corpus([put(tmp_path / "a.jsonl.zst", pack(lines(STORY, "b")))])) == [STORY, "b"]
-    whole = pack("\n".join(map(str, range(40_000))).encode())
-    for content in (whole[: len(whole) // 2], b"", b"plain text", whole[:50] + b"\0\xff" * 60 + whole[170:]):
-        with pytest.raises(InputError, match=r"b\.txt\.zst is torn or no zst file"):
-            Corpus([put(tmp_path / "b.txt.zst", content)])
+# Parquet
 
 
 def parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
@@ -263,22 +171,3 @@ def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
     for content in (whole[:-20], b"", b"plain text", whole[:4] + b"\xff" * 100 + whole[104:]):
         with pytest.raises(InputError, match=r"c\.parquet is torn or no Parquet file"):
             documents(Corpus([put(tmp_path / "c.parquet", content)]))
-
-
-@pytest.mark.parametrize(("name", "library"), [("a.parquet", "pyarrow"), ("a.txt.zst", "backports.zstd")])
-def test_what_needs_a_library_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str
-) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in library else real(name))
-    path = put(tmp_path / name, "x")
-    for source in (path, tmp_path):
-        with pytest.raises(MissingLibrary, match=rf"needs {library}; get it with: .* -m pip install {library}"):
-            documents(Corpus([source]))
-
-
-def test_the_line_that_is_no_utf8_is_named(tmp_path: Path) -> None:
-    for name in ("a.txt", "a.csv", "a.html"):
-        path = put(tmp_path / name, b"text\nok\n" + b"caf\xe9\n")
-        with pytest.raises(InputError, match=rf"{name}, line 3 is not UTF-8 text: convert the file \(iconv"):
-            documents(Corpus([path]))
