@@ -162,8 +162,10 @@ class ShardedDataset:
             number = int(np.searchsorted(ends, row, side="right"))
             shard = self.shards[number]
             row += shard.first - (int(ends[number - 1]) if number else 0)
-            tokens = self._open(shard.path)[row, k * FINGERPRINT_PIECE : (k + 1) * FINGERPRINT_PIECE]
-            content.update(tokens.astype("<i8").tobytes())
+            place = row, slice(k * FINGERPRINT_PIECE, (k + 1) * FINGERPRINT_PIECE)
+            content.update(self._open(shard.path)[place].astype("<i8").tobytes())
+            if self.has_answers:
+                content.update(self._open(_answers_of(shard.path))[place].astype(bool).tobytes())
         return {"rows": self.rows, "row_len": self.row_len, "tokens": self.tokens, "content": content.hexdigest()}
 
     def batch(self, step: int, micro: int = 0, *, batch_size: int, accumulate: int = 1) -> Batch:

@@ -153,6 +153,17 @@ def test_a_data_set_of_text_takes_the_place_of_one_of_conversations(tmp_path: Pa
     assert next(data.batches(1)).targets is None
 
 
+def test_other_answers_are_other_data(tmp_path: Path, letters: Tokenizer) -> None:
+    out = tmp_path / "out"
+    prepare_chat([write(tmp_path / "a.jsonl", talks(99))], out, letters, row_len=256)
+    found = []
+    for _ in range(2):
+        found.append(ShardedDataset(out, seq_len=255, seed=0, split="train", vocab_size=259).fingerprint())
+        np.save(out / "answers_00000.npy", 1 - np.load(out / "answers_00000.npy"))
+    assert found[0].pop("content") != found[1].pop("content")
+    assert found[0] == found[1]
+
+
 def test_flags_that_are_missing_or_do_not_fit_are_named(tmp_path: Path, letters: Tokenizer) -> None:
     out = tmp_path / "out"
     prepare_chat([write(tmp_path / "a.jsonl", talks(99))], out, letters, row_len=256, shard_rows=10)

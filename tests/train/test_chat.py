@@ -17,11 +17,13 @@ from lepton.errors import InputError
 from lepton.train.batch_plan import plan_batch
 from lepton.train.held_out_loss import HeldOutLoss
 from lepton.train.micro_step import MicroStep
+from lepton.train.sample import beginning, sample_text
 from lepton.train.trainer import train
 from lepton.train.validation import validation_loss
 from tests.cli.tiny import small_bpe
 from tests.train.small import SHAPE, metrics_of, small_settings
 from tests.train.test_held_out_loss import Recorded
+from tests.train.test_micro_step import strictly
 
 ROW_LEN = 97
 TALKS = [
@@ -111,6 +113,36 @@ def test_the_bound_on_segments_has_room_for_the_openings_of_answers(model):
     _, groups = plan_batch(model, tokens, 0, 0, 0, opens)
     assert groups >= 33 > usual
     model.loss(tokens, targets=targets, opens=opens, groups=groups)
+
+
+def test_samples_answer_the_first_question(chats, tokenizer, model):
+    text = tokenizer.decode(beginning(opened(chats)))
+    assert text.startswith("User:\nWhat is ")
+    assert text.endswith("?\nAssistant:\n")
+    assert text.count("Assistant") == 1
+    shown = sample_text(model, opened(chats), tokenizer, prompt=None, max_new_tokens=3, seed=0)
+    assert shown.startswith(text)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_micro_batches_of_conversations_have_the_gradients_of_plain_ones(chats, model, compiled):
+    """Of several, so that the graph reads other targets and openings than those it was captured with."""
+    model.cuda()
+    found = []
+    for captured in (False, True):
+        micro_step = MicroStep(model, compiled=compiled and captured, captured=captured, say=strictly)
+        micro_step.prepare(4, ROW_LEN - 1, answers=True)
+        model.zero_grad(set_to_none=False)
+        for step in range(3):
+            batch = opened(chats).batch(step, batch_size=4)
+            _, groups = plan_batch(model, batch.tokens, 0, step, 0, batch.opens)
+            think = torch.ones(4, dtype=torch.int64)
+            micro_step(batch.tokens, batch.lengths, think, groups, 0.25, batch.targets, batch.opens)
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+        loss = HeldOutLoss(model, micro_step.graphs, strictly)
+        found[-1] += [loss(*batch).clone() for batch in opened(chats).batches(4)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
 def test_validation_counts_the_answers_alone(chats, tokenizer, model):
