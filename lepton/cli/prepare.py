@@ -13,10 +13,11 @@ from lepton.cli.arguments import add_json, print_json
 from lepton.data.chat_shards import FIELD, prepare_chat
 from lepton.data.chat_shards import ROW_LEN as CHAT_ROW_LEN
 from lepton.data.prepare import MAX_ROW_LEN, ROW_LEN, PreparationFields, prepare
+from lepton.data.publish import check_out
 from lepton.data.snippets import snippets
 from lepton.data.sources import MARKER
 from lepton.data.split import FLOOR
-from lepton.data.tokenizer import load_tokenizer
+from lepton.data.tokenizer import load_tokenizer, train_tokenizer
 from lepton.errors import InputError
 
 SEQ_LEN = 512
@@ -69,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer file (default: pile_tokenizer.json, or LEPTON's)"
     )
+    parser.add_argument(
+        "--train_tokenizer",
+        type=int,
+        metavar="N",
+        help="first train a tokenizer of N ids on the sources, into the file DIR.tokenizer.json.xz, and use it",
+    )
     add_json(parser)
 
 
@@ -89,6 +96,8 @@ def separator_of(args: argparse.Namespace) -> str | None:
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print what came of it."""
     notes: list[str] = []
+    if args.train_tokenizer is not None:
+        args.tokenizer = _trained_tokenizer(args)
     tokenizer = load_tokenizer(args.tokenizer)
     how = PreparationFields(val_fraction=args.val_fraction, keep_duplicates=args.keep_duplicates)
     if args.text_field is not None:
@@ -110,6 +119,27 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join([_validation(metadata), *notes, "random snippets of what trains:", *shown]))
     print(_next_step(args, metadata))
     return 0
+
+
+def _trained_tokenizer(args: argparse.Namespace) -> str:
+    """Train a tokenizer on the sources, beside the output folder; return its file."""
+    if args.tokenizer is not None:
+        raise InputError(f"--tokenizer {args.tokenizer} and --train_tokenizer: give one of them")
+    if args.chat:
+        raise InputError("--train_tokenizer: a model to fine-tune has a tokenizer already; leave it out")
+    out = Path(args.out).absolute()
+    check_out(out, args.force)  # before the work
+    path = f"{args.out.rstrip('/')}.tokenizer.json.xz"
+    train_tokenizer(
+        args.sources,
+        path,
+        args.train_tokenizer,
+        text_field=args.text_field or "text",
+        separator=separator_of(args),
+        force=args.force,
+        show_progress=sys.stderr.isatty(),
+    )
+    return path
 
 
 def _contents(metadata: dict[str, Any]) -> str:

@@ -66,14 +66,14 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
     if folder.is_symlink():
         raise InputError(f"{out} is a link that leads back to itself: name another folder with --out")
     inside = folder.is_dir() and (_is_mount(folder) or not os.access(folder.parent, os.W_OK))
-    _check_out(out, force, inside)
+    check_out(out, force, inside)
     force = force or (out / UNFINISHED).exists()  # nobody can read what is left there
     workshop = folder / WORKSHOP if inside else folder.with_name(f".{folder.name}.partial")
     place = Place(workshop / f"new-{uuid.uuid4().hex[:8]}", folder, force, inside)
     with _workshop(workshop, out, wait) as locked:
         if locked:
             _recover(place)
-        _check_out(out, force, inside)  # a data set may have come while this process waited, or just come back
+        check_out(out, force, inside)  # a data set may have come while this process waited, or just come back
         place.partial.mkdir()
         try:
             yield place
@@ -81,7 +81,7 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
             shutil.rmtree(place.partial, ignore_errors=True)
 
 
-def _check_out(out: Path, force: bool, inside: bool) -> None:
+def check_out(out: Path, force: bool, inside: bool = False) -> None:
     """Raise InputError unless a data set may be written to `out`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
@@ -116,7 +116,7 @@ def publish(place: Place) -> None:
 
 def _move_in(place: Place) -> None:
     """Replace the data set in a folder that stays: metadata last, and readers refuse it until then."""
-    _check_out(place.folder, place.force, inside=True)
+    check_out(place.folder, place.force, inside=True)
     unfinished = place.folder / UNFINISHED
     unfinished.touch()
     arrays = [path for where in ("", "val/") for kind in ARRAYS for path in place.folder.glob(where + kind)]

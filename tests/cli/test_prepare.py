@@ -225,6 +225,28 @@ def test_a_tokenizer_is_trained_shown_and_used(call: Call, notes: Path, capsys: 
         call(tokenizer, "train", "notes", "--out", "mine.json.xz")
 
 
+def test_a_tokenizer_is_trained_on_the_way(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(prepare, "notes", "--out", "data", "--train_tokenizer", "280", "--row_len", "64")
+    words = suggested(capsys.readouterr().out)
+    assert words[words.index("--tokenizer") + 1] == "data.tokenizer.json.xz"
+    own = load_tokenizer("data.tokenizer.json.xz")
+    assert 259 < own.size <= 280
+    metadata = json.loads(Path("data/metadata.json").read_text())
+    assert (metadata["tokenizer_hash"], metadata["vocab_size"]) == (own.hash, own.size)
+    before = Path("data.tokenizer.json.xz").read_bytes()
+    for flags, problem in (
+        (["--train_tokenizer", "270"], "data is not empty: .*--force"),
+        (["--train_tokenizer", "270", "--tokenizer", "x.json", "--force"], "--train_tokenizer: give one of them"),
+        (["--train_tokenizer", "3", "--force"], "vocab_size=3"),
+        (["--train_tokenizer", "270", "--chat", "--force"], "has a tokenizer already"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            call(prepare, "notes", "--out", "data", *flags)
+        assert Path("data.tokenizer.json.xz").read_bytes() == before
+    call(prepare, "notes", "--out", "data", "--train_tokenizer", "270", "--force")
+    assert load_tokenizer("data.tokenizer.json.xz").size <= 270
+
+
 def test_info_shows_the_tokenizer_that_would_be_used(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     call(tokenizer, "info")
     assert f"ids: 50257\neos_id: 0\nhash: {load_tokenizer().hash}\n" == capsys.readouterr().out
