@@ -161,7 +161,7 @@ def _page(file: IO[str], path: Path, field: str) -> Iterator[str]:
     page = file.read(MAX_DOCUMENT + 1)
     if len(page) > MAX_DOCUMENT:
         raise _too_long(str(path))
-    yield text_of_page(page, str(path))
+    yield text_of_page(page)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:

@@ -3,9 +3,7 @@
 import re
 from html.parser import HTMLParser
 
-from lepton.errors import InputError
-
-UNREAD = {"head", "script", "style", "template", "noscript", "svg", "canvas", "iframe", "object", "select", "textarea"}
+UNREAD = {"head", "template", "noscript", "svg", "canvas", "iframe", "object", "select", "textarea"}
 """Elements whose content is not text of the page."""
 BLOCKS = {
     "address", "article", "aside", "blockquote", "body", "dd", "details", "div", "dl", "dt", "fieldset", "figcaption",
@@ -16,23 +14,28 @@ BLOCKS = {
 LINES = {"br", "caption", "legend", "li", "option", "tr"}
 """Elements that begin a line."""
 CELLS = {"td", "th"}
+_NO_TEXT = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)(?=[\s/>]).*?(?:</\1\s*>|\Z)|<[!?][^>]*(?:>|\Z)", re.DOTALL | re.IGNORECASE
+)
+"""Comments, scripts, styles and declarations; one that is not closed goes to the end of the page, as in a browser. They
+are cut out beforehand: Python's parser looks for each end anew, which takes hours where there are many without one."""
+_OPEN_TAG = re.compile(r"<[a-zA-Z/]")
 _SPACE = re.compile(r"[ \t\n\r\f]+")
 
 
-def text_of_page(page: str, place: str) -> str:
-    """Return the text of an HTML page; '' if there is none. `place` names the page in messages.
+def text_of_page(page: str) -> str:
+    """Return the text of an HTML page; '' if there is none.
 
     Blocks are set apart by an empty line, the cells of a table's row by a tab. White space within a line is joined,
-    except in `<pre>`.
-
-    Raises InputError for markup that Python's parser gives up on.
+    except in `<pre>`. Whatever is wrong with the markup, there is a text.
     """
+    page = _NO_TEXT.sub(" ", page)
+    last = page.rfind(">") + 1
+    if cut := _OPEN_TAG.search(page, last):  # a tag that is never closed
+        page = page[: cut.start()]
     reader = _Reader()
-    try:
-        reader.feed(page)
-        reader.close()
-    except AssertionError as error:
-        raise InputError(f"{place}: no HTML that can be read ({error}): save it as plain text") from None
+    reader.feed(page)
+    reader.close()
     lines = "".join(reader.parts).split("\n")
     text = "\n".join(line.rstrip() for line in lines)
     text = re.sub(r"\n{3,}", "\n\n", text).strip("\n")
