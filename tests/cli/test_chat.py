@@ -107,7 +107,7 @@ def test_ctrl_d_leaves(saved, monkeypatch):
     wanted, _ = expected(saved, "fox", "dog", seed=3, max_new_tokens=5)
     assert code == 0
     first = expected(saved, "fox", seed=3, max_new_tokens=5)[0]
-    assert out.getvalue() == f"> {first}> > {wanted.removeprefix(first)}> \n"
+    assert out.getvalue() == visible(f"> {first}> > {wanted.removeprefix(first)}> \n")
     assert "Ctrl-C stops an answer, Ctrl-D leaves" in err
 
 
@@ -154,7 +154,7 @@ def test_ctrl_c_where_a_message_is_typed_begins_the_line_anew(saved, monkeypatch
     out = Watched("nothing", lambda: None, terminal=True)
     code, _ = typed(saved, "", out, "--max_new_tokens", 5, monkeypatch=monkeypatch)
     assert code == 0
-    assert out.getvalue() == "\n" + expected(saved, "fox", seed=3, max_new_tokens=5)[0] + "\n"
+    assert out.getvalue() == visible("\n" + expected(saved, "fox", seed=3, max_new_tokens=5)[0] + "\n")
 
 
 def test_answers_are_shaded_by_uncertainty(saved, monkeypatch):
