@@ -20,8 +20,12 @@ class Token:
     id: int
     offset: int
     """Where its text begins in the new text, in characters."""
+    drafted: bool = False
+    """Whether it was a draft that turned out right."""
     uncertainty: float | None = None
     logprobs: TokenLogprobs | None = None
+    depth: int | None = None
+    """Blocks that were passed where it was chosen."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Answer:
         self.sequence, self.stops = sequence, tuple(stops)
         self.taken = 0
         """New tokens so far, those of a stop text included."""
+        self.drafted, self.accepted = 0, 0
+        """Tokens that were drafted for it, and those of them that were right."""
         self.ended_by: EndedBy | None = None
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream_decoder()
         self._held, self._released = "", 0
@@ -65,16 +71,16 @@ class Answer:
     def take(self, output: SequenceOutput) -> Piece:
         """Return what new tokens add: no text while they may turn out to be a stop text."""
         text: list[str] = []
+        self.drafted += output.drafted
+        self.accepted += output.accepted
         for i, token in enumerate(output.tokens):
             self.taken += 1
             start = self._released + len(self._held)
             self._held += self._decoder.push(token)
-            unsure = output.uncertainties[i] if output.uncertainties else None
-            scores = output.logprobs[i] if output.logprobs else None
             end = self._released + len(self._held)
             if end == start and self._tokenizer.bytes_of(token):
                 end += 1  # a part of a character, which comes with a later token
-            self._waiting.append((Token(token, start, unsure, scores), end))
+            self._waiting.append((_token(output, i, start), end))
             cut = self._stop()
             if cut is not None:
                 return self._cut(text, cut)
@@ -129,3 +135,15 @@ class Answer:
         self._waiting.clear()
         self.ended_by = "stop"
         return Piece("".join(text), tokens, "stop")
+
+
+def _token(output: SequenceOutput, i: int, offset: int) -> Token:
+    """Return token `i` of an output with what is known of it."""
+    return Token(
+        output.tokens[i],
+        offset,
+        i < output.accepted,
+        output.uncertainties[i] if output.uncertainties else None,
+        output.logprobs[i] if output.logprobs else None,
+        output.depths[i] if output.depths else None,
+    )

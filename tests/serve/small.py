@@ -71,4 +71,4 @@ class Collected:
 def output_of(sequence, ids, reason=None):
     """What a cycle gives: some ids, and perhaps the end."""
     sequence.reason = reason
-    return SequenceOutput(sequence, ids, [], [])
+    return SequenceOutput(sequence, ids, [], [], [], drafted=0, accepted=0)
