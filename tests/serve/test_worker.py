@@ -3,11 +3,9 @@
 import random
 import threading
 
-import pytest
-
 from lepton.engine.runner import Runner
 from lepton.serve.worker import Worker
-from tests.serve.small import WORDS, Collected, answer_of, small_model, small_tokenizer
+from tests.serve.small import WORDS, Collected, answer_of, small_tokenizer
 
 KINDS = [
     {"temperature": 0},
@@ -18,11 +16,6 @@ KINDS = [
     {"temperature": 1.5, "use_speculative": False},
 ]
 TOKENIZER = small_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
 
 
 def expected(model, prompt, row=0, **options):
