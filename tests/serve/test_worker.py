@@ -110,11 +110,10 @@ def test_an_error_of_the_engine_ends_those_in_it_and_no_other(model, monkeypatch
 
 
 def test_where_no_engine_can_be_made_what_waits_is_told(model, monkeypatch):
-    def failing(self, *_):
+    def failing(self):
         raise MemoryError("no memory for the pool")
 
-    monkeypatch.setattr(Runner, "__init__", failing)
-    monkeypatch.setattr(Runner, "is_current", lambda self: False)  # runners that earlier tests left behind
+    monkeypatch.setattr(Runner, "refresh", failing)
     answer = answer_of(model, TOKENIZER, "fox", seed=1)
     with Collected(model, places=2) as collected:
         collected.worker.submit([answer])
