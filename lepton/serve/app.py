@@ -147,7 +147,6 @@ class Answering:
             try:
                 found = await watched(work, receive, seconds)
             except ClientLeft:
-                scope["lepton_left"] = True
                 return
             except Refusal as refusal:
                 if not self._started:

@@ -113,7 +113,7 @@ class Observer:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500
+        status = CLIENT_LEFT  # unless a reply begins
 
         async def noted(message: Any) -> None:
             nonlocal status
@@ -123,6 +123,9 @@ class Observer:
 
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            status = 500
+            raise
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.count(path, CLIENT_LEFT if scope.get("lepton_left") else status)
+            self._metrics.count(path, status)
