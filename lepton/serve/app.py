@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from lepton.serve.answer import Piece
-from lepton.serve.calls import Call, Calls, ClientLeft, watched
+from lepton.serve.calls import Call, Calls, ClientLeft, stopping, watched
 from lepton.serve.http import Guard, Observer, Receive, Scope, Send, event, read_body, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.metrics import CONTENT_TYPE, Metrics, Sample
@@ -148,9 +148,10 @@ class Answering:
                 found = await watched(work, receive, seconds)
             except ClientLeft:
                 return
-            except Refusal as refusal:
+            except (Refusal, asyncio.CancelledError) as error:  # cancelled: the time to drain is over
+                refusal = error if isinstance(error, Refusal) else stopping()
                 if not self._started:
-                    raise
+                    raise refusal from None
                 await send(_body(event(refusal.to_dict())))
                 return
         if found is not None:

@@ -42,9 +42,14 @@ class Call:
             if piece.ended_by == "error":
                 raise Refusal(f"the model failed: {piece.error}", code="model_failed", status=500)
             if piece.ended_by == "cancelled":
-                raise Refusal("the server is stopping; ask again later", code="stopping", status=503)
+                raise stopping()
             left -= piece.ended_by is not None
             yield index, piece
+
+
+def stopping() -> Refusal:
+    """Return what those are told whom the server does not serve to the end."""
+    return Refusal("the server is stopping; ask again later", code="stopping", status=503)
 
 
 class Calls:

@@ -25,10 +25,12 @@ def listening(host: str, port: int) -> socket.socket:
     Raises:
         InputError: there is no such address here, or the port is taken.
     """
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"port {port}: must lie in 0..65535; 0 takes a free one")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(f"cannot listen at {host}, port {port}: {reason(error)}; choose another --port") from None
 
 
