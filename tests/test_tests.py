@@ -47,6 +47,8 @@ OF_SEVERAL = {
     "proving_ground/test_runner",
     "proving_ground/test_task",
     "proving_ground/test_text",
+    "serve/test_client",
+    "serve/test_fuzz",
     "test_alive",
     "test_architecture",
     "test_docs",

@@ -45,6 +45,7 @@ def server_of(api: Api, *, drain_seconds: float = DRAIN_SECONDS) -> "Server":
             http="h11",
             ws="none",
             lifespan="on",
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,

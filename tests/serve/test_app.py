@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.serve.http import Running
+from lepton.serve.requests import Reader
+from tests.serve.http import Running, until
 from tests.serve.small import WORDS
 from tests.serve.test_worker import KINDS
 
@@ -82,6 +83,18 @@ def test_many_at_once_are_each_what_they_are_alone(server, model, tokenizer):
         options = {"seed": number, "max_new_tokens": 15} | KINDS[number % len(KINDS)]
         assert texts(found) == expected(model, tokenizer, [WORDS[number % len(WORDS)]], **options)
     server.quiet()
+
+
+def test_a_bug_is_logged_and_shows_nothing_of_itself(server, monkeypatch, caplog):
+    def buggy(self, body, *, chat):
+        raise RuntimeError("a secret of the source")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "task", buggy)
+        status, found = server.post("/v1/completions", {"prompt": "fox"})
+    assert (status, found["error"]["message"]) == (500, "the server failed; its log says why")
+    until(lambda: any("a secret of the source" in str(record.exc_info) for record in caplog.records))
+    assert server.complete("fox", max_tokens=1)
 
 
 def test_the_name_of_the_model_is_the_servers(model, tokenizer):

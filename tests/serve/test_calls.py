@@ -10,7 +10,8 @@ from lepton.serve.calls import ClientLeft, watched
 from lepton.serve.limits import Limits, Refusal
 from tests.serve.http import Running, until
 
-ENDLESS = {"prompt": "x", "max_tokens": 100_000, "temperature": 1.0}
+ENDLESS = {"prompt": "x", "max_tokens": 100_000, "temperature": 0}
+"""A text in which the most probable token is the same one forever."""
 LONG = Limits(max_tokens=1_000_000, max_request=2_000_000, max_streams=4)
 
 

@@ -58,7 +58,7 @@ def test_rows_of_one_seed_differ_as_those_of_generate(model):
 
 def test_a_cancelled_answer_frees_its_place(model):
     """The only place: what waits behind goes on, and is what it would have been."""
-    long = answer_of(model, TOKENIZER, "x", seed=1, max_new_tokens=10_000_000)
+    long = answer_of(model, TOKENIZER, "x", seed=1, temperature=0, max_new_tokens=10_000_000)
     waiting = answer_of(model, TOKENIZER, "x", seed=2, max_new_tokens=8)
     never = answer_of(model, TOKENIZER, "x", seed=3, max_new_tokens=8)
     with Collected(model, places=1) as collected:
@@ -123,7 +123,7 @@ def test_where_no_engine_can_be_made_what_waits_is_told(model, monkeypatch):
 
 
 def test_closing_cancels_what_runs_and_waits(model):
-    answers = [answer_of(model, TOKENIZER, "x", seed=i, max_new_tokens=10_000_000) for i in range(3)]
+    answers = [answer_of(model, TOKENIZER, "x", seed=i, temperature=0, max_new_tokens=10_000_000) for i in range(3)]
     with Collected(model, places=1) as collected:
         collected.worker.submit(answers)
         collected.wait_for(lambda: answers[0] in collected.pieces)
