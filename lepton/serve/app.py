@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lepton.serve.answer import Piece
@@ -17,6 +18,14 @@ from lepton.serve.requests import Reader, Task
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
+
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+PAGE_HEADERS = {
+    "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class Api:
@@ -46,6 +55,7 @@ class Api:
         from starlette.routing import Route
 
         routes = [
+            Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
@@ -66,6 +76,13 @@ class Api:
         self.calls.start()
         yield
         await asyncio.to_thread(self.calls.worker.close)
+
+    async def page(self, request: "Request") -> Any:
+        """`/`: a page to write with the model. It fetches nothing from elsewhere, nor may it."""
+        from starlette.responses import HTMLResponse
+
+        text = resources.files("lepton.serve").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=PAGE_HEADERS)
 
     async def health(self, request: "Request") -> Any:
         """`/health`: whether the server can answer, and how much it has to do."""
@@ -101,10 +118,18 @@ class Api:
         return await self._answer(request, chat=True)
 
     def _model(self) -> dict[str, Any]:
-        config = self.reader.model.config
+        model, limits = self.reader.model, self.limits
+        thoughts = model.idea("thoughts")
         known = {"id": self.reader.name, "object": "model", "created": self._created, "owned_by": "lepton"}
-        ideas = sorted(self.reader.model.ideas)
-        return known | {"parameters": self.reader.model.num_params(), "layers": config.layers, "ideas": ideas}
+        return known | {
+            "parameters": model.num_params(),
+            "ideas": sorted(model.ideas),
+            "layers": model.config.layers,
+            "stem_layers": model.config.stem_layers,
+            "rounds": 0 if thoughts is None else thoughts.rounds,
+            "max_tokens": limits.max_tokens,
+            "max_think": limits.max_think,
+        }
 
     async def _answer(self, request: "Request", *, chat: bool) -> Any:
         since = time.monotonic()
