@@ -23,10 +23,12 @@ def check() -> None:
         )
 
 
-def need(name: str, what: str) -> None:
-    """Raise MissingLibrary if a library that only `what` needs is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise MissingLibrary(f"{what} needs {name}; get it with: {sys.executable} -m pip install {name}")
+def need(names: str, what: str) -> None:
+    """Raise MissingLibrary if a library that only `what` needs is missing; `names` are one or several, with spaces."""
+    lacking = [name for name in names.split() if importlib.util.find_spec(name) is None]
+    if lacking:
+        get = f"get it with: {sys.executable} -m pip install {' '.join(lacking)}"
+        raise MissingLibrary(f"{what} needs {' and '.join(lacking)}; {get}")
 
 
 def _lacking(name: str) -> str | None:

@@ -105,6 +105,8 @@ class Worker:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # a thread begins with the library's own number
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)  # and with the first GPU
         while not self._closing:
             try:
                 with Lease(self.model, self.places, self.longest) as lease:

@@ -1,5 +1,7 @@
 """`python -m lepton serve`: its flags. The server itself is tested in tests/serve/."""
 
+import importlib.util
+
 import pytest
 
 from lepton.cli.serve import is_loopback, read_key
@@ -35,6 +37,16 @@ def test_what_cannot_be_served_is_said_at_once(flags, message):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_missing_libraries_are_named_with_the_way_to_get_them(monkeypatch):
+    find = importlib.util.find_spec
+    gone = ("starlette", "uvicorn")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    code, _, err = run(*COMMAND)
+    assert code == 2
+    assert "the server needs starlette and uvicorn; get it with: " in err
+    assert err.endswith("-m pip install starlette uvicorn\n")
 
 
 def test_addresses_of_this_machine():
