@@ -18,6 +18,10 @@ from lepton.values import whole
 
 PROMPT_TOKENS = 1 << 13
 """Prompt tokens that join at once, at most, unless a single prompt has more: what runs waits meanwhile."""
+ENOUGH = 16
+"""Prompts join at once if one in so many of the places is free: a cycle in which some join costs all that run."""
+PATIENCE = 4
+"""Cycles that they wait for more places to become free."""
 
 Deliver = Callable[[list[tuple[Answer, Piece]]], None]
 """Is given what one cycle added, in the thread of the engine."""
@@ -49,8 +53,8 @@ class Worker:
         self._waiting: OrderedDict[Answer, None] = OrderedDict()
         self._inside: dict[int, Answer] = {}
         """Answers in the engine, by the identity of their sequences."""
-        self._joined = False
-        """Whether prompts joined in the cycle before: with new ones each time, what runs would never go on."""
+        self._since_join = 0
+        """Cycles since prompts have joined."""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -147,10 +151,15 @@ class Worker:
                 del self._inside[key]
 
     def _join(self, engine: Engine) -> None:
-        """Let answers that wait into the engine while there are places, in every second cycle if others run."""
-        self._joined = not self._joined and bool(self._waiting)
-        if self._inside and not self._joined:
+        """Let answers that wait into the engine while there are places; not in each cycle, or what runs would stand."""
+        self._since_join += 1
+        free = self.places - len(self._inside)
+        if not self._waiting or not free:
             return
+        enough = free * ENOUGH >= self.places or self._since_join > PATIENCE
+        if self._inside and not (enough and self._since_join > 1):
+            return
+        self._since_join = 0
         tokens = 0
         while self._waiting and len(self._inside) < self.places:
             answer = next(iter(self._waiting))

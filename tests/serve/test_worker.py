@@ -132,6 +132,27 @@ def test_closing_cancels_what_runs_and_waits(model):
     Worker(model, print).close()  # one that never started
 
 
+def test_prompts_join_in_groups_where_all_places_are_taken(model, monkeypatch):
+    """Each of 32 places is freed in a cycle of its own; two prompts or more are read at once."""
+    prefill, groups = Runner.prefill, []
+
+    def counting(self, work):
+        groups.append(len(work.sequences))
+        return prefill(self, work)
+
+    monkeypatch.setattr(Runner, "prefill", counting)
+    options = {"temperature": 0, "use_speculative": False}
+    answers = [answer_of(model, TOKENIZER, "x", seed=1, max_new_tokens=3 + i % 32, **options) for i in range(80)]
+    with Collected(model, places=32) as collected:
+        collected.worker.submit(answers)
+        collected.wait(*answers)
+    assert groups[0] == 32
+    assert sum(groups) == 80
+    assert len(groups) <= 1 + 48 // 2
+    longest = answers[31].sequence.new
+    assert all(each.sequence.new == longest[: each.taken] for each in answers)
+
+
 def test_what_runs_goes_on_while_prompts_keep_joining(model):
     """A prompt joins at every moment; the first answer must still come to its end."""
     first = answer_of(model, TOKENIZER, "fox", seed=1, max_new_tokens=30)
