@@ -34,7 +34,15 @@ class Worker:
     new engine.
     """
 
-    def __init__(self, model: Network, deliver: Deliver, *, places: int = 64, longest: int = 1 << 14) -> None:
+    def __init__(
+        self,
+        model: Network,
+        deliver: Deliver,
+        *,
+        places: int = 64,
+        longest: int = 1 << 14,
+        ahead: int | None = None,
+    ) -> None:
         """Make a worker that has not started.
 
         Args:
@@ -42,12 +50,14 @@ class Worker:
             deliver: is given what each cycle adds to answers, at least the end of each. It must not raise.
             places: answers that are in the engine at once; more wait.
             longest: tokens of a prompt and its answer. A model without a window has room for so many in each place.
+            ahead: see `Engine`.
         """
         self.model, self.places, self.longest = model, whole("places", places, 1, MOST_AT_ONCE), longest
         self.stats = Stats()
         """Counts over all answers."""
         self.failures = 0
         """Engines that ended with an error."""
+        self._ahead = ahead
         self._deliver, self._threads = deliver, torch.get_num_threads()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: OrderedDict[Answer, None] = OrderedDict()
@@ -114,7 +124,7 @@ class Worker:
         while not self._closing:
             try:
                 with Lease(self.model, self.places, self.longest) as lease:
-                    self._serve(Engine(lease.runner, stats=self.stats))
+                    self._serve(Engine(lease.runner, stats=self.stats, ahead=self._ahead))
             except Exception as error:  # the model's numbers, the device's memory: told to those whom it concerns
                 self._fail(reason(error))
 

@@ -3,6 +3,8 @@
 import random
 import threading
 
+import pytest
+
 from lepton.engine.runner import Runner
 from lepton.serve.worker import Worker
 from tests.serve.small import WORDS, Collected, answer_of, small_tokenizer
@@ -28,9 +30,10 @@ def asked(number):
     return WORDS[number % len(WORDS)], KINDS[number % len(KINDS)] | {"seed": number, "max_new_tokens": 5 + number % 20}
 
 
-def test_every_answer_is_what_generate_gives(model):
-    """With more answers than places, which join while others run."""
-    with Collected(model, places=4) as collected:
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_every_answer_is_what_generate_gives(model, ahead):
+    """With more answers than places, which join while others run; also where the host is behind, as on a GPU."""
+    with Collected(model, places=4, ahead=ahead) as collected:
         answers = {}
         for number in range(24):
             prompt, options = asked(number)
@@ -56,12 +59,13 @@ def test_rows_of_one_seed_differ_as_those_of_generate(model):
     assert len(set(texts)) == 3
 
 
-def test_a_cancelled_answer_frees_its_place(model):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_cancelled_answer_frees_its_place(model, ahead):
     """The only place: what waits behind goes on, and is what it would have been."""
     long = answer_of(model, TOKENIZER, "x", seed=1, temperature=0, max_new_tokens=10_000_000)
     waiting = answer_of(model, TOKENIZER, "x", seed=2, max_new_tokens=8)
     never = answer_of(model, TOKENIZER, "x", seed=3, max_new_tokens=8)
-    with Collected(model, places=1) as collected:
+    with Collected(model, places=1, ahead=ahead) as collected:
         collected.worker.submit([long, never, waiting])
         collected.wait_for(lambda: len(collected.pieces.get(long, [])) > 2)
         assert (collected.worker.running, collected.worker.waiting) == (1, 2)
@@ -75,11 +79,12 @@ def test_a_cancelled_answer_frees_its_place(model):
     assert collected.pieces[waiting][-1].ended_by == "length"
 
 
-def test_a_stop_text_frees_the_place(model):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_stop_text_frees_the_place(model, ahead):
     text = expected(model, "x", seed=1, max_new_tokens=40)
     stop = text[8:11]
     answer = answer_of(model, TOKENIZER, "x", seed=1, max_new_tokens=10_000_000, stops=[stop])
-    with Collected(model, places=1) as collected:
+    with Collected(model, places=1, ahead=ahead) as collected:
         collected.worker.submit([answer])
         collected.wait(answer)
         after = answer_of(model, TOKENIZER, "x", seed=1, max_new_tokens=3)
