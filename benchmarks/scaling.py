@@ -11,8 +11,10 @@ profiler; waiting for another GPU is part of it. Prints each row as soon as it i
 """
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.run import get_args_parser
 
 from benchmarks.train_speed import STEPS_GPU, table
 from lepton.api import Lepton
@@ -59,7 +62,8 @@ class Run:
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
         torch.manual_seed(0)
-        self.model = model = Lepton(size_config(size)).train()
+        with self.device:  # billions of random numbers take a CPU minutes
+            self.model = model = Lepton(size_config(size)).train()
         if (drafter := model.idea("drafter")) is not None:
             drafter.ids.copy_(torch.arange(len(drafter.ids)))
         model.compute_dtype = pick_dtype("auto", self.device)
@@ -155,7 +159,8 @@ class Run:
 
 
 def be_a_process(case: str, micros: list[int], steps: int, data_dir: str | None) -> None:
-    """Run one case in one process; rank 0 prints its rows."""
+    """Run one case in one process; rank 0 prints its rows. One that is ended says where it was."""
+    faulthandler.register(signal.SIGTERM, chain=True)
     with joined(os.environ, None) as ranks:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
@@ -171,8 +176,10 @@ def be_a_process(case: str, micros: list[int], steps: int, data_dir: str | None)
 def launched(case: str, processes: int, chosen: argparse.Namespace, left: float) -> list[Row]:
     """Run a case in so many processes; return its rows, and a row with the error if there is one."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if "--virtual-local-rank" in get_args_parser().format_help():
+        words.append("--virtual-local-rank")  # each process sees its GPU as number 0, so all share what is compiled
     words += ["-m", "benchmarks.scaling", "--case", case, "--steps", str(chosen.steps)]
-    words += ["--micro", *map(str, chosen.micro if case.startswith(("tiny", "nano")) else chosen.micro[:1])]
+    words += ["--micro", *map(str, chosen.micro)]
     words += ["--data_dir", chosen.data_dir] if chosen.data_dir else []
     rows: list[Row] = []
     error = f"no time: {left:.0f} s are left"
@@ -186,7 +193,7 @@ def launched(case: str, processes: int, chosen: argparse.Namespace, left: float)
             said, problem = torchrun.communicate()
             late = f"\nended after {left:.0f} s"
         problem = problem + late if torchrun.returncode else ""
-        sys.stderr.write(problem[-3000:])
+        sys.stderr.write(problem[-8000:])
         rows = [json.loads(line.removeprefix(RESULT)) for line in said.splitlines() if line.startswith(RESULT)]
         lines = [line for line in problem.splitlines() if "Error" in line or line.startswith("ended")]
         error = (lines or problem.splitlines()[-1:] or [""])[-1]
@@ -197,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4], help="micro-batches a GPU and step, of TINY")
+    parser.add_argument("--micro", nargs="+", type=int, default=[1, 4], help="micro-batches a GPU and step")
     parser.add_argument("--steps", type=int, default=8, help="times that four steps are timed")
     parser.add_argument("--data_dir", help="folder of shards (default: random tokens)")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no case begins or goes on")

@@ -7,8 +7,10 @@ scattered in fp32, and everything in no block is gathered once in fp32; between 
 added up. Muon's matrices change places twice in fp32. Memory is `predicted_memory`, the forecast that training prints.
 
 Seconds of communication are bytes over the bandwidths of `LINKS`; seconds of arithmetic are the FLOPs over the peak
-times `--mfu`, that of one GPU. `--overlap` is the share of the communication that arithmetic hides. The table says what
-would be if that holds; `benchmarks.scaling` measures it for two GPUs.
+times `--mfu`, that of micro-batches on one GPU. The optimizer adds the products of Muon at the same rate, which the
+GPUs of a host share, and `TRAFFIC` bytes a parameter of which a GPU keeps the state. `--overlap` is the share of the
+communication that arithmetic hides with shares; copies add up their gradients after it. docs/scaling.md holds the table
+beside what `benchmarks.scaling` has measured on two GPUs.
 
     python -m benchmarks.scaling_model
     python -m benchmarks.scaling_model --sizes tiny medium --gpus 2 --rows 64 --length 512 --copies
@@ -31,12 +33,17 @@ from lepton.train.settings import TrainSettings
 
 HOST = 8
 """GPUs of a host."""
-LINKS = {"inside": 330e9, "between": 40e9}
-"""Bytes a second that leave a GPU: NVLink 4 inside a host of H100s, of its 450 GB/s what rings reach; one InfiniBand
-port of 400 Gbit/s a GPU between hosts, of its 50 GB/s."""
+LINKS = {"inside": 240e9, "between": 40e9}
+"""Bytes a second that leave a GPU: NVLink 4 inside a host of H100s, of its 450 GB/s what was measured (2026-11-27); one
+InfiniBand port of 400 Gbit/s a GPU between hosts, of its 50 GB/s."""
+MEMORY, TRAFFIC = 2.5e12, 140
+"""Bytes a second of an H100's memory, and bytes that the optimizer moves for each parameter: TINY's step of four
+micro-batches less four times what a step of one takes more (2026-11-27) gives 9.1 ms, of which 2.8 are products."""
 PEAK = 989e12
 """FLOP/s of an H100 SXM in bf16, dense, from its data sheet."""
 FP32, BF16 = 4, 2
+NEWTON_SCHULZ = 5
+"""Iterations of `torch.optim.Muon`, each of three products."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,14 @@ def bytes_of(plan: Plan, model: Network) -> dict[str, float]:
     return {"inside": part * (gathers + everything + 2 * muon), "between": copies * everything / inner}
 
 
+def muon_flops(model: Network) -> float:
+    """Return the FLOPs in which Muon orthogonalises all its matrices once."""
+    sides = [sorted(parameter.shape) for _, parameter, _ in split_parameters(model)[0]]
+    return sum(NEWTON_SCHULZ * (4 * short**2 * long + 2 * short**3) for short, long in sides)
+
+
 def predicted(plan: Plan, own_mfu: float, overlap: float) -> dict[str, object]:
-    """Return a row of the table: memory, bytes, seconds and MFU of `plan`."""
+    """Return a row of the table: memory, bytes, seconds and MFU of `plan`; `own_mfu` is that of micro-batches."""
     with on_meta_device():
         model = Network(size_config(plan.size))
     model.compute_dtype = torch.bfloat16
@@ -88,7 +101,10 @@ def predicted(plan: Plan, own_mfu: float, overlap: float) -> dict[str, object]:
     arithmetic = flops / (PEAK * own_mfu) * (4 / 3 if plan.recompute else 1)
     sent = bytes_of(plan, model)
     communication = sum(count / LINKS[where] for where, count in sent.items())
-    step = arithmetic + max((1 - overlap) * communication, communication - arithmetic)
+    hidden = min(overlap * communication, arithmetic) if plan.sharded else 0.0
+    optimizer = muon_flops(model) / min(plan.gpus, HOST) / (PEAK * own_mfu)
+    optimizer += TRAFFIC * model.num_params() / plan.shards / MEMORY
+    step = arithmetic + optimizer + communication - hidden
     return {
         "size": plan.size,
         "gpus": plan.gpus,
@@ -98,7 +114,9 @@ def predicted(plan: Plan, own_mfu: float, overlap: float) -> dict[str, object]:
         "inside_gb": round(sent["inside"] / 1e9, 2),
         "between_gb": round(sent["between"] / 1e9, 2),
         "arithmetic_ms": round(1e3 * arithmetic),
+        "optimizer_ms": round(1e3 * optimizer, 1),
         "communication_ms": round(1e3 * communication, 1),
+        "step_ms": round(1e3 * step, 1),
         "mfu": round(flops / step / PEAK, 3),
         "tokens_per_s": round(plan.gpus * tokens / step, -2),
     }
@@ -107,7 +125,8 @@ def predicted(plan: Plan, own_mfu: float, overlap: float) -> dict[str, object]:
 COLUMNS = {
     "size": "size", "GPUs": "gpus", "way": "way", "recompute": "recompute", "GB a GPU": "memory_gb",
     "sent GB, in host": "inside_gb", "to others": "between_gb", "arithmetic ms": "arithmetic_ms",
-    "communication ms": "communication_ms", "MFU": "mfu", "tokens/s": "tokens_per_s",
+    "optimizer ms": "optimizer_ms", "communication ms": "communication_ms", "step ms": "step_ms", "MFU": "mfu",
+    "tokens/s": "tokens_per_s",
 }  # fmt: skip
 
 
@@ -117,8 +136,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64, 512])
     parser.add_argument("--rows", type=int, default=8, help="rows of a GPU's micro-batch")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--mfu", type=float, default=0.45, help="of one GPU, without communication")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share of the communication that is hidden")
+    parser.add_argument("--mfu", type=float, default=0.45, help="of micro-batches on one GPU")
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="share of the communication that is hidden, with shares"
+    )
     parser.add_argument("--copies", action="store_true", help="data parallel instead of sharded")
     chosen = parser.parse_args(arguments)
     plans = [

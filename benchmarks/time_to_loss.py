@@ -3,14 +3,15 @@
 All train on the same batches, in the same order, on one device. `lepton` and `dense` are what `train.py` makes of a
 size; `llama` is the peer of equal parameters of `benchmarks.peer`, with warm-up and a linear decay to zero. Its peak
 rate is the best of `--rates` by held-out loss, each after a run over all tokens or after a shorter one
-(`--search_tokens`), whose seconds do not count. LEPTON's rates are the defaults of `train.py`.
+(`--search_tokens`), whose seconds do not count. LEPTON's rates are the defaults of `train.py`. `nanochat_*` are of
+that project's code, which must be here (`benchmarks.nanochat`), at the best of `--nanochat_rates`.
 
 The clock counts optimizer steps with the reading of their batches. Compiling and recording are printed apart, and the
 clock stands still while the loss over a fixed part of the validation split is measured. Those losses are the curves;
 `loss` is over the whole split, after the last step. Learning rates follow a schedule of the whole run, so a curve is no
 row of independent ends: a run that ended at one of its points would have cooled down there, and reached a lower loss.
 Compare the ends first. What a slower runner reaches in the seconds of a faster one takes a run of fewer `--tokens`.
-A Llama reads a row as one text; the other two begin anew where a document does. One seed says little (see
+Llama and nanochat read a row as one text; the other two begin anew where a document does. One seed says little (see
 CONTRIBUTING).
 
 It prints what is found as it is found, then a table, then all of it as one line of JSON; `--json` and `--svg` files are
@@ -25,13 +26,14 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks import peer
+from benchmarks import nanochat, peer
 from benchmarks.curves import Line, Panel, line_chart
 from benchmarks.train_speed import table
 from benchmarks.training import DEFAULTS, LeptonTraining, Training, held_out_nats, own_schedule
@@ -110,10 +112,18 @@ def llama(setup: Setup) -> Runner:
     return Runner(training, linear_decay, tuple(sorted(setup.chosen.rates)))
 
 
+def nanochat_of(setup: Setup, *, name: str) -> Runner:
+    """A nanochat, which must be here: see `benchmarks.nanochat`."""
+    vocabulary, length = size_config(setup.chosen.size).vocab_size, setup.chosen.seq_len
+    training = nanochat.NanochatTraining(name, vocabulary, length, setup.device, seed=setup.chosen.seed)
+    return Runner(training, training.schedule, tuple(sorted(setup.chosen.nanochat_rates)))
+
+
 RUNNERS: dict[str, Callable[[Setup], Runner]] = {
     "lepton": lepton,
     "dense": lambda setup: lepton(setup, dense=True),
     "llama": llama,
+    **{name: partial(nanochat_of, name=name) for name in nanochat.SHAPES},
 }
 
 
@@ -267,6 +277,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=64)
     add("--seq_len", type=int, default=512)
     add("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="peak rates of AdamW to try for llama")
+    add("--nanochat_rates", type=float, nargs="+", default=[0.25, 0.45, 0.7], help="shares of its peak rates to try")
     add("--search_tokens", type=float, help="tokens that each rate is tried on (default: all, each try a whole run)")
     add("--points", type=int, default=10, help="of a curve")
     add("--eval_batches", type=int, default=8, help="validation batches at a point, spread over the split")
@@ -304,6 +315,8 @@ def check(chosen: argparse.Namespace) -> None:
     size_config(chosen.size)
     if "llama" in chosen.runners:
         peer.load_transformers()
+    if set(chosen.runners) & set(nanochat.SHAPES):
+        nanochat.load_nanochat()
 
 
 def main(arguments: list[str] | None = None) -> None:

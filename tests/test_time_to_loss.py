@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import curves, time_to_loss
+from benchmarks import curves, nanochat, time_to_loss
 from benchmarks.curves import Line, Panel, line_chart
 from benchmarks.peer import PeerTraining
 from benchmarks.time_to_loss import RUNNERS, Runner
@@ -306,14 +306,34 @@ def test_the_smoke_run(tmp_path, library):
         (["--tokens", "0"], "tokens=0"),
         (["--size", "tinny"], "tiny"),
         (["--svg", "nowhere/curves.svg"], "nowhere"),
+        (["--runners", "nanochat_d10"], "NANOCHAT_DIR"),
         ([], "pip install transformers"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delenv("NANOCHAT_DIR", raising=False)
     with pytest.raises(SystemExit):
         run(tmp_path, *words)
     assert said in capsys.readouterr().err
+
+
+def test_the_schedules_of_nanochat_follow_its_training_script():
+    training = object.__new__(nanochat.NanochatTraining)
+    training.rows, training.length, training.rate, training.tuned_tokens = 64, 512, 0.25, 1.3e9
+    training.optimizer = types.SimpleNamespace(param_groups=[{"kind": "muon"}, {"kind": "adamw"}])
+    muon, other = training.optimizer.param_groups
+    shares = [training.schedule(step, 1000) for step in range(1000)]
+    assert shares[0] == 1 / 40
+    assert shares[39] == shares[350] == 1
+    assert shares[999] == pytest.approx(0.05, abs=0.002)
+    assert muon["weight_decay"] == pytest.approx(0, abs=1e-5)
+    assert "weight_decay" not in other
+    for step, momentum in ((0, 0.85), (200, 0.91), (1000, 0.90)):
+        training.schedule(step, 1000)
+        assert muon["momentum"] == pytest.approx(momentum)
+    training.schedule(0, 1000)
+    assert muon["weight_decay"] == pytest.approx(0.28 * (2**15 / 2**19) / 0.25 * 1.3e9 / (1000 * 2**15))
 
 
 def test_the_chart_is_valid_xml_and_labels_do_not_meet():

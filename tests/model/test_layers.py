@@ -7,6 +7,8 @@ from lepton.model.layers import Linear, products
 
 def test_one_product_equals_those_of_single_matrices():
     linears = [Linear(6, rows).double() for rows in (4, 2, 3)]
+    for each in linears:
+        torch.nn.init.normal_(each.weight)
     x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     weights = [torch.randn(2, 5, each.out_features, dtype=torch.float64) for each in linears]
     found = []
