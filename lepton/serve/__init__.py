@@ -3,6 +3,7 @@
 limits      what a request may ask for
 fields      reading the fields of a request's JSON
 requests    a request: what it asks for, checked
+scoring     the log-probabilities of a prompt's own tokens
 answer      one text being generated: its pieces, and where it ends
 worker      the thread of the engine, in which answers join and leave
 replies     the JSON of replies and of streamed chunks

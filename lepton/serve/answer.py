@@ -9,6 +9,7 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.engine.engine import SequenceOutput
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.sequence import Sequence
+from lepton.serve.scoring import PromptScores, Scoring
 
 EndedBy: TypeAlias = Literal["length", "stop", "end_of_document", "cancelled", "error"]
 
@@ -19,13 +20,14 @@ class Token:
 
     id: int
     offset: int
-    """Where its text begins in the new text, in characters."""
+    """Where its text begins, in characters: in the new text, or for a token of the prompt in that one."""
     drafted: bool = False
     """Whether it was a draft that turned out right."""
     uncertainty: float | None = None
     logprobs: TokenLogprobs | None = None
     depth: int | None = None
     """Blocks that were passed where it was chosen."""
+    of_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class Piece:
 class Answer:
     """A sequence of the engine and the text that its tokens make. Only the thread of the engine changes it."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, stops: Items[str] = ()) -> None:
+    def __init__(
+        self, sequence: Sequence, tokenizer: Tokenizer, stops: Items[str] = (), scoring: Scoring | None = None
+    ) -> None:
         """Make an answer that waits.
 
         Args:
             sequence: what the engine generates.
             tokenizer: gives the text of its tokens.
             stops: texts that end it. The first that appears is left out, with all that follows.
+            scoring: where the scores of its prompt come from; None: they are not wanted.
         """
-        self.sequence, self.stops = sequence, tuple(stops)
+        self.sequence, self.stops, self.scoring = sequence, tuple(stops), scoring
         self.taken = 0
         """New tokens so far, those of a stop text included."""
         self.drafted, self.accepted = 0, 0
@@ -67,6 +72,18 @@ class Answer:
     def prompt(self) -> list[int]:
         """The ids of the prompt."""
         return self.sequence.prompt
+
+    def read_prompt(self, scores: PromptScores) -> Piece:
+        """Return the tokens of the prompt; an answer without new tokens ends with them."""
+        decoder, offset, tokens = self._tokenizer.stream_decoder(), 0, []
+        for i, token in enumerate(self.prompt):
+            unsure = scores.uncertainties[i - 1] if i and scores.uncertainties else None
+            logprobs, depth = (scores.logprobs[i - 1], scores.depths[i - 1]) if i else (None, None)
+            tokens.append(Token(token, offset, False, unsure, logprobs, depth, of_prompt=True))
+            offset += len(decoder.push(token))
+        if self.sequence.options.max_new_tokens == 0:
+            self.ended_by = "length"
+        return Piece(tokens=tokens, ended_by=self.ended_by)
 
     def take(self, output: SequenceOutput) -> Piece:
         """Return what new tokens add: no text while they may turn out to be a stop text."""

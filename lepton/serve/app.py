@@ -165,8 +165,7 @@ class Answering:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generate and send, until it is done, the client leaves or the time is over."""
         task, api = self._task, self._api
-        answers = task.answers() if task.options.max_new_tokens else []
-        with api.calls.open(answers) as call:
+        with api.calls.open(task.answers()) as call:
             work = self._stream(call, send) if task.stream else self._whole(call)
             seconds = self._since + api.limits.max_seconds - time.monotonic()
             try:

@@ -83,7 +83,8 @@ class Replies:
         task = self._task
         logprobs = None
         if task.logprobs is not None and (tokens or not task.stream):
-            logprobs = self._chat_logprobs(tokens) if task.chat else self._logprobs(tokens)
+            begin = len(self._echo(index)) if task.echo else 0
+            logprobs = self._chat_logprobs(tokens) if task.chat else self._logprobs(tokens, begin)
         said = {"finish_reason": FINISHED[ended_by] if ended_by else None, "logprobs": logprobs}
         if ended_by or not task.stream:
             said["ended_by"] = ended_by
@@ -107,26 +108,26 @@ class Replies:
         named = name_of(self._tokenizer, token)
         return {"token": named, "logprob": max(score, LEAST), "bytes": list(text), "token_id": token}
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        """Return lists with an entry a token, as completions have them."""
+    def _logprobs(self, tokens: list[Token], begin: int) -> dict[str, Any]:
+        """Return lists with an entry a token, as completions have them; `begin` is where the new text begins."""
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         own: dict[str, list[Any]] = {"token_id": [], "uncertainty": [], "depth": [], "drafted": []}
         for token in tokens:
-            assert token.logprobs is not None, "they were asked for"
             best: dict[str, float] = {}
             for i, score in self._most_probable(token):
                 best.setdefault(self._plain(i), max(score, LEAST))
+            scores = token.logprobs  # nothing predicts the first token of a text
             found["tokens"].append(self._plain(token.id))
-            found["token_logprobs"].append(max(token.logprobs.chosen, LEAST))
-            found["top_logprobs"].append(best)
-            found["text_offset"].append(token.offset)
+            found["token_logprobs"].append(None if scores is None else max(scores.chosen, LEAST))
+            found["top_logprobs"].append(None if scores is None else best)
+            found["text_offset"].append(token.offset + (0 if token.of_prompt else begin))
             for name, value in ({"token_id": token.id} | _own(token)).items():
                 own[name].append(value)
         return found | own
 
     def _most_probable(self, token: Token) -> list[tuple[int, float]]:
-        assert token.logprobs is not None
-        return [*token.logprobs.most_probable.items()][: self._task.logprobs]
+        scores = {} if token.logprobs is None else token.logprobs.most_probable
+        return [*scores.items()][: self._task.logprobs]
 
     def _plain(self, token: int) -> str:
         """Return a token as a text that tells it from others: the bytes of a part of a character are written out."""

@@ -17,6 +17,7 @@ from lepton.serve.answer import Answer
 from lepton.serve.dialogue import STOP, transcript
 from lepton.serve.fields import FINITE, Fields, clean, parse_body
 from lepton.serve.limits import Limits, Refusal
+from lepton.serve.scoring import Scoring
 from lepton.values import SEEDS
 
 MOST_STOPS, LONGEST_STOP = 16, 256
@@ -78,8 +79,6 @@ class Reader:
         fields.take("prompt_cache_key")
         fields.allow(NEUTRAL)
         fields.finish()
-        if echo and logprobs is not None:
-            raise Refusal("echo with logprobs: those of the prompt are not computed; leave one out", param="echo")
         self._check_size(prompts, n, options.max_new_tokens)
         stops = [*stops, STOP] if chat else stops
         return Task(self, chat, prompts, texts, options, n, stops, stream, include_usage, logprobs, echo)
@@ -174,20 +173,29 @@ class Task:
     """Whether each text begins with its prompt."""
 
     @property
+    def scores_prompts(self) -> bool:
+        """Whether the tokens of the prompts are to have log-probabilities, too."""
+        return self.echo and self.logprobs is not None
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once."""
         return sum(map(len, self.prompts))
 
     def answers(self) -> list[Answer]:
-        """Return the answers to generate. Answer i is row i of `Lepton.generate` for the prompts, each `n` times.
+        """Return the answers to compute; none if no token is new and none of a prompt has to be scored.
 
-        Whoever asks for log-probabilities gets them from passes of one kind: a GPU captures passes of each kind.
+        Answer i is row i of `Lepton.generate` for the prompts, each `n` times. Whoever asks for log-probabilities gets
+        them from passes of one kind: a GPU captures passes of each kind.
         """
+        if not self.options.max_new_tokens and not self.scores_prompts:
+            return []
         model, tokenizer = self.reader.model, self.reader.tokenizer
         details = self.logprobs is not None
         uncertainty = details and model.idea("uncertainty") is not None
         probable = min(MOST_PROBABLE, model.config.vocab_size) if details else None
         assert self.options.seed is not None
+        scorings = [Scoring(prompt, self.options, probable or 0) for prompt in self.prompts]
         found = []
         for i in range(self.n * len(self.prompts)):
             sequence = Sequence(
@@ -198,7 +206,8 @@ class Task:
                 uncertainty=uncertainty,
                 logprobs=probable,
             )
-            found.append(Answer(sequence, tokenizer, self.stops))
+            scoring = scorings[i // self.n] if self.scores_prompts else None
+            found.append(Answer(sequence, tokenizer, self.stops, scoring))
         return found
 
 

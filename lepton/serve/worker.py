@@ -178,7 +178,10 @@ class Worker:
                 break
             del self._waiting[answer]
             self._inside[id(answer.sequence)] = answer
-            engine.add(answer.sequence)
+            if answer.scoring is not None:
+                self._deliver([(answer, answer.read_prompt(answer.scoring.scores(self.model)))])
+            if answer.ended_by is None:
+                engine.add(answer.sequence)
 
     def _fail(self, text: str) -> None:
         """End the answers in an engine that failed."""

@@ -44,8 +44,9 @@ def test_a_conversation_and_its_stream(client, model, tokenizer):
         *chunks, last = stream
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
     assert last.usage.completion_tokens == found.usage.completion_tokens
-    with client.chat.completions.stream(**asked) as stream:  # its helper, which puts the chunks together
-        assert stream.get_final_completion().choices[0].message.content == wanted
+    stop = wanted[4:7]  # its helper, which puts the chunks together, takes an answer that is cut for an error
+    with client.chat.completions.stream(**asked, stop=[stop]) as stream:
+        assert stream.get_final_completion().choices[0].message.content == wanted.partition(stop)[0]
 
 
 def test_our_fields_go_both_ways(client, model, tokenizer):

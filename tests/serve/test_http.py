@@ -91,6 +91,7 @@ def test_requests_are_counted_by_path_and_status(model, tokenizer):
         server.post("/v1/completions", {"prompt": "fox", "max_tokens": 6})
         for _ in range(3):
             server.request("GET", "/secret/path")
+        server.quiet()
         status, headers, body = server.request("GET", "/metrics")
     lines = body.decode().splitlines()
     assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
