@@ -27,6 +27,9 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+LAST_SECONDS = 5.0
+"""Seconds for the error that ends a stream to be taken."""
+
 
 class Api:
     """What the routes do. `app` is the application."""
@@ -165,19 +168,19 @@ class Answering:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generate and send, until it is done, the client leaves or the time is over."""
         task, api = self._task, self._api
-        with api.calls.open(task.answers()) as call:
-            work = self._stream(call, send) if task.stream else self._whole(call)
-            seconds = self._since + api.limits.max_seconds - time.monotonic()
-            try:
-                found = await watched(work, receive, seconds)
-            except ClientLeft:
-                return
-            except (Refusal, asyncio.CancelledError) as error:  # cancelled: the time to drain is over
-                refusal = error if isinstance(error, Refusal) else stopping()
-                if not self._started:
-                    raise refusal from None
-                await send(_body(event(refusal.to_dict())))
-                return
+        try:
+            with api.calls.open(task.answers()) as call:
+                work = self._stream(call, send) if task.stream else self._whole(call)
+                found = await watched(work, receive, self._since + api.limits.max_seconds - time.monotonic())
+        except ClientLeft:
+            return
+        except (Refusal, asyncio.CancelledError) as error:  # cancelled: the time to drain is over
+            refusal = error if isinstance(error, Refusal) else stopping()
+            if not self._started:
+                raise refusal from None
+            with contextlib.suppress(TimeoutError):  # who does not read is not waited for
+                await asyncio.wait_for(send(_body(event(refusal.to_dict()))), LAST_SECONDS)
+            return
         if found is not None:
             await reply(found)(scope, receive, send)
         api.metrics.request.add(time.monotonic() - self._since)

@@ -1,9 +1,14 @@
 """Routes over HTTP: every text is what `generate` gives with its seed."""
 
+import asyncio
 import json
+import time
 
 import pytest
 
+from lepton.serve import app
+from lepton.serve.app import Api
+from lepton.serve.limits import Limits
 from lepton.serve.requests import Reader
 from tests.serve.http import Running, until
 from tests.serve.small import WORDS
@@ -95,6 +100,34 @@ def test_a_bug_is_logged_and_shows_nothing_of_itself(server, monkeypatch, caplog
     assert (status, found["error"]["message"]) == (500, "the server failed; its log says why")
     until(lambda: any("a secret of the source" in str(record.exc_info) for record in caplog.records))
     assert server.complete("fox", max_tokens=1)
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(model, tokenizer, monkeypatch):
+    """Its time ends, and its answer with it, though nothing more can be sent."""
+    limits = Limits(max_tokens=1_000_000, max_request=2_000_000, max_seconds=1)
+    api = Api(Reader(model, tokenizer, "lepton", limits))
+    body = json.dumps({"prompt": "x", "max_tokens": 900_000, "temperature": 0, "stream": True}).encode()
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) > 4:
+            await asyncio.sleep(3600)
+
+    async def answered():
+        api.calls.start()
+        await app.Answering(api, api.reader.task(body, chat=False), time.monotonic())({}, receive, send)
+        return api.calls.under_way
+
+    monkeypatch.setattr(app, "LAST_SECONDS", 0.1)
+    try:
+        assert asyncio.run(answered()) == 0
+    finally:
+        api.calls.worker.close()
+    assert b'"code": "timeout"' in sent[-1]["body"]
 
 
 def test_the_name_of_the_model_is_the_servers(model, tokenizer):
