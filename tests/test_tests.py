@@ -49,6 +49,7 @@ OF_SEVERAL = {
     "proving_ground/test_text",
     "serve/test_client",
     "serve/test_fuzz",
+    "serve/test_page",
     "test_alive",
     "test_architecture",
     "test_docs",
