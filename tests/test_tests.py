@@ -34,6 +34,7 @@ OF_SEVERAL = {
     "generate/test_arguments",
     "generate/test_state",
     "generate/test_uncertainty",
+    "hf/test_page",
     "model/ideas/test_ideas_removed",
     "model/test_add_an_idea",
     "model/test_before",

@@ -115,7 +115,7 @@ def shuffled(generator: torch.Generator, shape: Sequence[int]) -> tuple[Tensor, 
 def shape(task: Recall) -> LeptonConfig:
     """Return the complete model: a short window, the working memory and crystals."""
     config = LeptonConfig(**SHAPE, window=task.window, segment=task.window, vocab_size=task.vocab_size)
-    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
+    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True, "reads": 1 + task.two_step}
     return config.replace(memory=memory, crystals={"slots": 64})
 
 
@@ -126,10 +126,11 @@ CONTENDERS = {
     "crystals": Contender(changes={"memory": None}),
     "memory": Contender(changes={"crystals": None}),
     "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
+    "one_read": Contender(changes={"crystals": None, "memory.reads": 1}),
     "complete": Contender(),
 }
 """The controls come first: full attention should find every pair, of two steps with 8 layers if not with 4. A fading
-memory forgets at each token, whether it writes or not."""
+memory forgets at each token, whether it writes or not. For two steps the memory is read twice, but for `one_read`."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

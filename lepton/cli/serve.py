@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
             f"--host {args.host}: others can reach this address, so clients must give a key: put one of your making in "
             f"a file and name it with --api_key_file, or in ${KEY}"
         )
-    need("starlette uvicorn", "the server")
+    for name in ("starlette", "uvicorn"):
+        need(name, "the server")
     from lepton.engine.runners import Lease
     from lepton.serve.app import Api
     from lepton.serve.requests import Reader

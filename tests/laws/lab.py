@@ -49,7 +49,7 @@ IDEAS = {
 # Everything on, then each idea off, then the baseline. Two are also without a part of the trunk.
 VARIANTS: dict[str, dict] = {
     "complete": IDEAS,
-    "over tokens": {**IDEAS, "thoughts.over_tokens": True, "memory.tied_decay": True},
+    "over tokens": {**IDEAS, "thoughts.over_tokens": True, "memory.tied_decay": True, "memory.reads": 3},
     "no thoughts": {**IDEAS, "thoughts": 0},
     "no working memory": {**IDEAS, "memory_heads": 0},
     "no crystals": {**IDEAS, "slots": 0},

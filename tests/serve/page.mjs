@@ -63,6 +63,7 @@ await finished();
 say("alternative", [name, before.slice(0, 3 + begin), await page.locator("#text .given").innerText()]);
 
 // Shades.
+say("unsure", await page.evaluate(() => tokens.map((each) => each.uncertainty)));
 for (const shade of ["uncertainty", "depth", "drafted", "none"]) {
   await page.selectOption("#shade", shade);
   say("shade", [shade, await page.evaluate(() => [...document.querySelectorAll(".token")]

@@ -100,7 +100,8 @@ def test_what_people_can_do_with_it(tmp_path):
     name, before, given = seen["alternative"]
     assert given == before + name.translate(SHOWN)
     shades = dict(seen["shade"])
-    assert len(set(shades["uncertainty"])) > 1
+    strengths = [float(colour.rpartition(",")[2].rstrip(")")) for colour in shades["uncertainty"]]
+    assert strengths == pytest.approx([0.45 * unsure for unsure in seen["unsure"]], abs=0.004)
     assert set(shades["none"]) == {"rgba(0, 0, 0, 0)"}
     assert (seen["narrow"], seen["enlarged"]) == (375, 550)
     assert seen["dark"][0] != seen["dark"][1]

@@ -2,11 +2,12 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-A token reads after it has written. At the end of a document the state is set to exactly 0; decay would never get there.
+A token reads after it has written. With `reads` above 1 it then asks the same memory with what it has read: a chain of
+n associations takes n reads. At the end of a document the state is set to exactly 0; decay would never get there.
 `lepton/ops/delta_rule.py` computes the rule, in fp32 or better, because the state is a sum over the whole past.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, replaced
-from lepton.model.layers import Linear, at_indices
+from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
@@ -49,14 +50,16 @@ class WorkingMemoryConfig(IdeaConfig):
     tied_decay: bool = False
     """Whether a token forgets only as far as it writes, a_t = sigmoid(..) ** b_t: a memory then outlasts any number of
     tokens that do not write. Heads begin with write rates of 0.05 to 0.5."""
+    reads: int = 1
+    """Reads of a token, one after the other: each query is made of what the reads before it have added."""
 
     name = "memory"
-    most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096}
+    most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096, "reads": 64}
     flat = {"memory_heads": "heads", "key_dim": "key_dim", "value_dim": "value_dim"}
     flat_switch = "memory_heads"
 
     def check(self, config: LeptonConfig) -> None:
-        self.at_least(1, "heads", "key_dim", "value_dim")
+        self.at_least(1, "heads", "key_dim", "value_dim", "reads")
 
     def build(self, config: LeptonConfig) -> "WorkingMemory":
         return WorkingMemory(config, self)
@@ -118,6 +121,8 @@ class WorkingMemory(Idea):
         "decay_bias": BIAS.but(initial=spread_decay),
         "rate_bias": BIAS.but(initial=spread_rate),
         "out.weight": FEED,
+        "again.weight": MATRIX,
+        "out_again.weight": FEED,
     }
 
     def __init__(self, config: LeptonConfig, own: WorkingMemoryConfig) -> None:
@@ -130,6 +135,10 @@ class WorkingMemory(Idea):
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
         self.rate_bias = nn.Parameter(torch.empty(self.heads)) if own.tied_decay else None
         self.out = Linear(self.heads * self.value_dim, config.width)
+        self.more_reads = own.reads - 1
+        if self.more_reads:
+            self.again = Linear(config.width, self.heads * self.key_dim)
+            self.out_again = Linear(self.heads * self.value_dim, config.width)
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> WorkingMemoryState:
         precise = torch.promote_types(dtype, torch.float32)
@@ -141,9 +150,10 @@ class WorkingMemory(Idea):
         return replace(past, tail_BRI=fresh.tail_BRI)
 
     def contribute(self, flow: Flow, past: WorkingMemoryState) -> Contribution:
-        """Read and write the memory, and add a projection of the reads to the stream."""
-        read_BTF, strength_BT, update = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
-        return Contribution(self.out(read_BTF), feature_BTF=read_BTF, signal_BT=strength_BT, update=update)
+        """Read and write the memory, and add projections of the reads to the stream."""
+        read_BTF, again_BTD, strength_BT, update = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
+        added_BTD = self.out(read_BTF) if again_BTD is None else again_BTD
+        return Contribution(added_BTD, feature_BTF=read_BTF, signal_BT=strength_BT, update=update)
 
     def flops(self, work: Work) -> float:
         """Projections, and the matrix products of the delta rule in chunks."""
@@ -151,7 +161,12 @@ class WorkingMemory(Idea):
         padded = -(-work.length // chunk) * chunk
         inside = 2 * chunk * self.key_dim + chunk * self.value_dim
         across = 3 * self.key_dim * self.value_dim
-        return work.length * matrices(self) + padded * self.heads * (inside + across)
+        total = work.length * matrices(self) + padded * self.heads * (inside + across)
+        if self.more_reads:  # each takes the scan once more
+            repeated = matrices(self.again, self.out_again)
+            total += (self.more_reads - 1) * work.length * repeated
+            total += self.more_reads * padded * self.heads * (inside + across)
+        return total
 
     def kept_bytes(self, work: Work) -> float:
         """Most activations are fp32."""
@@ -160,7 +175,8 @@ class WorkingMemory(Idea):
         squares, states = (4, 2) if work.half else (10, 4)
         precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
         precise += squares * chunk + states * keys * values // chunk
-        return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values))
+        more = self.more_reads * (4 * (squares * chunk + keys + 2 * values) + 2 * work.itemsize * values)
+        return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values) + more)
 
     def switches(self) -> dict[str, Switch]:
         """Off: values are zero, so all reads are."""
@@ -176,11 +192,12 @@ class WorkingMemory(Idea):
 
     def forward(
         self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
-    ) -> tuple[Tensor, Tensor, "MemoryUpdate | FewUpdate"]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, "MemoryUpdate | FewUpdate"]:
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
-        mean square of the raw reads [B, T], and the update of the state.
+        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed first reads [B, T, N x U], what
+        several reads add to the stream [B, T, D] (None: there is one), the root mean square of the raw first reads
+        [B, T], and the update of the state.
         """
         if timeline.one_document and u_BTD.shape[1] <= FEW and not torch.is_grad_enabled():
             return self._few(u_BTD, tail_BRI, state_BNHU)
@@ -212,8 +229,29 @@ class WorkingMemory(Idea):
         read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
         update = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
-        normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
-        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
+
+        def ask(q_BTNH: Tensor) -> Tensor:
+            asked = writes._replace(q=_chunks(q_BTNH, chunk))
+            return delta_rule(asked, state_BNHU, entry_BP)[0].transpose(2, 3).flatten(1, 2)[:, :length]
+
+        return *self._read_on(u_BTD, read_BTNU, ask), strength_BT, update
+
+    def _read_on(
+        self, u_BTD: Tensor, read_BTNU: Tensor, ask: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the normed first reads [B, T, N x U], and what all reads add to the stream; None: there is one read.
+
+        `ask` reads the memory with queries [B, T, N, H].
+        """
+        first_BTF = _normed(read_BTNU, u_BTD.dtype)
+        if not self.more_reads:
+            return first_BTF, None
+        added_BTD = self.out(first_BTF)
+        for _ in range(self.more_reads):
+            q_BTNH = F.silu(self.again(norm(u_BTD + added_BTD))).to(read_BTNU.dtype).unflatten(-1, (self.heads, -1))
+            read_BTNU = ask(F.normalize(q_BTNH, dim=-1, eps=UNIT_EPS))
+            added_BTD = added_BTD + self.out_again(_normed(read_BTNU, u_BTD.dtype))
+        return first_BTF, added_BTD
 
     def _gates(self, u_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the logarithm of the decay, and the write rate, of each head [B, T, N]."""
@@ -224,7 +262,9 @@ class WorkingMemory(Idea):
         rate_BTN = (rate_BTN + self.rate_bias.to(dtype)).sigmoid()
         return rate_BTN * log_decay_BTN, rate_BTN
 
-    def _few(self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor) -> tuple[Tensor, Tensor, "FewUpdate"]:
+    def _few(
+        self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, "FewUpdate"]:
         """`forward` for a few tokens of one document, without gradients, in few operators.
 
         What the convolution sees of before the document is 0 in the tail.
@@ -241,8 +281,17 @@ class WorkingMemory(Idea):
         read_BTNU, added_BTNU = read_few(writes, state_BNHU)
         update = FewUpdate(writes, added_BTNU, state_BNHU, joined_BJI)
         strength_BT = torch.linalg.vector_norm(read_BTNU, dim=(2, 3)) * (self.heads * self.value_dim) ** -0.5
-        normed_BTNU = F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS)
-        return normed_BTNU.flatten(2).to(u_BTD.dtype), strength_BT, update
+
+        def ask(q_BTNH: Tensor) -> Tensor:
+            asked = writes._replace(qk_BTN2H=torch.stack([q_BTNH, writes.qk_BTN2H[:, :, :, 1]], 3))
+            return read_few(asked, state_BNHU)[0]
+
+        return *self._read_on(u_BTD, read_BTNU, ask), strength_BT, update
+
+
+def _normed(read_BTNU: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return reads with each head's normed [B, T, N x U]; weak ones stay small."""
+    return F.rms_norm(read_BTNU, read_BTNU.shape[-1:], eps=READ_EPS).flatten(2).to(dtype)
 
 
 def _chunks(x: Tensor, chunk: int) -> Tensor:

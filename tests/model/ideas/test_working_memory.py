@@ -126,20 +126,21 @@ def few(model, length, device="cpu"):
 
 
 def outcome(model, inputs):
-    """Reads, strengths, and the states after all numbers of tokens."""
-    reads, strength, update = model.memory(*inputs)
+    """Reads, what several add, strengths, and the states after all numbers of tokens."""
+    reads, added, strength, update = model.memory(*inputs)
     length = reads.shape[1]
     states = []
     for first in range(length + 1):
         after = update.after((first + torch.arange(3, device=reads.device)) % (length + 1), inputs[3])
         states += [after.matrix_BNHU, after.tail_BRI]
-    return [reads, strength, *states], type(update)
+    return [reads, *([] if added is None else [added]), strength, *states], type(update)
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("length", range(1, FEW + 1))
 @torch.no_grad()
-def test_a_few_tokens_are_the_same_as_a_chunk(length, monkeypatch):
-    model = build("complete")
+def test_a_few_tokens_are_the_same_as_a_chunk(length, number, monkeypatch):
+    model = build("complete", **{"memory.reads": number})
     inputs = few(model, length)
     found, kind = outcome(model, inputs)
     monkeypatch.setattr(module, "FEW", 0)
@@ -191,3 +192,28 @@ def test_with_tied_decay_what_does_not_write_forgets_nothing():
         left[tied] = log_decay.sum(1).exp().max().item()
     assert left[False] < 0.2
     assert left[True] > 0.99
+
+
+@torch.no_grad()
+def test_a_second_read_asks_with_what_the_first_has_found():
+    """The memory holds a -> b and b -> c; a token that asks for a finds b, then c."""
+    model = build("complete", memory_heads=1, key_dim=4, value_dim=8, **{"memory.reads": 2})
+    memory = model.memory
+    u, tail, state, timeline = few(model, 1)
+    for parameter in memory.parameters():
+        parameter.zero_()
+    memory.conv[:, 0] = 1
+    memory.gates.weight.zero_()
+    memory.decay_bias.fill_(20)  # nothing is forgotten
+    memory.qkv.weight[:4, :4] = 30 * torch.eye(4)  # the query is the token's first four numbers
+    memory.out.weight[:8, :8] = 30 * torch.eye(8)  # what is found is added to the first eight
+    memory.out_again.weight[8:16, :8] = torch.eye(8)
+    memory.again.weight[:, 4:8] = 30 * torch.eye(4)  # and its second half is asked for
+    state.zero_()
+    state[:, 0, 0, 4 + 2] = 1  # key 0 -> a value that names key 2
+    state[:, 0, 2, 1] = 1  # key 2 -> value 1
+    u.zero_()
+    u[..., 0] = 1
+    reads, added, *_ = memory(u, tail.zero_(), state, timeline)
+    assert (reads[:, 0].argmax(-1) == 6).all()
+    assert (added[:, 0, 8:16].argmax(-1) == 1).all()
