@@ -13,6 +13,7 @@ from lepton.errors import InputError, nearest
 COMMANDS = {
     "train": "train a model; without --data_dir on the Python standard library's source",
     "generate": "continue a prompt with a trained model",
+    "serve": "answer requests of OpenAI's form over HTTP",
     "eval": "measure a checkpoint on held-out text",
     "calibrate": "fit what a checkpoint's uncertainty and depth mean",
     "plot": "draw the metrics of runs side by side",
