@@ -24,7 +24,7 @@ FLOORS = (
     ("engine",),
     ("generate",),
     ("api", "evals"),
-    ("train", "hf"),
+    ("train", "hf", "serve"),
     ("cli",),
 )
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a model; without --data_dir on the Python standard library's source",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a model that was fine-tuned on conversations",
+    "serve": "answer requests of OpenAI's form over HTTP",
     "eval": "measure a checkpoint on held-out text",
     "calibrate": "fit what a checkpoint's uncertainty and depth mean",
     "plot": "draw the metrics of runs side by side",

@@ -141,6 +141,11 @@ class Tokenizer:
         """Return a decoder that takes ids one by one and only gives complete characters."""
         return StreamDecoder(self._bytes_of_id)
 
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of one id's text, which may be a part of a character; empty for a special or unknown id."""
+        table = self._bytes_of_id
+        return table[token] if 0 <= token < len(table) else b""
+
     def token_bytes(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of each id's text, int64 [size]; 0 for specials."""
         return np.array([len(text) for text in self._bytes_of_id], dtype=np.int64)

@@ -123,7 +123,7 @@ class Generation:
                 engine.close()
 
     def _output(self, output: SequenceOutput) -> RowOutput:
-        return RowOutput(self._row_of[id(output.sequence)], *output[1:])
+        return RowOutput(self._row_of[id(output.sequence)], *output[1:4])
 
     @property
     def state(self) -> State:
