@@ -31,8 +31,17 @@ def need(name: str, what: str, oldest: tuple[int, int] | None = None) -> None:
         raise MissingLibrary(f"{what} needs {name}{why}; get it with: {sys.executable} -m pip install {wanted}")
 
 
+def _with_parents(name: str) -> list[str]:
+    """Return the packages that a module lies in, and the module: `find_spec` raises where one of the former is missing.
+
+    Looked for in this order, the first that is missing is the last that is looked for.
+    """
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def _lacking(name: str, oldest: tuple[int, int]) -> str | None:
-    if importlib.util.find_spec(name) is None:
+    if not all(importlib.util.find_spec(part) for part in _with_parents(name)):
         return f"{name} is not installed"
     try:
         version = importlib.metadata.version(name)

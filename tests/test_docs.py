@@ -52,7 +52,9 @@ def commands(path):
     return [(train or name, shlex.split(words, comments=True)) for train, name, words in COMMAND.findall(shell)]
 
 
-@pytest.mark.parametrize("name", ["docs/tutorial.md", "docs/index.md", "docs/tools.md", "docs/serve.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/tutorial.md", "docs/index.md", "docs/own_data.md", "docs/tools.md", "docs/serve.md"]
+)
 def test_the_parser_takes_the_commands_of_a_document(name):
     found = commands(ROOT / name)
     assert found

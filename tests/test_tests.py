@@ -68,6 +68,7 @@ OF_SEVERAL = {
     "test_trunk_optimizer",
     "test_trunk_switches",
     "test_trunk_trials",
+    "train/test_chat",
     "train/test_leaving",
     "train/test_several_processes",
 }

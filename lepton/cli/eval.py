@@ -186,7 +186,7 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, pass_o
     planned += side * len(switches(model)) if args.ablate else 0
     planned += len(TEMPERATURES) * (args.speculation or 0) * (PROMPT_TOKENS + NEW_TOKENS)
     seconds = found = 0.0
-    for tokens, lengths in itertools.islice(source.batches(PROBE_TOKENS), 1):
+    for tokens, lengths, _ in itertools.islice(source.batches(PROBE_TOKENS), 1):
         probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
         for _ in range(2):  # the first pass of a process is slower
             start = time.perf_counter()

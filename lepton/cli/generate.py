@@ -69,18 +69,26 @@ def read_options(args: argparse.Namespace) -> GenerationOptions:
     return GenerationOptions(**{name: getattr(args, name) for name in names})
 
 
+def read_stops(args: argparse.Namespace) -> list[str]:
+    """Return the texts of `--stop`."""
+    stops = [unescaped(stop) for stop in args.stop]
+    if "" in stops:
+        raise InputError("--stop '': give at least one character")
+    return stops
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation, or with `--json` one object about both."""
     from lepton.engine.engine import NotFiniteError
     from lepton.generate.generation import Generation
     from lepton.generate.stream import Stream
 
-    stops = [unescaped(stop) for stop in args.stop]
-    if "" in stops:
-        raise InputError("--stop '': give at least one character")
+    stops = read_stops(args)
     options = read_options(args)
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
-    remembered = _remembered(args.memory, prompt)
+    if args.memory is not None and not prompt:
+        raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
+    remembered = memory_to_read(args.memory)
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     model, tokenizer, step = load(args)
@@ -176,11 +184,8 @@ def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncerta
     What a pipe or a file gets is the text alone.
     """
     terminal, coloured = sys.stdout.isatty(), has_colours(sys.stdout)
-    if terminal:
-        prompt = visible(prompt)
-        pieces = (Piece(visible(text), unsure) for text, unsure in pieces)
-    show = (shaded if coloured else marked) if terminal and uncertainty else _plain
-    texts, start = show(pieces), time.perf_counter()
+    prompt = visible(prompt) if terminal else prompt
+    texts, start = displayed(pieces, uncertainty=uncertainty), time.perf_counter()
     first = next(texts, "")  # what is wrong with the options shows before anything is printed
     try:
         for text in itertools.chain([prompt, first], texts):
@@ -189,17 +194,23 @@ def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncerta
         print(flush=True)  # also after Ctrl-C: the shell's next line starts on its own
     seconds = time.perf_counter() - start
     if uncertainty:
-        print(_meaning(terminal, coloured), file=sys.stderr)
+        print(meaning(terminal, coloured), file=sys.stderr)
     if uncertainty or sys.stderr.isatty():
         print(describe(stats, seconds, uncertainty=uncertainty), file=sys.stderr)
     return 0
 
 
-def _plain(pieces: Iterable[Piece]) -> Iterator[str]:
-    return (piece.text for piece in pieces)
+def displayed(pieces: Iterable[Piece], *, uncertainty: bool) -> Iterator[str]:
+    """Yield the text as stdout shows it: on a terminal without control characters, and shaded by `uncertainty`."""
+    if not sys.stdout.isatty():
+        return (piece.text for piece in pieces)
+    safe = (Piece(visible(text), unsure) for text, unsure in pieces)
+    if not uncertainty:
+        return (piece.text for piece in safe)
+    return (shaded if has_colours(sys.stdout) else marked)(safe)
 
 
-def _meaning(terminal: bool, coloured: bool) -> str:
+def meaning(terminal: bool, coloured: bool) -> str:
     """What the text shows of the uncertainty."""
     if not terminal:
         return "stdout is not a terminal, so the text is not shaded; --json gives the uncertainty of each token"
@@ -208,13 +219,9 @@ def _meaning(terminal: bool, coloured: bool) -> str:
     return legend()
 
 
-def _remembered(path: str | None, prompt: str) -> str | None:
+def memory_to_read(path: str | None) -> str | None:
     """Return the memory file to read, None where there is none yet; what cannot work is said before the work."""
-    if path is None:
-        return None
-    if not prompt:
-        raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
-    if os.path.exists(path):
+    if path is None or os.path.exists(path):
         return path
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):

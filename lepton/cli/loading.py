@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lepton.errors import InputError, naming
 
@@ -32,6 +32,12 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     Raises:
         InputError: no such checkpoint, device or tokenizer, or a tokenizer that does not fit the model.
     """
+    model, tokenizer, content = load_with_record(args)
+    return model, tokenizer, content["step"]
+
+
+def load_with_record(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, dict[str, Any]]":
+    """As `load`, but with all that the checkpoint holds beside the weights in place of the step."""
     from lepton import checkpoint
     from lepton.api import Lepton
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
@@ -55,4 +61,5 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
         raise InputError(
             f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size}: they do not fit"
         )
-    return model.to(device, pick_dtype(args.dtype, device)), tokenizer, content["step"]
+    record = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
+    return model.to(device, pick_dtype(args.dtype, device)), tokenizer, record

@@ -116,6 +116,11 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
         return ids
 
+    def special_id(self, token: str) -> int | None:
+        """Return the id of a special token, which no text encodes to; None: there is none of that name."""
+        specials = {each.content: i for i, each in self._backend.get_added_tokens_decoder().items() if each.special}
+        return specials.get(token)
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
         encodable = [_encodable(text) for text in texts]

@@ -75,7 +75,7 @@ def _half(data: ShardedDataset, batch_size: int, max_tokens: int, *, second: boo
         start = number * batch_size
         rows = slice(max(first - start, 0), max(last - start, 0))
         if len(batch.lengths[rows]):
-            yield Batch(batch.tokens[rows], batch.lengths[rows])
+            yield batch.rows(rows)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def iterate_positions(
     depth: float | None = None,
     think: int | None = None,
 ) -> Iterator[Positions]:
-    """Yield all positions of `batches` whose next token is known, a slice at a time.
+    """Yield all positions of `batches` whose next token is known and counts, a slice at a time.
 
     Args:
         model: in eval mode.
@@ -106,17 +106,22 @@ def iterate_positions(
         # Rows beyond the limit are not computed: it may be far below a batch.
         first_B = (batch.lengths - 1).clamp(max=CHUNK).cumsum(0)
         if first_B[-1] >= left:
-            batch = Batch(*(part[: int((first_B < left).sum()) + 1] for part in batch))
+            batch = batch.rows(slice(int((first_B < left).sum()) + 1))
         tokens = batch.tokens.to(device)
         counts_B = (batch.lengths - 1).to(device)
+        targets_BT, opens_BT = (None if each is None else each.to(device) for each in (batch.targets, batch.opens))
         out = out if carry else None
         for start in range(0, tokens.shape[1] - 1, CHUNK):
             target_BT = tokens[:, start + 1 : start + 1 + CHUNK]
             chunk_BT = tokens[:, start : start + target_BT.shape[1]]
             here_B = (counts_B - start).clamp(0, chunk_BT.shape[1])
             state = None if out is None else out.state
-            out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think)
+            here = slice(start, start + chunk_BT.shape[1])
+            opens = None if opens_BT is None else opens_BT[:, here]
+            out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think, opens=opens)
             valid_BT = torch.arange(chunk_BT.shape[1], device=device) < here_B[:, None]
+            if targets_BT is not None:
+                valid_BT &= targets_BT[:, here]
             for index_M in valid_BT.flatten().nonzero()[:, 0].split(slice_size):
                 index_M = index_M[: int(min(left, slice_size))]
                 left -= len(index_M)

@@ -180,6 +180,7 @@ class Network(Modules):
         targets: Tensor | None = None,
         think: int | Tensor | None = None,
         groups: int | None = None,
+        opens: Tensor | None = None,
         auxiliary: bool = True,
     ) -> Loss:
         """Mean loss of predicting each token from those before it, and the small losses of the ideas.
@@ -191,13 +192,14 @@ class Network(Modules):
                 model reads does not depend on it.
             think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
+            opens: bool [B, T - 1], tokens at which a segment opens in addition, as in `forward`; None: none.
             auxiliary: whether the losses of the ideas are computed; validation does without.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
         tokens, lengths, groups = checked_for_loss(self, tokens, lengths, targets, groups, auxiliary)
-        out = self.trunk(tokens[:, :-1], think=think, groups=groups)
+        out = self.trunk(tokens[:, :-1], think=think, groups=groups, opens=opens)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary)

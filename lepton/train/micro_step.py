@@ -7,7 +7,7 @@ repeats are compiled, each once, and not the whole model: compile time grows wit
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Inputs:
     think_B: Tensor | None
     share: Tensor
     targets_BT: Tensor | None = None
+    opens_BT: Tensor | None = None
 
     def copy_(self, other: "Inputs") -> None:
         """Copy the values of another micro-batch of the same shape into these tensors."""
@@ -88,15 +89,18 @@ class MicroStep:
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
-    def prepare(self, batch_size: int, seq_len: int) -> None:
-        """Compile and capture batches of this shape before the clock runs; if that fails, say why and do without."""
+    def prepare(self, batch_size: int, seq_len: int, *, answers: bool = False) -> None:
+        """Compile and capture batches of this shape before the clock runs; if that fails, say why and do without.
+
+        `answers`: whether only those are targets, and open segments.
+        """
         if not self._parts and self.graphs is None:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         while self._parts or self.graphs is not None:
             try:
-                self._run_idle(batch_size, seq_len)
+                self._run_idle(batch_size, seq_len, answers=answers)
                 break
             except torch.OutOfMemoryError:
                 self._forget()
@@ -119,11 +123,13 @@ class MicroStep:
         self._forget()
         return found
 
-    def _run_idle(self, batch_size: int, seq_len: int) -> None:
+    def _run_idle(self, batch_size: int, seq_len: int, *, answers: bool = False) -> None:
         """Run a micro-batch of this shape that has no share in a step."""
         tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
         think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
-        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, share=0.0)
+        targets = torch.ones(batch_size, seq_len, dtype=torch.bool) if answers else None
+        opens = None if targets is None else torch.zeros_like(targets)
+        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, 0.0, targets, opens)
 
     def _forget(self) -> None:
         """Set the gradients and the sums of the figures to zero."""
@@ -141,17 +147,18 @@ class MicroStep:
         groups: int | None,
         share: float,
         targets: Tensor | None = None,
+        opens: Tensor | None = None,
     ) -> None:
         """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Network.loss` takes them."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share), targets)
+        given = (tokens, lengths, think, torch.tensor(share), targets, opens)
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
-        opens = any(idea.opens for idea in self._model.ideas.values())
-        key = (tuple(tokens.shape), groups if opens else None, targets is None)
+        counted = any(idea.opens for idea in self._model.ideas.values())
+        key = (tuple(tokens.shape), groups if counted else None, targets is None, opens is None)
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
@@ -179,6 +186,7 @@ class MicroStep:
                 targets=inputs.targets_BT,
                 think=inputs.think_B,
                 groups=groups,
+                opens=inputs.opens_BT,
             )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
@@ -189,9 +197,7 @@ class MicroStep:
 
     def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
         """Run a micro-batch of this shape without adding anything; return the inputs that its graph will read."""
-        idle = Inputs(
-            inputs.tokens, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share), inputs.targets_BT
-        )
+        idle = replace(inputs, share=torch.zeros_like(inputs.share))
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
