@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,9 @@ from lepton.errors import InputError
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
     from lepton.engine.stats import Stats
+    from lepton.generate.completion import Wanted
     from lepton.generate.stream import Stream
+    from lepton.model.promise import Promise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--uncertainty",
         action="store_true",
         help=f"shade the text on a terminal by how unsure the model was ({MARK} without colours); figures go to stderr",
+    )
+    parser.add_argument(
+        "--abstain_at",
+        type=float,
+        metavar="RISK",
+        help=f"mark words ({MARK}) that the model abstains from; of the other tokens at most this share is wrong, once "
+        "calibrate --risk RISK has been run and on text like that",
     )
     add_json(parser)
 
@@ -86,13 +96,15 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, step = load(args)
     uncertainty = args.uncertainty or (args.json and model.idea("uncertainty") is not None)
     prompt_ids = tokenizer.encode(prompt) or [model.config.eos_id]
-    stream = Stream(Generation(model, prompt_ids, options, memory=remembered, uncertainty=uncertainty))
+    wanted: Wanted = {"uncertainty": uncertainty, "abstain_at": args.abstain_at}
+    stream = Stream(Generation(model, prompt_ids, options, memory=remembered, **wanted))
     taken: list[tuple[int, float]] = []
-    pieces = continuation(tokens(stream), tokenizer, stops, taken)
+    abstained: list[bool] = []
+    pieces = continuation(tokens(stream, abstained), tokenizer, stops, taken)
     try:
         with _remembering(args.memory, stream, taken):
             if not args.json:
-                return _print_live(prompt, pieces, stream.stats, uncertainty=args.uncertainty)
+                return _print_live(prompt, pieces, stream, uncertainty=args.uncertainty)
             start = time.perf_counter()
             new_text = "".join(piece.text for piece in pieces)
             seconds = time.perf_counter() - start
@@ -110,15 +122,22 @@ def run(args: argparse.Namespace) -> int:
             "tokens_per_second": round(len(ids) / seconds, 1),
             "tokens": ids,
             "uncertainties": [round(unsure, 4) for _, unsure in taken] if uncertainty else None,
+            "abstained": abstained if stream.promise else None,
+            "promise": stream.promise.to_dict() if stream.promise else None,
             "stats": stream.stats.to_dict(),
         }
     )
     return 0
 
 
-def tokens(stream: "Stream") -> Iterator[tuple[int, float]]:
-    """Yield the tokens of `stream` with their uncertainties, 0 where these are not computed."""
+def tokens(stream: "Stream", abstained: list[bool]) -> Iterator[tuple[int, float]]:
+    """Yield the tokens of `stream` with their uncertainties, 0 where these are not computed.
+
+    `abstained` receives whether the model abstains from them, where a risk is promised.
+    """
     for token in stream:
+        if stream.abstained is not None:
+            abstained.append(stream.abstained)
         yield token, stream.uncertainty or 0.0
 
 
@@ -170,16 +189,22 @@ def describe(stats: "Stats", seconds: float, *, uncertainty: bool) -> str:
     return "; ".join([*parts, f"mean depth {stats.mean_depth:.2f} blocks"])
 
 
-def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncertainty: bool) -> int:
-    """Print the text as it comes, on a terminal shaded by `uncertainty`; figures go to stderr where someone reads it.
+def _print_live(prompt: str, pieces: Iterator[Piece], stream: "Stream", *, uncertainty: bool) -> int:
+    """Print the text as it comes, on a terminal shaded by `uncertainty`, or marked where the model abstains; figures go
+    to stderr where someone reads it.
 
     What a pipe or a file gets is the text alone.
     """
+    stats, promise = stream.stats, stream.promise
     terminal, coloured = sys.stdout.isatty(), has_colours(sys.stdout)
     if terminal:
         prompt = visible(prompt)
         pieces = (Piece(visible(text), unsure) for text, unsure in pieces)
-    show = (shaded if coloured else marked) if terminal and uncertainty else _plain
+    show: Callable[[Iterable[Piece]], Iterator[str]] = _plain
+    if terminal and promise is not None:
+        show = functools.partial(marked, above=stream.largest_kept)
+    elif terminal and uncertainty:
+        show = shaded if coloured else marked
     texts, start = show(pieces), time.perf_counter()
     first = next(texts, "")  # what is wrong with the options shows before anything is printed
     try:
@@ -188,7 +213,9 @@ def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncerta
     finally:
         print(flush=True)  # also after Ctrl-C: the shell's next line starts on its own
     seconds = time.perf_counter() - start
-    if uncertainty:
+    if promise is not None:
+        print(_promised(terminal, promise), file=sys.stderr)
+    elif uncertainty:
         print(_meaning(terminal, coloured), file=sys.stderr)
     if uncertainty or sys.stderr.isatty():
         print(describe(stats, seconds, uncertainty=uncertainty), file=sys.stderr)
@@ -206,6 +233,18 @@ def _meaning(terminal: bool, coloured: bool) -> str:
     if not coloured:
         return f"{MARK} marks words with a token of uncertainty {DOUBTFUL} or more"
     return legend()
+
+
+def _promised(terminal: bool, promise: "Promise") -> str:
+    """What the text shows of the abstentions."""
+    if not terminal:
+        return "stdout is not a terminal, so nothing is marked; --json says from which tokens the model abstains"
+    if promise.threshold is None:
+        return f"{MARK} marks every word: no threshold was found for risk {promise.risk:g} ({promise.data})"
+    return (
+        f"{MARK} marks words that the model abstains from. Of its other best guesses at most {promise.risk:.0%} are "
+        f"wrong, on text like that of the calibration ({promise.data}); of other text nothing is promised"
+    )
 
 
 def _remembered(path: str | None, prompt: str) -> str | None:

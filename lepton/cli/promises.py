@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     Nothing is written where the second half breaks a promise.
     """
-    from lepton.evals.conformal import kept, promise
+    from lepton.evals.conformal import kept, promise, windows_wanted
     from lepton.model.promise import checked_risk
 
     risks = sorted({checked_risk(risk, "--risk") for risk in args.risk})
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     first, second = halves(model, windows, args)
     if not len(first.wrong_M):
         raise InputError(f"{what}: a single window, and half of them is calibrated on: name more text with --data_dir")
-    made = [promise(*_columns(first), first.window_M, windows.seq_len, risk, data=what) for risk in risks]
+    columns = *_columns(first), first.window_M, windows.seq_len
+    made = [promise(*columns, risk, data=what) for risk in risks]
     measured = [kept(*_columns(second), each.threshold) for each in made]
     broken = [
         each for each, found in zip(made, measured, strict=True) if found.risk is not None and found.risk > each.risk
@@ -57,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         "calibration_windows": made[0].windows,
         "tokens": len(second.wrong_M),
         "wrong": second.wrong_M.mean().item(),
-        "promises": [_entry(model, *pair) for pair in zip(made, measured, strict=True)],
+        "promises": [
+            _entry(model, each, found) | {"windows_wanted": windows_wanted(*columns, each.risk)}
+            for each, found in zip(made, measured, strict=True)
+        ],
     }
     print_json(report) if args.json else print(*lines(report), sep="\n", flush=True)
     if not written:
@@ -103,11 +107,14 @@ def lines(report: dict[str, Any]) -> list[str]:
         "  at most the risk of the tokens that are not abstained from is wrong, on text like this one, in "
         f"{promises[0]['confidence']:.0%} of calibrations; on other text nothing is promised"
     )
-    if any(each["threshold"] is None for each in promises):
-        table.append(
-            "  everything: no threshold is certain enough, so all tokens will be marked; a larger --risk, or more text "
-            "(--max_tokens, --data_dir), may find one"
-        )
+    for each in promises:
+        if each["threshold"] is None:
+            wanted = each["windows_wanted"]
+            enough = wanted is None or wanted <= report["calibration_windows"]
+            remedy = "a larger risk" if enough else f"about {wanted:,} windows of such text (--data_dir, --max_tokens)"
+            table.append(
+                f"  risk {each['risk']:g}: nothing can be promised, so all tokens will be marked; try {remedy}"
+            )
     return [*table, *([f"written to {report['out']}"] if report["written"] else [])]
 
 

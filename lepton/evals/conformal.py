@@ -97,23 +97,51 @@ def log_evidence(balance_WC: Tensor, risk: float) -> Tensor:
     return torch.stack(wealth).logsumexp(0) - math.log(len(BETS))
 
 
+def windows_wanted(score_M: Tensor, wrong_M: Tensor, window_M: Tensor, length: int, risk: float) -> int | None:
+    """Return an estimate of the windows that `promise` needs to find a threshold in text like this.
+
+    None: in these windows no threshold has so few errors. Arguments are those of `promise`.
+    """
+    if not len(score_M):
+        return None
+    balance_WC = _balances(score_M, wrong_M, window_M, _thresholds(score_M), length, risk)
+    growth = max(torch.log1p(-bet / (1 - risk) * balance_WC).mean(0).max().item() for bet in BETS)
+    if growth <= 0:
+        return None
+    testing = (math.log(len(BETS)) - math.log(1 - CONFIDENCE)) / growth
+    return math.ceil(testing * ORDER_EVERY / (ORDER_EVERY - 1))
+
+
 def _threshold(
     score_M: Tensor, wrong_M: Tensor, window_M: Tensor, windows: int, length: int, risk: float
 ) -> float | None:
     ordering_W = torch.arange(windows) % ORDER_EVERY == 0
-    if ordering_W.all():
+    ordering_M = ordering_W[window_M]
+    if ordering_M.all():
         return None
-    ranked = score_M[ordering_W[window_M]].sort().values
-    if not len(ranked):
-        return None
-    places = (torch.linspace(0, 1, CANDIDATES + 1)[1:].double() * len(ranked)).ceil().long().clamp(min=1) - 1
-    threshold_C = ranked[places].unique()
-    # Each position counts from the first threshold that keeps it; the last column is for those that none keeps.
-    columns = len(threshold_C) + 1
-    place_M = window_M * columns + torch.bucketize(score_M, threshold_C)
-    balance = torch.zeros(windows * columns, dtype=torch.float64).index_add(0, place_M, (wrong_M - risk) / length)
-    balance_WC = balance.view(windows, columns)[:, :-1].cumsum(1)
+    threshold_C = _thresholds(score_M[ordering_M])
+    balance_WC = _balances(score_M, wrong_M, window_M, threshold_C, length, risk)
     first = int(log_evidence(balance_WC[ordering_W], risk).argmax())
     rejected = log_evidence(balance_WC[~ordering_W, first:], risk) >= -math.log(1 - CONFIDENCE)
     count = int(rejected.cumprod(0).sum())
     return threshold_C[first + count - 1].item() if count else None
+
+
+def _thresholds(score_M: Tensor) -> Tensor:
+    """Return the scores up to which shares 1 / `CANDIDATES`, ..., 1 of some positions are kept, in rising order."""
+    ranked = score_M.double().sort().values
+    places = (torch.linspace(0, 1, CANDIDATES + 1)[1:].double() * len(ranked)).ceil().long().clamp(min=1) - 1
+    return ranked[places].unique() if len(ranked) else ranked
+
+
+def _balances(
+    score_M: Tensor, wrong_M: Tensor, window_M: Tensor, threshold_C: Tensor, length: int, risk: float
+) -> Tensor:
+    """Return the balance [W, C] of each window under each threshold; see `log_evidence`."""
+    windows = int(window_M.max()) + 1 if len(window_M) else 0
+    # Each position counts from the first threshold that keeps it; the last column is for those that none keeps.
+    columns = len(threshold_C) + 1
+    place_M = window_M * columns + torch.bucketize(score_M.double(), threshold_C)
+    each_M = (wrong_M.double() - risk) / length
+    balance = torch.zeros(windows * columns, dtype=torch.float64).index_add(0, place_M, each_M)
+    return balance.view(windows, columns)[:, :-1].cumsum(1)

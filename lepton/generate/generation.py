@@ -82,7 +82,8 @@ class Generation:
             )
         self.promise = None if abstain_at is None else promise_of(model, abstain_at, options)
         """What is promised of the new tokens that are not abstained from."""
-        self._largest_kept = None if self.promise is None else largest_kept(model, self.promise)
+        self.largest_kept = None if self.promise is None else largest_kept(model, self.promise)
+        """Tokens of a larger uncertainty are abstained from."""
         uncertainty = uncertainty or self.promise is not None
         self.model, self.options = model, options
         self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
@@ -132,7 +133,7 @@ class Generation:
                 engine.close()
 
     def _output(self, output: SequenceOutput) -> RowOutput:
-        limit = self._largest_kept
+        limit = self.largest_kept
         abstained = [] if limit is None else [chance > limit for chance in output.uncertainties]
         return RowOutput(self._row_of[id(output.sequence)], *output[1:], abstained)
 

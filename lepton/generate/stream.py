@@ -53,6 +53,11 @@ class Stream(Iterator[int]):
         return self._generation.promise
 
     @property
+    def largest_kept(self) -> float | None:
+        """Tokens of a larger uncertainty are abstained from; None without `abstain_at`."""
+        return self._generation.largest_kept
+
+    @property
     def stats(self) -> Stats:
         """Figures of the steps computed so far."""
         return self._generation.stats

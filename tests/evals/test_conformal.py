@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.evals.conformal import CONFIDENCE, Kept, kept, log_evidence, promise
+from lepton.evals.conformal import CONFIDENCE, Kept, kept, log_evidence, promise, windows_wanted
 
 LENGTH = 32
 TRIALS = 100
@@ -92,6 +92,17 @@ def test_a_larger_risk_keeps_more():
     assert shares == sorted(shares)
     assert shares[0] > 0
     assert shares[-1] < 1
+
+
+def test_the_windows_that_are_wanted_are_about_those_that_suffice():
+    few = world(60, 0, mood=1.0)
+    assert promise(*few, LENGTH, 0.2).threshold is None
+    wanted = windows_wanted(*few, LENGTH, 0.2)
+    assert 100 < wanted < 2000
+    found = [promise(*world(2 * wanted, seed), LENGTH, 0.2).threshold for seed in range(10)]
+    assert sum(each is not None for each in found) >= 8
+    assert windows_wanted(*all_wrong(100, 0), LENGTH, 0.2) is None
+    assert windows_wanted(*(each[:0] for each in few), LENGTH, 0.2) is None
 
 
 def test_out_of_domain_the_promise_does_not_hold():
