@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
     wanted: Wanted = {"uncertainty": uncertainty, "abstain_at": args.abstain_at}
     stream = Stream(Generation(model, prompt_ids, options, memory=remembered, **wanted))
     taken: list[tuple[int, float]] = []
-    abstained: list[bool] = []
-    pieces = continuation(tokens(stream, abstained), tokenizer, stops, taken)
+    pieces = continuation(tokens(stream), tokenizer, stops, taken)
     try:
         with _remembering(args.memory, stream, taken):
             if not args.json:
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             seconds = time.perf_counter() - start
     except NotFiniteError as error:
         raise InputError(f"{error}{_earlier(args.checkpoint, step)}") from None
-    ids = [token for token, _ in taken]
+    ids, limit = [token for token, _ in taken], stream.largest_kept
     print_json(
         {
             "prompt": prompt,
@@ -122,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             "tokens_per_second": round(len(ids) / seconds, 1),
             "tokens": ids,
             "uncertainties": [round(unsure, 4) for _, unsure in taken] if uncertainty else None,
-            "abstained": abstained if stream.promise else None,
+            "abstained": None if limit is None else [unsure > limit for _, unsure in taken],
             "promise": stream.promise.to_dict() if stream.promise else None,
             "stats": stream.stats.to_dict(),
         }
@@ -130,14 +129,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tokens(stream: "Stream", abstained: list[bool]) -> Iterator[tuple[int, float]]:
-    """Yield the tokens of `stream` with their uncertainties, 0 where these are not computed.
-
-    `abstained` receives whether the model abstains from them, where a risk is promised.
-    """
+def tokens(stream: "Stream") -> Iterator[tuple[int, float]]:
+    """Yield the tokens of `stream` with their uncertainties, 0 where these are not computed."""
     for token in stream:
-        if stream.abstained is not None:
-            abstained.append(stream.abstained)
         yield token, stream.uncertainty or 0.0
 
 

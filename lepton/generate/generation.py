@@ -90,11 +90,7 @@ class Generation:
         """The prompts as lists, and whether the caller gave a single flat one."""
         rows = len(self.prompts)
         checked_call(model, rows, options.depth, options.think)
-        if state is not None and memory is not None:
-            raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
-        if state is not None:
-            check_state(model, state, rows)
-        past = state if memory is None else model.new_state(rows, memory=memory)
+        past = _past(model, rows, state, memory)
         stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         phases = [0] * rows if past is None else past.phase_B.tolist()
@@ -165,3 +161,12 @@ class Generation:
             tokens_BT = padded(parts, self.model.config.eos_id, device)
             state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=depth, think=think).state
         return state
+
+
+def _past(model: Network, rows: int, state: State | None, memory: Memory | str | Path | None) -> State | None:
+    """Return the state that the prompts continue, None if they begin texts."""
+    if state is not None and memory is not None:
+        raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
+    if state is not None:
+        check_state(model, state, rows)
+    return state if memory is None else model.new_state(rows, memory=memory)
