@@ -190,7 +190,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     model = Lepton.from_checkpoint(args.checkpoint).float()
     if model.idea("drafter") is None or model.tokenizer is None:
         raise InputError(f"{args.checkpoint} has no drafter, or no tokenizer")
