@@ -1,6 +1,7 @@
 """A trained model with its tokenizer, as the commands that use one need it."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,3 +64,18 @@ def load_with_record(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, dict
         )
     record = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
     return model.to(device, pick_dtype(args.dtype, device)), tokenizer, record
+
+
+def rewrite(source: str, out: str, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the checkpoint `source` to `out` once `change` has changed its content in place.
+
+    Raises:
+        InputError: `source` is no longer that of `step`, such as best.pt of a run that goes on, or cannot be written.
+    """
+    from lepton import checkpoint
+
+    content = checkpoint.load(source)
+    if content["step"] != step:
+        raise InputError(f"{source} was replaced while it was calibrated (step {step} -> {content['step']}): try again")
+    change(content)
+    checkpoint.save(out, content)
