@@ -114,8 +114,8 @@ def think(thoughts, seen, u, t, rounds, config) -> torch.Tensor:
     return torch.stack(slots)
 
 
-def remember(memory, u) -> list[torch.Tensor]:
-    """What the working memory reads at each token, normed per head."""
+def remember(memory, u) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What the working memory reads first at each token, normed per head, and what all its reads add."""
     raw, tokens = [memory.qkv.weight @ state for state in u], []
     for t in range(len(u)):
         mixed = sum(raw[t - i] * memory.conv[:, i] for i in range(4) if i <= t)
@@ -132,9 +132,21 @@ def remember(memory, u) -> list[torch.Tensor]:
         torch.zeros(1, memory.heads, memory.key_dim, memory.value_dim, dtype=u[0].dtype),
         torch.zeros(1, 1, len(u)),
     )
-    reads, *_ = naive_delta_rule(Writes(*parts, document), state, document[:, :, 0])
-    normed = reads[0, 0] / (reads[0, 0].square().mean(-1, keepdim=True) + READ_EPS).sqrt()
-    return list(normed.transpose(0, 1).flatten(1))
+
+    def read(queries) -> list[torch.Tensor]:
+        writes = Writes(queries, *parts[1:], document)
+        reads = naive_delta_rule(writes, state, document[:, :, 0])[0][0, 0]
+        normed = reads / (reads.square().mean(-1, keepdim=True) + READ_EPS).sqrt()
+        return list(normed.transpose(0, 1).flatten(1))
+
+    first = read(parts[0])
+    added = [memory.out.weight @ each for each in first]
+    for _ in range(memory.more_reads):
+        asking = [memory.again.weight @ norm(state + more) for state, more in zip(u, added, strict=True)]
+        queries = [F.normalize(F.silu(each).view(memory.heads, -1), dim=-1) for each in asking]
+        found = read(torch.stack(queries, 1)[None, None])
+        added = [more + memory.out_again.weight @ each for more, each in zip(added, found, strict=True)]
+    return list(zip(first, added, strict=True))
 
 
 def visible_crystals(crystals, u, config) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -176,8 +188,9 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     for t in range(len(u)):
         parts = [u[t]]
         if reads is not None:
-            x[t] = x[t] + model.memory.out.weight @ reads[t]
-            parts.append(reads[t])
+            first, added = reads[t]
+            x[t] = x[t] + added
+            parts.append(first)
         if groups[t] is not None:
             parts.append(norm(groups[t].mean(0)))
         if model.peek is not None:

@@ -72,6 +72,8 @@ def compare(device, form, rows, depth, dtype=torch.bfloat16):
 
 def test_a_block_is_made_of_them():
     x, q, k, mlp = torch.randn(7, 36), Linear(36, 40), Linear(36, 20), MLP(36, 44)
+    for weight in (q.weight, k.weight, *mlp.parameters()):
+        torch.nn.init.normal_(weight, std=0.1)
     with torch.no_grad():
         found = products(x, [q.weight, k.weight], normed=True)
         assert all(torch.equal(y, linear(norm(x))) for y, linear in zip(found, (q, k), strict=True))

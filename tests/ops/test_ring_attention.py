@@ -26,7 +26,10 @@ SHAPES = [(3, 1, 16), (4, 2, 32)]
 def attention_of(heads, kv_heads, head_dim, biased=True, dtype=torch.float64, shifted=False):
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     config = LeptonConfig(width=24, layers=2, ffn=8, slot_bias=biased, shifted_keys=shifted, **shape)
-    return Attention(config, shifted=shifted).to(dtype).requires_grad_(False)
+    attention = Attention(config, shifted=shifted).to(dtype).requires_grad_(False)
+    for weight in attention.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+    return attention
 
 
 def rotary_of(position, head_dim, dtype):
