@@ -145,7 +145,7 @@ class LeptonTraining(Training):
     def step(self, batches: Sequence[Batch], index: int, scale: float) -> dict[str, Tensor]:
         for micro, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
             think, groups = plan_batch(self.model, batch.tokens, self.seed, index, micro)
-            self.micro_step(batch.tokens, batch.lengths, think, groups, share)
+            self.micro_step(batch.tokens, batch.lengths, think, groups, share, rate=scale)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
 

@@ -81,7 +81,7 @@ class TaskTraining(LeptonTraining):
     def step(self, batches: Sequence[Any], index: int, scale: float) -> dict[str, Tensor]:
         (batch,) = batches
         think, groups = plan_batch(self.model, batch.tokens, self.seed, index, 0)
-        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets)
+        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, rate=scale)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
 

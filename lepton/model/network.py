@@ -181,6 +181,7 @@ class Network(Modules):
         think: int | Tensor | None = None,
         groups: int | None = None,
         auxiliary: bool = True,
+        rate: float | Tensor = 1.0,
     ) -> Loss:
         """Mean loss of predicting each token from those before it, and the small losses of the ideas.
 
@@ -192,6 +193,7 @@ class Network(Modules):
             think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
             auxiliary: whether the losses of the ideas are computed; validation does without.
+            rate: share of the peak learning rate, which `router.into_stem` follows; a tensor [] for CUDA graphs.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
@@ -200,7 +202,7 @@ class Network(Modules):
         out = self.trunk(tokens[:, :-1], think=think, groups=groups)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
-        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary)
+        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary, rate=rate)
 
     def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
         """Embed the tokens of a chunk, and compute their rotary angles."""

@@ -1,7 +1,8 @@
 """The training loss: cross-entropy of the next token, and the small losses of the ideas.
 
-Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk. The positions that they
-look at are picked by a pure function of the batch.
+Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk, unless a field such as
+`peek.into_trunk` or `router.into_stem` says so. The positions that they look at are picked by a pure function of the
+batch.
 """
 
 from dataclasses import dataclass
@@ -33,8 +34,12 @@ def objective(
     targets_BT: Tensor | None,
     *,
     auxiliary: bool,
+    rate: float | Tensor = 1.0,
 ) -> Loss:
-    """Return the loss of predicting `tokens[:, 1:]`, or those that `targets_BT` picks, from a pass over the others."""
+    """Return the loss of predicting `tokens[:, 1:]`, or those that `targets_BT` picks, from a pass over the others.
+
+    `rate` is the share of the peak learning rate.
+    """
     following_BT, position_BT = tokens[:, 1:].long(), flow.timeline.position_BT
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
@@ -51,7 +56,7 @@ def objective(
     )
     parts = dict(zip(COMMON_LOSSES, (ce, z), strict=True))
     if auxiliary:
-        outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M)
+        outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M, rate)
         ideas = [*model.ideas.values()]
         # From the last idea back: those at the end look at logits, which takes the most memory, and what the other
         # losses keep for the backward pass is then not there yet.

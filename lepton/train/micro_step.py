@@ -7,7 +7,7 @@ repeats are compiled, each once, and not the whole model: compile time grows wit
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class Inputs:
     think_B: Tensor | None
     share: Tensor
     targets_BT: Tensor | None = None
+    rate: Tensor | None = None
+    """Share of the peak learning rate."""
 
     def copy_(self, other: "Inputs") -> None:
         """Copy the values of another micro-batch of the same shape into these tensors."""
@@ -141,10 +143,11 @@ class MicroStep:
         groups: int | None,
         share: float,
         targets: Tensor | None = None,
+        rate: float = 1.0,
     ) -> None:
-        """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Network.loss` takes them."""
+        """Run a micro-batch that makes up `share` of its step; the rest on the CPU, as `Network.loss` takes it."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share), targets)
+        given = (tokens, lengths, think, torch.tensor(share), targets, torch.tensor(rate))
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
@@ -179,6 +182,7 @@ class MicroStep:
                 targets=inputs.targets_BT,
                 think=inputs.think_B,
                 groups=groups,
+                rate=1.0 if inputs.rate is None else inputs.rate,
             )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]
@@ -189,9 +193,7 @@ class MicroStep:
 
     def _warmed_up(self, inputs: Inputs, groups: int | None) -> Inputs:
         """Run a micro-batch of this shape without adding anything; return the inputs that its graph will read."""
-        idle = Inputs(
-            inputs.tokens, inputs.lengths_B, inputs.think_B, torch.zeros_like(inputs.share), inputs.targets_BT
-        )
+        idle = replace(inputs, share=torch.zeros_like(inputs.share))
         for parameter in self._model.parameters():
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)

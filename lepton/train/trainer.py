@@ -203,11 +203,6 @@ class Trainer:
         ]
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         total = self.ranks.total(sum(counts))
-        for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
-            think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
-            micro_step(batch.tokens, batch.lengths, think, groups, count / total)
-            self.recorder.move(self.step + 1, done / len(own))
-        figures = self._added_up(micro_step.take_figures())
         scale = lr_scale(
             self.step,
             max_steps=settings.max_steps,
@@ -215,6 +210,11 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
+        for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
+            think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
+            micro_step(batch.tokens, batch.lengths, think, groups, count / total, rate=scale)
+            self.recorder.move(self.step + 1, done / len(own))
+        figures = self._added_up(micro_step.take_figures())
         self.updating = True
         norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
         self.step += 1

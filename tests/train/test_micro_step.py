@@ -13,7 +13,7 @@ from lepton.train.batch_plan import plan_batch
 from lepton.train.micro_step import CACHE_ALL, MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from tests.ops.devices import force
-from tests.train.small import SHAPE
+from tests.train.small import ROUTED, SHAPE
 
 TOKENS = torch.arange(1, 37).view(4, 9)
 LENGTHS = torch.tensor([9, 9, 5, 9])
@@ -96,6 +96,20 @@ def test_targets_are_those_of_the_loss(model):
     torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_share_of_the_peak_rate_is_that_of_the_loss():
+    torch.manual_seed(0)
+    model, found = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED))), []
+    for rate in (1.0, 0.25):
+        model.zero_grad()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, rate=rate).loss.backward()
+        expected = gradients(model)
+        model.zero_grad(set_to_none=False)
+        MicroStep(model, compiled=False)(TOKENS, LENGTHS, THINK, None, 1.0, rate=rate)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+        found.append(expected)
+    assert any(not torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
 def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
     """Twice, with other weights the second time, which the copies must follow."""
     at_work(model).compute_dtype = torch.bfloat16
@@ -141,8 +155,9 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     assert len(ran) == len(compiled_parts(model))
 
 
+@pytest.mark.parametrize("changes", [{}, ROUTED], ids=["default", "routed"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, tolerance, monkeypatch):
+def test_compiled_parts_have_the_gradients_of_the_plain_pass(dtype, tolerance, changes, monkeypatch):
     """A compiler has lost one before: PyTorch 2.11's that of what a function of ours had changed in place."""
     compiled = []
 
@@ -152,7 +167,9 @@ def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, toler
 
     real = torch.compile
     monkeypatch.setattr("torch.compile", lambda f, *, dynamic: real(f, dynamic=dynamic, backend=backend))
-    at_work(model).compute_dtype = dtype
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | changes)))
+    model.compute_dtype = dtype
     model.loss(LONG, lengths=LONG_LENGTHS, think=THINK).loss.backward()
     expected = gradients(model)
     model.zero_grad()

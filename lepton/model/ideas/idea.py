@@ -194,6 +194,8 @@ class Outcome:
     """Position of each token in its document, -1 in padding."""
     nats_M: Tensor
     """Cross-entropy of each of the B x T predictions."""
+    rate: float | Tensor = 1.0
+    """Share of the peak learning rate; a tensor [] where a captured program reads it."""
 
     @cached_property
     def sampled_M(self) -> Tensor:
@@ -207,18 +209,15 @@ class Outcome:
 
     def frozen_loss(self, x_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of hidden states and the nats of each; the head gets no gradient."""
-        model, x = self.model, norm(x_MD)
-        if isinstance(model.head_down, nn.Linear):
-            x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
-        loss, _, _, nats_M = linear_cross_entropy(
-            x,
-            self.rows_VE,
-            target_M,
-            vocab_size=model.config.vocab_size,
-            cap=model.config.logit_cap,
-            z_weight=0.0,
-        )
+        config = self.model.config
+        options: dict[str, Any] = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "z_weight": 0.0}
+        loss, _, _, nats_M = linear_cross_entropy(self.frozen_down(norm(x_MD)), self.rows_VE, target_M, **options)
         return loss, nats_M
+
+    def frozen_down(self, x_MD: Tensor) -> Tensor:
+        """Return normed states as the embedding's rows meet them, [M, E]; the projection gets no gradient."""
+        down = self.model.head_down
+        return F.linear(x_MD, down.weight.detach().to(x_MD.dtype)) if isinstance(down, nn.Linear) else x_MD
 
 
 def picks(tokens: Tensor, stride: int) -> Tensor:
@@ -328,12 +327,12 @@ class Idea(nn.Module):
     # Training.
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """Return its losses, by their names in `loss_weights`. Their gradients must stop at its own parameters."""
+        """Return its losses by name. Gradients stop at its own parameters, unless its configuration says otherwise."""
         return {}
 
-    def sampled_logits(self) -> bool:
-        """Return whether its losses compute logits at `Outcome.sampled_M`."""
-        return False
+    def logits_stride(self) -> int:
+        """Return n if its losses compute logits at one position in n; 0: at none."""
+        return 0
 
     def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
         """Set buffers from the training data. `counts_V()` returns how often each token occurs in it."""

@@ -132,8 +132,8 @@ class Uncertainty(Idea):
         sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
         return sampled - 3 * 2 * matrices(self)
 
-    def sampled_logits(self) -> bool:
-        return True
+    def logits_stride(self) -> int:
+        return OUTCOME_STRIDE
 
     def switches(self) -> dict[str, Switch]:
         """No switches: the predictions do not depend on it."""
