@@ -161,9 +161,10 @@ def test_the_losses_know_the_share_of_the_peak_rate(data, tmp_path, monkeypatch)
     small_run(data, tmp_path, grad_accum=2)
     logged = [entry["lr"] for entry in metrics_of(tmp_path) if "loss" in entry]
     peak = small_settings(data, tmp_path).lr
-    assert rates[::2] == rates[1::2]
-    assert rates[1::4] == pytest.approx([lr / peak for lr in logged])
-    assert len({*rates}) > 2
+    trained = rates[-2 * 8 :]
+    assert trained[::2] == trained[1::2]
+    assert trained[1::2] == pytest.approx([lr / peak for lr in logged])
+    assert len({*trained}) > 2
 
 
 def test_a_run_goes_on_with_more_steps(data, tmp_path):
