@@ -23,7 +23,7 @@ from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
 from lepton.model.size_config import DENSE, count_params, widened
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 
 SHAPE: dict[str, Any] = {
     "width": 256,
@@ -81,7 +81,8 @@ class TaskTraining(LeptonTraining):
     def step(self, batches: Sequence[Any], index: int, scale: float) -> dict[str, Tensor]:
         (batch,) = batches
         think, groups = plan_batch(self.model, batch.tokens, self.seed, index, 0)
-        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, rate=scale)
+        served = draw_served(self.model, batch.tokens, self.seed, index, 0)
+        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, scale, served)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
 

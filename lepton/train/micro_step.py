@@ -17,7 +17,7 @@ from torch._functorch import config as autograd_config
 from lepton.errors import reason
 from lepton.model import Network
 from lepton.runtime.cuda_graphs import CudaGraphs
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import seconds_of
 from lepton.train.mixed_precision import LowPrecisionCopies
 
@@ -41,6 +41,7 @@ class Inputs:
     targets_BT: Tensor | None = None
     rate: Tensor | None = None
     """Share of the peak learning rate."""
+    served_BT: Tensor | None = None
 
     def copy_(self, other: "Inputs") -> None:
         """Copy the values of another micro-batch of the same shape into these tensors."""
@@ -125,7 +126,8 @@ class MicroStep:
         """Run a micro-batch of this shape that has no share in a step."""
         tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
         think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
-        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, share=0.0)
+        served = draw_served(self._model, tokens, seed=0, step=0, micro=0)
+        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, share=0.0, served=served)
 
     def _forget(self) -> None:
         """Set the gradients and the sums of the figures to zero."""
@@ -144,17 +146,18 @@ class MicroStep:
         share: float,
         targets: Tensor | None = None,
         rate: float = 1.0,
+        served: Tensor | None = None,
     ) -> None:
         """Run a micro-batch that makes up `share` of its step; the rest on the CPU, as `Network.loss` takes it."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share), targets, torch.tensor(rate))
+        given = (tokens, lengths, think, torch.tensor(share), targets, torch.tensor(rate), served)
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
         opens = any(idea.opens for idea in self._model.ideas.values())
-        key = (tuple(tokens.shape), groups if opens else None, targets is None)
+        key = (tuple(tokens.shape), groups if opens else None, targets is None, served is None)
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
@@ -183,6 +186,7 @@ class MicroStep:
                 think=inputs.think_B,
                 groups=groups,
                 rate=1.0 if inputs.rate is None else inputs.rate,
+                served=inputs.served_BT,
             )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]

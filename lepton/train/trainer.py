@@ -26,7 +26,7 @@ from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
 from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import training_flops_per_token
 from lepton.train.faster_split import faster_split
 from lepton.train.gradients import FlatGradients
@@ -212,7 +212,8 @@ class Trainer:
         )
         for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
             think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
-            micro_step(batch.tokens, batch.lengths, think, groups, count / total, rate=scale)
+            served = draw_served(parts.model, batch.tokens, settings.seed, self.step, micro)
+            micro_step(batch.tokens, batch.lengths, think, groups, count / total, rate=scale, served=served)
             self.recorder.move(self.step + 1, done / len(own))
         figures = self._added_up(micro_step.take_figures())
         self.updating = True

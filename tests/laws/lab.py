@@ -52,6 +52,7 @@ ROUTED = {
     "router.distil": True,
     "router.expected": True,
     "router.reads_exit": True,
+    "router.served": 0.75,
 }
 
 # Everything on, then each idea off, then the baseline. Two are also without a part of the trunk.

@@ -20,7 +20,7 @@ SHAPE = {
 # Exit and router as they learn when they are to be used.
 ROUTED = {
     "router.into_stem": 0.1, "router.exit_stride": 4, "router.distil": True, "router.expected": True,
-    "router.reads_exit": True,
+    "router.reads_exit": True, "router.served": 0.75,
 }  # fmt: skip
 ROW_LEN = 129
 

@@ -9,7 +9,7 @@ from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.micro_step import CACHE_ALL, MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from tests.ops.devices import force
@@ -110,6 +110,25 @@ def test_the_share_of_the_peak_rate_is_that_of_the_loss():
     assert any(not torch.equal(first, second) for first, second in zip(*found, strict=True))
 
 
+def test_served_tokens_are_those_of_the_loss():
+    """With blocks that are computed again, too."""
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED)))
+    served = draw_served(model, TOKENS, seed=0, step=4, micro=0)
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, served=served).loss.backward()
+        expected = gradients(model)
+        micro_step = MicroStep(model, compiled=False)
+        model.zero_grad(set_to_none=False)
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+        assert any(not torch.equal(got, wanted) for got, wanted in zip(gradients(model), expected, strict=True))
+        model.zero_grad(set_to_none=False)
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0, served=served)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
     """Twice, with other weights the second time, which the copies must follow."""
     at_work(model).compute_dtype = torch.bfloat16
@@ -170,10 +189,12 @@ def test_compiled_parts_have_the_gradients_of_the_plain_pass(dtype, tolerance, c
     torch.manual_seed(0)
     model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | changes)))
     model.compute_dtype = dtype
-    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK).loss.backward()
+    served = draw_served(model, LONG, seed=0, step=0, micro=0)
+    assert (served is not None and served.any()) == bool(changes)
+    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK, served=served).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0)
+    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0, served=served)
     assert len(compiled) >= len({type(part).__name__ for part, _ in compiled_parts(model)})
     assert_same_gradients(model, expected, tolerance)
 

@@ -36,7 +36,7 @@ from lepton.ops.cross_entropy import linear_cross_entropy
 from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
-"""Losses that need logits look at one position in this many."""
+"""Losses that need logits look at one position in this many, by default."""
 SIGNALS = ("router", "thoughts", "memory")
 """Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1
@@ -71,6 +71,8 @@ class Call:
     """Rounds of thinking; None is the configuration's. A tensor [B] is for training, where few rows think for long."""
     static: bool = False
     """Whether no shape may depend on values, as in a CUDA graph. What skips the deep blocks is then masked."""
+    served_BT: Tensor | None = None
+    """Bool, in training: tokens that serve the deep blocks keys and values of the state before them."""
 
     @property
     def routed(self) -> bool:
@@ -196,11 +198,6 @@ class Outcome:
     """Cross-entropy of each of the B x T predictions."""
     rate: float | Tensor = 1.0
     """Share of the peak learning rate; a tensor [] where a captured program reads it."""
-
-    @cached_property
-    def sampled_M(self) -> Tensor:
-        """Indices in B x T of the positions at which losses may compute logits: one in `OUTCOME_STRIDE`."""
-        return picks(self.following_BT, OUTCOME_STRIDE)
 
     @cached_property
     def rows_VE(self) -> Tensor:

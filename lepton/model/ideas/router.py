@@ -66,14 +66,19 @@ class RouterConfig(IdeaConfig):
     reads_exit: bool = False
     """Whether the score reads the state that the exit reads, after memory and hint, instead of the stem's."""
 
+    served: float = 0.0
+    """In training, in half of the rows, each token serves the deep blocks keys and values of its state before them with
+    a chance that is uniform in 0..this in each row. So they learn to attend to tokens that did not go deep, while all
+    streams run on and are trained. 0: none does."""
+
     name = "router"
-    most = {"exit_width": 1 << 18, "window": 1 << 20, "exit_stride": 1 << 20, "into_stem": 100}
+    most = {"exit_width": 1 << 18, "window": 1 << 20, "exit_stride": 1 << 20, "into_stem": 100, "served": 1}
     flat = {"exit_width": "exit_width", "capacity_window": "window"}
     flat_switch = "router"
 
     def check(self, config: LeptonConfig) -> None:
         self.at_least(1, "exit_width", "window", "exit_stride")
-        self.at_least(0, "into_stem")
+        self.at_least(0, "into_stem", "served")
 
     def build(self, config: LeptonConfig) -> "Router":
         return Router(config, self)
@@ -123,6 +128,7 @@ class Router(Idea):
         super().__init__()
         self.own, self.window = own, own.window
         self.vocab_size, self.cap = config.vocab_size, config.logit_cap
+        self.width, self.deep_layers = config.width, config.layers - config.stem_layers
         if own.distil or own.expected:
             self.compiled = ("divergence_chunk",)
         self.benefit = nn.Linear(config.width, 1)
@@ -217,6 +223,18 @@ class Router(Idea):
         passes = 3 if own.into_stem else 2
         sampled = 2 * (passes * matrices(self.exit_up) + 3 * matrices(self.exit_down) + heads * head)
         return sampled / own.exit_stride - 2 * matrices(self.benefit)
+
+    def served_in_training(self, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the tokens of a training batch that serve earlier keys and values, bool [rows, length]; None: none."""
+        if not self.own.served:
+            return None
+        chance_B, half_B = torch.rand(2, rows, generator=generator)
+        chance_B = self.own.served * chance_B * (half_B < 0.5)
+        return torch.rand(rows, length, generator=generator) < chance_B[:, None]
+
+    def kept_bytes(self, work: Work) -> float:
+        """What the keys and values of each deep block are made of, if it is not what queries are made of."""
+        return work.itemsize * work.length * self.deep_layers * self.width if self.own.served else 0
 
     def logits_stride(self) -> int:
         return self.own.exit_stride

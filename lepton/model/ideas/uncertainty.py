@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices
+from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 from lepton.ops.cross_entropy import soft_cap
@@ -116,7 +116,7 @@ class Uncertainty(Idea):
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """The loss at sampled positions."""
-        index_M, model = outcome.sampled_M, outcome.model
+        index_M, model = picks(outcome.following_BT, OUTCOME_STRIDE), outcome.model
         hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
             raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T

@@ -9,7 +9,7 @@ from lepton.errors import InputError
 from lepton.model.ideas.idea import picks
 from lepton.model.layers import norm
 from lepton.model.size_config import size_config
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import training_flops_per_token
 from tests.laws.lab import build, text
 
@@ -124,16 +124,54 @@ def test_the_score_reads_what_the_exit_reads():
     torch.testing.assert_close(flow.contributions["router"].signal_BT, bare.router.score(flow.u_BTD))
 
 
+@pytest.mark.parametrize("variant", ["complete", "odd edges", "factorised, own keys"])
+@torch.no_grad()
+def test_to_be_served_is_to_stand_beside_tokens_that_skipped(variant):
+    """Deep tokens read the same, whether the others skipped the deep blocks or only serve as if they had."""
+    model, tokens = build(variant), text(3, rows=3)
+    routed = model.trunk(tokens, depth=0.5)
+    deep_BT = routed.flow.deep_BT
+    served = model.trunk(tokens, served=~deep_BT)
+    assert 0.3 < deep_BT.double().mean() < 0.7
+    torch.testing.assert_close(served.hidden[deep_BT], routed.hidden[deep_BT], rtol=0, atol=1e-9)
+    plain = model.trunk(tokens)
+    assert (served.hidden[deep_BT] - plain.hidden[deep_BT]).abs().max() > 1e-3
+    assert torch.equal(model.trunk(tokens, served=torch.zeros_like(deep_BT)).hidden, plain.hidden)
+    assert (served.hidden[~deep_BT] - routed.hidden[~deep_BT]).abs().max() > 1e-3, "their own stream runs on"
+
+
+def test_what_is_served_is_drawn_by_seed_step_and_micro_batch():
+    model, tokens = router(served=0.75), text(1, rows=64)
+    drawn = torch.stack([draw_served(model, tokens, 7, step, micro) for step in range(30) for micro in range(2)])
+    again = torch.stack([draw_served(model, tokens, 7, step, micro) for step in range(30) for micro in range(2)])
+    assert torch.equal(drawn, again)
+    assert drawn.shape == (60, 64, 99)
+    assert len({tuple(each.flatten().tolist()) for each in drawn}) == 60
+    share = drawn.double().mean(-1)
+    assert (share > 0).double().mean().item() == pytest.approx(0.5, abs=0.03), "half of the rows"
+    assert share[share > 0].mean().item() == pytest.approx(0.375, abs=0.02), "uniform up to the largest share"
+    assert 0.7 < share.max() < 0.9
+    assert not torch.equal(draw_served(model, tokens, 8, 0, 0), drawn[0])
+    assert draw_served(router(), tokens, 7, 0, 0) is None
+    assert draw_served(build("dense"), tokens, 7, 0, 0) is None
+
+
+def test_served_tokens_are_flags():
+    with pytest.raises(InputError, match="served must have the shape of the tokens"):
+        router().loss(text(1), served=text(1)[:, 1:])
+
+
 @pytest.mark.parametrize("distil", [False, True])
 @pytest.mark.parametrize("expected", [False, True])
 def test_a_training_step_costs_what_is_said(distil, expected):
-    changes = {"into_stem": 0.1, "exit_stride": 8, "distil": distil, "expected": expected}
+    changes = {"into_stem": 0.1, "exit_stride": 8, "distil": distil, "expected": expected, "served": 0.75}
     config = size_config("nano", vocab_size=4200, drafts=0, uncertainty=False)
     model = Lepton(config.replace(**{f"router.{name}": value for name, value in changes.items()})).train()
     tokens = torch.randint(1, 4200, (4, 129))
     think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
+    served = draw_served(model, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
-        model.loss(tokens, think=think, groups=groups).loss.backward()
+        model.loss(tokens, think=think, groups=groups, served=served).loss.backward()
     said = training_flops_per_token(model, 4, 128) * 4 * 128
     assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)
 
