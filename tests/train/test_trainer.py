@@ -151,13 +151,14 @@ def test_resuming_repeats_the_undisturbed_run(data, tmp_path, changes):
 
 
 def test_the_losses_know_the_share_of_the_peak_rate(data, tmp_path, monkeypatch):
-    rates, call = [], MicroStep.__call__
+    rates = []
 
-    def noting(self, *given, rate=1.0, **options):
-        rates.append(rate)
-        call(self, *given, rate=rate, **options)
+    class Noting(MicroStep):
+        def __call__(self, *given, rate=1.0, **options):
+            rates.append(rate)
+            super().__call__(*given, rate=rate, **options)
 
-    monkeypatch.setattr(MicroStep, "__call__", noting)
+    monkeypatch.setattr(trainer, "MicroStep", Noting)
     small_run(data, tmp_path, grad_accum=2)
     logged = [entry["lr"] for entry in metrics_of(tmp_path) if "loss" in entry]
     peak = small_settings(data, tmp_path).lr
