@@ -350,6 +350,29 @@ def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, c
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recording_takes_the_rate_and_the_served_tokens_of_each_micro_batch(compiled):
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED))).cuda()
+    _, groups = plan_batch(model, LONG, 0, 0, 0)
+    found = []
+    for captured in (False, True):
+        micro_step = MicroStep(model, compiled=compiled, captured=captured, say=strictly)
+        if captured:
+            micro_step.prepare(4, 40)
+            model.zero_grad(set_to_none=False)
+        for micro, rate in enumerate((1.0, 0.25)):
+            served = draw_served(model, LONG, 0, 4, micro)
+            micro_step(LONG, LONG_LENGTHS, THINK, groups, 0.5, rate=rate, served=served)
+        found.append((gradients(model), micro_step.take_figures()))
+        model.zero_grad(set_to_none=False)
+    (expected, figures), (recorded, recorded_figures) = found
+    for ours, theirs in zip(recorded, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    torch.testing.assert_close(recorded_figures, figures, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
 def test_another_shape_works_in_the_memory_of_the_first(model):
     """Recordings are dropped before a shape runs for the first time; those that come back are recorded again."""
     model.cuda()
