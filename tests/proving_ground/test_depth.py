@@ -10,6 +10,7 @@ from benchmarks.proving_ground.depth import Sums, at_flops, chosen_by, exit_lack
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
 from lepton.model.layers import norm
+from tests.cli.tiny import save_tiny
 from tests.laws.lab import build, text
 
 
@@ -38,6 +39,16 @@ def test_smoke(data_dir, capsys):
     flops = [row["flops"] for row in found["tables"][0]["depths"]]
     assert flops == sorted(flops, reverse=True)
     assert flops[0] < found["tables"][0]["flops"]
+
+
+def test_a_checkpoint_is_judged_without_training(data_dir, tmp_path, capsys):
+    save_tiny(tmp_path / "x.pt")
+    main(["--smoke", "--checkpoint", str(tmp_path / "x.pt"), "--dense_layers", "--data_dir", str(data_dir)])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert found["dense"] == []
+    assert not any("step" in line for line in lines)
+    assert all(row["beside_dense"] is None for row in found["tables"][0]["depths"])
 
 
 @torch.no_grad()
