@@ -67,7 +67,7 @@ def held_out(folder: Path, model: Network) -> np.ndarray:
         return ShardedDataset(folder, seq_len=seq_len, seed=0, split="val", vocab_size=vocabulary, eos_id=eos)
 
     rows = split(split(1).row_len - 1).batches(1)  # a window is then a whole row
-    return np.concatenate([row[:n].numpy() for batch in rows for row, n in zip(*batch, strict=True)])
+    return np.concatenate([row[:n].numpy() for batch in rows for row, n in zip(*batch[:2], strict=True)])
 
 
 def shake(model: Network) -> None:

@@ -14,6 +14,7 @@ from lepton.engine.options import GenerationOptions
 from lepton.engine.runners import Lease
 from lepton.engine.stats import Stats
 from lepton.errors import InputError, naming
+from lepton.generate.abstention import TextAndAbstentions, TokensAndAbstentions, pieces_of
 from lepton.generate.completion import (
     Arguments,
     Tokens,
@@ -21,6 +22,7 @@ from lepton.generate.completion import (
     TokensAndState,
     TokensAndStats,
     TokensAndUncertainties,
+    Wanted,
     complete,
     started,
     takes_arguments,
@@ -30,6 +32,7 @@ from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
 from lepton.model.arguments import checked_call
+from lepton.model.promise import Promise
 from lepton.model.size_config import size_config
 from lepton.model.weights import on_meta_device
 from lepton.values import whole
@@ -79,6 +82,8 @@ class Lepton(Network):
             with on_meta_device():
                 model = cls(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
+            if (head := model.idea("uncertainty")) is not None:
+                head.promises = tuple(map(Promise.from_dict, content.get("promises", ())))
         model._tokenizer_json = content.get("tokenizer")
         return model.eval()
 
@@ -105,10 +110,30 @@ class Lepton(Network):
         self, prompt_ids: Tensor, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
     ) -> Any: ...
 
+    @overload
+    def generate(
+        self, prompt_ids: str, max_new_tokens: int | None = None, *, abstain_at: float, **arguments: Unpack[Arguments]
+    ) -> TextAndAbstentions: ...
+
+    @overload
+    def generate(
+        self,
+        prompt_ids: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        abstain_at: float,
+        **arguments: Unpack[Arguments],
+    ) -> TokensAndAbstentions: ...
+
     @takes_arguments
     def generate(
-        self, prompt_ids: Prompt | str, max_new_tokens: int | None = None, **arguments: Unpack[Arguments]
-    ) -> Tokens | str:
+        self,
+        prompt_ids: Prompt | str,
+        max_new_tokens: int | None = None,
+        *,
+        abstain_at: float | None = None,
+        **arguments: Unpack[Arguments],
+    ) -> Tokens | str | TokensAndAbstentions | TextAndAbstentions:
         """Continue `prompt_ids` and return prompt and new tokens.
 
         A flat list, or a tensor [T] or [1, T], gives a flat list. A list of lists or of tensors [T], whose lengths may
@@ -121,23 +146,34 @@ class Lepton(Network):
         Args:
             prompt_ids: token ids; `tokenizer.encode` makes them.
             max_new_tokens: tokens to generate at most; None is the options' own number, 100.
+            abstain_at: a risk between 0 and 1 that `python -m lepton calibrate --risk` was run for. The new tokens are
+                the same, and the result is (tokens, abstained, uncertainties), for a text (text, pieces): it says from
+                which of them the model abstains. Where it does not, at most this share of its most likely tokens is
+                wrong, on text like that of the calibration (`docs/tutorial.md` says what this is worth elsewhere).
             arguments: the fields of `GenerationOptions` by name (`help(lepton.GenerationOptions)` explains each), or
                 such an object as `options`; `state`, a past to continue from with a row for each prompt; or `memory`,
                 what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
 
         Raises:
-            InputError: a prompt or an option that cannot be used.
+            InputError: a prompt or an option that cannot be used; or `abstain_at` was not calibrated.
         """
         if not isinstance(prompt_ids, str):
-            return complete(self, prompt_ids, max_new_tokens, **arguments).tokens
+            found = complete(self, prompt_ids, max_new_tokens, abstain_at=abstain_at, **arguments)
+            if abstain_at is None:
+                return found.tokens
+            return TokensAndAbstentions(found.tokens, found.abstained, found.uncertainties)
         if self.tokenizer is None:
             raise InputError(
                 "the prompt is text, and this model has no tokenizer: load a checkpoint that carries one, or encode it "
                 "with the tokenizer first"
             )
         ids = self.tokenizer.encode(prompt_ids) or [self.config.eos_id]
-        found = complete(self, ids, max_new_tokens, **arguments)
-        return prompt_ids + self.tokenizer.decode(found.rows[0][len(ids) :])
+        found = complete(self, ids, max_new_tokens, abstain_at=abstain_at, **arguments)
+        new = found.rows[0][len(ids) :]
+        text = prompt_ids + self.tokenizer.decode(new)
+        if abstain_at is None:
+            return text
+        return TextAndAbstentions(text, pieces_of(self.tokenizer.stream_decoder(), new, found.row_abstained[0]))
 
     def warm_up(
         self,
@@ -169,15 +205,17 @@ class Lepton(Network):
         max_new_tokens: int | None = None,
         *,
         uncertainty: bool = False,
+        abstain_at: float | None = None,
         **arguments: Unpack[Arguments],
     ) -> Stream:
         """Return an iterator over the new tokens of one prompt, each as soon as it is known.
 
         Arguments and tokens are those of `generate`; with `uncertainty`, `Stream.uncertainty` is that of the last token
-        taken. Bad values raise at the call. It may be left early; its `state` is that of the tokens taken, as
-        `generate_with_state` describes it.
+        taken, and with `abstain_at`, `Stream.abstained` says whether the model abstains from it. Bad values raise at
+        the call. It may be left early; its `state` is that of the tokens taken, as `generate_with_state` describes it.
         """
-        return Stream(started(self, prompt_ids, max_new_tokens, wanted={"uncertainty": uncertainty}, **arguments))
+        wanted: Wanted = {"uncertainty": uncertainty, "abstain_at": abstain_at}
+        return Stream(started(self, prompt_ids, max_new_tokens, wanted=wanted, **arguments))
 
     @takes_arguments
     def generate_with_uncertainty(

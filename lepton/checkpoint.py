@@ -11,6 +11,7 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | `size`       | name of the size, or None for a shape of one's own                       |
 | `tokenizer`  | the tokenizer's JSON, or None                                            |
 | `step`       | optimizer steps done                                                     |
+| `promises`   | what `lepton calibrate --risk` found, a dict each; missing where it was not run |
 | `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
 
 A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs.
@@ -53,6 +54,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "best": (float, int),
 }
 """What a checkpoint holds; the first three must be there."""
+LATER_KINDS: dict[str, tuple[type, ...]] = {"promises": (list,)}
+"""What a checkpoint holds once a command has added it."""
 RUN_KINDS: dict[str, dict[str, type]] = {
     "optimizer": {"kind": str, "states": dict},
     "rng": {"cpu": torch.Tensor},
@@ -212,6 +215,7 @@ def _load_archive(path: Path) -> Any:
 def _metadata(payload: dict[str, Any]) -> dict[str, str]:
     """Return what a file of weights alone says beside them."""
     about = {"format": FORMAT, **{name: payload.get(name) for name in ("config", "size", "step")}}
+    about |= {name: payload[name] for name in LATER_KINDS if name in payload}
     tokenizer = payload.get("tokenizer")
     # "pt" is what other readers of the format look for.
     return {"format": "pt", "lepton": json.dumps(about)} | ({"tokenizer": tokenizer} if tokenizer else {})
@@ -225,7 +229,7 @@ def _load_weights(path: Path) -> dict[str, Any]:
 
 def _check_content(payload: dict[str, Any]) -> None:
     """Raise InputError for a value of another type than `KINDS` says, or one that no checkpoint has."""
-    for name, kinds in KINDS.items():
+    for name, kinds in (KINDS | LATER_KINDS).items():
         value = payload.get(name)
         if name in payload and (not isinstance(value, kinds) or isinstance(value, bool)):
             raise InputError(f"'{name}' is of type {type(value).__name__}, which no checkpoint has")

@@ -15,7 +15,7 @@ class MissingLibrary(ImportError):
 
 def check() -> None:
     """Raise MissingLibrary if a library is missing or too old. Nothing is imported for it."""
-    lacking = {name: text for name in OLDEST if (text := _lacking(name))}
+    lacking = {name: text for name, oldest in OLDEST.items() if (text := _lacking(name, oldest))}
     if lacking:
         wanted = " ".join(f'"{name}>={".".join(map(str, OLDEST[name]))}"' for name in lacking)
         raise MissingLibrary(
@@ -23,20 +23,31 @@ def check() -> None:
         )
 
 
-def need(name: str, what: str) -> None:
-    """Raise MissingLibrary if a library that only `what` needs is missing."""
-    if importlib.util.find_spec(name) is None:
-        raise MissingLibrary(f"{what} needs {name}; get it with: {sys.executable} -m pip install {name}")
+def need(name: str, what: str, oldest: tuple[int, int] | None = None) -> None:
+    """Raise MissingLibrary if a library that only `what` needs is missing, or older than `oldest`."""
+    if problem := _lacking(name, oldest or (0, 0)):
+        wanted = name if oldest is None else f'"{name}>={oldest[0]}.{oldest[1]}"'
+        why = "" if problem.endswith("not installed") else f" ({problem})"
+        raise MissingLibrary(f"{what} needs {name}{why}; get it with: {sys.executable} -m pip install {wanted}")
 
 
-def _lacking(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
+def _with_parents(name: str) -> list[str]:
+    """Return the packages that a module lies in, and the module: `find_spec` raises where one of the former is missing.
+
+    Looked for in this order, the first that is missing is the last that is looked for.
+    """
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _lacking(name: str, oldest: tuple[int, int]) -> str | None:
+    if not all(importlib.util.find_spec(part) for part in _with_parents(name)):
         return f"{name} is not installed"
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:  # built from source: its users know what they have
         return None
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None or (int(numbers[1]), int(numbers[2])) >= OLDEST[name]:
+    if numbers is None or (int(numbers[1]), int(numbers[2])) >= oldest:
         return None
     return f"{name} {version} is too old"

@@ -36,3 +36,16 @@ def test_what_is_too_old_or_missing_is_named_with_the_command_that_gets_it(monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^torch is not installed, numpy is not installed; "):
         requirements.check()
+
+
+def test_a_library_that_only_one_thing_needs(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4.57.1")
+    requirements.need("torch", "a chart")
+    requirements.need("torch", "a chart", (4, 57))
+    with pytest.raises(
+        requirements.MissingLibrary, match=r'^a chart needs torch \(torch 4\.57\.1 is too old\); .*"torch>=5\.24"$'
+    ):
+        requirements.need("torch", "a chart", (5, 24))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(requirements.MissingLibrary, match=r"^a chart needs torch; .* -m pip install torch$"):
+        requirements.need("torch", "a chart")

@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lepton.cli import promises
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.figures import SCORES, legend
-from lepton.cli.loading import add_loading, load
+from lepton.cli.loading import add_loading, load, rewrite
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lepton.evals.positions import Outcomes
     from lepton.model import Network
 
+TOKENS = 1 << 16
+"""Positions of each half that are read by default."""
 MEASURED = ("ece", "brier", "auroc")
 LABELS = SCORES | {"deep_at_half": "tokens that go deep at depth 0.5"}
 """Figures of the table by their names in JSON."""
@@ -32,9 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_tokens",
         type=int,
-        default=1 << 16,
         metavar="N",
-        help="tokens to fit on, and to measure on (default: %(default)s of each)",
+        help=f"tokens to fit on, and to measure on (default: {TOKENS} of each; with --risk {promises.TOKENS})",
+    )
+    parser.add_argument(
+        "--risk",
+        type=float,
+        action="append",
+        default=[],
+        metavar="X",
+        help="find what generate's --abstain_at X needs: of the tokens that are not marked, at most this share is "
+        "wrong; may be repeated; nothing else is fitted then",
     )
     parser.add_argument(
         "--force",
@@ -50,21 +61,24 @@ def run(args: argparse.Namespace) -> int:
     Nothing is written where the second half got worse.
     """
     share_the_cores()
+    if args.risk:
+        return promises.run(args)
     from lepton.evals.calibration import MIN_TOKENS, calibrate
     from lepton.evals.positions import calibration_batches, collect_outcomes, evaluation_batches
 
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
+    limit = TOKENS if args.max_tokens is None else args.max_tokens
     model, tokenizer, step = load(args)
     if model.idea("uncertainty") is None and model.idea("router") is None:
         raise InputError(f"{args.checkpoint} has neither uncertainty nor router: there is nothing to calibrate")
     what, _, windows = open_data_set(args, model, tokenizer)
     least = 1 if args.force else MIN_TOKENS
-    if args.max_tokens < least:
-        raise InputError(f"--max_tokens {args.max_tokens}: must be at least {least:,}, or with --force at least 1")
-    batches = [half(windows, args.batch_size, args.max_tokens) for half in (calibration_batches, evaluation_batches)]
-    outcomes = collect_outcomes(model, batches[1], args.max_tokens)
+    if limit < least:
+        raise InputError(f"--max_tokens {limit}: must be at least {least:,}, or with --force at least 1")
+    batches = [half(windows, args.batch_size, limit) for half in (calibration_batches, evaluation_batches)]
+    outcomes = collect_outcomes(model, batches[1], limit)
     before = figures(model, outcomes)
-    fitted = calibrate(model, batches[0], args.max_tokens, min_tokens=least)
+    fitted = calibrate(model, batches[0], limit, min_tokens=least)
     counts = fitted.tokens, len(outcomes.wrong_M)
     if min(counts) < least:
         raise InputError(
@@ -150,20 +164,17 @@ def write(source: str, out: str, fitted: "Calibration", step: int) -> None:
     """Write the checkpoint `source` with what was fitted, at its own precision, to `out`; all else in it stays.
 
     Raises:
-        InputError: `source` is no longer that of `step`, such as best.pt of a run that goes on, or cannot be written.
+        InputError: as `rewrite`.
     """
     import torch
 
-    from lepton import checkpoint
+    def change(content: dict[str, Any]) -> None:
+        values = {"uncertainty.calibration": fitted.line, "router.quantiles": fitted.quantiles}
+        for name, value in values.items():
+            if value is not None:
+                content["model"][name] = torch.as_tensor(value, dtype=content["model"][name].dtype)
 
-    content: dict[str, Any] = checkpoint.load(source)
-    if content["step"] != step:
-        raise InputError(f"{source} was replaced while it was calibrated (step {step} -> {content['step']}): try again")
-    values = {"uncertainty.calibration": fitted.line, "router.quantiles": fitted.quantiles}
-    for name, value in values.items():
-        if value is not None:
-            content["model"][name] = torch.as_tensor(value, dtype=content["model"][name].dtype)
-    checkpoint.save(out, content)
+    rewrite(source, out, step, change)
 
 
 def _cell(value: float | None) -> str:

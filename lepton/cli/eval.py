@@ -13,6 +13,7 @@ from lepton.cli import figures
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
 from lepton.cli.loading import add_loading, load
+from lepton.cli.tasks import add_tasks, run_tasks
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="also measure how many tokens per pass of the model gives, on the beginnings of N rows",
     )
+    add_tasks(parser)
     add_json(parser)
 
 
@@ -68,7 +70,11 @@ def run(args: argparse.Namespace) -> int:
     share_the_cores()
     from lepton.evals.heldout import evaluate
 
-    check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS, speculation=MAX_PROMPTS)
+    check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS, speculation=MAX_PROMPTS, limit=MAX_TOKENS)
+    if args.tasks is not None:
+        return run_tasks(args)
+    if args.task_dir is not None:
+        raise InputError(f"--task_dir {args.task_dir}: say which of its tasks, --tasks NAME,...")
     if args.text and args.data_dir:
         raise InputError(f"--text {args.text[0]} and --data_dir {args.data_dir}: give one of them")
     # Missing files are reported before the model is loaded.
@@ -180,7 +186,7 @@ def _estimate(args: argparse.Namespace, model: "Network", source: Source, pass_o
     planned += side * len(switches(model)) if args.ablate else 0
     planned += len(TEMPERATURES) * (args.speculation or 0) * (PROMPT_TOKENS + NEW_TOKENS)
     seconds = found = 0.0
-    for tokens, lengths in itertools.islice(source.batches(PROBE_TOKENS), 1):
+    for tokens, lengths, _ in itertools.islice(source.batches(PROBE_TOKENS), 1):
         probe = Batch(tokens[:1, : PROBE_TOKENS + 1], lengths[:1].clamp(max=PROBE_TOKENS + 1))
         for _ in range(2):  # the first pass of a process is slower
             start = time.perf_counter()

@@ -1,12 +1,14 @@
-"""`python -m lepton export`: the weights of a checkpoint alone, in the safetensors format."""
+"""`python -m lepton export`: the weights of a checkpoint alone as safetensors, or a folder for transformers."""
 
 import argparse
 from pathlib import Path
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.errors import InputError
+from lepton.errors import InputError, naming
+from lepton.requirements import need
 
 DTYPES = ("fp32", "bf16")
+FORMS = ("safetensors", "hf")
 FILE_NAME = "model.safetensors"
 
 
@@ -14,17 +16,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint to read")
     parser.add_argument(
-        "--out", required=True, metavar="PATH", help=f"file to write, NAME.safetensors, or a folder for {FILE_NAME}"
+        "--to",
+        choices=FORMS,
+        default="safetensors",
+        help="safetensors is a file for LEPTON, hf a folder for transformers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help=f"file to write, NAME.safetensors, or a folder for {FILE_NAME}; with --to hf a folder",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="precision of the parameters (default: %(default)s)"
     )
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one file that holds weights, configuration, size and tokenizer, and say how large it is.
+    """Write a file or a folder, and say how large it is."""
+    return _folder(args) if args.to == "hf" else _file(args)
+
+
+def _file(args: argparse.Namespace) -> int:
+    """Write one file that holds weights, configuration, size and tokenizer.
 
     Every command's --checkpoint, `--init_from` and `Lepton.from_checkpoint` read it. Parameters take the precision that
     --dtype says; buffers (the drafter's ids, what was calibrated) stay as they are.
@@ -48,11 +64,36 @@ def run(args: argparse.Namespace) -> int:
     parameters = {name: value.detach().to(dtype) for name, value in model.named_parameters()}
     weights = {**content["model"], **parameters}
     checkpoint.save(out, content | {"model": weights})
-    size, count = out.stat().st_size, model.num_params()
-    if args.json:
-        print_json(
-            {"checkpoint": args.checkpoint, "out": str(out), "dtype": args.dtype, "params": count, "bytes": size}
-        )
-        return 0
-    print(f"{count / 1e6:.1f} M parameters in {args.dtype}, {size / 1e6:.1f} MB: written to {out}")
+    _report(args, out, out.stat().st_size, model.num_params())
     return 0
+
+
+def _folder(args: argparse.Namespace) -> int:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` read."""
+    need("transformers", "export --to hf")
+    import torch
+    from transformers.utils import logging
+
+    from lepton import checkpoint
+    from lepton.api import Lepton
+    from lepton.hf.folder import write_folder
+
+    logging.disable_progress_bar()
+    content = checkpoint.load(args.checkpoint)
+    model = Lepton.restored(content, args.checkpoint)
+    for parameter in model.parameters():
+        parameter.data = parameter.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    with naming(args.checkpoint):
+        tokenizer = model.tokenizer
+    about = {"size": content.get("size"), "step": content["step"]}
+    out = write_folder(model, args.out, tokenizer=tokenizer, **about, force=args.force)
+    _report(args, out, sum(path.stat().st_size for path in out.iterdir()), model.num_params())
+    return 0
+
+
+def _report(args: argparse.Namespace, out: Path, size: int, count: int) -> None:
+    if args.json:
+        figures = {"checkpoint": args.checkpoint, "out": str(out), "dtype": args.dtype, "params": count, "bytes": size}
+        print_json(figures)
+    else:
+        print(f"{count / 1e6:.1f} M parameters in {args.dtype}, {size / 1e6:.1f} MB: written to {out}")

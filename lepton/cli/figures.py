@@ -58,6 +58,19 @@ def speculation(rows: list[dict[str, Any]]) -> list[str]:
     return [*lines, "  tokens/pass: what one pass of the model over drafted tokens adds to a text (1 without drafts)"]
 
 
+def tasks(report: dict[str, Any]) -> list[str]:
+    """The metrics of each task of lm-evaluation-harness."""
+    lines = [f"{report['checkpoint']} (step {report['step']}), {report['seconds']:.1f} s", row("", ["value", "error"])]
+    for name, found in report["tasks"].items():
+        count = "" if found["samples"] is None else f" ({found['samples']:,} examples)"
+        lines.append(f"{name}{count}")
+        for metric, each in found["metrics"].items():
+            value, error = each["value"], each["stderr"]
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            lines.append(row(f"  {metric}", [shown, "-" if error is None else f"{error:.4f}"]))
+    return [*lines, "  error: standard error of the value, as the harness estimates it"]
+
+
 def row(name: str, cells: list[str]) -> str:
     """A name and right-aligned cells."""
     return f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells)

@@ -21,7 +21,9 @@ from lepton.errors import InputError
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
     from lepton.engine.stats import Stats
+    from lepton.generate.completion import Wanted
     from lepton.generate.stream import Stream
+    from lepton.model.promise import Promise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--uncertainty",
         action="store_true",
         help=f"shade the text on a terminal by how unsure the model was ({MARK} without colours); figures go to stderr",
+    )
+    parser.add_argument(
+        "--abstain_at",
+        type=float,
+        metavar="RISK",
+        help=f"mark words ({MARK}) that the model abstains from; of the other tokens at most this share is wrong, once "
+        "calibrate --risk RISK has been run and on text like that",
     )
     add_json(parser)
 
@@ -69,36 +78,45 @@ def read_options(args: argparse.Namespace) -> GenerationOptions:
     return GenerationOptions(**{name: getattr(args, name) for name in names})
 
 
+def read_stops(args: argparse.Namespace) -> list[str]:
+    """Return the texts of `--stop`."""
+    stops = [unescaped(stop) for stop in args.stop]
+    if "" in stops:
+        raise InputError("--stop '': give at least one character")
+    return stops
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and its continuation, or with `--json` one object about both."""
     from lepton.engine.engine import NotFiniteError
     from lepton.generate.generation import Generation
     from lepton.generate.stream import Stream
 
-    stops = [unescaped(stop) for stop in args.stop]
-    if "" in stops:
-        raise InputError("--stop '': give at least one character")
+    stops = read_stops(args)
     options = read_options(args)
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
-    remembered = _remembered(args.memory, prompt)
+    if args.memory is not None and not prompt:
+        raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
+    remembered = memory_to_read(args.memory)
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     model, tokenizer, step = load(args)
     uncertainty = args.uncertainty or (args.json and model.idea("uncertainty") is not None)
     prompt_ids = tokenizer.encode(prompt) or [model.config.eos_id]
-    stream = Stream(Generation(model, prompt_ids, options, memory=remembered, uncertainty=uncertainty))
+    wanted: Wanted = {"uncertainty": uncertainty, "abstain_at": args.abstain_at}
+    stream = Stream(Generation(model, prompt_ids, options, memory=remembered, **wanted))
     taken: list[tuple[int, float]] = []
     pieces = continuation(tokens(stream), tokenizer, stops, taken)
     try:
         with _remembering(args.memory, stream, taken):
             if not args.json:
-                return _print_live(prompt, pieces, stream.stats, uncertainty=args.uncertainty)
+                return _print_live(prompt, pieces, stream, uncertainty=args.uncertainty)
             start = time.perf_counter()
             new_text = "".join(piece.text for piece in pieces)
             seconds = time.perf_counter() - start
     except NotFiniteError as error:
         raise InputError(f"{error}{_earlier(args.checkpoint, step)}") from None
-    ids = [token for token, _ in taken]
+    ids, limit = [token for token, _ in taken], stream.largest_kept
     print_json(
         {
             "prompt": prompt,
@@ -110,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
             "tokens_per_second": round(len(ids) / seconds, 1),
             "tokens": ids,
             "uncertainties": [round(unsure, 4) for _, unsure in taken] if uncertainty else None,
+            "abstained": None if limit is None else [unsure > limit for _, unsure in taken],
+            "promise": stream.promise.to_dict() if stream.promise else None,
             "stats": stream.stats.to_dict(),
         }
     )
@@ -170,17 +190,17 @@ def describe(stats: "Stats", seconds: float, *, uncertainty: bool) -> str:
     return "; ".join([*parts, f"mean depth {stats.mean_depth:.2f} blocks"])
 
 
-def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncertainty: bool) -> int:
-    """Print the text as it comes, on a terminal shaded by `uncertainty`; figures go to stderr where someone reads it.
+def _print_live(prompt: str, pieces: Iterator[Piece], stream: "Stream", *, uncertainty: bool) -> int:
+    """Print the text as it comes, on a terminal shaded by `uncertainty`, or marked where the model abstains; figures go
+    to stderr where someone reads it.
 
     What a pipe or a file gets is the text alone.
     """
+    stats, promise = stream.stats, stream.promise
     terminal, coloured = sys.stdout.isatty(), has_colours(sys.stdout)
-    if terminal:
-        prompt = visible(prompt)
-        pieces = (Piece(visible(text), unsure) for text, unsure in pieces)
-    show = (shaded if coloured else marked) if terminal and uncertainty else _plain
-    texts, start = show(pieces), time.perf_counter()
+    prompt = visible(prompt) if terminal else prompt
+    texts = displayed(pieces, uncertainty=uncertainty, above=stream.largest_kept)
+    start = time.perf_counter()
     first = next(texts, "")  # what is wrong with the options shows before anything is printed
     try:
         for text in itertools.chain([prompt, first], texts):
@@ -188,18 +208,31 @@ def _print_live(prompt: str, pieces: Iterator[Piece], stats: "Stats", *, uncerta
     finally:
         print(flush=True)  # also after Ctrl-C: the shell's next line starts on its own
     seconds = time.perf_counter() - start
-    if uncertainty:
-        print(_meaning(terminal, coloured), file=sys.stderr)
+    if promise is not None:
+        print(_promised(terminal, promise), file=sys.stderr)
+    elif uncertainty:
+        print(meaning(terminal, coloured), file=sys.stderr)
     if uncertainty or sys.stderr.isatty():
         print(describe(stats, seconds, uncertainty=uncertainty), file=sys.stderr)
     return 0
 
 
-def _plain(pieces: Iterable[Piece]) -> Iterator[str]:
-    return (piece.text for piece in pieces)
+def displayed(pieces: Iterable[Piece], *, uncertainty: bool, above: float | None = None) -> Iterator[str]:
+    """Yield the text as stdout shows it: on a terminal without control characters, and shaded by `uncertainty`.
+
+    Instead, words whose uncertainty is greater than `above` are marked, if it is given.
+    """
+    if not sys.stdout.isatty():
+        return (piece.text for piece in pieces)
+    safe = (Piece(visible(text), unsure) for text, unsure in pieces)
+    if above is not None:
+        return marked(safe, above)
+    if not uncertainty:
+        return (piece.text for piece in safe)
+    return (shaded if has_colours(sys.stdout) else marked)(safe)
 
 
-def _meaning(terminal: bool, coloured: bool) -> str:
+def meaning(terminal: bool, coloured: bool) -> str:
     """What the text shows of the uncertainty."""
     if not terminal:
         return "stdout is not a terminal, so the text is not shaded; --json gives the uncertainty of each token"
@@ -208,13 +241,21 @@ def _meaning(terminal: bool, coloured: bool) -> str:
     return legend()
 
 
-def _remembered(path: str | None, prompt: str) -> str | None:
+def _promised(terminal: bool, promise: "Promise") -> str:
+    """What the text shows of the abstentions."""
+    if not terminal:
+        return "stdout is not a terminal, so nothing is marked; --json says from which tokens the model abstains"
+    if promise.threshold is None:
+        return f"{MARK} marks every word: no threshold was found for risk {promise.risk:g} ({promise.data})"
+    return (
+        f"{MARK} marks words that the model abstains from. Of its other best guesses at most {promise.risk:.0%} are "
+        f"wrong, on text like that of the calibration ({promise.data}); of other text nothing is promised"
+    )
+
+
+def memory_to_read(path: str | None) -> str | None:
     """Return the memory file to read, None where there is none yet; what cannot work is said before the work."""
-    if path is None:
-        return None
-    if not prompt:
-        raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
-    if os.path.exists(path):
+    if path is None or os.path.exists(path):
         return path
     folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):

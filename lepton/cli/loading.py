@@ -1,8 +1,9 @@
 """A trained model with its tokenizer, as the commands that use one need it."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lepton.errors import InputError, naming
 
@@ -32,6 +33,12 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
     Raises:
         InputError: no such checkpoint, device or tokenizer, or a tokenizer that does not fit the model.
     """
+    model, tokenizer, content = load_with_record(args)
+    return model, tokenizer, content["step"]
+
+
+def load_with_record(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, dict[str, Any]]":
+    """As `load`, but with all that the checkpoint holds beside the weights in place of the step."""
     from lepton import checkpoint
     from lepton.api import Lepton
     from lepton.data.tokenizer import Tokenizer, load_tokenizer
@@ -55,4 +62,20 @@ def load(args: argparse.Namespace) -> "tuple[Lepton, Tokenizer, int]":
         raise InputError(
             f"the tokenizer has {tokenizer.size} ids, the model {model.config.vocab_size}: they do not fit"
         )
-    return model.to(device, pick_dtype(args.dtype, device)), tokenizer, content["step"]
+    record = {name: value for name, value in content.items() if name not in ("model", "optimizer")}
+    return model.to(device, pick_dtype(args.dtype, device)), tokenizer, record
+
+
+def rewrite(source: str, out: str, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the checkpoint `source` to `out` once `change` has changed its content in place.
+
+    Raises:
+        InputError: `source` is no longer that of `step`, such as best.pt of a run that goes on, or cannot be written.
+    """
+    from lepton import checkpoint
+
+    content = checkpoint.load(source)
+    if content["step"] != step:
+        raise InputError(f"{source} was replaced while it was calibrated (step {step} -> {content['step']}): try again")
+    change(content)
+    checkpoint.save(out, content)

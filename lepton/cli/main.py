@@ -13,11 +13,13 @@ from lepton.errors import InputError, nearest
 COMMANDS = {
     "train": "train a model; without --data_dir on the Python standard library's source",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk with a model that was fine-tuned on conversations",
+    "serve": "answer requests of OpenAI's form over HTTP",
     "eval": "measure a checkpoint on held-out text",
     "calibrate": "fit what a checkpoint's uncertainty and depth mean",
     "plot": "draw the metrics of runs side by side",
     "export": "write the weights alone, as safetensors",
-    "prepare": "turn text, code or JSON lines into training shards",
+    "prepare": "turn text, code, tables or conversations into training shards",
     "tokenizer": "train a tokenizer",
     "sizes": "list the model sizes, counted on the built models",
 }

@@ -45,17 +45,25 @@ def shaded(pieces: Iterable[Piece]) -> Iterator[str]:
             yield run if run.isspace() else _on(colour, run)
 
 
-def marked(pieces: Iterable[Piece]) -> Iterator[str]:
-    """Yield the text word by word, those of which the model was unsure with a mark behind them."""
+def marked(pieces: Iterable[Piece], above: float | None = None) -> Iterator[str]:
+    """Yield the text word by word, those of which the model was unsure with a mark behind them.
+
+    It was unsure if the uncertainty is greater than `above`; None: `DOUBTFUL` or more.
+    """
+
+    def mark(word: str, uncertainty: float) -> str:
+        unsure = uncertainty >= DOUBTFUL if above is None else uncertainty > above
+        return word + MARK if word and unsure else word
+
     word, uncertainty = "", 0.0
     for text, unsure in pieces:
         for space, run in itertools.groupby(text, str.isspace):
             if not space:
                 word, uncertainty = word + "".join(run), max(uncertainty, unsure)
                 continue
-            yield word + (MARK if uncertainty >= DOUBTFUL else "") + "".join(run)
+            yield mark(word, uncertainty) + "".join(run)
             word, uncertainty = "", 0.0
-    yield word + (MARK if uncertainty >= DOUBTFUL else "")
+    yield mark(word, uncertainty)
 
 
 def legend() -> str:

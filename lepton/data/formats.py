@@ -1,116 +1,38 @@
-"""How the documents of one file are read, by the file's name: text, JSON lines, a JSON array, a table, also packed.
+"""How the documents of one file are read, by the file's name: text, HTML, JSON lines, a JSON array, a table, Parquet.
 
-All are read a block at a time; what a file makes one document of is bounded by `MAX_DOCUMENT`. Files that would come
-out as anything but their text are refused by name, with the way to convert them.
+All but Parquet may be packed. All are read a block at a time; what a file makes one document of is bounded by
+`MAX_DOCUMENT`. `lepton.data.packing` refuses files that would come out as anything but their text.
 """
 
-import bz2
 import codecs
-import contextlib
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import shlex
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
-from lepton.errors import InputError
+from lepton.data.html_text import text_of_page
+from lepton.data.packing import suffixes, unpacked
+from lepton.errors import InputError, reason
 from lepton.files import parse_json
+from lepton.requirements import need
 
 MAX_DOCUMENT = 1 << 25
-"""Most bytes of a JSON line, and most characters of an element of an array or of a row of a table (32 MiB): these are
-taken into memory whole, where text files are not."""
+"""Most bytes of a JSON line, and most characters of an element of an array, of a row of a table or of an HTML page
+(32 MiB): these are taken into memory whole, where text files are not."""
 BLOCK = 1 << 16
-PACKED: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
-    ".xz": cast(Callable[[IO[bytes]], IO[bytes]], lzma.open),
-    ".gz": cast(Callable[[IO[bytes]], IO[bytes]], gzip.open),
-    ".bz2": cast(Callable[[IO[bytes]], IO[bytes]], bz2.open),
-}
 JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv")
-_UNPACK, _AS_TEXT = "unpack it, and name what was inside", "save it as plain text"
-_FRAME = (
-    "convert it: python -c \"import pandas; pandas.{read}({path!r}).to_json({path!r} + '.jsonl', "
-    "orient='records', lines=True)\""
-)
-UNREADABLE = {
-    **dict.fromkeys((".parquet", ".pq"), _FRAME.replace("{read}", "read_parquet")),
-    **dict.fromkeys((".feather", ".arrow"), _FRAME.replace("{read}", "read_feather")),
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save it as .csv"),
-    ".zst": "unpack it: zstd -d {quoted}",
-    ".zip": "unpack it: unzip {quoted} -d FOLDER",
-    **dict.fromkeys((".tar", ".tgz", ".txz", ".7z", ".rar", ".lz4"), _UNPACK),
-    ".pdf": "convert it: pdftotext {quoted}",
-    **dict.fromkeys((".docx", ".odt", ".rtf", ".pptx", ".odp", ".epub"), _AS_TEXT),
-    **dict.fromkeys((".sqlite", ".sqlite3"), "export the text as .csv or .jsonl"),
-    **dict.fromkeys((".npy", ".npz", ".pt", ".pth", ".safetensors", ".pkl"), "it holds arrays, not text"),
-}
-"""Suffixes of files that are not read, with the way to make them readable."""
+PAGES = (".html", ".htm", ".xhtml")
+COLUMNS = (".parquet", ".pq")
+PARQUET_ROWS = 256
+"""Rows of a Parquet file that are in memory at once, beside what the file's own pages hold."""
 
-Form = Literal["text", "lines", "array", "table"]
-
-
-def suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffix that says what `path` holds, in lower case, and that of its packing, or ''."""
-    name = Path(path.name.lower())
-    return (Path(name.stem).suffix, name.suffix) if name.suffix in PACKED else (name.suffix, "")
-
-
-def refuse_unreadable(path: Path) -> None:
-    """Raise InputError for a file of a kind that is not read."""
-    suffix = suffixes(path)[0]
-    if hint := UNREADABLE.get(suffix):
-        fix = hint.format(path=str(path), quoted=shlex.quote(str(path)))
-        raise InputError(f"{path}: {suffix} files are not read; {fix}")
-
-
-@contextlib.contextmanager
-def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    """Yield the bytes that the open file `raw` holds once unpacked. Raises InputError for a torn one."""
-    packing = suffixes(path)[1]
-    if not packing:
-        yield raw
-        return
-    empty = not raw.read(1)
-    raw.seek(0)
-    if empty:  # which gzip and bz2 take for a packed file of no bytes
-        raise _torn(path, packing, EOFError("it is empty"))
-    try:
-        with PACKED[packing](raw) as content:
-            yield content
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise _torn(path, packing, error) from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _torn(path, packing, error) from None
-
-
-def _torn(path: Path, packing: str, error: Exception) -> InputError:
-    return InputError(f"{path} is torn or no {packing[1:]} file ({error}): fetch or make it again")
-
-
-def text_fault(path: Path) -> str:
-    """Return why the file is no text, 'binary' or 'not UTF-8'; '' for UTF-8 without zero bytes.
-
-    Reads it a block at a time. Raises InputError for a torn packed file; OSError passes through.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with path.open("rb") as raw, unpacked(raw, path) as file:
-        try:
-            while block := file.read(1 << 20):
-                if b"\0" in block:
-                    return "binary"
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return "not UTF-8"
-    return ""
+Form = Literal["text", "page", "lines", "array", "table", "parquet"]
+TEXTS = ("text", "page")
+"""Forms that are one document, and of which a file that is no UTF-8 text is found out by reading it to its end."""
 
 
 def form_of(path: Path, field: str, *, named: bool) -> Form:
@@ -125,6 +47,12 @@ def form_of(path: Path, field: str, *, named: bool) -> Form:
         return "lines"
     if suffix in TABLES:
         return "table"
+    if suffix in PAGES:
+        return "page"
+    if suffix in COLUMNS:
+        if packing:
+            raise InputError(f"{path}: a packed {suffix} file is not read; unpack it")
+        return "parquet"
     if suffix != ".json":
         return "text"
     with path.open("rb") as raw, unpacked(raw, path) as file:
@@ -164,31 +92,79 @@ def _opens_with_document(path: Path, field: str) -> bool:
 
 
 def read_documents(raw: IO[bytes], path: Path, form: Form, field: str) -> Iterator[IO[str]]:
-    """Yield the documents of the open file `raw`, each as an open text. Empty ones of lines and tables are left out.
+    """Yield the documents of the open file `raw`, each as an open text. Empty ones are left out, but for text files.
 
     Raises InputError, with file and line, for what is torn, too long, or lacks the text field.
     """
+    if form in ("lines", "array", "parquet"):
+        for place, entry in read_entries(raw, path, form, field):
+            plain = form == "array" and isinstance(entry, str)
+            if text := entry if plain else _text_of(entry, field, place):
+                yield io.StringIO(text)
+        return
     with unpacked(raw, path) as file:
         try:
-            if form == "lines":
-                yield from map(io.StringIO, filter(None, _lines(file, path, field)))
-                return
             # The csv module finds the ends of lines itself.
             with _text(file, newline="" if form == "table" else None) as text:
                 if form == "text":
                     yield text
                 else:
-                    read = _array if form == "array" else _table
-                    yield from map(io.StringIO, filter(None, read(text, path, field)))
+                    yield from map(io.StringIO, filter(None, (_table if form == "table" else _page)(text, path, field)))
         except UnicodeDecodeError:
-            raise InputError(f"{path} is not UTF-8 text: convert it, or leave it out") from None
+            raise not_utf8(path) from None
+
+
+def read_entries(raw: IO[bytes], path: Path, form: Form, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of JSON lines, a JSON array or a Parquet file, each with its place: ``a.jsonl, line 3``.
+
+    Of a Parquet file only the column `field` is read: an entry is a dict with it alone.
+
+    Raises InputError, with that place, for what is torn or too long.
+    """
+    if form == "parquet":
+        yield from _parquet(raw, path, field)
+        return
+    with unpacked(raw, path) as file:
+        try:
+            if form == "lines":
+                yield from _lines(file, path)
+                return
+            with _text(file) as text:
+                for number, entry in enumerate(_elements(text, str(path)), start=1):
+                    yield f"{path}, element {number}", entry
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
+
+
+def not_utf8(path: Path) -> InputError:
+    """Return the error for a file that is no UTF-8 text, with the first line that is none."""
+    place = f"{path}"
+    try:
+        with path.open("rb") as raw, unpacked(raw, path) as file:
+            number, line = 1, file.readline(BLOCK)
+            while line:
+                if b"\0" in line:
+                    break
+                line.decode()
+                number += line.endswith(b"\n")
+                line = file.readline(BLOCK)
+    except UnicodeDecodeError:
+        place = f"{path}, line {number}"
+    return InputError(f"{place} is not UTF-8 text: convert the file (iconv -f LATIN1 -t UTF-8), or leave it out")
 
 
 def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
 
 
-def _lines(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
+def _page(file: IO[str], path: Path, field: str) -> Iterator[str]:
+    page = file.read(MAX_DOCUMENT + 1)
+    if len(page) > MAX_DOCUMENT:
+        raise _too_long(str(path))
+    yield text_of_page(page)
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     while line := file.readline(MAX_DOCUMENT + 1):
         number += 1
@@ -196,7 +172,10 @@ def _lines(file: IO[bytes], path: Path, field: str) -> Iterator[str]:
         if len(line) > MAX_DOCUMENT:
             raise _too_long(place)
         if line.strip():
-            yield _text_of(parse_json(line, place), field, place)
+            try:
+                yield place, parse_json(line, place)
+            except InputError as error:
+                raise InputError(f"{error}; correct the line, or remove it") from None
 
 
 def _text_of(entry: Any, field: str, place: str) -> str:
@@ -204,11 +183,6 @@ def _text_of(entry: Any, field: str, place: str) -> str:
         found = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
         raise _no_field(field, found, place)
     return entry[field] or ""
-
-
-def _array(file: IO[str], path: Path, field: str) -> Iterator[str]:
-    for number, entry in enumerate(_elements(file, str(path)), start=1):
-        yield entry if isinstance(entry, str) else _text_of(entry, field, f"{path}, element {number}")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -279,7 +253,33 @@ def _table(file: IO[str], path: Path, field: str) -> Iterator[str]:
             used = 0
             yield row[column] if column < len(row) else ""
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num + 1}: no {suffixes(path)[0][1:]} ({error})") from None
+        raise InputError(
+            f"{path}, line {rows.line_num + 1}: no {suffixes(path)[0][1:]} ({error}); correct the quotes there"
+        ) from None
+
+
+def _parquet(raw: IO[bytes], path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a Parquet file, {field: value}. `raw` is only moved, to tell how far the reading is."""
+    need("pyarrow", f"{path}: a Parquet file")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    size, done = path.stat().st_size, 0
+    try:
+        with pq.ParquetFile(str(path)) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise _no_field(field, ", ".join(names), str(path))
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
+                values = batch.column(0).to_pylist()
+                raw.seek(size * (done + len(values)) // file.metadata.num_rows)
+                for row, value in enumerate(values, start=done + 1):
+                    yield f"{path}, row {row}", {field: value}
+                done += len(values)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, where pyarrow's own have none
+            raise
+        raise InputError(f"{path} is torn or no Parquet file ({reason(error)}): fetch or make it again") from None
 
 
 def _no_field(field: str, found: str, place: str) -> InputError:

@@ -1,16 +1,18 @@
 """Preparing training data: documents -> tokens -> shards of packed rows, in the form that `ShardedDataset` reads."""
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from tqdm import tqdm
 
+from lepton.data.duplicates import Distinct
 from lepton.data.publish import METADATA, Place, place_for
 from lepton.data.publish import publish as _publish
 from lepton.data.sources import MARKER, Corpus, Piece
@@ -27,6 +29,7 @@ MAX_SHARD_TOKENS = 1 << 27
 """Most tokens of a shard, which is made in memory."""
 BATCH_CHARACTERS = 1 << 20
 """Text that is encoded at once."""
+Kind = TypeVar("Kind", bound=Corpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Preparation:
     """Text between the documents of a file; None: a line that is the marker alone; '': one document a file."""
     row_len: int = ROW_LEN
     """Tokens of a row."""
+    keep_duplicates: bool = False
+    """Whether documents that are equal to an earlier one are kept."""
     shard_rows: int | None = None
     """Rows of a full shard; None: as many as make `SHARD_TOKENS` tokens."""
 
@@ -67,6 +72,7 @@ class PreparationFields(TypedDict, total=False):
     text_field: str
     separator: str | None
     row_len: int
+    keep_duplicates: bool
     shard_rows: int | None
 
 
@@ -84,6 +90,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the documents of `sources` (see `Corpus`) as shards into the folder `out`; return its metadata.
 
+    - Documents that are equal to an earlier one are left out (see `Distinct`).
     - Every document ends with the end-of-text id; documents are packed into rows; the last row is filled with that id,
       and the metadata say how far, so that nobody trains on it.
     - `out` is decided on before anything is read, and holds the whole data set or nothing new (see
@@ -96,39 +103,55 @@ def prepare(
     """
     settled = Preparation(**how)
     sources, out = list(sources), Path(out).absolute()
-    try:
-        with place_for(out, force=force, wait=wait) as place:
-            corpus = _corpus(sources, out, place, settled)
-            quiet = None if show_progress else True  # None: shown on a terminal alone
-            with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
-                encoded = _encode(corpus.pieces(bar.update), tokenizer, place.partial, settled)
-            metadata = {"name": name or out.name, **encoded, **_about(corpus)}
-            if not metadata["documents"]:
-                skipped = corpus.skipped_summary()
-                why = f" (skipped: {skipped})" if skipped else ""
-                raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
-            text = json.dumps(metadata, indent=2, ensure_ascii=False)
-            (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
-            _publish(place)
-            for line in _notes(corpus):
-                note(line)
-    except OSError as error:
-        # numpy says of a full disk only how much of an array was written
-        raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
+    with making(out, force=force, wait=wait) as place:
+        corpus = corpus_of(Corpus, sources, out, place, settled)
+        distinct = None if settled.keep_duplicates else Distinct()
+        quiet = None if show_progress else True  # None: shown on a terminal alone
+        with tqdm(total=corpus.size, unit="B", unit_scale=True, desc=f"preparing {out.name}", disable=quiet) as bar:
+            pieces = corpus.pieces(bar.update)
+            pieces = distinct.pieces(pieces) if distinct else pieces
+            encoded = _encode(pieces, tokenizer, place.partial, settled)
+        dropped = distinct.dropped if distinct else 0
+        metadata = {"name": name or out.name, **encoded, "duplicates": dropped, **about(corpus)}
+        if not metadata["documents"]:
+            skipped = corpus.skipped_summary()
+            why = f" (skipped: {skipped})" if skipped else ""
+            raise InputError(f"no text found in {', '.join(map(str, sources))}{why}")
+        finish(place, metadata)
+        for line in notes(corpus, dropped):
+            note(line)
     return metadata
 
 
-def _corpus(sources: list[str | Path], out: Path, place: Place, how: Preparation) -> Corpus:
-    """Return the documents to prepare; none may lie where they are written to."""
+@contextlib.contextmanager
+def making(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
+    """Yield the place to make the data set of `out` in (see `place_for`). Raises InputError if it cannot be written."""
+    try:
+        with place_for(out, force=force, wait=wait) as place:
+            yield place
+    except OSError as error:
+        # numpy says of a full disk only how much of an array was written
+        raise InputError(f"cannot write {out}: {error.strerror or f'{error} (is the disk full?)'}") from None
+
+
+def finish(place: Place, metadata: dict[str, Any]) -> None:
+    """Write the metadata of a data set that is whole, and let it take its place."""
+    text = json.dumps(metadata, indent=2, ensure_ascii=False)
+    (place.partial / METADATA).write_text(text + "\n", encoding="utf-8", errors="replace")
+    _publish(place)
+
+
+def corpus_of(kind: type[Kind], sources: list[str | Path], out: Path, place: Place, how: Preparation) -> Kind:
+    """Return the documents to prepare, a `Corpus` or what derives from it; none may lie where they are written to."""
     for source in sources:
         path = Path(os.path.realpath(source))
         if place.folder in (path, *path.parents):
             raise InputError(f"{source} lies in the output folder {out}: name another with --out")
     own = (place.folder, place.partial.parent)
-    return Corpus(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
+    return kind(sources, text_field=how.text_field, separator=how.separator, leave_out=own)
 
 
-def _about(corpus: Corpus) -> dict[str, Any]:
+def about(corpus: Corpus) -> dict[str, Any]:
     """Return what the metadata say of the sources, once they are read."""
     return {
         "separators": corpus.separators,
@@ -163,7 +186,10 @@ def _encode(pieces: Iterable[Piece], tokenizer: Tokenizer, folder: Path, how: Pr
     }
 
 
-def _notes(corpus: Corpus) -> Iterator[str]:
+def notes(corpus: Corpus, dropped: int, units: str = "documents") -> Iterator[str]:
+    """Yield a line on each thing that a user may not expect; `dropped` are the duplicates that were left out."""
+    if dropped:
+        yield f"left out: {dropped:,} {units} equal to an earlier one; --keep_duplicates keeps them"
     if skipped := corpus.skipped_summary():
         yield f"skipped: {skipped}"
     if corpus.separators:

@@ -26,6 +26,9 @@ try:
 except ImportError:  # Windows: no locks on folders, so every process writes a folder of its own
     fcntl = None  # type: ignore[assignment]
 
+ANSWERS = "answers"
+"""Of conversations, what the names of the files of flags begin with, where those of tokens begin with ``shard``."""
+ARRAYS = ("shard_*.npy", f"{ANSWERS}_*.npy")
 UNFINISHED = "unfinished"
 """Marker file: the files of this data set are being replaced."""
 METADATA = "metadata.json"
@@ -63,14 +66,14 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
     if folder.is_symlink():
         raise InputError(f"{out} is a link that leads back to itself: name another folder with --out")
     inside = folder.is_dir() and (_is_mount(folder) or not os.access(folder.parent, os.W_OK))
-    _check_out(out, force, inside)
+    check_out(out, force, inside)
     force = force or (out / UNFINISHED).exists()  # nobody can read what is left there
     workshop = folder / WORKSHOP if inside else folder.with_name(f".{folder.name}.partial")
     place = Place(workshop / f"new-{uuid.uuid4().hex[:8]}", folder, force, inside)
     with _workshop(workshop, out, wait) as locked:
         if locked:
             _recover(place)
-        _check_out(out, force, inside)  # a data set may have come while this process waited, or just come back
+        check_out(out, force, inside)  # a data set may have come while this process waited, or just come back
         place.partial.mkdir()
         try:
             yield place
@@ -78,13 +81,14 @@ def place_for(out: Path, *, force: bool, wait: bool = False) -> Iterator[Place]:
             shutil.rmtree(place.partial, ignore_errors=True)
 
 
-def _check_out(out: Path, force: bool, inside: bool) -> None:
+def check_out(out: Path, force: bool, inside: bool = False) -> None:
     """Raise InputError unless a data set may be written to `out`."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: name a folder with --out")
     found = [path for path in out.glob("*") if not (inside and path.name in (WORKSHOP, SYSTEMS_OWN))]
     for path in sorted([*found, *out.glob("val/*")]):
-        ours = path.match("shard_*.npy") or path.relative_to(out) in map(Path, (METADATA, "val", UNFINISHED))
+        array = any(map(path.match, ARRAYS))
+        ours = array or path.relative_to(out) in map(Path, (METADATA, "val", UNFINISHED))
         if not ours:
             raise InputError(f"{out} holds other files ({path.relative_to(out)}): name a new folder with --out")
     replaceable = (out / UNFINISHED).exists() or (force and any(out.glob("shard_*.npy")))
@@ -112,10 +116,11 @@ def publish(place: Place) -> None:
 
 def _move_in(place: Place) -> None:
     """Replace the data set in a folder that stays: metadata last, and readers refuse it until then."""
-    _check_out(place.folder, place.force, inside=True)
+    check_out(place.folder, place.force, inside=True)
     unfinished = place.folder / UNFINISHED
     unfinished.touch()
-    for path in [place.folder / METADATA, *place.folder.glob("shard_*.npy"), *place.folder.glob("val/shard_*.npy")]:
+    arrays = [path for where in ("", "val/") for kind in ARRAYS for path in place.folder.glob(where + kind)]
+    for path in [place.folder / METADATA, *arrays]:
         path.unlink(missing_ok=True)
     files = sorted(path.relative_to(place.partial) for path in place.partial.rglob("*") if path.is_file())
     for name in sorted(files, key=lambda name: name == Path(METADATA)):

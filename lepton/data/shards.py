@@ -2,6 +2,8 @@
 
 - A shard is ``shard_*.npy``: integers of any width, shape (rows, row_len). ``metadata.json`` beside them is optional;
   its ``padding`` says how many tokens at the end of a shard only fill its last row, which are never read.
+- Conversations have ``answers_*.npy`` beside their shards, 1 where a token belongs to an answer: the other tokens are
+  no targets (see `lepton.data.chat_shards`).
 - A row of L tokens has L - 1 targets. Its window k covers the tokens k * seq_len .. k * seq_len + seq_len, the last
   one included, so that a row's windows use every target exactly once; a row's last window may be shorter.
 - Training visits every window once an epoch, in a pseudo-random order that mixes the whole data set; a batch is a pure
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 
 from lepton.data.permutation import permute
-from lepton.data.publish import METADATA, UNFINISHED
+from lepton.data.publish import ANSWERS, METADATA, UNFINISHED
 from lepton.data.split import held_out_rows
 from lepton.errors import InputError, shown
 from lepton.files import parse_json, read_bytes, readable
@@ -44,6 +46,30 @@ class Batch(NamedTuple):
     """int64 [B, T + 1]; short rows are padded with a token that ends no document."""
     lengths: torch.Tensor
     """int64 [B]: valid tokens of each row, one more than its targets."""
+    targets: torch.Tensor | None = None
+    """bool [B, T], which of the next tokens count, those of answers; None: all within the lengths."""
+
+    @property
+    def counted(self) -> int:
+        """Number of next tokens that count."""
+        if self.targets is not None:
+            return int(self.targets.sum())
+        return int(self.lengths.sum()) - len(self.lengths)
+
+    @property
+    def opens(self) -> torch.Tensor | None:
+        """The tokens that open a segment, bool [B, T]: those before the first token of each answer; None: none.
+
+        In generation the last token of the prompt opens one, so that the thoughts of an answer have read what it
+        answers.
+        """
+        if self.targets is None:
+            return None
+        return self.targets & ~torch.nn.functional.pad(self.targets[:, :-1], (1, 0))
+
+    def rows(self, rows: slice) -> "Batch":
+        """Return some of its rows."""
+        return Batch(self.tokens[rows], self.lengths[rows], None if self.targets is None else self.targets[rows])
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,12 @@ class ShardedDataset:
         # If padding were eos, each padding token would start a document, and a segment with thoughts.
         self._padding_id = int(eos_id == 0)
         self.shards = _shards_of(self.folder, split, _read_padding(self.folder, self.metadata))
+        self.has_answers = _have_answers(self.shards)
+        """Whether the data are conversations, of which the answers alone count."""
+        if self.metadata.get("chat") and not self.has_answers:
+            raise InputError(
+                f"{self.folder} was prepared from conversations, but its {ANSWERS}_*.npy are missing: prepare it again"
+            )
         row_len = self.shards[0].row_len
         if not 1 <= seq_len <= row_len:
             longer = f"; longer rows are made with: prepare --row_len {seq_len}" if seq_len > row_len else ""
@@ -130,8 +162,10 @@ class ShardedDataset:
             number = int(np.searchsorted(ends, row, side="right"))
             shard = self.shards[number]
             row += shard.first - (int(ends[number - 1]) if number else 0)
-            tokens = self._open(shard.path)[row, k * FINGERPRINT_PIECE : (k + 1) * FINGERPRINT_PIECE]
-            content.update(tokens.astype("<i8").tobytes())
+            place = row, slice(k * FINGERPRINT_PIECE, (k + 1) * FINGERPRINT_PIECE)
+            content.update(self._open(shard.path)[place].astype("<i8").tobytes())
+            if self.has_answers:
+                content.update(self._open(_answers_of(shard.path))[place].astype(bool).tobytes())
         return {"rows": self.rows, "row_len": self.row_len, "tokens": self.tokens, "content": content.hexdigest()}
 
     def batch(self, step: int, micro: int = 0, *, batch_size: int, accumulate: int = 1) -> Batch:
@@ -160,25 +194,37 @@ class ShardedDataset:
     def _read(self, windows: np.ndarray) -> Batch:
         tokens = np.full((len(windows), self.seq_len + 1), self._padding_id, np.int64)
         lengths = np.zeros(len(windows), np.int64)
+        answers = np.zeros(tokens.shape, bool) if self.has_answers else None
         for i, window in enumerate(windows.tolist()):
-            stretch = self._window(window)[1]
+            shard, stretch, place = self._window(window)
+            if answers is not None:
+                flags = self._open(_answers_of(shard.path))[place]
+                answers[i, : len(flags)] = flags
+                stretch = self._without_filler(stretch)
             lengths[i] = len(stretch)
             tokens[i, : len(stretch)] = stretch
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             self._raise_bad_id(windows)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(lengths))
+        targets = None if answers is None else torch.from_numpy(answers[:, 1:])
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(lengths), targets)
 
-    def _window(self, window: int) -> tuple[Shard, np.ndarray]:
-        """Return the shard and the tokens (a view of the file, at most T + 1) of a window."""
+    def _window(self, window: int) -> tuple[Shard, np.ndarray, tuple[int, slice]]:
+        """Return the shard, the tokens (a view of the file, at most T + 1) and the place in the file of a window."""
         number = int(np.searchsorted(self._ends, window, side="right"))
         shard = self.shards[number]
         row, k = divmod(window - (int(self._ends[number - 1]) if number else 0), self.windows_per_row)
         end = shard.row_len - (shard.padding if row == shard.rows - 1 else 0)
         stretch = slice(k * self.seq_len, min((k + 1) * self.seq_len + 1, end))
-        return shard, self._open(shard.path)[shard.first + row, stretch]
+        place = (shard.first + row, stretch)
+        return shard, self._open(shard.path)[place], place
+
+    def _without_filler(self, stretch: np.ndarray) -> np.ndarray:
+        """Return the tokens up to the end of the last conversation, at least one."""
+        filled = np.flatnonzero(stretch != self._padding_id)
+        return stretch[: int(filled[-1]) + 1 if len(filled) else 1]
 
     def _raise_bad_id(self, windows: np.ndarray) -> None:
-        for shard, stretch in map(self._window, windows.tolist()):
+        for shard, stretch, _ in map(self._window, windows.tolist()):
             bad = stretch[(stretch < 0) | (stretch >= self.vocab_size)]
             if len(bad):
                 raise InputError(
@@ -244,6 +290,25 @@ def read_header(path: Path) -> Shard:
     if size < expected:
         raise InputError(f"{path}: is truncated, {size} bytes of {expected}; fetch or prepare it again")
     return Shard(path, *shape)
+
+
+def _answers_of(path: Path) -> Path:
+    return path.with_name(path.name.replace("shard", ANSWERS, 1))
+
+
+def _have_answers(shards: list[Shard]) -> bool:
+    """Return whether the shards are of conversations. Raises InputError if only some have the flags of answers."""
+    found = [os.path.lexists(_answers_of(shard.path)) for shard in shards]
+    if not any(found):
+        return False
+    for shard in shards:
+        path = _answers_of(shard.path)
+        flags, tokens = read_header(path), read_header(shard.path)
+        if (flags.rows, flags.row_len) != (tokens.rows, tokens.row_len):
+            raise InputError(
+                f"{path} does not fit {shard.path.name} ({flags.rows} rows, not {tokens.rows}): prepare again"
+            )
+    return True
 
 
 def _map(path: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reading documents from text, Markdown, code folders, JSON lines, JSON arrays and tables, a piece at a time.
+"""Reading documents from text, HTML, code folders, JSON lines, JSON arrays, tables and Parquet, a piece at a time.
 
 A document of any length arrives in pieces of at most `PIECE` characters, so memory stays bounded. Pieces end where
 a tokenizer would cut anyway: after a newline between two visible characters.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lepton.data.formats import Form, form_of, read_documents, refuse_unreadable, suffixes, text_fault
+from lepton.data.formats import TEXTS, Form, form_of, not_utf8, read_documents
+from lepton.data.packing import refuse_unreadable, suffixes, text_fault
 from lepton.errors import InputError
 from lepton.files import readable
 
@@ -39,9 +40,10 @@ class Piece:
 class Corpus:
     """The documents of `sources`, files and folders, in a fixed order: as given, and within a folder by name.
 
-    A text file is one document; JSON lines, JSON arrays and tables hold one an entry, in `text_field` (see
-    `lepton.data.formats`). A document that holds separators is as many documents: without a `separator`, these are
-    lines with nothing but `MARKER`; with one, the text wherever it stands; with an empty one, none.
+    A text file and a page of HTML are one document; JSON lines, JSON arrays, tables and Parquet files hold one an
+    entry, in `text_field` (see `lepton.data.formats`). A document that holds separators is as many documents: without a
+    `separator`, these are lines with nothing but `MARKER`; with one, the text wherever it stands; with an empty one,
+    none.
 
     In folders, hidden, binary and undecodable files, linked folders and the folders `leave_out` are skipped; a file
     that is named must be readable.
@@ -127,22 +129,22 @@ class Corpus:
         readable(path, "file or folder")
         refuse_unreadable(path)
         try:
-            if self._peek(path, named=True) == "text" and text_fault(path):
-                raise InputError(f"{path} is not UTF-8 text: convert it, or leave it out")
+            if self._peek(path, named=True) in TEXTS and text_fault(path):
+                raise not_utf8(path)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}") from None
 
     def _peek(self, path: Path, *, named: bool) -> Form:
         """Return the form of the file. Raises InputError if it should have entries and the first is none."""
         form = form_of(path, self.text_field, named=named)
-        if form != "text":
+        if form not in TEXTS:
             with path.open("rb") as raw:
                 next(read_documents(raw, path, form, self.text_field), None)
         return form
 
     def _file(self, path: Path, advance: Callable[[int], object]) -> Iterator[Piece]:
         form = form_of(path, self.text_field, named=path in self._named)
-        if form == "text" and path not in self._named and (fault := self._fault(path)):
+        if form in TEXTS and path not in self._named and (fault := self._fault(path)):
             self.skipped[path] = fault
             advance(path.stat().st_size)
             return

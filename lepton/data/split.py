@@ -60,12 +60,14 @@ class _Document:
 class Splitter:
     """Sends documents to the writers of training and validation."""
 
-    def __init__(self, train: Writer, val: Writer, *, val_fraction: float, eos_id: int) -> None:
+    def __init__(self, train: Writer, val: Writer, *, val_fraction: float, eos_id: int, whole: bool = False) -> None:
+        """Split by `val_fraction`; documents that must stay `whole` do not lend their ends to validation."""
         self.val_documents = 0
         """Documents that validate."""
         self.val_ends = 0
         """Documents that train but for their end, which validates."""
         self._writers, self._eos = (train, val), np.array([eos_id], np.uint16)
+        self._whole, self._first = whole, True
         self._limit = val_fraction * 2**64
         self._waiting: list[_Document] | None = [] if val_fraction else None
         self._tokens = [0, 0]
@@ -75,14 +77,19 @@ class Splitter:
 
         Equal documents have equal keys. The first document always trains.
         """
-        key, split = b"", 0
-        opens, first = True, True
+        key, split, opens = b"", 0, True
         for piece in pieces:
             if opens:
-                key = hashlib.sha256(piece.text.encode("utf-8", "replace")).digest()[:8]
-                split = int(not first and int.from_bytes(key, "big") < self._limit)
+                key, split = self.assign(piece.text.encode("utf-8", "replace"))
             yield piece, key, split
-            opens, first = piece.last, False
+            opens = piece.last
+
+    def assign(self, beginning: bytes) -> tuple[bytes, int]:
+        """Return the key of the next document and its split, by its beginning. The first document always trains."""
+        key = hashlib.sha256(beginning).digest()[:8]
+        split = int(not self._first and int.from_bytes(key, "big") < self._limit)
+        self._first = False
+        return key, split
 
     def add(self, ids: np.ndarray, key: bytes, split: int, *, opens: bool) -> None:
         """Take the tokens of the next piece; one that `opens` a document is its first."""
@@ -125,6 +132,8 @@ class Splitter:
                 for document in group:
                     document.split = 1
                 self.val_documents += len(group)
+            elif self._whole:
+                continue
             else:
                 size = -(-missing // len(group))
                 for document in group:

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from lepton.data.prepare import prepare
+from lepton.data.prepare import PreparationFields, prepare
 from lepton.data.sources import is_text
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import InputError
@@ -30,7 +30,9 @@ def default_corpus(tokenizer: Tokenizer) -> Path:
         files = stdlib_files()
         print(f"preparing the default data, Python {python}'s standard library, once, in {folder}", file=sys.stderr)
         try:
-            prepare(files, folder, tokenizer, val_fraction=VAL_FRACTION, name="stdlib", wait=True)
+            # With equal files, as in earlier versions, so that figures stay comparable.
+            how = PreparationFields(val_fraction=VAL_FRACTION, keep_duplicates=True)
+            prepare(files, folder, tokenizer, name="stdlib", wait=True, **how)
         except InputError as error:
             if not folder.is_dir():
                 raise InputError(f"{error}; {CACHE_VARIABLE} in the environment names another cache folder") from None

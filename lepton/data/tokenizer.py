@@ -116,6 +116,11 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
         return ids
 
+    def special_id(self, token: str) -> int | None:
+        """Return the id of a special token, which no text encodes to; None: there is none of that name."""
+        specials = {each.content: i for i, each in self._backend.get_added_tokens_decoder().items() if each.special}
+        return specials.get(token)
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores."""
         encodable = [_encodable(text) for text in texts]
@@ -135,6 +140,11 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes ids one by one and only gives complete characters."""
         return StreamDecoder(self._bytes_of_id)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes of one id's text, which may be a part of a character; empty for a special or unknown id."""
+        table = self._bytes_of_id
+        return table[token] if 0 <= token < len(table) else b""
 
     def token_bytes(self) -> np.ndarray:
         """Return the number of UTF-8 bytes of each id's text, int64 [size]; 0 for specials."""

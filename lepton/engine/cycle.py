@@ -56,6 +56,8 @@ class Outcome(NamedTuple):
     """Log-probabilities [B, T, 1 + alternatives]: of the chosen token, then of the most probable ones."""
     alternatives: Tensor | None
     """Ids of the most probable tokens, int64 [B, T, alternatives]."""
+    depths_BT: Tensor | None = None
+    """Blocks that were passed where each token was chosen, if log-probabilities are wanted."""
 
 
 def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "Prepared | None") -> Outcome:
@@ -85,7 +87,7 @@ def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "
     pool.put(place_B, held, Held(state, rows))
     blocks_B = out.depth.sum(1)
     counts = torch.cat([chosen_BT, torch.stack([accepted_B, allowed_B, blocks_B, finite_B.long()], 1)], 1)
-    return Outcome(counts, *wanted)
+    return Outcome(counts, *wanted)._replace(depths_BT=out.depth if shape.scored else None)
 
 
 def allowed_drafts(model: Network, phase_B: Tensor, drafts: int) -> Tensor:

@@ -30,6 +30,12 @@ class SequenceOutput(NamedTuple):
     """One for each token if they were asked for, else empty."""
     logprobs: list[TokenLogprobs]
     """For each token its log-probability and those of the most probable ones by id, if they were asked for."""
+    depths: list[int]
+    """Blocks that were passed where each token was chosen, if log-probabilities were asked for."""
+    drafted: int
+    """Tokens that were drafted in this cycle."""
+    accepted: int
+    """Drafts that were right: so many of `tokens`, from the first on, are drafts."""
 
 
 @dataclass
@@ -129,14 +135,25 @@ class Engine:
         for sequence, result, tokens in zip(sequences, results, counted, strict=True):
             self._count(sequence, result, len(tokens), work)
             if tokens:
-                count = len(tokens)
-                outputs.append(SequenceOutput(sequence, tokens, result.uncertainties[:count], result.logprobs[:count]))
+                outputs.append(self._output(sequence, tokens, result))
         if isinstance(work.plan, Launch):
             running = [not each for each in ended]
             tokens_read = sum(len(each.tokens) for each, on in zip(results, running, strict=True) if on)
             bucket = bucket_of(len(sequences))
             self._speculations[work.plan.routed].record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
         return outputs
+
+    def _output(self, sequence: Sequence, tokens: list[int], result: RowResult) -> SequenceOutput:
+        count = len(tokens)
+        return SequenceOutput(
+            sequence,
+            tokens,
+            result.uncertainties[:count],
+            result.logprobs[:count],
+            result.depths[:count],
+            drafted=result.allowed,
+            accepted=min(result.accepted, count),
+        )
 
     def _count(self, sequence: Sequence, result: RowResult, tokens: int, work: Work) -> None:
         self.stats.positions += work.running.positions or len(sequence.prompt)

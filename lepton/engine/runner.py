@@ -46,6 +46,8 @@ class RowResult:
     finite: bool
     uncertainties: list[float]
     logprobs: list[TokenLogprobs]
+    depths: list[int]
+    """Blocks that were passed where each new token was chosen, if log-probabilities were asked for."""
 
 
 class Running:
@@ -70,7 +72,7 @@ class Running:
         if self._done is not None:
             self._done.synchronize()
         counts = self._parts.counts.tolist()
-        doubts, scores, ids = ([] if each is None else each.tolist() for each in self._parts[1:])
+        doubts, scores, ids, depths = ([] if each is None else each.tolist() for each in self._parts[1:])
         results = []
         for i in self._order:
             *tokens, accepted, allowed, blocks, finite = counts[i]
@@ -83,8 +85,8 @@ class Running:
                 if scores
                 else []
             )
-            doubt = doubts[i][:kept] if doubts else []
-            results.append(RowResult(tokens[:kept], accepted, allowed, blocks, bool(finite), doubt, probable))
+            doubt, depth = (each[i][:kept] if each else [] for each in (doubts, depths))
+            results.append(RowResult(tokens[:kept], accepted, allowed, blocks, bool(finite), doubt, probable, depth))
         return results
 
 
@@ -166,7 +168,8 @@ class Runner:
                 self.pool.keep_slots(self.model, place_B, read.state)
             zero_B = torch.zeros_like(place_B)
             more = torch.stack([zero_B, zero_B, read.blocks_B, finite_B.long()], 1)
-            outcome = Outcome(torch.cat([chosen_BT, more], 1), *wanted)
+            depths_BT = read.depth_B[:, None] if shape.scored else None
+            outcome = Outcome(torch.cat([chosen_BT, more], 1), *wanted)._replace(depths_BT=depths_BT)
             found.append((indices, Running(outcome, list(range(len(sequences))), 0, read.passes)))
         return found
 

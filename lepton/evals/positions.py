@@ -39,6 +39,8 @@ class Positions(NamedTuple):
     """Blocks that the token went through."""
     target_M: Tensor
     """The next token."""
+    window_M: Tensor
+    """Number of the row that the position is in, counted over all batches."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Outcomes:
     """One minus the largest probability."""
     scaled_least_confidence_M: Tensor
     """The same with the logits divided by a temperature."""
+    window_M: Tensor
+    """Number of the window that the position is in, int64."""
 
 
 def calibration_batches(data: ShardedDataset, batch_size: int, max_tokens: int = DEFAULT_TOKENS) -> Iterator[Batch]:
@@ -75,7 +79,7 @@ def _half(data: ShardedDataset, batch_size: int, max_tokens: int, *, second: boo
         start = number * batch_size
         rows = slice(max(first - start, 0), max(last - start, 0))
         if len(batch.lengths[rows]):
-            yield Batch(batch.tokens[rows], batch.lengths[rows])
+            yield batch.rows(rows)
 
 
 @torch.no_grad()
@@ -88,7 +92,7 @@ def iterate_positions(
     depth: float | None = None,
     think: int | None = None,
 ) -> Iterator[Positions]:
-    """Yield all positions of `batches` whose next token is known, a slice at a time.
+    """Yield all positions of `batches` whose next token is known and counts, a slice at a time.
 
     Args:
         model: in eval mode.
@@ -102,29 +106,39 @@ def iterate_positions(
     slice_size = min(SLICE, SLICE_CPU) if device.type == "cpu" else SLICE
     left = math.inf if max_tokens is None else max_tokens
     out: Output | None = None
+    windows = 0
     for batch in batches:
         # Rows beyond the limit are not computed: it may be far below a batch.
         first_B = (batch.lengths - 1).clamp(max=CHUNK).cumsum(0)
         if first_B[-1] >= left:
-            batch = Batch(*(part[: int((first_B < left).sum()) + 1] for part in batch))
+            batch = batch.rows(slice(int((first_B < left).sum()) + 1))
         tokens = batch.tokens.to(device)
         counts_B = (batch.lengths - 1).to(device)
+        targets_BT, opens_BT = (None if each is None else each.to(device) for each in (batch.targets, batch.opens))
         out = out if carry else None
         for start in range(0, tokens.shape[1] - 1, CHUNK):
             target_BT = tokens[:, start + 1 : start + 1 + CHUNK]
             chunk_BT = tokens[:, start : start + target_BT.shape[1]]
             here_B = (counts_B - start).clamp(0, chunk_BT.shape[1])
             state = None if out is None else out.state
-            out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think)
+            here = slice(start, start + chunk_BT.shape[1])
+            opens = None if opens_BT is None else opens_BT[:, here]
+            out = model.trunk(chunk_BT, state, lengths=here_B, depth=depth, think=think, opens=opens)
             valid_BT = torch.arange(chunk_BT.shape[1], device=device) < here_B[:, None]
+            if targets_BT is not None:
+                valid_BT &= targets_BT[:, here]
             for index_M in valid_BT.flatten().nonzero()[:, 0].split(slice_size):
                 index_M = index_M[: int(min(left, slice_size))]
                 left -= len(index_M)
                 hidden_MD = out.hidden.flatten(0, 1)[index_M]
-                others = (out.signals, out.depth, target_BT)
-                yield Positions(hidden_MD, model.head(hidden_MD), *(each.flatten(0, 1)[index_M] for each in others))
+                signals_M3, depth_M, target_M = (
+                    each.flatten(0, 1)[index_M] for each in (out.signals, out.depth, target_BT)
+                )
+                window_M = windows + index_M // chunk_BT.shape[1]
+                yield Positions(hidden_MD, model.head(hidden_MD), signals_M3, depth_M, target_M, window_M)
                 if left <= 0:
                     return
+        windows += len(tokens)
 
 
 @torch.no_grad()
@@ -150,6 +164,7 @@ def collect_outcomes(
     """
     uncertainty = model.idea("uncertainty")
     figures = [torch.empty(4 if uncertainty is None else 5, 0, dtype=torch.float64)]
+    numbers = [torch.empty(0, dtype=torch.int64)]
     for part in iterate_positions(model, batches, max_tokens=max_tokens, carry=carry, depth=depth, think=think):
         logits_MV = part.logits_MV
         log_max_M = logits_MV.log_softmax(-1).amax(-1)
@@ -162,6 +177,7 @@ def collect_outcomes(
         if uncertainty is not None:
             rows.append(uncertainty.logit(part.hidden_MD, logits_MV, part.signals_M3))
         figures.append(torch.stack(rows).cpu().double())
+        numbers.append(part.window_M.cpu())
     wrong_M, log_max_M, scaled_log_max_M, score_M, *logit_M = torch.cat(figures, 1)
     if not len(wrong_M) and not allow_none:
         raise InputError("the text holds no token to predict: give a longer one")
@@ -172,4 +188,5 @@ def collect_outcomes(
         # From the logarithm: 1 - p loses the digits of what is left of a probability near 1.
         -torch.expm1(log_max_M),
         -torch.expm1(scaled_log_max_M),
+        torch.cat(numbers),
     )

@@ -24,7 +24,7 @@ def prompts_of(batches: Iterable[Batch], count: int, length: int = PROMPT_TOKENS
     Raises:
         InputError: there are no rows.
     """
-    rows = (tokens[: min(length, size)] for batch in batches for tokens, size in zip(*batch, strict=True))
+    rows = (tokens[: min(length, size)] for batch in batches for tokens, size in zip(*batch[:2], strict=True))
     prompts = [row.tolist() for row in islice(rows, count)]
     if not prompts:
         raise InputError("the text is too short for a prompt: give a longer one")

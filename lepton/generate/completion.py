@@ -6,21 +6,17 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack, cast
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 from lepton.engine.options import GenerationOptions, OptionFields, resolved
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.stats import Stats
 from lepton.errors import InputError, nearest, shown
+from lepton.generate.abstention import Abstentions
 from lepton.generate.generation import Generation
-from lepton.generate.prompts import Prompt
+from lepton.generate.prompts import Prompt, Tokens, Uncertainties
 from lepton.model import Memory, Network, State
 from lepton.values import whole
-
-Tokens: TypeAlias = list[int] | list[list[int]]
-"""Prompt and new tokens: a list for one flat prompt, else a list for each prompt."""
-Uncertainties: TypeAlias = list[float] | list[list[float]]
-"""A chance in 0..1 for each new token: that the most likely token, which greedy decoding takes, is wrong."""
 
 
 class TokensAndUncertainties(NamedTuple):
@@ -62,6 +58,8 @@ class Completion:
     """For each new token of each row; empty unless they were asked for."""
     row_logprobs: list[list[TokenLogprobs]]
     """Likewise."""
+    row_abstained: list[list[bool]]
+    """Likewise: whether the model abstains from it."""
     generation: Generation
 
     @property
@@ -73,6 +71,11 @@ class Completion:
     def uncertainties(self) -> Uncertainties:
         """The uncertainties in the same form."""
         return self.row_uncertainties[0] if self.generation.flat else self.row_uncertainties
+
+    @property
+    def abstained(self) -> Abstentions:
+        """The abstentions in the same form."""
+        return self.row_abstained[0] if self.generation.flat else self.row_abstained
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | list[list[TokenLogprobs]]:
@@ -140,6 +143,7 @@ class Wanted(TypedDict, total=False):
     uncertainty: bool
     logprobs: int | None
     always_draft: bool
+    abstain_at: float | None
 
 
 def started(
@@ -173,17 +177,25 @@ def complete(
     uncertainty: bool = False,
     logprobs: int | None = None,
     always_draft: bool = False,
+    abstain_at: float | None = None,
     **arguments: Unpack[Arguments],
 ) -> Completion:
     """Generate to the end; `lepton.Lepton.generate` and `Generation` describe the arguments."""
-    wanted: Wanted = {"uncertainty": uncertainty, "logprobs": logprobs, "always_draft": always_draft}
+    wanted: Wanted = {
+        "uncertainty": uncertainty,
+        "logprobs": logprobs,
+        "always_draft": always_draft,
+        "abstain_at": abstain_at,
+    }
     generation = started(model, prompt_ids, max_new_tokens, wanted=wanted, **arguments)
     rows = [list(prompt) for prompt in generation.prompts]
     uncertainties: list[list[float]] = [[] for _ in rows]
     scores: list[list[TokenLogprobs]] = [[] for _ in rows]
+    abstained: list[list[bool]] = [[] for _ in rows]
     for outputs in generation:
         for output in outputs:
             rows[output.row] += output.tokens
             uncertainties[output.row] += output.uncertainties
             scores[output.row] += output.logprobs
-    return Completion(rows, uncertainties, scores, generation)
+            abstained[output.row] += output.abstained
+    return Completion(rows, uncertainties, scores, abstained, generation)

@@ -16,6 +16,7 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Always
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
+from lepton.generate.abstention import largest_kept, promise_of
 from lepton.generate.prompts import Prompt, read_stops
 from lepton.generate.prompts import read_prompts as checked_prompts
 from lepton.model import Memory, Network, State
@@ -37,6 +38,8 @@ class RowOutput(NamedTuple):
     """One for each token if they were asked for, else empty."""
     logprobs: list[TokenLogprobs]
     """Likewise: the log-probability of each token, and those of the most probable ones by id."""
+    abstained: list[bool]
+    """Likewise: whether the model abstains from it."""
 
 
 class Generation:
@@ -57,6 +60,7 @@ class Generation:
         uncertainty: bool = False,
         logprobs: int | None = None,
         always_draft: bool = False,
+        abstain_at: float | None = None,
     ) -> None:
         """Prepare to continue `prompts`.
 
@@ -70,21 +74,23 @@ class Generation:
             logprobs: number of most probable tokens whose log-probabilities are wanted, beside that of each new token;
                 None: no log-probabilities.
             always_draft: whether every cycle drafts, also where plain decoding is faster; the text is the same.
+            abstain_at: a calibrated risk, to know which new tokens the model abstains from.
         """
         if uncertainty and model.idea("uncertainty") is None:
             raise InputError(
                 "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
             )
+        self.promise = None if abstain_at is None else promise_of(model, abstain_at, options)
+        """What is promised of the new tokens that are not abstained from."""
+        self.largest_kept = None if self.promise is None else largest_kept(model, self.promise)
+        """Tokens of a larger uncertainty are abstained from."""
+        uncertainty = uncertainty or self.promise is not None
         self.model, self.options = model, options
         self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
         """The prompts as lists, and whether the caller gave a single flat one."""
         rows = len(self.prompts)
         checked_call(model, rows, options.depth, options.think)
-        if state is not None and memory is not None:
-            raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
-        if state is not None:
-            check_state(model, state, rows)
-        past = state if memory is None else model.new_state(rows, memory=memory)
+        past = _past(model, rows, state, memory)
         stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         phases = [0] * rows if past is None else past.phase_B.tolist()
@@ -123,7 +129,9 @@ class Generation:
                 engine.close()
 
     def _output(self, output: SequenceOutput) -> RowOutput:
-        return RowOutput(self._row_of[id(output.sequence)], *output[1:])
+        limit = self.largest_kept
+        abstained = [] if limit is None else [chance > limit for chance in output.uncertainties]
+        return RowOutput(self._row_of[id(output.sequence)], *output[1:4], abstained)
 
     @property
     def state(self) -> State:
@@ -153,3 +161,12 @@ class Generation:
             tokens_BT = padded(parts, self.model.config.eos_id, device)
             state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=depth, think=think).state
         return state
+
+
+def _past(model: Network, rows: int, state: State | None, memory: Memory | str | Path | None) -> State | None:
+    """Return the state that the prompts continue, None if they begin texts."""
+    if state is not None and memory is not None:
+        raise InputError("state and memory are both given: a state has a memory of its own, so give one of them")
+    if state is not None:
+        check_state(model, state, rows)
+    return state if memory is None else model.new_state(rows, memory=memory)

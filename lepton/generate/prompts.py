@@ -16,6 +16,11 @@ Prompt: TypeAlias = Tensor | Sequence[int] | Prompts
 Arrays of numpy are as good as tensors, of any integer dtype and on any device."""
 
 
+Tokens: TypeAlias = list[int] | list[list[int]]
+"""Prompt and new tokens: a list for one flat prompt, else a list for each prompt."""
+Uncertainties: TypeAlias = list[float] | list[list[float]]
+"""A chance in 0..1 for each new token: that the most likely token, which greedy decoding takes, is wrong."""
+
 MAX_PROMPT = 1 << 24
 """Tokens of a prompt; a longer text is read in parts, `state = model(part, state).state`."""
 MAX_STOP = 1024

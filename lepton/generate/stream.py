@@ -8,6 +8,7 @@ from lepton.engine.stats import Stats
 from lepton.errors import InputError
 from lepton.generate.generation import Generation
 from lepton.model import State
+from lepton.model.promise import Promise
 
 
 class Stream(Iterator[int]):
@@ -18,16 +19,18 @@ class Stream(Iterator[int]):
             rows = len(generation.prompts)
             raise InputError(f"generate_stream follows one prompt, not a list of {rows}; use generate for a batch")
         self._generation, self._steps = generation, iter(generation)
-        self._waiting: deque[tuple[int, float | None]] = deque()
+        self._waiting: deque[tuple[int, float | None, bool | None]] = deque()
         self._unused = 0
         self.uncertainty: float | None = None
         """How unsure the model was where it predicted the last token taken; None unless it was asked for."""
+        self.abstained: bool | None = None
+        """Whether the model abstains from the last token taken; None without `abstain_at`."""
 
     def __next__(self) -> int:
         if not self._waiting:
             (output,) = next(self._steps)
-            self._waiting.extend(zip_longest(output.tokens, output.uncertainties))
-        token, self.uncertainty = self._waiting.popleft()
+            self._waiting.extend(zip_longest(output.tokens, output.uncertainties, output.abstained))
+        token, self.uncertainty, self.abstained = self._waiting.popleft()
         self._unused = len(self._waiting)
         return token
 
@@ -43,6 +46,16 @@ class Stream(Iterator[int]):
         `model.generate([last_token, *more], state=stream.state)` continues from there.
         """
         return self._generation.state_without([self._unused])
+
+    @property
+    def promise(self) -> Promise | None:
+        """What is promised of the tokens that the model does not abstain from; None without `abstain_at`."""
+        return self._generation.promise
+
+    @property
+    def largest_kept(self) -> float | None:
+        """Tokens of a larger uncertainty are abstained from; None without `abstain_at`."""
+        return self._generation.largest_kept
 
     @property
     def stats(self) -> Stats:

@@ -29,7 +29,7 @@ from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.kv_ring import KVRing, RingWindow
 from lepton.model.layers import norm
 from lepton.model.modules import Modules
-from lepton.model.objective import Loss, objective
+from lepton.model.objective import WHOLE, Loss, Step, objective
 from lepton.model.output import Chunk, Output
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State
@@ -188,9 +188,9 @@ class Network(Modules):
         targets: Tensor | None = None,
         think: int | Tensor | None = None,
         groups: int | None = None,
+        opens: Tensor | None = None,
         auxiliary: bool = True,
-        rate: float | Tensor = 1.0,
-        served: Tensor | None = None,
+        step: Step = WHOLE,
     ) -> Loss:
         """Mean loss of predicting each token from those before it, and the small losses of the ideas.
 
@@ -201,18 +201,18 @@ class Network(Modules):
                 model reads does not depend on it.
             think: rounds of thinking, for all or for each row (int [B], see `Thoughts`).
             groups: bound of the segments that open in a row, for static shapes; None counts them.
+            opens: bool [B, T - 1], tokens at which a segment opens in addition, as in `forward`; None: none.
             auxiliary: whether the losses of the ideas are computed; validation does without.
-            rate: share of the peak learning rate, which `router.into_stem` follows; a tensor [] for CUDA graphs.
-            served: bool [B, T - 1]; see `trunk`. None: no token.
+            step: what belongs to a step of training, for `router.into_stem` and `router.served`.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
         tokens, lengths, groups = checked_for_loss(self, tokens, lengths, targets, groups, auxiliary)
-        out = self.trunk(tokens[:, :-1], think=think, groups=groups, served=served)
+        out = self.trunk(tokens[:, :-1], think=think, groups=groups, opens=opens, served=step.served_BT)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
-        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary, rate=rate)
+        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary, rate=step.rate)
 
     def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
         """Embed the tokens of a chunk, and compute their rotary angles."""

@@ -25,6 +25,20 @@ class Loss:
     """Each term before weighting, detached; 'ce' is the mean cross-entropy in nats per token."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What belongs to a step of training: where it lies in the schedule, and what is drawn for its micro-batch."""
+
+    rate: float | Tensor = 1.0
+    """Share of the peak learning rate; a tensor [] where a CUDA graph reads it."""
+    served_BT: Tensor | None = None
+    """Bool: the tokens that serve the deep blocks earlier keys and values; see `Network.trunk`. None: no token."""
+
+
+WHOLE = Step()
+"""A step at the peak, with nothing drawn."""
+
+
 def objective(
     model: Modules,
     hidden_BTD: Tensor,

@@ -170,7 +170,7 @@ def token_counts(data: ShardedDataset, vocab_size: int) -> torch.Tensor:
     """Return how often each id occurs in the first windows of the data, int64 [vocab_size]."""
     seen = torch.zeros(vocab_size, dtype=torch.int64)
     for step in range(COUNTED_WINDOWS // COUNTED_AT_ONCE):
-        tokens, lengths = data.batch(step, batch_size=COUNTED_AT_ONCE)
+        tokens, lengths, _ = data.batch(step, batch_size=COUNTED_AT_ONCE)
         valid = torch.arange(tokens.shape[1]) < lengths[:, None]
         seen += torch.bincount(tokens[valid], minlength=vocab_size)
     return seen

@@ -16,7 +16,9 @@ def usual_groups(length: int, segment: int) -> int:
     return -(-((length + 1) // segment + GROUPS) // GROUPS) * GROUPS
 
 
-def plan_batch(model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int) -> tuple[Tensor | None, int | None]:
+def plan_batch(
+    model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int, opens_BT: Tensor | None = None
+) -> tuple[Tensor | None, int | None]:
     """Return the rounds of each row [B], or None without thoughts, and a bound on the segments that open in a row.
 
     Args:
@@ -25,10 +27,13 @@ def plan_batch(model: Network, tokens_BT: Tensor, seed: int, step: int, micro: i
         seed: seed of the run.
         step: optimizer step.
         micro: number of the micro-batch in its step.
+        opens_BT: tokens that open a segment in addition.
     """
     rows, config = len(tokens_BT), model.config
     nothing = torch.zeros(rows, dtype=torch.int64)
-    timeline = Timeline.read(tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment)
+    timeline = Timeline.read(
+        tokens_BT[:, :-1], nothing, nothing, eos_id=config.eos_id, segment=config.segment, opens_BT=opens_BT
+    )
     groups = usual_groups(tokens_BT.shape[1] - 1, config.segment)
     while groups < timeline.opening_BG.shape[1]:
         groups *= 2

@@ -16,6 +16,7 @@ from torch._functorch import config as autograd_config
 
 from lepton.errors import reason
 from lepton.model import Network
+from lepton.model.objective import WHOLE, Step
 from lepton.runtime.cuda_graphs import CudaGraphs
 from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import seconds_of
@@ -39,6 +40,7 @@ class Inputs:
     think_B: Tensor | None
     share: Tensor
     targets_BT: Tensor | None = None
+    opens_BT: Tensor | None = None
     rate: Tensor | None = None
     """Share of the peak learning rate."""
     served_BT: Tensor | None = None
@@ -91,15 +93,18 @@ class MicroStep:
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
-    def prepare(self, batch_size: int, seq_len: int) -> None:
-        """Compile and capture batches of this shape before the clock runs; if that fails, say why and do without."""
+    def prepare(self, batch_size: int, seq_len: int, *, answers: bool = False) -> None:
+        """Compile and capture batches of this shape before the clock runs; if that fails, say why and do without.
+
+        `answers`: whether only those are targets, and open segments.
+        """
         if not self._parts and self.graphs is None:
             return
         if self._parts:
             self._say("compiling, which takes a minute or so; --no_compile starts at once and runs slower")
         while self._parts or self.graphs is not None:
             try:
-                self._run_idle(batch_size, seq_len)
+                self._run_idle(batch_size, seq_len, answers=answers)
                 break
             except torch.OutOfMemoryError:
                 self._forget()
@@ -122,12 +127,14 @@ class MicroStep:
         self._forget()
         return found
 
-    def _run_idle(self, batch_size: int, seq_len: int) -> None:
+    def _run_idle(self, batch_size: int, seq_len: int, *, answers: bool = False) -> None:
         """Run a micro-batch of this shape that has no share in a step."""
         tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
         think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
-        served = draw_served(self._model, tokens, seed=0, step=0, micro=0)
-        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, share=0.0, served=served)
+        step = Step(served_BT=draw_served(self._model, tokens, seed=0, step=0, micro=0))
+        targets = torch.ones(batch_size, seq_len, dtype=torch.bool) if answers else None
+        opens = None if targets is None else torch.zeros_like(targets)
+        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, 0.0, targets, opens, step)
 
     def _forget(self) -> None:
         """Set the gradients and the sums of the figures to zero."""
@@ -145,19 +152,24 @@ class MicroStep:
         groups: int | None,
         share: float,
         targets: Tensor | None = None,
-        rate: float = 1.0,
-        served: Tensor | None = None,
+        opens: Tensor | None = None,
+        step: Step = WHOLE,
     ) -> None:
         """Run a micro-batch that makes up `share` of its step; the rest on the CPU, as `Network.loss` takes it."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share), targets, torch.tensor(rate), served)
+        of_step = (torch.tensor(step.rate), step.served_BT)
+        given = (tokens, lengths, think, torch.tensor(share), targets, opens, *of_step)
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
-        opens = any(idea.opens for idea in self._model.ideas.values())
-        key = (tuple(tokens.shape), groups if opens else None, targets is None, served is None)
+        counted = any(idea.opens for idea in self._model.ideas.values())
+        key = (
+            tuple(tokens.shape),
+            groups if counted else None,
+            *(value is None for value in (targets, opens, step.served_BT)),
+        )
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
@@ -185,8 +197,8 @@ class MicroStep:
                 targets=inputs.targets_BT,
                 think=inputs.think_B,
                 groups=groups,
-                rate=1.0 if inputs.rate is None else inputs.rate,
-                served=inputs.served_BT,
+                opens=inputs.opens_BT,
+                step=Step(1.0 if inputs.rate is None else inputs.rate, inputs.served_BT),
             )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]

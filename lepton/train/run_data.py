@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lepton.data.chat import TEMPLATE
 from lepton.data.shards import ShardedDataset
 from lepton.data.stdlib import default_corpus
 from lepton.errors import InputError
@@ -22,7 +23,7 @@ class RunData:
     train: ShardedDataset
     held_out: ShardedDataset
     origin: dict[str, Any]
-    """The absolute folder, and the fingerprint of each split."""
+    """The absolute folder, the fingerprint of each split, and of conversations the name of their template."""
     notes: list[str] = field(default_factory=list)
     """What has changed since the checkpoint, a line."""
 
@@ -48,6 +49,8 @@ def open_run_data(start: StartingPoint, settings: TrainSettings) -> RunData:
 
     train, held_out = split("train"), split("val")
     origin = {"folder": os.path.abspath(folder), "train": train.fingerprint(), "val": held_out.fingerprint()}
+    if train.has_answers:
+        origin["chat"] = train.metadata.get("chat", TEMPLATE)
     changes = _changes(start.origin, origin)
     if changes and not start.other_data:
         raise InputError(

@@ -22,7 +22,10 @@ def sample_text(
 
 
 def beginning(data: ShardedDataset) -> list[int]:
-    """Return the first tokens of `data`, at most PROMPT_TOKENS."""
-    tokens, lengths = next(data.batches(1))
-    ids: list[int] = tokens[0, : min(PROMPT_TOKENS, int(lengths[0]))].tolist()
+    """Return the first tokens of `data`, at most PROMPT_TOKENS; of conversations all before the first answer."""
+    tokens, lengths, targets = next(data.batches(1))
+    size = min(PROMPT_TOKENS, int(lengths[0]))
+    if targets is not None and targets[0].any():
+        size = 1 + int(targets[0].nonzero()[0])
+    ids: list[int] = tokens[0, :size].tolist()
     return ids

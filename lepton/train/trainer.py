@@ -24,6 +24,7 @@ from lepton.distributed import RankLost, Ranks, joined, restarted
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
+from lepton.model.objective import Step
 from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
 from lepton.train.batch_plan import draw_served, plan_batch
@@ -201,8 +202,9 @@ class Trainer:
         batches = [
             parts.data.train.batch(self.step, micro, batch_size=batch_size, accumulate=grad_accum) for micro in own
         ]
-        counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
-        total = self.ranks.total(sum(counts))
+        counts = [batch.counted for batch in batches]
+        total = max(1, self.ranks.total(sum(counts)))  # of conversations, a step may hold no answer
+        read = self.ranks.total(sum(int((batch.lengths - 1).sum()) for batch in batches))
         scale = lr_scale(
             self.step,
             max_steps=settings.max_steps,
@@ -211,9 +213,10 @@ class Trainer:
             min_lr_ratio=settings.min_lr_ratio,
         )
         for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
-            think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro)
-            served = draw_served(parts.model, batch.tokens, settings.seed, self.step, micro)
-            micro_step(batch.tokens, batch.lengths, think, groups, count / total, rate=scale, served=served)
+            opens, drawn_by = batch.opens, (parts.model, batch.tokens, settings.seed, self.step, micro)
+            think, groups = plan_batch(*drawn_by, opens)
+            step = Step(scale, draw_served(*drawn_by))
+            micro_step(batch.tokens, batch.lengths, think, groups, count / total, batch.targets, opens, step)
             self.recorder.move(self.step + 1, done / len(own))
         figures = self._added_up(micro_step.take_figures())
         self.updating = True
@@ -221,7 +224,7 @@ class Trainer:
         self.step += 1
         self.updating = False
         figures["grad_norm"] = norm.float()
-        self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=total)
+        self.recorder.add(self.step, figures, lr=settings.lr * scale, targets=read)
 
     def _added_up(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add up the gradients of all processes; return the sums of their `figures`."""
@@ -387,7 +390,7 @@ class Trainer:
                 say=self.progress.say,
                 phase=self.phases,
             )
-            micro_step.prepare(batch_size, self.settings.seq_len)
+            micro_step.prepare(batch_size, self.settings.seq_len, answers=self.parts.data.train.has_answers)
         except torch.OutOfMemoryError:
             if self.start.settings.batch_size is not None or batch_size == 1:
                 raise

@@ -28,9 +28,11 @@ def validation_loss(
     *,
     batch_size: int,
     limit: int | None,
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor, Tensor | None], Tensor],
 ) -> tuple[float, float]:
     """Return the mean loss of `model` on `data` in nats per token, and the same in bits per byte of text.
+
+    Of conversations, the tokens of answers count alone.
 
     Bits per byte counts the UTF-8 bytes of the predicted tokens, so it compares models with different tokenizers.
 
@@ -40,7 +42,7 @@ def validation_loss(
         tokenizer: the one that `data` was made with.
         batch_size: windows at a time.
         limit: batches at most; None: all.
-        loss_of: gives the mean loss of a batch's tokens and lengths, such as `HeldOutLoss`.
+        loss_of: gives the mean loss of a batch's tokens, lengths and targets, such as `HeldOutLoss`.
     """
     device = model.device
     bytes_of_id = np.zeros(model.config.vocab_size, dtype=np.int64)
@@ -49,15 +51,16 @@ def validation_loss(
     model.eval()
     total = torch.zeros((), device=device)
     targets = text_bytes = 0
-    for tokens, lengths in data.batches(batch_size, limit):
-        count = int(lengths.sum()) - len(lengths)
-        total += loss_of(tokens, lengths).float() * count
-        targets += count
+    for batch in data.batches(batch_size, limit):
+        tokens, lengths, _ = batch
+        total += loss_of(*batch).float() * batch.counted
+        targets += batch.counted
         valid = torch.arange(1, tokens.shape[1]) < lengths[:, None]
+        valid = valid if batch.targets is None else valid & batch.targets
         text_bytes += int(bytes_of_id[tokens[:, 1:][valid].numpy()].sum())
     model.train(training)
     nats = float(total)
-    return nats / targets, nats / math.log(2) / max(text_bytes, 1)
+    return nats / max(targets, 1), nats / math.log(2) / max(text_bytes, 1)
 
 
 @torch.no_grad()

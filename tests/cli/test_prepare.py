@@ -1,6 +1,7 @@
 """`python -m lepton prepare` and `python -m lepton tokenizer`."""
 
 import argparse
+import ast
 import json
 import shlex
 import shutil
@@ -53,6 +54,63 @@ def test_prepare_says_what_it_made(call: Call, notes: Path, capsys: pytest.Captu
     assert "skipped: 1 binary (photo.jpg)" in out
     assert "train on it: python -m lepton train --data_dir data" in out
     assert np.load("data/shard_00000.npy").shape[1] == 2048
+
+
+def test_ten_random_snippets_are_shown_the_same_each_time(
+    call: Call, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for folder in ("data", "again"):
+        call(prepare, "notes", "--out", folder)
+        lines = capsys.readouterr().out.splitlines()
+        start = lines.index("random snippets of what trains:") + 1
+        found.append([ast.literal_eval(line.strip()) for line in lines[start : start + 10]])
+        assert lines[start + 10].startswith("train on it: ")
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 10
+    whole = "".join((notes / f"{i:02d}.md").read_text() for i in range(40))
+    assert all(text in whole for text in found[0])
+    assert any("It rained on day" in text for text in found[0])
+
+
+def test_duplicates_are_said_and_can_be_kept(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("notes", "notes/again")
+    call(prepare, "notes", "--out", "data")
+    out = capsys.readouterr().out
+    assert "data: 40 documents, " in out
+    assert "left out: 40 documents equal to an earlier one" in out
+    call(prepare, "notes", "--out", "data", "--force", "--keep_duplicates")
+    assert "data: 80 documents, " in capsys.readouterr().out
+
+
+def test_conversations_are_prepared_and_the_suggested_command_fits(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Seven of nine."}]
+    lines = [json.dumps({"talk": [*talk, {"role": "user", "content": str(i)}, talk[1]]}) for i in range(50)]
+    Path("chats.jsonl").write_text("\n".join([*lines, lines[0]]))
+    with pytest.raises(
+        InputError, match=r"no field 'messages' \(found: talk\); name that of the messages: --text_field"
+    ):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat")
+    with pytest.raises(InputError, match="--separator: conversations are not split"):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat", "--separator", "x")
+    for words, seq_len in (([], 512), (["--row_len", "100", "--force"], 99)):
+        call(prepare, "chats.jsonl", "--out", "data", "--chat", "--text_field", "talk", *words)
+        out = capsys.readouterr().out
+        assert "data: 50 conversations, " in out
+        assert f" tokens, {50 * 10} of them in answers" in out
+        assert "left out: 1 conversations equal to an earlier one" in out
+        assert "How many?" in out
+        (line,) = [line for line in out.splitlines() if line.startswith("fine-tune a model on it: ")]
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        train.add_arguments(parser)
+        given = vars(parser.parse_args(shlex.split(line.partition(": ")[2])[4:]))
+        settings = train.settings_of({name: value for name, value in given.items() if name != "json"})
+        assert (settings.data_dir, settings.init_from) == ("data", "checkpoints/final.pt")
+        assert settings.checkpoint_dir != "checkpoints"
+        assert settings.seq_len == seq_len
+        ShardedDataset("data", seq_len=seq_len, seed=0, split="train", vocab_size=50257)
 
 
 def suggested(out: str) -> list[str]:
@@ -165,6 +223,28 @@ def test_a_tokenizer_is_trained_shown_and_used(call: Call, notes: Path, capsys: 
     assert json.loads(Path("data/metadata.json").read_text())["tokenizer_hash"] == trained["hash"]
     with pytest.raises(InputError, match="--force"):
         call(tokenizer, "train", "notes", "--out", "mine.json.xz")
+
+
+def test_a_tokenizer_is_trained_on_the_way(call: Call, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(prepare, "notes", "--out", "data", "--train_tokenizer", "280", "--row_len", "64")
+    words = suggested(capsys.readouterr().out)
+    assert words[words.index("--tokenizer") + 1] == "data.tokenizer.json.xz"
+    own = load_tokenizer("data.tokenizer.json.xz")
+    assert 259 < own.size <= 280
+    metadata = json.loads(Path("data/metadata.json").read_text())
+    assert (metadata["tokenizer_hash"], metadata["vocab_size"]) == (own.hash, own.size)
+    before = Path("data.tokenizer.json.xz").read_bytes()
+    for flags, problem in (
+        (["--train_tokenizer", "270"], "data is not empty: .*--force"),
+        (["--train_tokenizer", "270", "--tokenizer", "x.json", "--force"], "--train_tokenizer: give one of them"),
+        (["--train_tokenizer", "3", "--force"], "vocab_size=3"),
+        (["--train_tokenizer", "270", "--chat", "--force"], "has a tokenizer already"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            call(prepare, "notes", "--out", "data", *flags)
+        assert Path("data.tokenizer.json.xz").read_bytes() == before
+    call(prepare, "notes", "--out", "data", "--train_tokenizer", "270", "--force")
+    assert load_tokenizer("data.tokenizer.json.xz").size <= 270
 
 
 def test_info_shows_the_tokenizer_that_would_be_used(call: Call, capsys: pytest.CaptureFixture[str]) -> None:

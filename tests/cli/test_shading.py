@@ -36,6 +36,8 @@ def test_the_legend_shows_every_shade():
 def test_marks_stand_behind_words():
     assert "".join(shading.marked(PIECES)) == "The quick[?]\n\nfoxes[?] run[?]"
     assert "".join(shading.marked([])) == ""
+    assert "".join(shading.marked(PIECES, above=0.85)) == "The quick\n\nfoxes[?] run[?]"
+    assert "".join(shading.marked(PIECES, above=float("-inf"))) == "The[?] quick[?]\n\nfoxes[?] run[?]"
 
 
 def test_a_terminal_obeys_nothing_in_the_text():

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from lepton.data import formats
-from lepton.data.formats import UNREADABLE
 from lepton.data.sources import Corpus
 from lepton.errors import InputError
 from tests.data.test_sources import documents, lines, put
@@ -33,37 +32,6 @@ def test_packed_text_tables_and_json_are_read(tmp_path: Path, packing: str) -> N
         plain = put(tmp_path / name, content)
         packed = put(tmp_path / (name + packing), PACK[packing](content.encode()))
         assert documents(Corpus([plain])) == documents(Corpus([packed])) == wanted
-
-
-@pytest.mark.parametrize("packing", PACK)
-def test_torn_packed_files_are_named(tmp_path: Path, packing: str) -> None:
-    whole = PACK[packing]("\n".join(map(str, range(40_000))).encode())
-    for content in (whole[: len(whole) // 2], b"", b"plain text", whole[:50] + b"\0\xff" * 60 + whole[170:]):
-        path = put(tmp_path / f"a.txt{packing}", content)
-        with pytest.raises(InputError, match=rf"a\.txt\{packing} is torn or no {packing[1:]} file"):
-            Corpus([path])
-    corpus = Corpus([tmp_path])
-    assert documents(corpus) == []
-    assert corpus.skipped == {path: f"torn {packing}"}
-
-
-@pytest.mark.parametrize("suffix", sorted(UNREADABLE))
-def test_what_is_not_read_is_refused_by_name_with_the_fix(tmp_path: Path, suffix: str) -> None:
-    path = put(tmp_path / f"my data{suffix}", "PAR1 looks like text")
-    with pytest.raises(InputError, match=rf"my data\{suffix}: \{suffix} files are not read; [a-z]") as caught:
-        Corpus([path])
-    assert "\n" not in str(caught.value)
-    assert "{" not in str(caught.value)
-    corpus = Corpus([tmp_path])
-    assert documents(corpus) == []
-    assert corpus.skipped_summary() == f"1 {suffix} (my data{suffix})"
-
-
-def test_packed_archives_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"\.tar files are not read; unpack it"):
-        Corpus([put(tmp_path / "a.tar.gz", "x")])
-    with pytest.raises(InputError, match=r"\.zst files are not read; unpack it: zstd -d"):
-        Corpus([put(tmp_path / "a.jsonl.zst", "x")])
 
 
 def test_a_json_array_is_read_an_element_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,3 +137,37 @@ def test_lines_and_rows_have_a_greatest_length(tmp_path: Path, monkeypatch: pyte
     for name, content in contents.items():
         with pytest.raises(InputError, match="longer than"):
             documents(Corpus([put(tmp_path / name, content)]))
+
+
+# Parquet
+
+
+def parquet(path: Path, columns: dict[str, object], **options: object) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.table(columns), path, **options)
+    return path
+
+
+def test_a_parquet_file_gives_the_documents_of_the_same_lines(tmp_path: Path) -> None:
+    texts = [f"text {i}, é" for i in range(1000)] + [None, "", "last"]
+    path = parquet(tmp_path / "a.parquet", {"n": range(1003), "text": texts}, row_group_size=300)
+    plain = put(tmp_path / "a.jsonl", lines(*texts))
+    assert documents(Corpus([path])) == documents(Corpus([plain])) == [*filter(None, texts)]
+    told: list[int] = []
+    list(Corpus([path]).pieces(told.append))
+    assert sum(told) == path.stat().st_size
+    assert len(told) > 2
+    assert documents(Corpus([parquet(tmp_path / "b.pq", {"body": ["one"]})], text_field="body")) == ["one"]
+
+
+def test_a_bad_parquet_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.parquet: no text in the field 'text' \(found: body, n\).*--text_field"):
+        Corpus([parquet(tmp_path / "a.parquet", {"body": ["one"], "n": [1]})])
+    with pytest.raises(InputError, match=r"b\.parquet, row 1: no text in the field 'text'"):
+        Corpus([parquet(tmp_path / "b.parquet", {"text": [1, 2]})])
+    whole = parquet(tmp_path / "c.parquet", {"text": ["one"] * 1000}).read_bytes()
+    for content in (whole[:-20], b"", b"plain text", whole[:4] + b"\xff" * 100 + whole[104:]):
+        with pytest.raises(InputError, match=r"c\.parquet is torn or no Parquet file"):
+            documents(Corpus([put(tmp_path / "c.parquet", content)]))

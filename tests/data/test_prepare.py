@@ -66,6 +66,7 @@ def test_every_document_is_in_one_split_and_ends_with_eos(
         "val_ends": 0,
         "held_out_tokens": 0,
         "text_bytes": sum(len(text.encode()) for text in texts),
+        "duplicates": 0,
         "separators": 0,
         "markers_kept": 0,
         "skipped_files": 0,
@@ -118,11 +119,25 @@ def test_equal_documents_go_to_the_same_split(tmp_path: Path, shipped: Tokenizer
     folder.mkdir()
     for i in range(200):
         (folder / f"{i:03d}.txt").write_text(f"licence number {i % 40}")
-    prepare([folder], tmp_path / "data", shipped, val_fraction=0.3, row_len=64)
+    prepare([folder], tmp_path / "data", shipped, val_fraction=0.3, row_len=64, keep_duplicates=True)
     train, val = documents(read(tmp_path / "data"), shipped), documents(read(tmp_path / "data" / "val"), shipped)
     assert len(train) + len(val) == 200
     assert set(train).isdisjoint(val) or set(train) & set(val) == {"licence number 0"}  # the first always trains
     assert val
+
+
+def test_equal_documents_are_left_out_and_counted(tmp_path: Path, shipped: Tokenizer) -> None:
+    texts = [f"number {i % 40}" for i in range(200)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    told: list[str] = []
+    metadata = prepare([path], tmp_path / "data", shipped, val_fraction=0, row_len=64, note=told.append)
+    assert documents(read(tmp_path / "data"), shipped) == texts[:40]
+    assert metadata["documents"] == 40
+    assert metadata["duplicates"] == 160
+    assert "left out: 160 documents equal to an earlier one; --keep_duplicates keeps them" in told
+    kept = prepare([path], tmp_path / "kept", shipped, val_fraction=0, row_len=64, keep_duplicates=True)
+    assert (kept["documents"], kept["duplicates"]) == (200, 0)
 
 
 def test_a_single_document_trains_and_lends_its_end(tmp_path: Path, shipped: Tokenizer) -> None:

@@ -42,7 +42,7 @@ def test_an_epoch_uses_every_target_once(shard_folder: Folder, seq_len: int) -> 
 
 
 def test_batches_have_their_shape_and_are_tensors_of_int64(shard_folder: Folder) -> None:
-    tokens, lengths = dataset(shard_folder(numbered(9))).batch(3, batch_size=5)
+    tokens, lengths, _ = dataset(shard_folder(numbered(9))).batch(3, batch_size=5)
     assert tokens.shape == (5, 9)
     assert lengths.shape == (5,)
     assert tokens.dtype == lengths.dtype == torch.int64

@@ -90,7 +90,7 @@ def test_named_files_must_be_readable(tmp_path: Path) -> None:
         Corpus([tmp_path / "nowhere.txt"])
     with pytest.raises(InputError, match=r"image\.bin is not UTF-8 text"):
         Corpus([put(tmp_path / "image.bin", b"\x00")])
-    with pytest.raises(InputError, match=r"latin\.txt is not UTF-8 text"):
+    with pytest.raises(InputError, match=r"latin\.txt, line 1 is not UTF-8 text"):
         Corpus([put(tmp_path / "latin.txt", b"caf\xe9")])
 
 
@@ -220,7 +220,7 @@ def test_separators_are_found_wherever_pieces_end(
 
 
 def test_what_a_folder_does_not_give_is_counted_and_named(tmp_path: Path) -> None:
-    for name in (".git/x", ".env", "a.parquet", "b.parquet", "c.parquet", "d.parquet", "e.pdf"):
+    for name in (".git/x", ".env", "a.arrow", "b.arrow", "c.arrow", "d.arrow", "e.pdf"):
         put(tmp_path / "in" / name, "text")
     put(tmp_path / "in" / "sub" / "photo.jpg", b"\xff\xd8\0")
     put(tmp_path / "in" / "latin.txt", b"caf\xe9")
@@ -236,7 +236,7 @@ def test_what_a_folder_does_not_give_is_counted_and_named(tmp_path: Path) -> Non
     corpus = Corpus([tmp_path / "in"])
     assert documents(corpus) == []
     summary = corpus.skipped_summary()
-    assert summary.startswith("4 .parquet (a.parquet, b.parquet, c.parquet, ...), ")
+    assert summary.startswith("4 .arrow (a.arrow, b.arrow, c.arrow, ...), ")
     for part in (
         "2 linked folders (there, there2)",
         "2 hidden (.git, .env)",

@@ -46,7 +46,7 @@ def test_enough_documents_are_split_as_before(tmp_path: Path, letters: Tokenizer
 def test_few_large_documents_give_their_ends(tmp_path: Path, letters: Tokenizer) -> None:
     texts = ["".join(f"{name}{i} " for i in range(300)) for name in "abc"]
     source = write(tmp_path / "a.jsonl", [*texts, texts[1]])
-    metadata = prepare([source], tmp_path / "out", letters, row_len=128)
+    metadata = prepare([source], tmp_path / "out", letters, row_len=128, keep_duplicates=True)
     assert metadata["val_documents"] == 0
     train, val = documents(read(tmp_path / "out"), letters), documents(read(tmp_path / "out" / "val"), letters)
     assert metadata["val_ends"] == len(val) in (1, 2)
@@ -60,7 +60,7 @@ def test_few_large_documents_give_their_ends(tmp_path: Path, letters: Tokenizer)
 
 def test_equal_documents_go_the_same_way_when_more_are_chosen(tmp_path: Path, letters: Tokenizer) -> None:
     texts = [f"licence number {i % 12}" for i in range(60)]
-    prepare([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", letters, val_fraction=0.001)
+    prepare([write(tmp_path / "a.jsonl", texts)], tmp_path / "out", letters, val_fraction=0.001, keep_duplicates=True)
     train, val = (set(documents(read(folder), letters)) for folder in (tmp_path / "out", tmp_path / "out" / "val"))
     assert val
     assert not train & val

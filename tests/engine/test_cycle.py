@@ -62,6 +62,7 @@ def test_an_outcome_is_what_the_model_says():
             best = log_p.topk(3)
             assert_close(outcome.scores[row, 0], torch.cat([log_p[chosen : chosen + 1], best.values]), "scores")
             assert torch.equal(outcome.alternatives[row, 0], best.indices)
+            assert outcome.depths_BT[row].tolist() == [model.config.layers] * 3
     accepted_B, allowed_B, blocks_B, finite_B = outcome.counts[:, 3:].T
     assert (accepted_B <= allowed_B).all()
     assert blocks_B.tolist() == [3 * model.config.layers] * 4

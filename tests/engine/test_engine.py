@@ -93,6 +93,27 @@ def test_outputs_are_the_new_tokens_in_order(model):
     assert engine.stats.new_tokens == sum(map(len, found.values()))
 
 
+def test_outputs_say_what_was_drafted_and_how_deep_it_went(model):
+    """Depth 1 goes through all blocks and depth 0 through the stem; the first tokens of a cycle are its drafts."""
+    sequences = [sequence_of(model, 0, depth=depth) for depth in (1, 0)]
+    for sequence in sequences:
+        sequence.logprobs = 0
+    engine, found = Engine(Runner(model, 2, 100)), {each: [] for each in sequences}
+    for sequence in sequences:
+        engine.add(sequence)
+    with always_drafting():
+        while not engine.idle:
+            for output in engine.step():
+                assert len(output.depths) == len(output.tokens)
+                assert output.accepted <= min(output.drafted, len(output.tokens))
+                found[output.sequence].append(output)
+    depths = [{depth for output in found[each] for depth in output.depths} for each in sequences]
+    assert depths == [{model.config.layers}, {model.config.stem_layers}]
+    outputs = [each for each in found[sequences[0]] if each.drafted]
+    assert len(outputs) > 1
+    assert all(each.accepted == len(each.tokens) - 1 for each in outputs[:-1])  # the last one may be cut
+
+
 def test_a_cancelled_sequence_frees_its_place(model):
     engine = Engine(Runner(model, 1, 100))
     first, second = sequence_of(model, 0, most=10_000), sequence_of(model, 1)

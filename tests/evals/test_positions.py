@@ -42,6 +42,13 @@ def test_every_position_comes_once(variant, monkeypatch):
         same(outcomes.uncertainty_logit_M, torch.cat(raw).detach())
 
 
+def test_the_windows_of_the_positions_are_numbered(monkeypatch):
+    monkeypatch.setattr(positions, "SLICE", 7)
+    monkeypatch.setattr(positions, "CHUNK", 16)
+    counts = collect_outcomes(build("complete"), batches()).window_M.bincount()
+    assert counts.tolist() == [39, 30, 39, 30]
+
+
 def test_a_limit_is_exact_and_empty_text_is_a_mistake():
     model = build("complete")
     assert len(collect_outcomes(model, batches(), 50).wrong_M) == 50

@@ -156,7 +156,7 @@ def _data_set(world: World, folder: Path) -> Any:
 
 
 def _check_batches(world: World, batches: Any) -> str | None:
-    for tokens, lengths in batches:
+    for tokens, lengths, _ in batches:
         if not bool(((tokens >= 0) & (tokens < world.tokenizer.size)).all()):
             return "ids outside of the vocabulary"
         if not bool(((lengths >= 1) & (lengths <= tokens.shape[1])).all()):

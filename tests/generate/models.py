@@ -23,12 +23,17 @@ def lively(variant: str, dtype: torch.dtype = torch.float64, **changes) -> Lepto
     shaken = build(variant)
     model = Lepton(shaken.config.replace(**changes)).double()
     model.load_state_dict(dict(shaken.state_dict()))  # under this model's configuration
+    return enlivened(model).to(dtype).eval()
+
+
+def enlivened(model: Lepton) -> Lepton:
+    """Return the model with noise where its blocks write."""
     generator = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if name.endswith(("attention.out.weight", "mlp.down.weight")):
             noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             parameter.data += 6 * noise / parameter.shape[-1] ** 0.5
-    return model.to(dtype).eval()
+    return model
 
 
 @contextlib.contextmanager

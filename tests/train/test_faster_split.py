@@ -19,7 +19,7 @@ class Fake:
         self.prepared = None
         Fake.made = (*Fake.made, self)
 
-    def prepare(self, batch_size, seq_len):
+    def prepare(self, batch_size, seq_len, *, answers=False):
         self.prepared = batch_size, seq_len
 
     def seconds(self, batch_size, seq_len):
@@ -35,7 +35,7 @@ class Compiled(Fake):
 
 
 class Full(Fake):
-    def prepare(self, batch_size, seq_len):
+    def prepare(self, batch_size, seq_len, *, answers=False):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

@@ -7,6 +7,7 @@ from torch._functorch import config as autograd_config
 
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
+from lepton.model.objective import Step
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
 from lepton.train.batch_plan import draw_served, plan_batch
@@ -101,10 +102,10 @@ def test_the_share_of_the_peak_rate_is_that_of_the_loss():
     model, found = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED))), []
     for rate in (1.0, 0.25):
         model.zero_grad()
-        model.loss(TOKENS, lengths=LENGTHS, think=THINK, rate=rate).loss.backward()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, step=Step(rate)).loss.backward()
         expected = gradients(model)
         model.zero_grad(set_to_none=False)
-        MicroStep(model, compiled=False)(TOKENS, LENGTHS, THINK, None, 1.0, rate=rate)
+        MicroStep(model, compiled=False)(TOKENS, LENGTHS, THINK, None, 1.0, step=Step(rate))
         torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
         found.append(expected)
     assert any(not torch.equal(first, second) for first, second in zip(*found, strict=True))
@@ -118,14 +119,14 @@ def test_served_tokens_are_those_of_the_loss():
     for again in (False, True):
         model.checkpoint_activations = again
         model.zero_grad()
-        model.loss(TOKENS, lengths=LENGTHS, think=THINK, served=served).loss.backward()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, step=Step(served_BT=served)).loss.backward()
         expected = gradients(model)
         micro_step = MicroStep(model, compiled=False)
         model.zero_grad(set_to_none=False)
         micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
         assert any(not torch.equal(got, wanted) for got, wanted in zip(gradients(model), expected, strict=True))
         model.zero_grad(set_to_none=False)
-        micro_step(TOKENS, LENGTHS, THINK, None, 1.0, served=served)
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0, step=Step(served_BT=served))
         torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -191,10 +192,10 @@ def test_compiled_parts_have_the_gradients_of_the_plain_pass(dtype, tolerance, c
     model.compute_dtype = dtype
     served = draw_served(model, LONG, seed=0, step=0, micro=0)
     assert (served is not None and served.any()) == bool(changes)
-    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK, served=served).loss.backward()
+    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK, step=Step(served_BT=served)).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0, served=served)
+    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0, step=Step(served_BT=served))
     assert len(compiled) >= len({type(part).__name__ for part, _ in compiled_parts(model)})
     assert_same_gradients(model, expected, tolerance)
 
@@ -363,7 +364,7 @@ def test_a_recording_takes_the_rate_and_the_served_tokens_of_each_micro_batch(co
             model.zero_grad(set_to_none=False)
         for micro, rate in enumerate((1.0, 0.25)):
             served = draw_served(model, LONG, 0, 4, micro)
-            micro_step(LONG, LONG_LENGTHS, THINK, groups, 0.5, rate=rate, served=served)
+            micro_step(LONG, LONG_LENGTHS, THINK, groups, 0.5, step=Step(rate, served))
         found.append((gradients(model), micro_step.take_figures()))
         model.zero_grad(set_to_none=False)
     (expected, figures), (recorded, recorded_figures) = found

@@ -79,7 +79,7 @@ def test_auto_on_a_cpu_is_the_usual_split(data, tmp_path):
 class Small(MicroStep):
     """Micro-batches on a GPU without memory for more than two rows."""
 
-    def prepare(self, batch_size, seq_len):
+    def prepare(self, batch_size, seq_len, *, answers=False):
         if batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 

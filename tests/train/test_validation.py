@@ -18,7 +18,7 @@ def test_it_is_the_mean_over_targets_and_the_bytes_of_their_text(data, model):
     loss, bpb = validation_loss(model, held_out, tokenizer, batch_size=3, limit=None, loss_of=plain(model))
     nats, targets, text = 0.0, 0, b""
     with torch.no_grad():
-        for tokens, lengths in held_out.batches(1):
+        for tokens, lengths, _ in held_out.batches(1):
             row = tokens[:, : int(lengths[0])]
             log_p = model(row[:, :-1]).logits.log_softmax(-1)
             nats -= float(log_p.gather(-1, row[:, 1:, None]).sum())

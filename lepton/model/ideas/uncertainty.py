@@ -7,6 +7,7 @@ split.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
+from lepton.model.promise import Promise
 from lepton.ops.cross_entropy import soft_cap
 
 FEATURES = 3 + len(SIGNALS)
@@ -78,6 +80,8 @@ class Uncertainty(Idea):
         self.out = Linear(HIDDEN, 1)
         # Scale and shift of the logit, fitted by `lepton calibrate`.
         self.register_buffer("calibration", torch.empty(2))
+        self.promises: tuple[Promise, ...] = ()
+        """What `lepton calibrate --risk` found for these weights; other weights, once loaded, have none."""
 
     def reset(self) -> None:
         """Scale 1 and shift 0: not calibrated yet."""
@@ -90,8 +94,16 @@ class Uncertainty(Idea):
 
     def forward(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
         """Return the calibrated chance [...] in 0..1 that the most likely token is wrong."""
-        scale, shift = self.calibration.to(logits.dtype)
-        return torch.sigmoid(scale * self.logit(hidden, logits, signals) + shift)
+        return self.chance(self.logit(hidden, logits, signals))
+
+    def chance(self, logit: Tensor) -> Tensor:
+        """Return the calibrated chance for what `logit` returned."""
+        scale, shift = self.calibration.to(logit.dtype)
+        return torch.sigmoid(scale * logit + shift)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.promises = ()
 
     def loss(self, hidden_MD: Tensor, raw_MV: Tensor, signals_M3: Tensor, target_M: Tensor) -> Tensor:
         """Return the mean binary cross-entropy of being wrong, over the positions with a `target_M` of at least 0.

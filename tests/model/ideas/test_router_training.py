@@ -8,6 +8,7 @@ from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.model.ideas.idea import picks
 from lepton.model.layers import norm
+from lepton.model.objective import Step
 from lepton.model.size_config import size_config
 from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import training_flops_per_token
@@ -27,7 +28,7 @@ def gradients(model, tokens, rate=1.0, losses=None):
         weights = kind.loss_weights if losses is None else dict.fromkeys(kind.loss_weights, 0.0)
         idea.loss_weights = {name: (losses or {}).get(name, value) for name, value in weights.items()}
     model.zero_grad()
-    loss = model.loss(tokens, rate=rate)
+    loss = model.loss(tokens, step=Step(rate))
     loss.loss.backward()
     return loss, {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
@@ -158,7 +159,7 @@ def test_what_is_served_is_drawn_by_seed_step_and_micro_batch():
 
 def test_served_tokens_are_flags():
     with pytest.raises(InputError, match="served must have the shape of the tokens"):
-        router().loss(text(1), served=text(1)[:, 1:])
+        router().loss(text(1), step=Step(served_BT=text(1)[:, 1:]))
 
 
 @pytest.mark.parametrize("distil", [False, True])
@@ -171,7 +172,7 @@ def test_a_training_step_costs_what_is_said(distil, expected):
     think, groups = plan_batch(model, tokens, seed=0, step=0, micro=0)
     served = draw_served(model, tokens, seed=0, step=0, micro=0)
     with FlopCounterMode(display=False) as counter:
-        model.loss(tokens, think=think, groups=groups, served=served).loss.backward()
+        model.loss(tokens, think=think, groups=groups, step=Step(served_BT=served)).loss.backward()
     said = training_flops_per_token(model, 4, 128) * 4 * 128
     assert counter.get_total_flops() == pytest.approx(said, rel=1e-3)
 

@@ -1,0 +1,106 @@
+"""Reading the fields of a request: each is checked, and none is accepted and then ignored."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from lepton.errors import nearest, shown
+from lepton.serve.limits import Refusal
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a request's body."""
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise Refusal("the body's JSON is nested too deeply") from None
+    except ValueError as error:
+        raise Refusal(f"the body is no JSON in UTF-8 ({shown(str(error))})") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"the body is {shown(found)}: give a JSON object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+Whole = TypeVar("Whole", int, None)
+Real = TypeVar("Real", float, None)
+
+
+class Fields:
+    """The fields of a request that have not been read yet. null stands for a field that is left out."""
+
+    def __init__(self, body: dict[str, Any], place: str = "") -> None:
+        """`place` is the path of the object in the request, such as ``messages[0].``."""
+        self._left = {name: value for name, value in body.items() if value is not None}
+        self._known: list[str] = []
+        self._place = place
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Return a field's value as it is."""
+        self._known.append(name)
+        return self._left.pop(name, default)
+
+    def whole(self, name: str, default: Whole, low: int, high: int, note: str = "") -> int | Whole:
+        """Return a whole number in `low`..`high`."""
+        value = self.take(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.refuse(name, value, f"must be a whole number in {low}..{high}{note}")
+        return value
+
+    def real(self, name: str, default: Real, low: float, high: float) -> float | Real:
+        """Return a finite number in `low`..`high`."""
+        value = self.take(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            self.refuse(name, value, f"must be a number in {low:g}..{high:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return true or false."""
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "must be true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a text; lone surrogates, which JSON can smuggle in, become question marks."""
+        value = self.take(name, default)
+        if not isinstance(value, str):
+            self.refuse(name, value, "must be a string")
+        return clean(value)
+
+    def refuse(self, name: str, value: object, text: str, code: str | None = None) -> NoReturn:
+        """Refuse a value; `text` says what it must be."""
+        given = "missing" if value is None else shown(value)
+        raise Refusal(f"{self._place}{name}={given}: {text}", param=self._place + name, code=code)
+
+    def allow(self, neutral: Mapping[str, Iterable[Any]]) -> None:
+        """Read fields that cannot be honoured; refuse them unless their value asks for nothing."""
+        for name, values in neutral.items():
+            value = self.take(name)
+            if value is not None and not any(type(value) is type(each) and value == each for each in values):
+                self.refuse(name, value, "this server does not support it; leave it out", "unsupported_parameter")
+
+    def finish(self) -> None:
+        """Refuse fields that nobody has read."""
+        for name in self._left:
+            text = f"unknown field {shown(name)}{nearest(name, self._known)}"
+            raise Refusal(self._place + text, param=self._place + name[:100], code="unknown_parameter")
+
+
+def clean(text: str) -> str:
+    """Return a text that UTF-8 can encode."""
+    return text.encode("utf-8", "replace").decode()
+
+
+FINITE = math.nextafter(math.inf, 0)
+"""The largest float."""

@@ -1,0 +1,110 @@
+// Drives the server's page in Chromium: node page.mjs URL. Prints a line of JSON for each thing that was seen.
+// $LEPTON_PLAYWRIGHT is a folder whose node_modules hold playwright-core, $LEPTON_CHROMIUM the browser's program.
+import { createRequire } from "node:module";
+import { join } from "node:path";
+
+const require = createRequire(join(process.env.LEPTON_PLAYWRIGHT, "index.js"));
+const { chromium } = require("playwright-core");
+const [url, shots] = process.argv.slice(2);
+const say = (name, value) => console.log(JSON.stringify([name, value]));
+
+const browser = await chromium.launch({
+  executablePath: process.env.LEPTON_CHROMIUM,
+  args: ["--no-sandbox", "--headless=shell", "--disable-gpu", "--single-process", "--no-zygote"],
+});
+const page = await browser.newPage({ viewport: { width: 1100, height: 800 }, reducedMotion: "reduce" });
+const errors = [];
+page.on("pageerror", (error) => errors.push(String(error)));
+page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
+const shot = async (name) => shots && page.screenshot({ path: join(shots, `${name}.png`), fullPage: true });
+const text = (id) => page.locator(`#${id}`).innerText();
+const finished = () => page.waitForFunction(() => !document.getElementById("write").disabled
+  && document.getElementById("stop").disabled && document.getElementById("figures").textContent.includes("seed"));
+const written = () => page.evaluate(() => document.getElementById("text").textContent);
+
+await page.goto(url);
+await page.waitForFunction(() => document.getElementById("model").textContent.includes("million"));
+say("model", await text("model"));
+
+// By keyboard alone: write, walk over the tokens, look at one, take an alternative.
+await page.focus("#seed");
+await page.keyboard.type("5");
+await page.focus("#tokens");
+await page.keyboard.press("Control+A");
+await page.keyboard.type("24");
+await page.focus("#temperature");
+await page.keyboard.press("End");
+for (let i = 0; i < 20; i++) await page.keyboard.press("ArrowLeft");
+say("temperature", await page.inputValue("#temperature"));
+await page.focus("#prompt");
+await page.keyboard.press("Control+A");
+await page.keyboard.type("fox");
+await page.keyboard.press("Control+Enter");
+await finished();
+say("written", await written());
+say("figures", await text("figures"));
+say("labels", await page.locator(".token").evaluateAll((all) => all.map((each) => each.getAttribute("aria-label"))));
+await page.keyboard.press("Tab"); // Write on
+await page.keyboard.press("Tab"); // Take over (Stop is disabled)
+await page.keyboard.press("Tab"); // the first token
+await page.keyboard.press("ArrowRight");
+await page.keyboard.press("Enter");
+say("focused", await page.evaluate(() => document.activeElement.dataset.i));
+say("chosen", await text("chosen"));
+say("alternatives", await page.locator("#list button").count());
+await shot("light");
+const other = page.locator("#list button:not([disabled]):not([aria-current=true])").first();
+const name = await other.locator("code").innerText();
+const begin = await page.evaluate(() => tokens[1].begin);
+const before = await written();
+await other.focus();
+await page.keyboard.press("Enter");
+await finished();
+say("alternative", [name, before.slice(0, 3 + begin), await page.locator("#text .given").innerText()]);
+
+// Shades.
+say("unsure", await page.evaluate(() => tokens.map((each) => each.uncertainty)));
+for (const shade of ["uncertainty", "depth", "drafted", "none"]) {
+  await page.selectOption("#shade", shade);
+  say("shade", [shade, await page.evaluate(() => [...document.querySelectorAll(".token")]
+    .map((each) => getComputedStyle(each).backgroundColor))]);
+}
+await page.selectOption("#shade", "uncertainty");
+
+// Narrow, dark, enlarged.
+await page.setViewportSize({ width: 375, height: 700 });
+say("narrow", await page.evaluate(() => document.documentElement.scrollWidth));
+const light = await page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor);
+await page.emulateMedia({ colorScheme: "dark" });
+say("dark", [light, await page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor)]);
+await shot("narrow-dark");
+await page.setViewportSize({ width: 550, height: 400 }); // what 200 % leave of 1100 x 800
+say("enlarged", await page.evaluate(() => document.documentElement.scrollWidth));
+await page.emulateMedia({ colorScheme: "light" });
+await page.setViewportSize({ width: 1100, height: 800 });
+
+// Stop, and a mistake.
+await page.fill("#tokens", "4000");
+await page.fill("#seed", "");
+await page.locator("#temperature").fill("0");
+await page.fill("#prompt", "fox");
+await page.click("#write");
+await page.waitForFunction(() => document.querySelectorAll(".token").length > 5);
+await page.keyboard.press("Escape");
+await page.waitForFunction(() => document.getElementById("figures").textContent.includes("stopped"));
+say("stopped", await text("figures"));
+await page.fill("#tokens", "1000000");
+await page.evaluate(() => document.getElementById("form").setAttribute("novalidate", ""));
+await page.click("#write");
+await page.waitForFunction(() => document.getElementById("notice").textContent);
+say("mistake", await text("notice"));
+await page.fill("#tokens", "4000");
+say("errors", errors.filter((each) => !each.includes("400")));
+
+// The server dies in the middle of a stream.
+await page.click("#write");
+await page.waitForFunction(() => document.querySelectorAll(".token").length > 5);
+say("kill", null);
+await page.waitForFunction(() => document.getElementById("notice").textContent);
+say("died", [await text("notice"), await page.locator("#write").isEnabled()]);
+await browser.close();

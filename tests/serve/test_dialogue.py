@@ -1,0 +1,59 @@
+"""A conversation as a transcript."""
+
+import pytest
+
+from lepton.serve.dialogue import transcript
+from lepton.serve.limits import Refusal
+
+
+def said(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def test_messages_become_a_transcript():
+    messages = [said("system", "Be brief."), said("user", "Hi"), said("assistant", "Hello."), said("user", "Bye")]
+    assert transcript(messages) == "Be brief.\n\nUser: Hi\nAssistant: Hello.\nUser: Bye\nAssistant:"
+    assert transcript([said("developer", "x"), said("user", "y", name="Eve")]) == "x\n\nUser: y\nAssistant:"
+
+
+def test_an_answer_goes_back_as_it_was_given():
+    """The text of the next turn then begins with that of this one."""
+    first = transcript([said("user", "Hi")])
+    for answer in (" Hello.", "Hello."):
+        assert transcript([said("user", "Hi"), said("assistant", answer), said("user", "x")]).startswith(
+            f"{first} Hello.\nUser:"
+        )
+
+
+def test_a_content_may_be_a_list_of_texts():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert transcript([said("user", parts)]) == "User: ab\nAssistant:"
+    assert transcript([said("user", [])]) == "User: \nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("Hi", "messages"),
+        ({}, "messages"),
+        (["Hi"], "messages[0]"),
+        ([said("user", "x"), said("robot", "x")], "messages[1].role"),
+        ([said(None, "x")], "messages[0].role"),
+        ([said(["user"], "x")], "messages[0].role"),
+        ([said("tool", "x")], "messages[0].role"),
+        ([said("user", None)], "messages[0].content"),
+        ([said("user", 3)], "messages[0].content"),
+        ([said("user", ["x"])], "messages[0].content[0]"),
+        ([said("user", [{"type": "image_url", "image_url": {}}])], "messages[0].content[0]"),
+        ([said("user", [{"type": "text"}])], "messages[0].content[0].text"),
+        ([said("user", [{"type": "text", "text": "x", "more": 1}])], "messages[0].content[0].more"),
+        ([said("user", "x", tool_calls=[{}])], "messages[0].tool_calls"),
+        ([said("user", "x", colour="red")], "messages[0].colour"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages, param):
+    with pytest.raises(Refusal) as refused:
+        transcript(messages)
+    assert (refused.value.status, refused.value.param) == (400, param)

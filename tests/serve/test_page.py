@@ -1,0 +1,112 @@
+"""The page at `/`: what it is made of, and where a browser is there, what people can do with it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from tests.cli.tiny import save_tiny
+from tests.serve.test_server import Command
+
+PAGE = resources.files("lepton.serve").joinpath("page.html").read_text(encoding="utf-8")
+NEEDED = ("LEPTON_PLAYWRIGHT", "LEPTON_CHROMIUM")
+HAS_BROWSER = bool(shutil.which("node")) and all(name in os.environ for name in NEEDED)
+
+
+SHOWN = {0x2400 + code: code for code in range(32)} | {0x2423: " ", 0x21B5: "\n", 0x21E5: "\t"}
+"""What the page shows of spaces and control characters, and what they are."""
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+ELEMENTS = Elements(PAGE).found
+
+
+def test_the_page_is_served_under_a_policy(server):
+    status, headers, body = server.request("GET", "/")
+    assert (status, body.decode()) == (200, PAGE)
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert "connect-src 'self'" in headers["content-security-policy"]
+
+
+def test_it_fetches_nothing_from_elsewhere():
+    assert re.findall(r"https?://|//[a-z]+\.", PAGE) == []
+    assert not [tag for tag, given in ELEMENTS if tag in ("script", "img", "iframe") and "src" in given]
+    assert [given["href"] for tag, given in ELEMENTS if tag == "link"] == ["data:,"]
+
+
+def test_text_of_the_model_is_never_read_as_html():
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", PAGE)
+
+
+def test_every_field_has_a_label_and_every_id_is_there():
+    labels = {given.get("for") for tag, given in ELEMENTS if tag == "label"}
+    fields = {given["id"] for tag, given in ELEMENTS if tag in ("input", "select", "textarea")}
+    assert fields == labels
+    ids = [given["id"] for _, given in ELEMENTS if "id" in given]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'\$\("([a-z-]+)"\)', PAGE))
+    assert used <= set(ids)
+    assert {"lang": "en"} in [given for tag, given in ELEMENTS if tag == "html"]
+
+
+def test_the_model_tells_the_page_what_it_needs(server):
+    (model,) = server.get("/v1/models")[1]["data"]
+    used = set(re.findall(r"(?:model|about)\.([a-z_]+)", PAGE)) - {"id"}
+    assert used <= model.keys()
+
+
+@pytest.mark.skipif(not HAS_BROWSER, reason=f"needs node, and playwright-core and Chromium: set {' and '.join(NEEDED)}")
+def test_what_people_can_do_with_it(tmp_path):
+    path = tmp_path / "x.pt"
+    model, tokenizer = save_tiny(path)
+    script = Path(__file__).with_name("page.mjs")
+    seen = {"shade": []}
+    with Command(path) as command:
+        words = ["node", str(script), f"http://127.0.0.1:{command.port}/", os.environ.get("LEPTON_SCREENSHOTS", "")]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as browser:
+            for line in browser.stdout:
+                name, value = json.loads(line)
+                if name == "kill":
+                    command.process.kill()
+                elif name == "shade":
+                    seen[name].append(value)
+                else:
+                    seen[name] = value
+    assert browser.returncode == 0
+    wanted = model.generate(tokenizer.encode("fox"), 24, seed=5, temperature=float(seen["temperature"]))
+    assert seen["written"] == tokenizer.decode(wanted)
+    assert "seed 5; length" in seen["figures"]
+    assert all("probability" in label and "unsure" in label for label in seen["labels"])
+    assert (seen["focused"], seen["chosen"][: len(seen["labels"][1])]) == ("1", seen["labels"][1])
+    assert 5 <= seen["alternatives"] <= 9  # eight and the chosen one, but ids without text count as one
+    name, before, given = seen["alternative"]
+    assert given == before + name.translate(SHOWN)
+    shades = dict(seen["shade"])
+    strengths = [float(colour.rpartition(",")[2].rstrip(")")) for colour in shades["uncertainty"]]
+    assert strengths == pytest.approx([0.45 * unsure for unsure in seen["unsure"]], abs=0.004)
+    assert set(shades["none"]) == {"rgba(0, 0, 0, 0)"}
+    assert (seen["narrow"], seen["enlarged"]) == (375, 550)
+    assert seen["dark"][0] != seen["dark"][1]
+    assert "stopped" in seen["stopped"]
+    assert seen["mistake"].startswith("max_tokens=1000000: must be a whole number")
+    assert seen["died"][0] in ("The server does not answer.", "the answer broke off: the server has gone")
+    assert seen["died"][1]
+    assert seen["errors"] == []
