@@ -20,6 +20,7 @@ ELSEWHERE = {
     "model/flops": "tests/model/test_network.py",
     "model/fresh_state": "tests/generate/test_state.py",
     "model/modules": "tests/model/test_network.py",
+    "model/promise": "tests/cli/test_promises.py",
     "ops/triton/attention": "tests/ops/test_attention_kernel.py",
     "ops/triton/choose": "tests/ops/test_choose.py",
     "ops/triton/cross_entropy": "tests/ops/test_cross_entropy_kernel.py",

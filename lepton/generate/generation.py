@@ -88,14 +88,12 @@ class Generation:
         self.model, self.options = model, options
         self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
         """The prompts as lists, and whether the caller gave a single flat one."""
-        rows = len(self.prompts)
-        checked_call(model, rows, options.depth, options.think)
-        past = _past(model, rows, state, memory)
+        checked_call(model, len(self.prompts), options.depth, options.think)
+        past = _past(model, len(self.prompts), state, memory)
         stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
-        phases = [0] * rows if past is None else past.phase_B.tolist()
-        self.stats, self._always_draft = Stats(), always_draft
-        self._past = past
+        phases = [0] * len(self.prompts) if past is None else past.phase_B.tolist()
+        self.stats, self._always_draft, self._past = Stats(), always_draft, past
         self._sequences = [
             Sequence(
                 prompt,
