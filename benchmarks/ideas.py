@@ -47,8 +47,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
     """Return the configuration of a variant; what its ideas leave of the parameters goes into the MLPs."""
-    overrides = {name: json.loads(value) for name, value in (change.split("=") for change in changes)}
-    return widened(size_config(size, **VARIANTS[variant], **overrides), count_params(size_config(size)))
+    return widened(size_config(size, **VARIANTS[variant], **values_of(changes)), count_params(size_config(size)))
+
+
+def values_of(changes: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of the configuration that FIELD=JSON words change."""
+    return {name: json.loads(value) for name, value in (change.split("=") for change in changes)}
 
 
 class Run:
@@ -59,7 +63,7 @@ class Run:
         self.begun = time.perf_counter()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(arguments.seed)
-        self.model = Lepton(variant_config(arguments.size, arguments.variant, arguments.change)).to(self.device)
+        self.model = Lepton(self.config()).to(self.device)
         weights = {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
         for idea in self.model.ideas.values():
             idea.loss_weights = {name: weights.get(name, value) for name, value in idea.loss_weights.items()}
@@ -77,6 +81,10 @@ class Run:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "cpu",
         }
+
+    def config(self) -> LeptonConfig:
+        """Return the configuration of the model."""
+        return variant_config(self.arguments.size, self.arguments.variant, self.arguments.change)
 
     def split(self, name: Any, seq_len: int) -> ShardedDataset:
         return ShardedDataset(

@@ -42,6 +42,7 @@ OF_SEVERAL = {
     "model/test_trunk",
     "proving_ground/test_babi",
     "proving_ground/test_chains",
+    "proving_ground/test_depth",
     "proving_ground/test_hops",
     "proving_ground/test_needle",
     "proving_ground/test_path_star",

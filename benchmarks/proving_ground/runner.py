@@ -22,8 +22,9 @@ from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
+from lepton.model.objective import Step
 from lepton.model.size_config import DENSE, count_params, widened
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 
 SHAPE: dict[str, Any] = {
     "width": 256,
@@ -81,7 +82,8 @@ class TaskTraining(LeptonTraining):
     def step(self, batches: Sequence[Any], index: int, scale: float) -> dict[str, Tensor]:
         (batch,) = batches
         think, groups = plan_batch(self.model, batch.tokens, self.seed, index, 0)
-        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets)
+        step = Step(scale, draw_served(self.model, batch.tokens, self.seed, index, 0))
+        self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, step=step)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
 

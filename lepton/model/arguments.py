@@ -1,5 +1,7 @@
 """The arguments of a forward pass, checked and completed."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,7 @@ def checked(
     depth: float | None,
     think: int | Tensor | None,
     opens: Tensor | None,
+    served: Tensor | None = None,
 ) -> tuple[Tensor, State, Tensor, Call]:
     """Validate the arguments of `forward` and fill in what was left out."""
     tokens = checked_tokens(model, tokens, 1)
@@ -96,4 +99,7 @@ def checked(
     lengths = whole_rows if lengths is None else checked_lengths(tokens, lengths)
     if opens is not None:
         check_flags(opens, tokens.shape, tokens.device, "opens", "the shape of the tokens")
+    if served is not None:
+        check_flags(served, tokens.shape, tokens.device, "served", "the shape of the tokens")
+        call = replace(call, served_BT=served)
     return tokens, state, lengths, call

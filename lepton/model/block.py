@@ -1,5 +1,6 @@
 """A transformer block: pre-norm attention and a squared-ReLU MLP."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ class MLP(nn.Module):
         return self.down(y)
 
 
+@dataclass(frozen=True)
+class Served:
+    """Tokens that give blocks keys and values of an earlier state, while their own stream runs on."""
+
+    states_BTD: Tensor
+    """The earlier states of all tokens, normed."""
+    tokens_BT: Tensor
+    """Bool: the tokens whose keys and values are of them."""
+
+
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream. Norms have no weights."""
 
@@ -65,6 +76,7 @@ class Block(nn.Module):
         rotary: Rotary,
         plan: AttentionPlan,
         slots: Slots | None = None,
+        served: Served | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the residual stream after the block, and the chunk's keys and values [B, T, K, H].
 
@@ -77,14 +89,18 @@ class Block(nn.Module):
             rotary: rotary angles of the chunk's tokens.
             plan: the attention mask.
             slots: kv entries in addition to those of tokens.
+            served: tokens with keys and values of an earlier state, in training; None: each has those of its own.
         """
         if isinstance(past, RingLayer) and plan.index_M is None and past.has_kernels:
             return self._few_tokens(x_BTD, past, rotary, slots, plan.wanted_BT)
         normed_BTD = norm(x_BTD)
-        if plan.index_M is None:
+        if plan.index_M is None and served is None:
             q, k_BTKH, v_BTKH = self.attention.query_key_value(normed_BTD, rotary, rotary)
         else:
-            k_BTKH, v_BTKH = self.attention.key_value(normed_BTD, rotary)
+            shown_BTD = normed_BTD
+            if served is not None:
+                shown_BTD = torch.where(served.tokens_BT[..., None], served.states_BTD, normed_BTD)
+            k_BTKH, v_BTKH = self.attention.key_value(shown_BTD, rotary)
             q = self.attention.query(plan.take(normed_BTD), Rotary(plan.take(rotary.cos), plan.take(rotary.sin)))
         k_BJKH, v_BJKH = joined(past, k_BTKH, v_BTKH)
         kept = past.kept_slots() if isinstance(past, RingLayer) else None

@@ -21,6 +21,7 @@ from lepton.config import LeptonConfig
 from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
 from lepton.model.arguments import checked, checked_for_loss
 from lepton.model.attention import Rotary, Slots
+from lepton.model.block import Served
 from lepton.model.flops import flops_per_token
 from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
 from lepton.model.ideas.idea import Call, ChunkInputs, Flow, Idea
@@ -28,7 +29,7 @@ from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.kv_ring import KVRing, RingWindow
 from lepton.model.layers import norm
 from lepton.model.modules import Modules
-from lepton.model.objective import Loss, objective
+from lepton.model.objective import WHOLE, Loss, Step, objective
 from lepton.model.output import Chunk, Output
 from lepton.model.saved import read_part
 from lepton.model.state import Memory, State
@@ -103,9 +104,14 @@ class Network(Modules):
         think: int | Tensor | None = None,
         opens: Tensor | None = None,
         groups: int | None = None,
+        served: Tensor | None = None,
     ) -> Output:
-        """`forward` without the head: the result holds hidden vectors, and can compute the next `State`."""
-        tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens)
+        """`forward` without the head: the result holds hidden vectors, and can compute the next `State`.
+
+        `served`, bool [B, T], are tokens that give the deep blocks keys and values of their state before these blocks,
+        as if they had skipped them, while their own stream runs on.
+        """
+        tokens, past, lengths, call = checked(self, tokens, state, lengths, depth, think, opens, served)
         config = self.config
         timeline = Timeline.read(
             tokens,
@@ -155,7 +161,9 @@ class Network(Modules):
             flow = flow.plus(idea.name, contribution)
             if contribution.update is not None:
                 updates[idea.name] = contribution.update
-        x_BTD, middle_BTD, deep = self._run(self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots)
+        x_BTD, middle_BTD, deep = self._run(
+            self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots, _served(flow)
+        )
         x_BTD = self.backed_out(x_BTD, middle_BTD, flow)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
@@ -182,6 +190,7 @@ class Network(Modules):
         groups: int | None = None,
         opens: Tensor | None = None,
         auxiliary: bool = True,
+        step: Step = WHOLE,
     ) -> Loss:
         """Mean loss of predicting each token from those before it, and the small losses of the ideas.
 
@@ -194,15 +203,16 @@ class Network(Modules):
             groups: bound of the segments that open in a row, for static shapes; None counts them.
             opens: bool [B, T - 1], tokens at which a segment opens in addition, as in `forward`; None: none.
             auxiliary: whether the losses of the ideas are computed; validation does without.
+            step: what belongs to a step of training, for `router.into_stem` and `router.served`.
 
         Returns:
             `Loss` with the scalar `loss` to differentiate and its `parts`.
         """
         tokens, lengths, groups = checked_for_loss(self, tokens, lengths, targets, groups, auxiliary)
-        out = self.trunk(tokens[:, :-1], think=think, groups=groups, opens=opens)
+        out = self.trunk(tokens[:, :-1], think=think, groups=groups, opens=opens, served=step.served_BT)
         hidden, flow = out.hidden, out.flow
         del out  # and with it the keys and values that a state would be made of
-        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary)
+        return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary, rate=step.rate)
 
     def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
         """Embed the tokens of a chunk, and compute their rotary angles."""
@@ -244,6 +254,7 @@ class Network(Modules):
         rotary: Rotary,
         plan: AttentionPlan,
         slots: Slots | None = None,
+        served: Served | None = None,
     ) -> tuple[Tensor, Tensor, list[KeysValues]]:
         """Run the stem or the deep blocks.
 
@@ -254,7 +265,7 @@ class Network(Modules):
         first = 0 if blocks is self.stem else self.config.stem_layers
         middle_BTD, keys_values = x_BTD, []
         for layer, block in enumerate(blocks):
-            arguments = (x_BTD, past.layer(layer), rotary, plan, slots)
+            arguments = (x_BTD, past.layer(layer), rotary, plan, slots, served)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random, and reading the GPU's RNG state would abort a CUDA graph capture.
                 x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -313,3 +324,9 @@ class Network(Modules):
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
         return state_bytes(self, length)
+
+
+def _served(flow: Flow) -> Served | None:
+    """Return the tokens that serve the deep blocks keys and values of the state before these blocks, and that state."""
+    served_BT = flow.call.served_BT
+    return None if served_BT is None else Served(norm(flow.x_BTD), served_BT)

@@ -1,7 +1,8 @@
 """The training loss: cross-entropy of the next token, and the small losses of the ideas.
 
-Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk. The positions that they
-look at are picked by a pure function of the batch.
+Every auxiliary loss stops at the inputs of its own parameters, so none of them moves the trunk, unless a field such as
+`peek.into_trunk` or `router.into_stem` says so. The positions that they look at are picked by a pure function of the
+batch.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,20 @@ class Loss:
     """Each term before weighting, detached; 'ce' is the mean cross-entropy in nats per token."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What belongs to a step of training: where it lies in the schedule, and what is drawn for its micro-batch."""
+
+    rate: float | Tensor = 1.0
+    """Share of the peak learning rate; a tensor [] where a CUDA graph reads it."""
+    served_BT: Tensor | None = None
+    """Bool: the tokens that serve the deep blocks earlier keys and values; see `Network.trunk`. None: no token."""
+
+
+WHOLE = Step()
+"""A step at the peak, with nothing drawn."""
+
+
 def objective(
     model: Modules,
     hidden_BTD: Tensor,
@@ -33,8 +48,12 @@ def objective(
     targets_BT: Tensor | None,
     *,
     auxiliary: bool,
+    rate: float | Tensor = 1.0,
 ) -> Loss:
-    """Return the loss of predicting `tokens[:, 1:]`, or those that `targets_BT` picks, from a pass over the others."""
+    """Return the loss of predicting `tokens[:, 1:]`, or those that `targets_BT` picks, from a pass over the others.
+
+    `rate` is the share of the peak learning rate.
+    """
     following_BT, position_BT = tokens[:, 1:].long(), flow.timeline.position_BT
     if lengths is not None:
         index_T = torch.arange(1, tokens.shape[1], device=tokens.device)
@@ -51,7 +70,7 @@ def objective(
     )
     parts = dict(zip(COMMON_LOSSES, (ce, z), strict=True))
     if auxiliary:
-        outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M)
+        outcome = Outcome(model, hidden_BTD, flow, following_BT, position_BT, nats_M, rate)
         ideas = [*model.ideas.values()]
         # From the last idea back: those at the end look at logits, which takes the most memory, and what the other
         # losses keep for the backward pass is then not there yet.

@@ -120,7 +120,7 @@ def plain_chunk(
     return (lse_O - lead_O) * valid_O, (lse_O + cap).square() * valid_O
 
 
-def _chunk_size(x_ME: Tensor, rows: int) -> int:
+def chunk_size(x_ME: Tensor, rows: int) -> int:
     """Positions per chunk: on a GPU the fewest chunks that `ENTRIES_GPU` allows, of about the same size."""
     if x_ME.device.type == "cpu":
         return CHUNK_CPU
@@ -152,7 +152,7 @@ def _in_chunks(
     accumulates &= len(x_ME) > 0  # without positions nothing would write to it
     start = torch.empty_like if accumulates else torch.zeros_like
     dweight = start(weight_VE, dtype=precise) if weight_grads else nats_M.new_empty(0)
-    size = _chunk_size(x_ME, len(weight_VE))
+    size = chunk_size(x_ME, len(weight_VE))
     for first in range(0, len(x_ME), size):
         rows = slice(first, first + size)
         x_OE = x_ME[rows]

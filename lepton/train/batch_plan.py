@@ -1,4 +1,4 @@
-"""Rounds of thinking and static shapes of a training batch: a pure function of seed, step and micro-batch."""
+"""What is drawn for a training batch, and its static shapes: a pure function of seed, step and micro-batch."""
 
 import torch
 from torch import Tensor
@@ -37,6 +37,23 @@ def plan_batch(
     groups = usual_groups(tokens_BT.shape[1] - 1, config.segment)
     while groups < timeline.opening_BG.shape[1]:
         groups *= 2
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_009 + micro) % 2**64)
+    generator = _generator(seed, step, micro)
     rounds = [idea.rounds_in_training(rows, generator) for idea in model.ideas.values()]
     return next((each for each in rounds if each is not None), None), groups
+
+
+def draw_served(model: Network, tokens_BT: Tensor, seed: int, step: int, micro: int) -> Tensor | None:
+    """Return the tokens that serve the deep blocks earlier keys and values, bool [B, T - 1]; None: the model has none.
+
+    Arguments as those of `plan_batch`, of whose draws these are independent.
+    """
+    router = model.idea("router")
+    if router is None:
+        return None
+    rows, length = tokens_BT.shape
+    served: Tensor | None = router.served_in_training(rows, length - 1, _generator(seed, step, micro, stream=1))
+    return served
+
+
+def _generator(seed: int, step: int, micro: int, stream: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_009 + micro + stream * 2**63) % 2**64)

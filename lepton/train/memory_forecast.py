@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from lepton.model import Network
-from lepton.model.ideas.idea import OUTCOME_STRIDE, Work
+from lepton.model.ideas.idea import Work
 from lepton.model.layers import Linear
 from lepton.ops.cross_entropy import ENTRIES_GPU
 from lepton.ops.query_blocks import query_blocks
@@ -191,8 +191,8 @@ def _loss(model: Network, positions: int) -> int:
     config, size = model.config, model.dtype.itemsize
     entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)
     a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
-    compares = any(idea.sampled_logits() for idea in model.ideas.values())
-    sampled = 4 * FP32 * config.vocab_size * -(-positions // OUTCOME_STRIDE) if compares else 0
+    strides = [stride for idea in model.ideas.values() if (stride := idea.logits_stride())]
+    sampled = 4 * FP32 * config.vocab_size * -(-positions // min(strides)) if strides else 0
     # The head's gradient in fp32, and the head in the activations' dtype; without the kernel also a chunk's gradient.
     head = FP32 + size if size < FP32 else FP32 + 2 * size
     return model.embed.weight.numel() * head + max(a_chunk, sampled)

@@ -16,8 +16,9 @@ from torch._functorch import config as autograd_config
 
 from lepton.errors import reason
 from lepton.model import Network
+from lepton.model.objective import WHOLE, Step
 from lepton.runtime.cuda_graphs import CudaGraphs
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import seconds_of
 from lepton.train.mixed_precision import LowPrecisionCopies
 
@@ -40,6 +41,9 @@ class Inputs:
     share: Tensor
     targets_BT: Tensor | None = None
     opens_BT: Tensor | None = None
+    rate: Tensor | None = None
+    """Share of the peak learning rate."""
+    served_BT: Tensor | None = None
 
     def copy_(self, other: "Inputs") -> None:
         """Copy the values of another micro-batch of the same shape into these tensors."""
@@ -127,9 +131,10 @@ class MicroStep:
         """Run a micro-batch of this shape that has no share in a step."""
         tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
         think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
+        step = Step(served_BT=draw_served(self._model, tokens, seed=0, step=0, micro=0))
         targets = torch.ones(batch_size, seq_len, dtype=torch.bool) if answers else None
         opens = None if targets is None else torch.zeros_like(targets)
-        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, 0.0, targets, opens)
+        self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, 0.0, targets, opens, step)
 
     def _forget(self) -> None:
         """Set the gradients and the sums of the figures to zero."""
@@ -148,17 +153,23 @@ class MicroStep:
         share: float,
         targets: Tensor | None = None,
         opens: Tensor | None = None,
+        step: Step = WHOLE,
     ) -> None:
-        """Run a micro-batch that makes up `share` of its step; tensors on the CPU, as `Network.loss` takes them."""
+        """Run a micro-batch that makes up `share` of its step; the rest on the CPU, as `Network.loss` takes it."""
         device = self._model.device
-        given = (tokens, lengths, think, torch.tensor(share), targets, opens)
+        of_step = (torch.tensor(step.rate), step.served_BT)
+        given = (tokens, lengths, think, torch.tensor(share), targets, opens, *of_step)
         inputs = Inputs(*(None if value is None else _to_device(value, device) for value in given))  # type: ignore[arg-type]
         if self.graphs is None:
             with self._compiled():
                 self._run(inputs, groups)
             return
         counted = any(idea.opens for idea in self._model.ideas.values())
-        key = (tuple(tokens.shape), groups if counted else None, targets is None, opens is None)
+        key = (
+            tuple(tokens.shape),
+            groups if counted else None,
+            *(value is None for value in (targets, opens, step.served_BT)),
+        )
         with torch.cuda.device(device):  # streams belong to the current one
             if key not in self._places:
                 self.graphs.clear()  # the first run of another shape needs the memory that they hold
@@ -187,6 +198,7 @@ class MicroStep:
                 think=inputs.think_B,
                 groups=groups,
                 opens=inputs.opens_BT,
+                step=Step(1.0 if inputs.rate is None else inputs.rate, inputs.served_BT),
             )
             (loss.loss * inputs.share).backward()
         self._names = ["loss" if name == "ce" else name for name in loss.parts]

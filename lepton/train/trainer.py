@@ -24,9 +24,10 @@ from lepton.distributed import RankLost, Ranks, joined, restarted
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
+from lepton.model.objective import Step
 from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.cost import training_flops_per_token
 from lepton.train.faster_split import faster_split
 from lepton.train.gradients import FlatGradients
@@ -204,12 +205,6 @@ class Trainer:
         counts = [batch.counted for batch in batches]
         total = max(1, self.ranks.total(sum(counts)))  # of conversations, a step may hold no answer
         read = self.ranks.total(sum(int((batch.lengths - 1).sum()) for batch in batches))
-        for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
-            opens = batch.opens
-            think, groups = plan_batch(parts.model, batch.tokens, settings.seed, self.step, micro, opens)
-            micro_step(batch.tokens, batch.lengths, think, groups, count / total, batch.targets, opens)
-            self.recorder.move(self.step + 1, done / len(own))
-        figures = self._added_up(micro_step.take_figures())
         scale = lr_scale(
             self.step,
             max_steps=settings.max_steps,
@@ -217,6 +212,13 @@ class Trainer:
             cooldown=settings.cooldown,
             min_lr_ratio=settings.min_lr_ratio,
         )
+        for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
+            opens, drawn_by = batch.opens, (parts.model, batch.tokens, settings.seed, self.step, micro)
+            think, groups = plan_batch(*drawn_by, opens)
+            step = Step(scale, draw_served(*drawn_by))
+            micro_step(batch.tokens, batch.lengths, think, groups, count / total, batch.targets, opens, step)
+            self.recorder.move(self.step + 1, done / len(own))
+        figures = self._added_up(micro_step.take_figures())
         self.updating = True
         norm = parts.optimizers.step(scale, settings.grad_clip, micro_step.graphs)
         self.step += 1

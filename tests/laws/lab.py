@@ -45,6 +45,15 @@ IDEAS = {
     "draft_width": 16,
     "draft_vocab": 40,
 }
+# Exit and router as they learn when they are to be used.
+ROUTED = {
+    "router.into_stem": 0.1,
+    "router.exit_stride": 5,
+    "router.distil": True,
+    "router.expected": True,
+    "router.reads_exit": True,
+    "router.served": 0.75,
+}
 
 # Everything on, then each idea off, then the baseline. Two are also without a part of the trunk.
 VARIANTS: dict[str, dict] = {
@@ -58,7 +67,7 @@ VARIANTS: dict[str, dict] = {
     "no drafts": {**IDEAS, "drafts": 0},
     "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False, "backout": False},
     "factorised, own keys": {**IDEAS, "embed_rank": 16, "shifted_keys": False},
-    "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7},
+    "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7, **ROUTED},
     "dense": {"dense": True, "window": None},
 }
 CANARIES = ("complete", "dense")

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lepton.model.ideas import drafter as drafting
-from lepton.model.ideas import idea as ideas
 from lepton.model.ideas.drafter import STRIDE
 from lepton.model.ideas.idea import picks
 from lepton.model.ideas.peek import FADE
@@ -55,7 +54,7 @@ def slow_parts(model, tokens, lengths, targets):
         return torch.nn.functional.cross_entropy(model.head(hidden.detach()), target)
 
     exits, routes = [], []
-    for pick in picks(following, ideas.OUTCOME_STRIDE).tolist():
+    for pick in picks(following, model.config.idea("router").exit_stride).tolist():
         row, t = flat[pick]
         target = following[row, t]
         if target >= 0:
@@ -115,11 +114,10 @@ LEARNS = {"exit": "router.exit_", "router": "router.benefit", "draft": "drafter.
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("padding", "share"), [(EOS, 1), (7, 1), (7, 0.9)])
-def test_the_small_losses_equal_single_positions(padding, share, seed, monkeypatch):
+def test_the_small_losses_equal_single_positions(padding, share, seed):
     """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with, and where only
     a share of the predictions counts."""
-    monkeypatch.setattr(ideas, "OUTCOME_STRIDE", 3)
-    model, tokens = build("complete"), text(seed, rows=9)
+    model, tokens = build("complete", **{"router.exit_stride": 3}), text(seed, rows=9)
     lengths = torch.tensor([tokens.shape[1], 30, 2, 99, 64, 71, 17, 50, 88])
     tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], padding)
     targets = torch.rand(9, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(seed)) < share

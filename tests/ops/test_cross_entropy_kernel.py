@@ -236,7 +236,7 @@ def test_its_products_are_counted(frozen, products, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 1, 128, 5_000, 16_384, 100_000])
 @pytest.mark.parametrize("columns", [1, 4096, 50_304, 10**7])
 def test_passes_on_a_gpu_are_even_and_bounded(rows, columns):
-    size = module._chunk_size(torch.empty(rows, 1, device="meta"), columns)
+    size = module.chunk_size(torch.empty(rows, 1, device="meta"), columns)
     assert size % module.MULTIPLE_GPU == 0
     assert size * columns <= module.ENTRIES_GPU or size == module.MULTIPLE_GPU
     passes = -(-rows // size)

@@ -125,3 +125,18 @@ def test_the_advice_fits_a_card():
     use = fitting_flags(settings, predicted, room)
     assert use == "--batch_size 128 --grad_accum 4 (the same step), or --checkpoint_activations"
     assert predicted(settings.replace(batch_size=128)) <= USABLE * room < predicted(settings)
+
+
+def test_what_trains_the_exit_takes_memory():
+    """Logits of more positions, and inputs of keys and values beside those of queries."""
+
+    def predicted(**fields):
+        with torch.device("meta"):
+            model = Lepton(size_config("micro", **{f"router.{name}": value for name, value in fields.items()}))
+        model.compute_dtype = torch.bfloat16
+        return predicted_bytes(model, 64, 512, False)
+
+    without = predicted()
+    assert predicted(exit_stride=8) > without
+    deep_layers, width = 4, 384
+    assert predicted(served=0.75) - without == 2 * 64 * 512 * deep_layers * width

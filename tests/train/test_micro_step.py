@@ -7,13 +7,14 @@ from torch._functorch import config as autograd_config
 
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
+from lepton.model.objective import Step
 from lepton.ops.attention_kernel import ATTENTION
 from lepton.ops.cross_entropy import CROSS_ENTROPY
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch
 from lepton.train.micro_step import CACHE_ALL, MicroStep, compiled_parts
 from lepton.train.optimizer import Optimizers
 from tests.ops.devices import force
-from tests.train.small import SHAPE
+from tests.train.small import ROUTED, SHAPE
 
 TOKENS = torch.arange(1, 37).view(4, 9)
 LENGTHS = torch.tensor([9, 9, 5, 9])
@@ -96,6 +97,39 @@ def test_targets_are_those_of_the_loss(model):
     torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_share_of_the_peak_rate_is_that_of_the_loss():
+    torch.manual_seed(0)
+    model, found = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED))), []
+    for rate in (1.0, 0.25):
+        model.zero_grad()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, step=Step(rate)).loss.backward()
+        expected = gradients(model)
+        model.zero_grad(set_to_none=False)
+        MicroStep(model, compiled=False)(TOKENS, LENGTHS, THINK, None, 1.0, step=Step(rate))
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+        found.append(expected)
+    assert any(not torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+def test_served_tokens_are_those_of_the_loss():
+    """With blocks that are computed again, too."""
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED)))
+    served = draw_served(model, TOKENS, seed=0, step=4, micro=0)
+    for again in (False, True):
+        model.checkpoint_activations = again
+        model.zero_grad()
+        model.loss(TOKENS, lengths=LENGTHS, think=THINK, step=Step(served_BT=served)).loss.backward()
+        expected = gradients(model)
+        micro_step = MicroStep(model, compiled=False)
+        model.zero_grad(set_to_none=False)
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0)
+        assert any(not torch.equal(got, wanted) for got, wanted in zip(gradients(model), expected, strict=True))
+        model.zero_grad(set_to_none=False)
+        micro_step(TOKENS, LENGTHS, THINK, None, 1.0, step=Step(served_BT=served))
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_in_half_precision_gradients_go_to_the_weights_that_are_trained(model):
     """Twice, with other weights the second time, which the copies must follow."""
     at_work(model).compute_dtype = torch.bfloat16
@@ -141,8 +175,9 @@ def test_parts_run_compiled_within_a_step_alone(model, monkeypatch):
     assert len(ran) == len(compiled_parts(model))
 
 
+@pytest.mark.parametrize("changes", [{}, ROUTED], ids=["default", "routed"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, tolerance, monkeypatch):
+def test_compiled_parts_have_the_gradients_of_the_plain_pass(dtype, tolerance, changes, monkeypatch):
     """A compiler has lost one before: PyTorch 2.11's that of what a function of ours had changed in place."""
     compiled = []
 
@@ -152,11 +187,15 @@ def test_compiled_parts_have_the_gradients_of_the_plain_pass(model, dtype, toler
 
     real = torch.compile
     monkeypatch.setattr("torch.compile", lambda f, *, dynamic: real(f, dynamic=dynamic, backend=backend))
-    at_work(model).compute_dtype = dtype
-    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK).loss.backward()
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | changes)))
+    model.compute_dtype = dtype
+    served = draw_served(model, LONG, seed=0, step=0, micro=0)
+    assert (served is not None and served.any()) == bool(changes)
+    model.loss(LONG, lengths=LONG_LENGTHS, think=THINK, step=Step(served_BT=served)).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0)
+    MicroStep(model, compiled=True, say=strictly)(LONG, LONG_LENGTHS, THINK, None, 1.0, step=Step(served_BT=served))
     assert len(compiled) >= len({type(part).__name__ for part, _ in compiled_parts(model)})
     assert_same_gradients(model, expected, tolerance)
 
@@ -309,6 +348,29 @@ def test_a_recording_equals_what_it_records(model, dtype, tolerance, compiled, c
         parameter.grad -= 1
     assert_same_gradients(model, expected, tolerance)
     torch.testing.assert_close(recorded.take_figures(), figures, rtol=tolerance / 10, atol=tolerance / 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recording_takes_the_rate_and_the_served_tokens_of_each_micro_batch(compiled):
+    torch.manual_seed(0)
+    model = at_work(Lepton(LeptonConfig.from_dict(SHAPE | ROUTED))).cuda()
+    _, groups = plan_batch(model, LONG, 0, 0, 0)
+    found = []
+    for captured in (False, True):
+        micro_step = MicroStep(model, compiled=compiled, captured=captured, say=strictly)
+        if captured:
+            micro_step.prepare(4, 40)
+            model.zero_grad(set_to_none=False)
+        for micro, rate in enumerate((1.0, 0.25)):
+            served = draw_served(model, LONG, 0, 4, micro)
+            micro_step(LONG, LONG_LENGTHS, THINK, groups, 0.5, step=Step(rate, served))
+        found.append((gradients(model), micro_step.take_figures()))
+        model.zero_grad(set_to_none=False)
+    (expected, figures), (recorded, recorded_figures) = found
+    for ours, theirs in zip(recorded, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    torch.testing.assert_close(recorded_figures, figures, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -18,10 +18,11 @@ from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.errors import InputError
 from lepton.train import trainer
+from lepton.train.micro_step import MicroStep
 from lepton.train.saving import Saving
 from lepton.train.stop_request import Interrupted
 from tests.streams import Watched
-from tests.train.small import losses_of, metrics_of, small_run, small_settings, write_data
+from tests.train.small import ROUTED, SHAPE, losses_of, metrics_of, small_run, small_settings, write_data
 
 
 def files_of(out):
@@ -130,7 +131,11 @@ def test_accumulated_micro_batches_equal_one_batch(data, tmp_path):
     assert ours[0][1] == pytest.approx(theirs[0][1], rel=1e-6), "windows of 50, 50 and 28 targets weigh what they hold"
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"dtype": "bf16"}, {"grad_accum": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "adamw"}, {"dtype": "bf16"}, {"grad_accum": 2}, {"overrides": SHAPE | ROUTED}],
+    ids=lambda changes: "routed" if "overrides" in changes else str(changes),
+)
 def test_resuming_repeats_the_undisturbed_run(data, tmp_path, changes):
     small_run(data, tmp_path / "whole", **changes)
     small_run(data, tmp_path / "parts", **changes)
@@ -143,6 +148,24 @@ def test_resuming_repeats_the_undisturbed_run(data, tmp_path, changes):
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in ours["model"])
     assert ours["validation"] == theirs["validation"]
     assert ours["best"] == theirs["best"]
+
+
+def test_the_losses_know_the_share_of_the_peak_rate(data, tmp_path, monkeypatch):
+    rates = []
+
+    class Noting(MicroStep):
+        def __call__(self, *given):
+            rates.append(given[-1].rate)
+            super().__call__(*given)
+
+    monkeypatch.setattr(trainer, "MicroStep", Noting)
+    small_run(data, tmp_path, grad_accum=2)
+    logged = [entry["lr"] for entry in metrics_of(tmp_path) if "loss" in entry]
+    peak = small_settings(data, tmp_path).lr
+    trained = rates[-2 * 8 :]
+    assert trained[::2] == trained[1::2]
+    assert trained[1::2] == pytest.approx([lr / peak for lr in logged])
+    assert len({*trained}) > 2
 
 
 def test_a_run_goes_on_with_more_steps(data, tmp_path):

@@ -36,7 +36,7 @@ from lepton.ops.cross_entropy import linear_cross_entropy
 from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
-"""Losses that need logits look at one position in this many."""
+"""Losses that need logits look at one position in this many, by default."""
 SIGNALS = ("router", "thoughts", "memory")
 """Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1
@@ -71,6 +71,8 @@ class Call:
     """Rounds of thinking; None is the configuration's. A tensor [B] is for training, where few rows think for long."""
     static: bool = False
     """Whether no shape may depend on values, as in a CUDA graph. What skips the deep blocks is then masked."""
+    served_BT: Tensor | None = None
+    """Bool, in training: tokens that serve the deep blocks keys and values of the state before them."""
 
     @property
     def routed(self) -> bool:
@@ -194,11 +196,8 @@ class Outcome:
     """Position of each token in its document, -1 in padding."""
     nats_M: Tensor
     """Cross-entropy of each of the B x T predictions."""
-
-    @cached_property
-    def sampled_M(self) -> Tensor:
-        """Indices in B x T of the positions at which losses may compute logits: one in `OUTCOME_STRIDE`."""
-        return picks(self.following_BT, OUTCOME_STRIDE)
+    rate: float | Tensor = 1.0
+    """Share of the peak learning rate; a tensor [] where a captured program reads it."""
 
     @cached_property
     def rows_VE(self) -> Tensor:
@@ -207,18 +206,15 @@ class Outcome:
 
     def frozen_loss(self, x_MD: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropy of hidden states and the nats of each; the head gets no gradient."""
-        model, x = self.model, norm(x_MD)
-        if isinstance(model.head_down, nn.Linear):
-            x = F.linear(x, model.head_down.weight.detach().to(x.dtype))
-        loss, _, _, nats_M = linear_cross_entropy(
-            x,
-            self.rows_VE,
-            target_M,
-            vocab_size=model.config.vocab_size,
-            cap=model.config.logit_cap,
-            z_weight=0.0,
-        )
+        config = self.model.config
+        options: dict[str, Any] = {"vocab_size": config.vocab_size, "cap": config.logit_cap, "z_weight": 0.0}
+        loss, _, _, nats_M = linear_cross_entropy(self.frozen_down(norm(x_MD)), self.rows_VE, target_M, **options)
         return loss, nats_M
+
+    def frozen_down(self, x_MD: Tensor) -> Tensor:
+        """Return normed states as the embedding's rows meet them, [M, E]; the projection gets no gradient."""
+        down = self.model.head_down
+        return F.linear(x_MD, down.weight.detach().to(x_MD.dtype)) if isinstance(down, nn.Linear) else x_MD
 
 
 def picks(tokens: Tensor, stride: int) -> Tensor:
@@ -328,12 +324,12 @@ class Idea(nn.Module):
     # Training.
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """Return its losses, by their names in `loss_weights`. Their gradients must stop at its own parameters."""
+        """Return its losses by name. Gradients stop at its own parameters, unless its configuration says otherwise."""
         return {}
 
-    def sampled_logits(self) -> bool:
-        """Return whether its losses compute logits at `Outcome.sampled_M`."""
-        return False
+    def logits_stride(self) -> int:
+        """Return n if its losses compute logits at one position in n; 0: at none."""
+        return 0
 
     def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:
         """Set buffers from the training data. `counts_V()` returns how often each token occurs in it."""

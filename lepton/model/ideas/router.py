@@ -5,7 +5,8 @@ depth in 0..1, a token is a candidate for the deep blocks if its score is above 
 count decides: each window of `window` tokens in a document sends exactly round(depth x window) tokens deep. Within a
 window the count may run ahead or fall back by a quarter of it, or by 2 if that is more. So a depth means the same
 compute for every text. The choice is causal: there is no top-k over a sequence, and no statistic of a batch. Router and
-exit learn from stopped gradients, so they do not change the trunk.
+exit learn from stopped gradients, so they do not change the trunk, unless `into_stem` or `served` says so: then the
+stem learns to predict, and the deep blocks to attend to tokens that did not go deep.
 """
 
 from collections.abc import Iterator
@@ -30,11 +31,13 @@ from lepton.model.ideas.idea import (
     Switch,
     Work,
     matrices,
+    picks,
     replaced,
 )
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
 from lepton.model.timeline import Timeline
+from lepton.ops.divergence import divergence_chunk, linear_divergence
 
 SLACK = 1 / 4
 """Part of a window by which the count may run ahead or fall back, because hard tokens come in bursts."""
@@ -50,14 +53,32 @@ class RouterConfig(IdeaConfig):
     """Hidden width of the exit, the MLP of tokens that skip the deep blocks."""
     window: int = 64
     """Tokens in which the share of deep tokens is exact."""
+    exit_stride: int = OUTCOME_STRIDE
+    """Exit and score learn from one position in this many."""
+    into_stem: float = 0.0
+    """Weight of the exit's loss in the gradient of what the exit reads, relative to that of the model's own loss. It
+    follows the learning rate, so it falls to 0 over the cool-down, which the trunk has to itself. 0: no gradient."""
+    distil: bool = False
+    """Whether the exit learns the deep model's distribution, KL(deep || exit), instead of the next token."""
+    expected: bool = False
+    """Whether the score learns KL(deep || exit), the nats that depth is expected to save, instead of the difference of
+    the losses of the one token that followed, which is that and noise."""
+    reads_exit: bool = False
+    """Whether the score reads the state that the exit reads, after memory and hint, instead of the stem's."""
+
+    served: float = 0.0
+    """In training, in half of the rows, each token serves the deep blocks keys and values of its state before them with
+    a chance that is uniform in 0..this in each row. So they learn to attend to tokens that did not go deep, while all
+    streams run on and are trained. 0: none does."""
 
     name = "router"
-    most = {"exit_width": 1 << 18, "window": 1 << 20}
+    most = {"exit_width": 1 << 18, "window": 1 << 20, "exit_stride": 1 << 20, "into_stem": 100, "served": 1}
     flat = {"exit_width": "exit_width", "capacity_window": "window"}
     flat_switch = "router"
 
     def check(self, config: LeptonConfig) -> None:
-        self.at_least(1, "exit_width", "window")
+        self.at_least(1, "exit_width", "window", "exit_stride")
+        self.at_least(0, "into_stem", "served")
 
     def build(self, config: LeptonConfig) -> "Router":
         return Router(config, self)
@@ -105,7 +126,11 @@ class Router(Idea):
 
     def __init__(self, config: LeptonConfig, own: RouterConfig) -> None:
         super().__init__()
-        self.window = own.window
+        self.own, self.window = own, own.window
+        self.vocab_size, self.cap = config.vocab_size, config.logit_cap
+        self.width, self.deep_layers = config.width, config.layers - config.stem_layers
+        if own.distil or own.expected:
+            self.compiled = ("divergence_chunk",)
         self.benefit = nn.Linear(config.width, 1)
         self.exit_up = Linear(config.width, own.exit_width)
         self.exit_down = Linear(own.exit_width, config.width)
@@ -125,7 +150,7 @@ class Router(Idea):
 
     def contribute(self, flow: Flow, past: RouterState) -> Contribution:
         """Choose the tokens that go deep."""
-        benefit_BT = self.score(flow.u_BTD)
+        benefit_BT = self.score(norm(flow.x_BTD) if self.own.reads_exit else flow.u_BTD)
         deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
         return Contribution(signal_BT=benefit_BT, deep_BT=deep_BT, update=RouterUpdate(taken_BT, past, self.window))
 
@@ -142,27 +167,77 @@ class Router(Idea):
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """At sampled positions: the loss of predictions through the exit, and the squared error of the score."""
-        index_M, flow = outcome.sampled_M, outcome.flow
+        flow, own = outcome.flow, self.own
+        index_M = picks(outcome.following_BT, own.exit_stride)
         target_M = outcome.following_BT.flatten()[index_M]
-        exit_MD = self.exit(flow.x_BTD.flatten(0, 1)[index_M])
-        exit_loss, exit_nats_M = outcome.frozen_loss(exit_MD, target_M)
+        valid_M = target_M >= 0
+        exit_MD = self.exit(self.learning(flow.x_BTD.flatten(0, 1)[index_M], outcome.rate))
+        if own.distil:
+            exit_loss, beyond_M = self.divergence(outcome, exit_MD, index_M, valid_M)
+            if not own.expected:
+                _, exit_nats_M = outcome.frozen_loss(exit_MD.detach(), target_M)
+        else:
+            exit_loss, exit_nats_M = outcome.frozen_loss(exit_MD, target_M)
+            if own.expected:
+                _, beyond_M = self.divergence(outcome, exit_MD.detach(), index_M, valid_M)
+        saved_M = beyond_M if own.expected else exit_nats_M - outcome.nats_M[index_M]
         benefit_BT = flow.contributions[self.name].signal_BT
         assert benefit_BT is not None
-        valid_M = target_M >= 0
-        saved_M = (exit_nats_M - outcome.nats_M[index_M]).clamp(-5, 5)
-        error_M = (benefit_BT.flatten()[index_M] - saved_M).square() * valid_M
+        error_M = (benefit_BT.flatten()[index_M] - saved_M.clamp(-5, 5)).square() * valid_M
         return {"exit": exit_loss, "router": error_M.sum() / valid_M.sum().clamp(min=1)}
+
+    def learning(self, x_MD: Tensor, rate: float | Tensor) -> Tensor:
+        """Return states that the exit learns from: the same, with the share of its gradient that `into_stem` says.
+
+        `rate` is the share of the peak learning rate.
+        """
+        weight = self.loss_weights["exit"]
+        if not self.own.into_stem or not weight:
+            return x_MD.detach()
+        share = torch.as_tensor(self.own.into_stem / weight * rate, dtype=x_MD.dtype, device=x_MD.device)
+        return torch.lerp(x_MD.detach(), x_MD, share)
+
+    def divergence(self, outcome: Outcome, exit_MD: Tensor, index_M: Tensor, valid_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean KL(deep || exit) over the valid of the picked positions, and that of each in nats.
+
+        The deep model and the head get no gradient.
+        """
+        deep_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
+        student_ME, teacher_ME = (outcome.frozen_down(each) for each in (norm(exit_MD), deep_MD))
+        options: dict[str, Any] = {"vocab_size": self.vocab_size, "cap": self.cap, "chunk": self.divergence_chunk}
+        return linear_divergence(student_ME, teacher_ME, outcome.rows_VE, valid_M, **options)
+
+    def divergence_chunk(
+        self, raw_OV: Tensor, teacher_OV: Tensor, share_O: Tensor, vocab_size: int, cap: float
+    ) -> tuple[Tensor, Tensor]:
+        """`lepton.ops.divergence.divergence_chunk`, which the compiler takes as a method."""
+        return divergence_chunk(raw_OV, teacher_OV, share_O, vocab_size, cap)
 
     def flops(self, work: Work) -> float:
         return work.length * (matrices(self.benefit) + (1 - work.depth) * matrices(self.exit_up, self.exit_down))
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """Score and exit give no gradient to their inputs; the exit and two heads run at sampled positions."""
-        sampled = 2 * (2 * matrices(self.exit_up) + 3 * matrices(self.exit_down) + 2 * head) / OUTCOME_STRIDE
-        return sampled - 2 * matrices(self.benefit)
+        """Score and exit give no gradient to their inputs; the exit and some heads run at sampled positions."""
+        own = self.own
+        heads = 4 if own.distil != own.expected else 3 if own.distil else 2
+        passes = 3 if own.into_stem else 2
+        sampled = 2 * (passes * matrices(self.exit_up) + 3 * matrices(self.exit_down) + heads * head)
+        return sampled / own.exit_stride - 2 * matrices(self.benefit)
 
-    def sampled_logits(self) -> bool:
-        return True
+    def served_in_training(self, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the tokens of a training batch that serve earlier keys and values, bool [rows, length]; None: none."""
+        if not self.own.served:
+            return None
+        chance_B, half_B = torch.rand(2, rows, generator=generator)
+        chance_B = self.own.served * chance_B * (half_B < 0.5)
+        return torch.rand(rows, length, generator=generator) < chance_B[:, None]
+
+    def kept_bytes(self, work: Work) -> float:
+        """What the keys and values of each deep block are made of, if it is not what queries are made of."""
+        return work.itemsize * work.length * self.deep_layers * self.width if self.own.served else 0
+
+    def logits_stride(self) -> int:
+        return self.own.exit_stride
 
     def switches(self) -> dict[str, Switch]:
         """Some depths, and half depth with random tokens, which shows what the router's choice is worth."""
@@ -180,8 +255,7 @@ class Router(Idea):
         return raw.to(precise) + self.benefit.bias.to(precise)
 
     def exit(self, x: Tensor) -> Tensor:
-        """Return the last hidden state of tokens that skip the deep blocks. The input gets no gradient."""
-        x = x.detach()
+        """Return the last hidden state of tokens that skip the deep blocks."""
         return x + self.exit_down(F.relu(self.exit_up(norm(x))).square())
 
     def threshold(self, depth: float | Tensor) -> Tensor:

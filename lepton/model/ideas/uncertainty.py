@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices
+from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 from lepton.model.promise import Promise
@@ -128,7 +128,7 @@ class Uncertainty(Idea):
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """The loss at sampled positions."""
-        index_M, model = outcome.sampled_M, outcome.model
+        index_M, model = picks(outcome.following_BT, OUTCOME_STRIDE), outcome.model
         hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
         with torch.no_grad():
             raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T
@@ -144,8 +144,8 @@ class Uncertainty(Idea):
         sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
         return sampled - 3 * 2 * matrices(self)
 
-    def sampled_logits(self) -> bool:
-        return True
+    def logits_stride(self) -> int:
+        return OUTCOME_STRIDE
 
     def switches(self) -> dict[str, Switch]:
         """No switches: the predictions do not depend on it."""
