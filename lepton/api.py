@@ -22,12 +22,11 @@ from lepton.generate.completion import (
     TokensAndState,
     TokensAndStats,
     TokensAndUncertainties,
-    Wanted,
     complete,
     started,
     takes_arguments,
 )
-from lepton.generate.generation import MOST_AT_ONCE
+from lepton.generate.generation import MOST_AT_ONCE, Wanted
 from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State

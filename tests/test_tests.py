@@ -53,6 +53,7 @@ OF_SEVERAL = {
     "serve/test_client",
     "serve/test_fuzz",
     "serve/test_page",
+    "test_acceptance_rules",
     "test_alive",
     "test_architecture",
     "test_docs",

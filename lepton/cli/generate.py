@@ -21,7 +21,7 @@ from lepton.errors import InputError
 if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
     from lepton.engine.stats import Stats
-    from lepton.generate.completion import Wanted
+    from lepton.generate.generation import Wanted
     from lepton.generate.stream import Stream
     from lepton.model.promise import Promise
 

@@ -6,14 +6,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import Any, NamedTuple, TypeVar, Unpack, cast
 
 from lepton.engine.options import GenerationOptions, OptionFields, resolved
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.stats import Stats
 from lepton.errors import InputError, nearest, shown
 from lepton.generate.abstention import Abstentions
-from lepton.generate.generation import Generation
+from lepton.generate.generation import Generation, Wanted
 from lepton.generate.prompts import Prompt, Tokens, Uncertainties
 from lepton.model import Memory, Network, State
 from lepton.values import whole
@@ -135,15 +135,6 @@ def takes_arguments(method: Method) -> Method:
 
     checked.__signature__ = public  # type: ignore[attr-defined]
     return cast(Method, checked)
-
-
-class Wanted(TypedDict, total=False):
-    """What a generation is to compute beside the tokens; see `Generation`."""
-
-    uncertainty: bool
-    logprobs: int | None
-    always_draft: bool
-    abstain_at: float | None
 
 
 def started(

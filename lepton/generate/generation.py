@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 
@@ -27,6 +27,19 @@ from lepton.values import depth_share
 
 MOST_AT_ONCE = 1024
 """Sequences that run at once; more wait for a place."""
+
+
+class Wanted(TypedDict, total=False):
+    """What a generation is to compute beside the tokens."""
+
+    uncertainty: bool
+    """Whether to compute that of each new token; by default not."""
+    logprobs: int | None
+    """Number of most probable tokens whose log-probabilities are wanted, beside that of each new token; None: none."""
+    always_draft: bool
+    """Whether every cycle drafts, also where plain decoding is faster; the text is the same. By default not."""
+    abstain_at: float | None
+    """A calibrated risk, to know which new tokens the model abstains from."""
 
 
 class RowOutput(NamedTuple):
@@ -57,10 +70,7 @@ class Generation:
         *,
         state: State | None = None,
         memory: Memory | str | Path | None = None,
-        uncertainty: bool = False,
-        logprobs: int | None = None,
-        always_draft: bool = False,
-        abstain_at: float | None = None,
+        **wanted: Unpack[Wanted],
     ) -> None:
         """Prepare to continue `prompts`.
 
@@ -70,12 +80,9 @@ class Generation:
             options: how to generate.
             state: a past to continue from, with a row for each prompt.
             memory: what a new text remembers of earlier ones.
-            uncertainty: whether to compute that of each new token.
-            logprobs: number of most probable tokens whose log-probabilities are wanted, beside that of each new token;
-                None: no log-probabilities.
-            always_draft: whether every cycle drafts, also where plain decoding is faster; the text is the same.
-            abstain_at: a calibrated risk, to know which new tokens the model abstains from.
+            wanted: what to compute beside the tokens.
         """
+        uncertainty, abstain_at = wanted.get("uncertainty", False), wanted.get("abstain_at")
         if uncertainty and model.idea("uncertainty") is None:
             raise InputError(
                 "this model has no uncertainty head: use generate, or a model whose config has uncertainty=True"
@@ -93,7 +100,7 @@ class Generation:
         stops = [[model.config.eos_id], *read_stops(options.stop, model.config.vocab_size)]
         seed = secrets.randbits(64) if options.seed is None else options.seed
         phases = [0] * len(self.prompts) if past is None else past.phase_B.tolist()
-        self.stats, self._always_draft, self._past = Stats(), always_draft, past
+        self.stats, self._always_draft, self._past = Stats(), wanted.get("always_draft", False), past
         self._sequences = [
             Sequence(
                 prompt,
@@ -101,7 +108,7 @@ class Generation:
                 stops=stops,
                 stream=stream_words(seed, row),
                 uncertainty=uncertainty,
-                logprobs=logprobs,
+                logprobs=wanted.get("logprobs"),
                 past=None if past is None else (past, row),
                 past_phase=phases[row],
             )
