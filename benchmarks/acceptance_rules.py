@@ -97,7 +97,9 @@ def accept_blocks(p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor, generator: to
 
 def prompts_of(data: ShardedDataset, count: int) -> list[list[int]]:
     """Return `count` stretches of PROMPT_TOKENS tokens, spread over the windows of a split."""
-    windows = [tokens[:size] for batch in data.batches(ROWS) for tokens, size in zip(*batch, strict=True)]
+    windows = [
+        tokens[:size] for batch in data.batches(ROWS) for tokens, size in zip(batch.tokens, batch.lengths, strict=True)
+    ]
     stretches = [part.tolist() for window in windows for part in window.split(PROMPT_TOKENS)]
     whole = [part for part in stretches if len(part) == PROMPT_TOKENS]
     if len(whole) < count:
