@@ -41,7 +41,7 @@ ROWS = 8
 """Rows whose fp64 probabilities are in memory at once."""
 
 
-class Verdict(NamedTuple):
+class Acceptance(NamedTuple):
     """How many drafts of each row are accepted, and the token after them."""
 
     accepted_B: Tensor
@@ -84,7 +84,7 @@ def expected_lengths(p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor) -> tuple[T
     return found.ratio_BK.clamp(max=1).cumprod(1).sum(1), (1 - no_longer_BK).sum(1)
 
 
-def accept_blocks(p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor, generator: torch.Generator) -> Verdict:
+def accept_blocks(p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor, generator: torch.Generator) -> Acceptance:
     """Accept drafts by blocks; what is accepted and the next token have the distribution p."""
     found, count = chances(p_BTV, q_BKV, drafts_BK), drafts_BK.shape[1]
     trial_BK = torch.rand(drafts_BK.shape, generator=generator, dtype=torch.float64)
@@ -92,7 +92,7 @@ def accept_blocks(p_BTV: Tensor, q_BKV: Tensor, drafts_BK: Tensor, generator: to
     accepted_B = (stands_BK * torch.arange(1, count + 1)).amax(1)
     at = torch.arange(len(drafts_BK)), accepted_B
     rest_BV = torch.where((accepted_B < count)[:, None], found.rest_BTV[at], p_BTV[at])
-    return Verdict(accepted_B, torch.multinomial(rest_BV, 1, generator=generator)[:, 0])
+    return Acceptance(accepted_B, torch.multinomial(rest_BV, 1, generator=generator)[:, 0])
 
 
 def prompts_of(data: ShardedDataset, count: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from lepton.cli.loading import add_loading, load
+from lepton.cli.loading import add_loading, load_with_record
 from lepton.errors import InputError
 from lepton.requirements import need
 from lepton.serve.limits import Limits
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for name in ("starlette", "uvicorn"):
         need(name, "the server")
+    from lepton.data.chat import ChatTemplate
     from lepton.engine.runners import Lease
     from lepton.serve.app import Api
     from lepton.serve.requests import Reader
@@ -69,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     listener = listening(args.host, args.port)
     with listener:
         say(f"loading {args.checkpoint}")
-        model, tokenizer, _ = load(args)
-        reader = Reader(model, tokenizer, args.name, limits)
+        model, tokenizer, record = load_with_record(args)
+        talks = "chat" in (record.get("data") or {})
+        reader = Reader(model, tokenizer, args.name, limits, ChatTemplate(tokenizer) if talks else None)
         api = Api(reader, places=args.places, key=key, any_host=key is not None)
         if args.warm_up:
             with Lease(model, args.places, api.calls.worker.longest) as lease:

@@ -1,34 +1,51 @@
-"""A conversation as a text: the messages become a transcript, which the model continues.
+"""A conversation: the messages of a request become the prompt of an answer.
 
-No LEPTON model has been trained on a form of its own for conversations. A transcript is what a model that has read
-books knows.
+A model that was trained on conversations gets them in the template of its training (`lepton.data.chat`). Any other gets
+a transcript, which a model that has read books knows.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from lepton.data.chat import Message
 from lepton.errors import shown
 from lepton.serve.fields import Fields, clean
 from lepton.serve.limits import Refusal
 
 SPEAKERS = {"user": "User:", "assistant": "Assistant:"}
 TOLD = ("system", "developer")
-"""Roles whose messages stand in the text as they are."""
+"""Roles whose messages say how to answer."""
 STOP = "\nUser:"
-"""Ends an answer, beside the stop texts of the request."""
+"""Ends an answer of a transcript, beside the stop texts of the request."""
 
 
-def transcript(messages: Any) -> str:
+def read_messages(messages: Any) -> list[Message]:
+    """Return the messages of a request; those of a developer are of the system.
+
+    Raises:
+        Refusal: it is no conversation.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise Refusal(f"messages={shown(messages)}: give a list of at least one message", param="messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def transcript(messages: Iterable[Message]) -> str:
     """Return the text that an answer continues.
 
     What a model has answered, with or without the space at its beginning, gives the same text as before.
     """
-    if not isinstance(messages, list) or not messages:
-        raise Refusal(f"messages={shown(messages)}: give a list of at least one message", param="messages")
-    text = "".join(_line(message, f"messages[{i}]") for i, message in enumerate(messages))
-    return text + SPEAKERS["assistant"]
+    return "".join(map(_line, messages)) + SPEAKERS["assistant"]
 
 
-def _line(message: Any, place: str) -> str:
+def _line(message: Message) -> str:
+    role, text = message
+    if role == "system":
+        return f"{text}\n\n"
+    return f"{SPEAKERS[role]}{'' if text.startswith(' ') else ' '}{text}\n"
+
+
+def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise Refusal(f"{place}={shown(message)}: give an object with role and content", param=place)
     fields = Fields(message, f"{place}.")
@@ -36,12 +53,10 @@ def _line(message: Any, place: str) -> str:
     if not isinstance(role, str) or role not in (*SPEAKERS, *TOLD):
         fields.refuse("role", role, f"choose from {', '.join([*SPEAKERS, *TOLD])}")
     text = _text(content, fields, place)
-    fields.take("name")  # of a person: it says nothing that a transcript has
+    fields.take("name")  # of a person: it says nothing that a prompt has
     fields.allow({"refusal": [""], "tool_calls": [[]], "audio": [], "function_call": [], "annotations": [[]]})
     fields.finish()
-    if role in TOLD:
-        return f"{text}\n\n"
-    return f"{SPEAKERS[role]}{'' if text.startswith(' ') else ' '}{text}\n"
+    return Message("system" if role in TOLD else role, text)
 
 
 def _text(content: Any, fields: Fields, place: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
+from lepton.data.chat import ChatTemplate
 from lepton.data.tokenizer import Tokenizer
 from lepton.engine.options import GenerationOptions
 from lepton.engine.sequence import Sequence
@@ -14,7 +15,7 @@ from lepton.model import Network
 from lepton.model.arguments import checked_call
 from lepton.ops.choose import stream_words
 from lepton.serve.answer import Answer
-from lepton.serve.dialogue import STOP, transcript
+from lepton.serve.dialogue import STOP, read_messages, transcript
 from lepton.serve.fields import FINITE, Fields, clean, parse_body
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.scoring import Scoring
@@ -53,6 +54,8 @@ class Reader:
     name: str
     """The id of the model, which a request may name."""
     limits: Limits
+    template: ChatTemplate | None = None
+    """What the model was trained on conversations in; None: it was not."""
 
     def task(self, body: bytes, *, chat: bool) -> "Task":
         """Return what a request to `/v1/completions`, or with `chat` to `/v1/chat/completions`, asks for.
@@ -80,7 +83,7 @@ class Reader:
         fields.allow(NEUTRAL)
         fields.finish()
         self._check_size(prompts, n, options.max_new_tokens)
-        stops = [*stops, STOP] if chat else stops
+        stops = [*stops, STOP] if chat and self.template is None else stops
         return Task(self, chat, prompts, texts, options, n, stops, stream, include_usage, logprobs, echo)
 
     def _prompts(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
@@ -103,8 +106,12 @@ class Reader:
         return rows, [self.tokenizer.decode(row) for row in rows]
 
     def _chat_prompt(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
-        text = transcript(fields.take("messages"))
-        return [self.tokenizer.encode(text)], [text]
+        messages = read_messages(fields.take("messages"))
+        if self.template is None:
+            text = transcript(messages)
+            return [self.tokenizer.encode(text)], [text]
+        ids = self.template.prompt(messages)
+        return [ids], [self.tokenizer.decode(ids)]
 
     def _options(self, fields: Fields, new_tokens: int, chat: bool) -> GenerationOptions:
         """Return how to generate; what is left out is as in `GenerationOptions`, and a seed is drawn."""
@@ -196,12 +203,14 @@ class Task:
         probable = min(MOST_PROBABLE, model.config.vocab_size) if details else None
         assert self.options.seed is not None
         scorings = [Scoring(prompt, self.options, probable or 0) for prompt in self.prompts]
+        template = self.reader.template if self.chat else None
+        ends = [[model.config.eos_id], *([] if template is None else [[template.end_id]])]
         found = []
         for i in range(self.n * len(self.prompts)):
             sequence = Sequence(
                 self.prompts[i // self.n],
                 self.options,
-                stops=[[model.config.eos_id]],
+                stops=ends,
                 stream=stream_words(self.options.seed, i),
                 uncertainty=uncertainty,
                 logprobs=probable,

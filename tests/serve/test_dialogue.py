@@ -2,12 +2,16 @@
 
 import pytest
 
-from lepton.serve.dialogue import transcript
+from lepton.serve import dialogue
 from lepton.serve.limits import Refusal
 
 
 def said(role, content, **more):
     return {"role": role, "content": content} | more
+
+
+def transcript(messages):
+    return dialogue.transcript(dialogue.read_messages(messages))
 
 
 def test_messages_become_a_transcript():

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from lepton.data.chat import ChatTemplate, Message
+from lepton.data.tokenizer import load_tokenizer
 from lepton.engine.options import GenerationOptions
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.requests import CHAT_TOKENS, NEW_TOKENS, Reader
@@ -155,3 +157,19 @@ def test_a_model_without_ideas_refuses_what_needs_them(tokenizer):
             task(reader, prompt=[3], **fields)
         assert refused.value.param == next(iter(fields))
     assert task(reader, prompt=[3], logprobs=1).answers()[0].sequence.uncertainty is False
+
+
+def test_a_model_of_conversations_gets_the_template_of_its_training(model):
+    """And its answers end where it ends a message."""
+    own = load_tokenizer(None)
+    template = ChatTemplate(own)
+    reader = Reader(model, own, "lepton", LIMITS, template)
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi\nUser: no"}]
+    task = reader.task(json.dumps({"messages": said, "stop": "x"}).encode(), chat=True)
+    assert task.prompts == [template.prompt([Message("system", "Be brief."), Message("user", "Hi\nUser: no")])]
+    assert task.texts == ["System:\nBe brief.\nUser:\nHi\nUser: no\nAssistant:\n"]
+    assert task.stops == ["x"]
+    (answer,) = task.answers()
+    assert answer.sequence.stops == [[model.config.eos_id], [template.end_id]]
+    plain = reader.task(b'{"prompt": "Hi"}', chat=False)
+    assert plain.answers()[0].sequence.stops == [[model.config.eos_id]]
