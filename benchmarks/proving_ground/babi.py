@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.proving_ground.filler import noise, prose
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.stories import KINDS, NUMBERS, PLURAL, Question, invented, load_stories, renamed
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
@@ -180,9 +180,8 @@ def _tokenizer(path: str) -> Tokenizer:
 def shape(task: Babi) -> LeptonConfig:
     """Return the complete model: a window of 512, all that reads beyond it, and thoughts."""
     config = LeptonConfig(**SHAPE, window=512, segment=128, vocab_size=task.vocab_size)
-    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
     thoughts = {"count": 4, "ffn": 512, "rounds": 4, "most_rounds": 8, "over_tokens": True}
-    return config.replace(memory=memory, crystals={"slots": 64}, thoughts=thoughts)
+    return config.replace(memory=MEMORY, crystals={"slots": 64}, thoughts=thoughts)
 
 
 CONTENDERS = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.proving_ground.filler import prose
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -143,8 +143,7 @@ class Needle(Task):
 def shape(task: Needle) -> LeptonConfig:
     """Return the complete model: a window of 512, the working memory and crystals."""
     config = LeptonConfig(**SHAPE, window=512, segment=64, vocab_size=task.vocab_size)
-    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
-    return config.replace(memory=memory, crystals={"slots": 64})
+    return config.replace(memory=MEMORY, crystals={"slots": 64})
 
 
 CONTENDERS = {

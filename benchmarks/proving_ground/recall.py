@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -115,8 +115,7 @@ def shuffled(generator: torch.Generator, shape: Sequence[int]) -> tuple[Tensor, 
 def shape(task: Recall) -> LeptonConfig:
     """Return the complete model: a short window, the working memory and crystals."""
     config = LeptonConfig(**SHAPE, window=task.window, segment=task.window, vocab_size=task.vocab_size)
-    memory = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True, "reads": 1 + task.two_step}
-    return config.replace(memory=memory, crystals={"slots": 64})
+    return config.replace(memory={**MEMORY, "reads": 1 + task.two_step}, crystals={"slots": 64})
 
 
 CONTENDERS = {

@@ -38,6 +38,8 @@ SHAPE: dict[str, Any] = {
     "backout": True,
 }
 """Trunk of the contenders, unless a task says otherwise: about 3.5 M parameters."""
+MEMORY: dict[str, Any] = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
+"""Working memory of the tasks that are about remembering."""
 SMALL: dict[str, Any] = {"width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn": 128}
 """What `--smoke` makes of it."""
 RATES = (0.3, 1.0, 3.0)
