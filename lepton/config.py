@@ -19,12 +19,16 @@ MOST = {
     "ffn": 1 << 18,
     "head_dim": 1024,
     "window": 1 << 17,
+    "wide_window": 1 << 17,
     "embed_rank": 1 << 15,
     "vocab_size": 1 << 21,
     "segment": 1 << 17,
 }
 """Largest values, far above XXL's. With them, a model is built on the meta device in about a second. So a file's
 configuration can be compared with its weights before any memory is taken."""
+
+WIDE_EVERY = 4
+"""With `wide_window`, one deep block in so many attends to more tokens than the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ class LeptonConfig:
     """Blocks that every token passes, and whose states the ideas read."""
     window: int | None = 256
     """Tokens that a token attends to, itself included; None attends to the whole document."""
+    wide_window: int | None = None
+    """The same for the wide blocks, every `WIDE_EVERY`-th deep block from the last one down; None: there are none."""
     embed_rank: int | None = None
     """Width of a factorised token embedding; None stores it at full width."""
     vocab_size: int = 50257
@@ -142,6 +148,8 @@ class LeptonConfig:
             raise InputError(f"stem_layers={self.stem_layers}: must lie in 0..layers={self.layers}")
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1, or None for full attention")
+        if self.wide_window is not None and (self.window is None or self.wide_window < self.window):
+            raise InputError(f"wide_window={self.wide_window}: must be at least window={self.window}, or None")
         if not 0 < self.logit_cap <= 50:
             raise InputError(f"logit_cap={shown(self.logit_cap)}: must lie in 0..50, so that its exponential fits fp32")
         if not 0 <= self.eos_id < self.vocab_size:
@@ -158,7 +166,21 @@ class LeptonConfig:
     def remembered(self) -> int | None:
         """Tokens before a chunk whose keys and values are kept: the window of its first token, and with `shifted_keys`
         one more. None: all of the document."""
-        return None if self.window is None else self.window - 1 + self.shifted_keys
+        return self._remembered(self.window)
+
+    @property
+    def remembered_wide(self) -> int | None:
+        """The same in wide blocks."""
+        return self._remembered(self.wide_window)
+
+    def _remembered(self, window: int | None) -> int | None:
+        return None if window is None else window - 1 + self.shifted_keys
+
+    @property
+    def wide_layers(self) -> tuple[bool, ...]:
+        """Whether each deep block, from the first one up, is a wide one."""
+        deep = self.layers - self.stem_layers
+        return tuple(self.wide_window is not None and above % WIDE_EVERY == 0 for above in reversed(range(deep)))
 
     @property
     def middle(self) -> int:

@@ -37,6 +37,7 @@ class Preset:
             head_dim=self.head_dim,
             ffn=self.ffn,
             embed_rank=self.embed_rank,
+            wide_window=512,
             shifted_keys=True,
             token_shift=True,
             backout=True,

@@ -84,7 +84,7 @@ class Pool:
     """Rings and other tensors with a first dimension of `places`.
 
     `columns` is the number of columns of a ring: the window and the largest chunk, less one. A model without a window
-    needs one for each token of its longest text.
+    needs one for each token of its longest text. The rings of wide blocks have as many more as their window is wider.
     """
 
     def __init__(self, model: Network, places: int, columns: int) -> None:
@@ -95,7 +95,8 @@ class Pool:
         slots = model.lasting_slots(like)
 
         def ring(cache: KVCache) -> KVRing:
-            return KVRing.empty(cache, places, columns, model.config.window)
+            window = model.config.wide_window if cache is like.wide else model.config.window
+            return KVRing.empty(cache, places, columns + (window or 0) - (model.config.window or 0), window)
 
         def empty(value: Tensor) -> Tensor:
             return value.expand(places, *value.shape[1:]).clone()
@@ -103,11 +104,8 @@ class Pool:
         state = renewed(like, empty, ring)
         if slots is not None and len(model.blocks):
             self._slot_count = slots[0].shape[1]
-            assert isinstance(state.deep, KVRing)
-            ring_of_layer = state.deep.keys[0]
-            shape = places, self._slot_count, *ring_of_layer.shape[2:]
-            kept = tuple((ring_of_layer.new_zeros(shape), ring_of_layer.new_zeros(shape)) for _ in model.blocks)
-            state = replace(state, deep=replace(state.deep, slots=kept))
+            for name, rings in _deep_rings(state):
+                state = replace(state, **{name: _with_slots(rings, self._slot_count)})  # type: ignore[arg-type]
         whole = torch.zeros(places, dtype=torch.int64, device=device)
         real = torch.zeros(places, dtype=torch.float32, device=device)
         hidden = torch.zeros(places, model.config.width, dtype=model.dtype, device=device)
@@ -190,11 +188,11 @@ class Pool:
     def read(self, place: int, model: Network) -> State:
         """Return the state of one sequence, in the form of `Network.new_state`."""
         position = int(self.held.state.position_B[place])
-        like = fresh_state(model, 1).stem.entries if model.config.window is not None else position
+        shift = model.config.shifted_keys
         return renewed(
             self.held.state,
             lambda value: value[place : place + 1].clone(),
-            lambda ring: ring.read(place, position, like),
+            lambda ring: ring.read(place, position, position if ring.window is None else ring.window - 1 + shift),
         )
 
     def keep_slots(self, model: Network, place_B: Tensor, state: State) -> None:
@@ -202,10 +200,24 @@ class Pool:
         slots = model.lasting_slots(state)
         if slots is None:
             return
-        ring = self.held.state.deep
-        assert isinstance(ring, KVRing)
-        for block, (keys, values) in zip(model.blocks, ring.slots, strict=True):
+        kept = {name: iter(ring.slots) for name, ring in _deep_rings(self.held.state)}
+        for block, is_wide in zip(model.blocks, model.config.wide_layers, strict=True):
+            keys, values = next(kept["wide" if is_wide else "deep"])
             attention = cast(Block, block).attention
             k_BCKH, v_BCKH = attention.key_value(slots[0], None, slots[1])
             keys.index_copy_(0, place_B, k_BCKH)
             values.index_copy_(0, place_B, v_BCKH)
+
+
+def _deep_rings(state: State) -> list[tuple[str, KVRing]]:
+    """Return the rings of the deep blocks by the names of their fields."""
+    return [(name, ring) for name in ("deep", "wide") if isinstance(ring := getattr(state, name), KVRing)]
+
+
+def _with_slots(ring: KVRing, count: int) -> KVRing:
+    """Return a ring that also keeps the keys and values of `count` slots."""
+
+    def nothing(like: Tensor) -> Tensor:
+        return like.new_zeros(like.shape[0], count, *like.shape[2:])
+
+    return replace(ring, slots=tuple((nothing(each), nothing(each)) for each in ring.keys))

@@ -30,9 +30,12 @@ def flops_per_token(
     slots = sum(idea.slots_of(groups) for idea in model.ideas.values())
     head = matrices(model.head_down) + config.padded_vocab_size * model.embed.embedding_dim
     total: float = length * (matrices(model.embed_up) + head)
-    pairs = computed_pairs(length, config.window)
+    pairs, wide_pairs = (computed_pairs(length, window) for window in (config.window, config.wide_window))
     total += sum(_block(block, length, pairs, 0, 1.0) for block in model.stem)
-    total += sum(_block(block, length, pairs, slots, work.depth) for block in model.blocks)
+    total += sum(
+        _block(block, length, wide_pairs if wide else pairs, slots, work.depth)
+        for block, wide in zip(model.blocks, config.wide_layers, strict=True)
+    )
     total += sum(idea.flops(work) for idea in model.ideas.values())
     return 2 * total / length
 

@@ -27,15 +27,19 @@ def fresh_state(model: Modules, rows: int, *, allocate: bool = True) -> State:
     """
     config, device, dtype = model.config, model.device, model.dtype
     counter = torch.zeros(rows, dtype=torch.int64, device=device)
+    wide_layers = sum(config.wide_layers)
     stem, deep = (
-        KVCache.fresh(config, len(blocks), rows, dtype, device, allocate=allocate)
-        for blocks in (model.stem, model.blocks)
+        KVCache.fresh(config, layers, rows, dtype, device, allocate=allocate)
+        for layers in (len(model.stem), len(model.blocks) - wide_layers)
+    )
+    wide = (
+        KVCache.fresh(config, wide_layers, rows, dtype, device, allocate=allocate, wide=True) if wide_layers else None
     )
     parts = {name: idea.fresh(rows, dtype, device, allocate=allocate) for name, idea in model.ideas.items()}
     kept = {name: part for name, part in parts.items() if part is not None}
     ideas, memory = of_parts(kept, Origin(model) if allocate else None)
     last_token_B = counter if allocate and config.token_shift else None
-    return State(counter, counter, last_token_B, stem, deep, ideas, memory)
+    return State(counter, counter, last_token_B, stem, deep, ideas, memory, wide)
 
 
 def with_memory(model: Modules, state: State, given: Memory | str | Path, *, any_weights: bool = False) -> State:
@@ -92,10 +96,10 @@ def state_bytes(model: Modules, length: int) -> int:
     """Return the bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
     with on_meta_device():
         state = fresh_state(Modules(model.config).to(model.dtype), 1)
+    if model.config.remembered is not None:
+        return state.nbytes
     caches = [value for name, value in flatten(state).items() if name.endswith("_BLRKH")]
-    entries = length if model.config.remembered is None else model.config.remembered
-    grown = sum((entries - each.shape[2]) * each.shape[1] * each.shape[3:].numel() * each.itemsize for each in caches)
-    return state.nbytes + grown
+    return state.nbytes + sum(length * each.shape[1] * each.shape[3:].numel() * each.itemsize for each in caches)
 
 
 def _check_shapes(place: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

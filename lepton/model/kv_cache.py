@@ -22,10 +22,20 @@ class KVCache:
 
     @staticmethod
     def fresh(
-        config: LeptonConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool
+        config: LeptonConfig,
+        layers: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        allocate: bool,
+        wide: bool = False,
     ) -> "KVCache":
-        """Return the cache of `rows` sequences that have read nothing; without `allocate`, R is 0."""
-        entries = (config.remembered or 0) if allocate else 0
+        """Return the cache of `rows` sequences that have read nothing; without `allocate`, R is 0.
+
+        `wide` says whether it is that of wide blocks.
+        """
+        entries = ((config.remembered_wide if wide else config.remembered) or 0) if allocate else 0
         nothing = torch.zeros(rows, layers, entries, config.kv_heads, config.head_dim, dtype=dtype, device=device)
         return KVCache(nothing, nothing)
 
@@ -33,6 +43,11 @@ class KVCache:
     def entries(self) -> int:
         """R: entries per layer."""
         return self.keys_BLRKH.shape[2]
+
+    @property
+    def layers(self) -> int:
+        """L: layers."""
+        return self.keys_BLRKH.shape[1]
 
     def layer(self, index: int) -> KeysValues:
         """Return keys and values [B, R, K, H] of one layer."""

@@ -101,6 +101,11 @@ class KVRing:
         """R: columns per layer."""
         return self.keys[0].shape[1] if self.keys else 0
 
+    @property
+    def layers(self) -> int:
+        """L: layers."""
+        return len(self.keys)
+
     def of_rows(self, place_B: Tensor, position_B: Tensor, *, read_slots: bool, whole: bool) -> "KVRing":
         """Return the same rings for a pass over the sequences in some places of the pool."""
         slots = self.slots if read_slots else ()

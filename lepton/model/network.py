@@ -8,9 +8,9 @@ of the window. An *update* is how a chunk changes the state of an idea; nothing 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from lepton.model.flops import flops_per_token
 from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
 from lepton.model.ideas.idea import Call, ChunkInputs, Flow, Idea
 from lepton.model.kv_cache import KeysValues, KVCache
-from lepton.model.kv_ring import KVRing, RingWindow
+from lepton.model.kv_ring import KVRing, LayerCache, RingWindow
 from lepton.model.layers import norm
 from lepton.model.modules import Modules
 from lepton.model.objective import WHOLE, Loss, Step, objective
@@ -37,6 +37,9 @@ from lepton.model.timeline import Timeline
 from lepton.model.weights import Origin, check_weights, note_config
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
 from lepton.values import whole
+
+View: TypeAlias = tuple[LayerCache, AttentionPlan]
+"""What a block sees of the tokens: those before the chunk, and a mask over all."""
 
 
 class Network(Modules):
@@ -122,15 +125,18 @@ class Network(Modules):
             opens_BT=opens,
             groups=groups,
         )
-        causal = CausalWindow.of(
-            timeline.position_BT,
-            past=past.stem.entries,
-            window=config.window,
-            dtype=self.dtype,
-            head_dim=config.head_dim,
-            routed=call.routed,
-        )
-        return self.through(self.chunk_inputs(call, tokens, timeline, causal), past, lengths)
+
+        def window_of(cache: KVCache | KVRing, window: int | None) -> CausalWindow:
+            return CausalWindow.of(
+                timeline.position_BT,
+                past=cache.entries,
+                window=window,
+                dtype=self.dtype,
+                head_dim=config.head_dim,
+                routed=call.routed,
+            )
+
+        return self.through(self.chunk_inputs(call, tokens, timeline, past, window_of), past, lengths)
 
     def decode(self, tokens_BT: Tensor, past: State, call: Call, *, opening: bool) -> Output:
         """`trunk` for a few tokens of one document each, with shapes that depend on nothing but the arguments' shapes.
@@ -138,14 +144,17 @@ class Network(Modules):
         The caches of `past` are rings (`KVRing`), which the pass writes to. Only the first token may open a segment,
         and only if `opening`. Nothing is checked.
         """
-        config, ring = self.config, past.stem
+        config = self.config
         length = tokens_BT.shape[1]
         timeline = Timeline.within_document(
             past.position_B, past.phase_B, length, segment=config.segment, opening=opening
         )
-        causal = RingWindow.over(timeline.position_BT, columns=ring.entries, window=config.window, dtype=self.dtype)
+
+        def window_of(cache: KVCache | KVRing, window: int | None) -> CausalWindow:
+            return RingWindow.over(timeline.position_BT, columns=cache.entries, window=window, dtype=self.dtype)
+
         lengths_B = torch.full_like(past.position_B, length)
-        return self.through(self.chunk_inputs(call, tokens_BT, timeline, causal), past, lengths_B)
+        return self.through(self.chunk_inputs(call, tokens_BT, timeline, past, window_of), past, lengths_B)
 
     def through(self, inputs: ChunkInputs, past: State, lengths: Tensor) -> Output:
         """Pass a chunk through stem, ideas and deep blocks: the diagram of docs/architecture.md.
@@ -153,7 +162,7 @@ class Network(Modules):
         `lengths` are the tokens [B] of each row that are not padding.
         """
         x_BTD = self.token_shifted(inputs, past.last_token_B)
-        h_BTD, _, stem = self._run(self.stem, x_BTD, past.stem, inputs.rotary, inputs.causal.plan())
+        h_BTD, _, stem = self._run(self.stem, x_BTD, _views(past.stem, inputs.causal.plan()), inputs.rotary)
         flow = Flow.after_stem(inputs, h_BTD)
         updates: dict[str, Any] = {}
         for idea in self._in_flow():  # thoughts, memory, crystals, peek, router
@@ -162,13 +171,15 @@ class Network(Modules):
             if contribution.update is not None:
                 updates[idea.name] = contribution.update
         x_BTD, middle_BTD, deep = self._run(
-            self.blocks, flow.x_BTD, past.deep, flow.rotary, flow.plan, flow.slots, _served(flow)
+            self.blocks, flow.x_BTD, self._deep_views(flow, past), flow.rotary, flow.slots, _served(flow)
         )
         x_BTD = self.backed_out(x_BTD, middle_BTD, flow)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
         tokens_BT = None if self.shift_D is None else flow.tokens_BT
-        chunk = Chunk(past, flow.timeline, stem, deep, tokens_BT, updates, self.config.remembered, Origin(self))
+        narrow, wide = self._split(deep)
+        remembered = self.config.remembered, self.config.remembered_wide
+        chunk = Chunk(past, flow.timeline, stem, narrow, wide, tokens_BT, updates, *remembered, Origin(self))
         blocks_BT = torch.where(flow.deep_BT, self.config.layers, self.config.stem_layers)
         return Output(
             hidden=norm(x_BTD),
@@ -214,11 +225,23 @@ class Network(Modules):
         del out  # and with it the keys and values that a state would be made of
         return objective(self, hidden, flow, tokens, lengths, targets, auxiliary=auxiliary, rate=step.rate)
 
-    def chunk_inputs(self, call: Call, tokens: Tensor, timeline: Timeline, causal: CausalWindow) -> ChunkInputs:
-        """Embed the tokens of a chunk, and compute their rotary angles."""
+    def chunk_inputs(
+        self,
+        call: Call,
+        tokens: Tensor,
+        timeline: Timeline,
+        past: State,
+        window_of: Callable[[KVCache | KVRing, int | None], CausalWindow],
+    ) -> ChunkInputs:
+        """Embed the tokens of a chunk, and compute their rotary angles and attention masks.
+
+        `window_of` returns the mask of blocks with a kv cache and a window.
+        """
         config = self.config
         rotary = Rotary.at(timeline.position_BT, config.head_dim, config.rope_base, self.dtype)
-        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, causal)
+        causal = window_of(past.stem, config.window)
+        wide = None if past.wide is None else window_of(past.wide, config.wide_window)
+        return ChunkInputs(call, tokens, self.embed(tokens).to(self.dtype), timeline, rotary, causal, wide)
 
     def token_shifted(self, inputs: ChunkInputs, last_token_B: Tensor | None) -> Tensor:
         """Return what the first block reads [B, T, D]: the normed embeddings, each with that of the token before it.
@@ -250,13 +273,12 @@ class Network(Modules):
         self,
         blocks: nn.ModuleList,
         x_BTD: Tensor,
-        past: KVCache | KVRing,
+        views: Iterable[View],
         rotary: Rotary,
-        plan: AttentionPlan,
         slots: Slots | None = None,
         served: Served | None = None,
     ) -> tuple[Tensor, Tensor, list[KeysValues]]:
-        """Run the stem or the deep blocks.
+        """Run the stem or the deep blocks. Of each, `views` has what it remembers and its attention mask.
 
         Returns:
             The residual stream after them, that after the middle block (or before the first one, if they are above
@@ -264,8 +286,8 @@ class Network(Modules):
         """
         first = 0 if blocks is self.stem else self.config.stem_layers
         middle_BTD, keys_values = x_BTD, []
-        for layer, block in enumerate(blocks):
-            arguments = (x_BTD, past.layer(layer), rotary, plan, slots, served)
+        for layer, (block, (past, plan)) in enumerate(zip(blocks, views, strict=True)):
+            arguments = (x_BTD, past, rotary, plan, slots, served)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random, and reading the GPU's RNG state would abort a CUDA graph capture.
                 x_BTD, k_BTKH, v_BTKH = recomputed(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -275,6 +297,20 @@ class Network(Modules):
             if first + layer == self.config.middle:
                 middle_BTD = x_BTD
         return x_BTD, middle_BTD, keys_values
+
+    def _deep_views(self, flow: Flow, past: State) -> Iterator[View]:
+        """Yield the views of the deep blocks; wide ones have a kv cache and a mask of their own."""
+        narrow = iter(_views(past.deep, flow.plan))
+        wide = iter(_views(past.wide, flow.wide_plan) if past.wide and flow.wide_plan else ())
+        return (next(wide if is_wide else narrow) for is_wide in self.config.wide_layers)
+
+    def _split(self, deep: list[KeysValues]) -> tuple[list[KeysValues], list[KeysValues]]:
+        """Return the keys and values of the deep blocks that are not wide, and those of the wide ones."""
+        narrow: list[KeysValues] = []
+        wide: list[KeysValues] = []
+        for keys_values, is_wide in zip(deep, self.config.wide_layers, strict=True):
+            (wide if is_wide else narrow).append(keys_values)
+        return narrow, wide
 
     def _in_flow(self) -> Iterator[Idea]:
         """Yield the ideas between stem and deep blocks, in the order of the flow."""
@@ -324,6 +360,11 @@ class Network(Modules):
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens; constant unless the model is dense."""
         return state_bytes(self, length)
+
+
+def _views(past: KVCache | KVRing, plan: AttentionPlan) -> list[View]:
+    """Return the views of blocks that share a kv cache and a mask."""
+    return [(past.layer(index), plan) for index in range(past.layers)]
 
 
 def _served(flow: Flow) -> Served | None:

@@ -27,13 +27,17 @@ class Chunk:
     stem: Sequence[KeysValues]
     """Keys and values of the chunk in each block of the stem."""
     deep: Sequence[KeysValues]
-    """The same in each deep block."""
+    """The same in each deep block that is not wide."""
+    wide: Sequence[KeysValues]
+    """The same in each wide block."""
     tokens_BT: Tensor | None
     """The tokens, if a token shift needs the last of them."""
     updates: dict[str, Any]
     """`Contribution.update` of the ideas that have state, by their names."""
     remembered: int | None
     """`LeptonConfig.remembered`."""
+    remembered_wide: int | None
+    """`LeptonConfig.remembered_wide`."""
     origin: Origin | None
     """The weights that computed it."""
 
@@ -53,6 +57,7 @@ def commit(chunk: Chunk, count_B: Tensor) -> State:
         past.stem.after(chunk.stem, count_B, timeline, chunk.remembered),
         past.deep.after(chunk.deep, count_B, timeline, chunk.remembered),
         *of_parts(parts, chunk.origin),
+        past.wide and past.wide.after(chunk.wide, count_B, timeline, chunk.remembered_wide),
     )
 
 

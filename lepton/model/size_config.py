@@ -12,7 +12,10 @@ from lepton.presets import preset
 # A matrix width that is not a multiple of 8 numbers halves the speed of a matrix unit.
 WIDTH_STEP = 8
 
-DENSE: dict[str, Any] = {"ideas": (), "window": None, "slot_bias": False}
+WIDER = 2
+"""How many times the window the wide one is, where only the window is given."""
+
+DENSE: dict[str, Any] = {"ideas": (), "window": None, "wide_window": None, "slot_bias": False}
 """What turns a configuration into that of the dense baseline: no ideas, and full attention."""
 
 
@@ -21,6 +24,7 @@ def size_config(size: str, *, dense: bool = False, **overrides: Any) -> LeptonCo
 
     ``dense=True`` gives the baseline of equal parameters: no ideas, full attention, and an MLP that is widened
     until its parameters agree with those of the complete model within 1 % (unless `ffn` is given as well).
+    A `window` without a `wide_window` has a wide one of twice as many tokens.
 
     Raises:
         InputError: an unknown size or field (the nearest match is named), or values that do not fit together.
@@ -28,6 +32,9 @@ def size_config(size: str, *, dense: bool = False, **overrides: Any) -> LeptonCo
     if not isinstance(dense, bool):
         raise InputError(f"dense={shown(dense)}: must be True or False")
     complete = preset(size).config(IDEAS)
+    if "window" in overrides and "wide_window" not in overrides:
+        window = overrides["window"]
+        overrides["wide_window"] = WIDER * window if isinstance(window, int) else None
     if not dense:
         window = overrides.get("window", complete.window)
         if isinstance(window, int) and 1 <= window < complete.segment:

@@ -72,6 +72,8 @@ class State:
     """States of ideas by their names, without those in `memory`."""
     memory: Memory
     """The states that outlive the window."""
+    wide: KVCache | KVRing | None = None
+    """kv cache of the wide blocks, which are not in `deep`; None: there are none."""
 
     @property
     def batch_size(self) -> int:

@@ -74,7 +74,8 @@ def test_kept_slots_are_those_that_the_blocks_would_compute():
     with torch.no_grad():
         pool.keep_slots(model, place_B, state)
         states, bias = model.lasting_slots(state)
-        for block, kept in zip(model.blocks, pool.held.state.deep.slots, strict=True):
+        assert model.config.wide_layers == (False, True)
+        for block, (kept,) in zip(model.blocks, (pool.held.state.deep.slots, pool.held.state.wide.slots), strict=True):
             for mine, expected in zip(kept, block.attention.key_value(states, None, bias), strict=True):
                 assert torch.equal(mine[place_B], expected)
 

@@ -30,6 +30,7 @@ SHAPE = {
 }
 IDEAS = {
     "window": 8,
+    "wide_window": 20,
     "segment": 4,
     "thoughts": 2,
     "thought_ffn": 32,
@@ -65,9 +66,18 @@ VARIANTS: dict[str, dict] = {
     "no peek": {**IDEAS, "hint": 0},
     "no router": {**IDEAS, "router": False},
     "no drafts": {**IDEAS, "drafts": 0},
-    "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False, "backout": False},
+    "no uncertainty": {**IDEAS, "uncertainty": False, "token_shift": False, "backout": False, "wide_window": None},
     "factorised, own keys": {**IDEAS, "embed_rank": 16, "shifted_keys": False},
-    "odd edges": {**IDEAS, "window": 37, "segment": 5, "slots": 3, "crystals": 1, "capacity_window": 7, **ROUTED},
+    "odd edges": {
+        **IDEAS,
+        "window": 37,
+        "wide_window": 41,
+        "segment": 5,
+        "slots": 3,
+        "crystals": 1,
+        "capacity_window": 7,
+        **ROUTED,
+    },
     "dense": {"dense": True, "window": None},
 }
 CANARIES = ("complete", "dense")

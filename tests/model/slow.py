@@ -74,12 +74,13 @@ def columns_of(attention, u, config) -> list[Column]:
     ]
 
 
-def run_block(block, x, extra: list[list[Column]], config) -> list[torch.Tensor]:
+def run_block(block, x, extra: list[list[Column]], config, wide: bool = False) -> list[torch.Tensor]:
     """One block over a document; token t also sees the columns `extra[t]`."""
+    window = config.wide_window if wide else config.window
     columns = columns_of(block.attention, [norm(state) for state in x], config)
     result = []
     for t, state in enumerate(x):
-        first = 0 if config.window is None else max(0, t - config.window + 1)
+        first = 0 if window is None else max(0, t - window + 1)
         state = state + attend(block.attention, norm(state), t, columns[first : t + 1] + extra[t], config)
         result.append(state + run_mlp(block.mlp, state))
     return result
@@ -200,11 +201,11 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     if model.crystals is not None:
         seen, log_score = visible_crystals(model.crystals, u, config)
     streams = []
-    for block in model.blocks:
+    for block, wide in zip(model.blocks, config.wide_layers, strict=True):
         extra = [[slot_column(block.attention, u[s], log_score[s], config) for s in seen[t]] for t in range(len(u))]
         for t, group in enumerate(groups):
             extra[t] += [] if group is None else [slot_column(block.attention, norm(z), 0.0, config) for z in group]
-        x = run_block(block, x, extra, config)
+        x = run_block(block, x, extra, config, wide)
         streams.append(x)
     if config.backout:
         middle = [h, *streams][config.middle - config.stem_layers + 1]

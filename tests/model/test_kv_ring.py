@@ -67,12 +67,14 @@ def test_a_chunk_is_written_to_its_rows_alone():
     assert ring.keys[0].count_nonzero() == new.numel()
 
 
-def rings_of(state, columns, window):
+def rings_of(state, columns, config):
     """The state with rings in place of caches, and a function that binds them to all rows."""
     whole = torch.arange(state.batch_size)
 
     def ring(cache):
-        made = KVRing.empty(cache, len(whole), columns, window)
+        is_wide = cache is state.wide
+        more = config.wide_window - config.window if is_wide else 0
+        made = KVRing.empty(cache, len(whole), columns + more, config.wide_window if is_wide else config.window)
         made.load(whole, cache, state.position_B)
         return made
 
@@ -99,7 +101,7 @@ def compare_with_passes(model, call, until, **options):
     states = [model.trunk(tokens[row : row + 1, :5], **rows[row]).state for row in range(2)]
     drafts, remembered = 4, model.config.remembered
     columns = 80 if remembered is None else remembered + 1 + drafts
-    rings, bound = rings_of(State.join(states), columns, model.config.window)
+    rings, bound = rings_of(State.join(states), columns, model.config)
     generator, at, found = torch.Generator().manual_seed(1), 5, []
     with torch.no_grad():
         while at < until:

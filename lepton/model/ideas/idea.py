@@ -117,6 +117,8 @@ class ChunkInputs:
     """Rotary angles of the tokens."""
     causal: CausalWindow
     """Attention mask of the tokens, without slots."""
+    wide: CausalWindow | None
+    """The same in wide blocks; None: there are none."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,17 @@ class Flow(ChunkInputs):
 
     @cached_property
     def plan(self) -> AttentionPlan:
-        """Attention mask of the deep blocks."""
+        """Attention mask of the deep blocks that are not wide."""
+        return self._plan_of(self.causal)
+
+    @cached_property
+    def wide_plan(self) -> AttentionPlan | None:
+        """Attention mask of the wide blocks; None: there are none."""
+        return None if self.wide is None else self._plan_of(self.wide)
+
+    def _plan_of(self, causal: CausalWindow) -> AttentionPlan:
         chosen_BT = self.deep_BT if self.call.routed else None
-        return self.causal.plan(self.slots.mask_BTC if self.slots else None, chosen_BT, static=self.call.static)
+        return causal.plan(self.slots.mask_BTC if self.slots else None, chosen_BT, static=self.call.static)
 
 
 @dataclass
