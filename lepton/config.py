@@ -157,6 +157,11 @@ class LeptonConfig:
         for idea in _checked(self.ideas):
             idea.check(self)
 
+    def check_segment(self) -> None:
+        """Raise InputError if a segment is longer than the attention window."""
+        if self.window is not None and self.segment > self.window:
+            raise InputError(f"segment={self.segment}: must not be longer than window={self.window}")
+
     @property
     def dense(self) -> bool:
         """Whether the model is a plain transformer, without any idea."""

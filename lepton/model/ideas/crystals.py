@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
 from lepton.model.attention import Slots
-from lepton.model.ideas.idea import LONGEST, Contribution, Flow, Idea, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import LONGEST, Contribution, Flow, Idea, Work, matrices
 from lepton.model.layers import at_indices, norm
 from lepton.model.parameters import BIAS, SCORE
 from lepton.model.timeline import Timeline
@@ -54,7 +54,7 @@ class CrystalsConfig(IdeaConfig):
         self.at_least(1, "slots", "per_segment")
         if config.window is None:
             raise InputError("crystals appear where the window ends: give a window, or leave crystals out")
-        segment_within_window(config)
+        config.check_segment()
 
     def build(self, config: LeptonConfig) -> "Crystals":
         return Crystals(config, self)

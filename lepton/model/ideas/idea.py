@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import LeptonConfig
-from lepton.errors import InputError
 from lepton.model.attention import Rotary, Slots
 from lepton.model.layers import norm
 from lepton.model.parameters import Declarations
@@ -381,12 +380,6 @@ class Idea(nn.Module):
     def switches(self) -> dict[str, Switch]:
         """Return ways to switch it off, by their names in tables. By default the model runs as if built without it."""
         return {self.title or self.name: lambda model: model.without(self.name)}
-
-
-def segment_within_window(config: LeptonConfig) -> None:
-    """Raise InputError if a segment is longer than the attention window."""
-    if config.window is not None and config.segment > config.window:
-        raise InputError(f"segment={config.segment}: must not be longer than window={config.window}")
 
 
 def matrices(*modules: nn.Module | None) -> int:

@@ -24,7 +24,7 @@ from lepton.errors import InputError
 from lepton.model.attention import Rotary, Slots
 from lepton.model.block import Block
 from lepton.model.checks import check_range
-from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, segment_within_window
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices
 from lepton.model.kv_cache import KeysValues, KVCache
 from lepton.model.kv_ring import KVRing, joined
 from lepton.model.layers import Linear, at_indices, norm
@@ -67,7 +67,7 @@ class ThoughtsConfig(IdeaConfig):
         self.at_least(1, "count", "ffn")
         if self.over_tokens and self.rounds > self.most_rounds:
             raise InputError(f"thoughts.rounds={self.rounds}: must be at most most_rounds={self.most_rounds}")
-        segment_within_window(config)
+        config.check_segment()
 
     def build(self, config: LeptonConfig) -> "Thoughts":
         return Thoughts(config, self)
