@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from lepton.api import Lepton
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
-from lepton.model.objective import Step
 from lepton.runtime.device import pick_dtype
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 from lepton.train.cost import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
@@ -145,8 +144,7 @@ class LeptonTraining(Training):
 
     def step(self, batches: Sequence[Batch], index: int, scale: float) -> dict[str, Tensor]:
         for micro, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
-            think, groups = plan_batch(self.model, batch.tokens, self.seed, index, micro)
-            step = Step(scale, draw_served(self.model, batch.tokens, self.seed, index, micro))
+            think, groups, step = plan_step(self.model, batch.tokens, self.seed, index, micro, scale=scale)
             self.micro_step(batch.tokens, batch.lengths, think, groups, share, step=step)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}

@@ -16,8 +16,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from benchmarks.proving_ground.contenders import MEMORY
 from benchmarks.proving_ground.filler import noise, prose
-from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.stories import KINDS, NUMBERS, PLURAL, Question, invented, load_stories, renamed
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.contenders import thinking
+from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -157,16 +158,7 @@ def shape(task: Hops) -> LeptonConfig:
     return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
 
-CONTENDERS = {
-    "deep": Contender(changes=dense(layers=20), equal=False),
-    "dense": Contender(changes=dense()),
-    "no_thoughts": Contender(changes={"thoughts": None}),
-    "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
-    "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
-    "thoughts": Contender(),
-}
-"""The control comes first: 20 layers should reach 16 hops. With slots alone the tokens do not think. Pauses are tokens
-in the row: the configuration cannot say thoughts of one round with a constant start."""
+CONTENDERS = thinking(layers=20)
 
 
 def main(words: Sequence[str] | None = None) -> None:

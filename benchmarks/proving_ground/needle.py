@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.proving_ground.contenders import MEMORY, remembering
 from benchmarks.proving_ground.filler import prose
-from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -146,16 +147,7 @@ def shape(task: Needle) -> LeptonConfig:
     return config.replace(memory=MEMORY, crystals={"slots": 64})
 
 
-CONTENDERS = {
-    "dense": Contender(changes=dense()),
-    "deep": Contender(changes=dense(layers=8), equal=False),
-    "window_only": Contender(changes={"ideas": ()}),
-    "crystals": Contender(changes={"memory": None}),
-    "memory": Contender(changes={"crystals": None}),
-    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
-    "complete": Contender(),
-}
-"""The controls come first: full attention should find every needle at the length of training."""
+CONTENDERS = remembering()
 
 
 def main(words: Sequence[str] | None = None) -> None:

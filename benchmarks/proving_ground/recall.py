@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.contenders import MEMORY, remembering
+from benchmarks.proving_ground.runner import SHAPE, Contender, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -118,18 +119,9 @@ def shape(task: Recall) -> LeptonConfig:
     return config.replace(memory={**MEMORY, "reads": 1 + task.two_step}, crystals={"slots": 64})
 
 
-CONTENDERS = {
-    "dense": Contender(changes=dense()),
-    "deep": Contender(changes=dense(layers=8), equal=False),
-    "window_only": Contender(changes={"ideas": ()}),
-    "crystals": Contender(changes={"memory": None}),
-    "memory": Contender(changes={"crystals": None}),
-    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
-    "one_read": Contender(changes={"crystals": None, "memory.reads": 1}),
-    "complete": Contender(),
-}
-"""The controls come first: full attention should find every pair, of two steps with 8 layers if not with 4. A fading
-memory forgets at each token, whether it writes or not. For two steps the memory is read twice, but for `one_read`."""
+CONTENDERS = remembering(one_read=Contender(changes={"crystals": None, "memory.reads": 1}))
+"""For two steps the memory is read twice, but for `one_read`; the control should find them with 8 layers if not with 4.
+"""
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -22,9 +22,8 @@ from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
-from lepton.model.objective import Step
 from lepton.model.size_config import DENSE, count_params, widened
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 
 SHAPE: dict[str, Any] = {
     "width": 256,
@@ -38,8 +37,6 @@ SHAPE: dict[str, Any] = {
     "backout": True,
 }
 """Trunk of the contenders, unless a task says otherwise: about 3.5 M parameters."""
-MEMORY: dict[str, Any] = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
-"""Working memory of the tasks that are about remembering."""
 SMALL: dict[str, Any] = {"width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn": 128}
 """What `--smoke` makes of it."""
 RATES = (0.3, 1.0, 3.0)
@@ -83,8 +80,7 @@ class TaskTraining(LeptonTraining):
 
     def step(self, batches: Sequence[Any], index: int, scale: float) -> dict[str, Tensor]:
         (batch,) = batches
-        think, groups = plan_batch(self.model, batch.tokens, self.seed, index, 0)
-        step = Step(scale, draw_served(self.model, batch.tokens, self.seed, index, 0))
+        think, groups, step = plan_step(self.model, batch.tokens, self.seed, index, 0, scale=scale)
         self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, step=step)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
