@@ -131,6 +131,12 @@ class Babi(Task):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 2 + 1)
         return self.behind(generator, rows, self.lengths[index % len(self.lengths)], 1.0, test=True)
 
+    def part(self, index: int) -> str:
+        return f"behind {self.lengths[index % len(self.lengths)]} tokens"
+
+    def longer(self, index: int) -> bool:
+        return index % len(self.lengths) > 0
+
     def behind(self, generator: torch.Generator, rows: int, filler: int, share: float, *, test: bool) -> Questions:
         """Return questions behind `share` of so many tokens of filler; the rest stands before the story."""
         tasks = self._sorted["test" if test else "train"]
@@ -186,15 +192,15 @@ def shape(task: Babi) -> LeptonConfig:
 
 
 CONTENDERS = {
-    "deep": Contender(changes=dense(layers=8), equal=False),
-    "dense": Contender(changes=dense()),
+    "deep": Contender(changes=dense(layers=8), equal=False, longer=False),
+    "dense": Contender(changes=dense(), longer=False),
     "window_only": Contender(changes={"ideas": ()}),
     "no_memory": Contender(changes={"memory": None}),
     "no_crystals": Contender(changes={"crystals": None}),
     "no_thoughts": Contender(changes={"thoughts": None}),
     "complete": Contender(),
 }
-"""The control comes first: full attention of 8 layers should learn the tasks."""
+"""The control comes first: full attention of 8 layers should learn the tasks, behind as much as in training."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -12,11 +12,11 @@ def remembering(**more: Contender) -> dict[str, Contender]:
     """Return the contenders of a task about what lies beyond the window, and `more` of its own before `complete`.
 
     The controls come first: full attention of 4 layers, and of 8 layers, should find all that lies in a row of the
-    length of training. `fading` forgets at each token, whether it writes or not.
+    length of training, and is not tested on longer ones. `fading` forgets at each token, whether it writes or not.
     """
     return {
-        "dense": Contender(changes=dense()),
-        "deep": Contender(changes=dense(layers=8), equal=False),
+        "dense": Contender(changes=dense(), longer=False),
+        "deep": Contender(changes=dense(layers=8), equal=False, longer=False),
         "window_only": Contender(changes={"ideas": ()}),
         "crystals": Contender(changes={"memory": None}),
         "memory": Contender(changes={"crystals": None}),

@@ -28,6 +28,16 @@ def test_a_planted_oracle_is_counted_right():
     assert score(lambda questions: (questions.answers, questions.level), batches()).share == 1
 
 
+def test_an_answer_of_two_tokens_is_right_when_both_are():
+    tokens = torch.tensor([[9, 1, 2, 9, 3, 4, 9], [9, 5, 6, 9, 7, 8, 9]])
+    level = torch.tensor([[1, 1, 0, 2, 2, 0], [1, 1, 0, 2, 2, 0]])
+    questions = Questions(tokens, torch.full((2,), 7), level > 0, level)
+    guess = torch.tensor([[1, 2, 0, 0, 4, 0], [5, 0, 0, 7, 8, 0]])
+    found = score(lambda _: (guess, 0.5 * (level > 0)), [questions], 2)
+    assert (found.asked, found.right) == ({1: 2, 2: 2}, {1: 1, 2: 1})
+    assert found.nats == 1, "of an answer"
+
+
 def test_the_most_frequent_answer():
     tokens = torch.tensor([[1, 7, 1], [1, 7, 2], [1, 8, 2]])
     level = torch.tensor([[1, 2], [1, 2], [1, 2]])
