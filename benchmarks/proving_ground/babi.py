@@ -185,8 +185,12 @@ def _tokenizer(path: str) -> Tokenizer:
 
 
 def shape(task: Babi) -> LeptonConfig:
-    """Return the complete model: a window of 512, all that reads beyond it, and thoughts."""
-    config = LeptonConfig(**SHAPE, window=512, segment=128, vocab_size=task.vocab_size)
+    """Return the complete model: a window of 512, all that reads beyond it, and thoughts.
+
+    With prose the embedding is factorised: at full width the head would take most of a step's time.
+    """
+    rank = 64 if task.filler_dir else None
+    config = LeptonConfig(**SHAPE, window=512, segment=128, embed_rank=rank, vocab_size=task.vocab_size)
     thoughts = {"count": 4, "ffn": 512, "rounds": 4, "most_rounds": 8, "over_tokens": True}
     return config.replace(memory=MEMORY, crystals={"slots": 64}, thoughts=thoughts)
 

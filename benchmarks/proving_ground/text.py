@@ -98,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(line_of(row))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"task": "Text", **vars(chosen), "options": rest, "rows_of_table": table,
-                      "seconds": round(time.perf_counter() - begun, 1), "torch": torch.__version__,
+                      "took_s": round(time.perf_counter() - begun, 1), "torch": torch.__version__,
                       "device": device}), flush=True)  # fmt: skip
 
 
