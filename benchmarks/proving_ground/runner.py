@@ -23,10 +23,11 @@ from torch import Tensor
 
 from benchmarks.proving_ground.clock import TIMED, Clock, fitted
 from benchmarks.proving_ground.task import Answer, Count, Questions, Score, Task, rules, score
-from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, own_schedule
+from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, change_ideas, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
+from lepton.model.parameters import FEED
 from lepton.model.size_config import DENSE, count_params, widened
 from lepton.runtime.device import free_unused_memory, synchronize
 from lepton.train.batch_plan import plan_step
@@ -271,8 +272,7 @@ class Proof:
         chosen = self.chosen
         torch.manual_seed(chosen.seed)
         model = Lepton(contender.config(self.complete)).to(self.device)
-        for idea in model.ideas.values():
-            idea.loss_weights = {key: contender.losses.get(key, value) for key, value in idea.loss_weights.items()}
+        change_ideas(model, contender.losses, chosen.feeds_rate)
         training = TaskTraining(model, chosen.way, seed=chosen.seed)
         training.prepare(chosen.rows, task.training(0, 1, 1).targets.shape[1])
         return training
@@ -319,6 +319,12 @@ def read(
     parser.add_argument("--seconds", type=float, help=f"of each contender (default: {TOTAL:g} in all)")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="multiples of the usual learning rates")
     parser.add_argument("--search", type=float, default=0.15, help="share of the steps at which rates are compared")
+    parser.add_argument(
+        "--feeds_rate",
+        type=float,
+        default=defaults.get("feeds_rate", FEED.rate),
+        help="share of the rate for what ideas add to the stream",
+    )
     parser.add_argument("--think", type=int, nargs="*", default=[], help="rounds of thinking to test with in addition")
     parser.add_argument("--way", choices=WAYS, help="default: compiled on a GPU, plain on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps")
@@ -347,7 +353,8 @@ def prove(
         kind: the task.
         shape: the complete model's configuration for it.
         contenders: by name.
-        defaults: `steps`, `rows` and `test_batches` of a full run, and `test_rows` if they are not as many.
+        defaults: `steps`, `rows` and `test_batches` of a full run, `test_rows` if they are not as many,
+            and `feeds_rate` if it is not the usual one.
         words: of the command line.
     """
     chosen = read(kind, contenders, defaults, words)
