@@ -26,7 +26,9 @@ def remembering(**more: Contender) -> dict[str, Contender]:
     }
 
 
-def thinking(layers: int, slots_alone: dict[str, Any] | None = None) -> dict[str, Contender]:
+def thinking(
+    layers: int, pauses: dict[str, Any] | None = None, slots_alone: dict[str, Any] | None = None
+) -> dict[str, Contender]:
     """Return the contenders of a task about steps in series.
 
     The control comes first: so many layers should learn it. With slots alone the tokens do not think. Pauses are tokens
@@ -34,13 +36,14 @@ def thinking(layers: int, slots_alone: dict[str, Any] | None = None) -> dict[str
 
     Args:
         layers: of the control.
+        pauses: fields of the task with pauses; by default 8 of them.
         slots_alone: further changes that give slots their best chance.
     """
     return {
         "deep": Contender(changes=dense(layers=layers), equal=False),
         "dense": Contender(changes=dense()),
         "no_thoughts": Contender(changes={"thoughts": None}),
-        "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
+        "pauses": Contender(changes={"thoughts": None}, data=pauses or {"pauses": 8}),
         "slots_alone": Contender(changes={"thoughts.over_tokens": False, **(slots_alone or {})}),
         "thoughts": Contender(),
     }

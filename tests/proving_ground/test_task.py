@@ -60,7 +60,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(name):
     ("name", "fields", "message"),
     [
         ("hops", {"trained": 33}, "trained=33"),
-        ("hops", {"every": 8, "pauses": 8}, "every=8: must be at least 11"),
+        ("hops", {"every": 0}, "every=0, pauses=0: must be at least 1 and 0"),
         ("recall", {"pairs": 100}, "pairs=100"),
         ("recall", {"pairs": 64, "keys": 32}, "at most keys=32"),
         ("path_star", {"arms": 10, "length": 20}, "191 nodes"),
