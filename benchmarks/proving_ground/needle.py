@@ -25,7 +25,7 @@ from benchmarks.proving_ground.contenders import MEMORY, remembering
 from benchmarks.proving_ground.filler import prose
 from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.sentences import KEY, NEW, TEMPLATES, VALUE, Language, language
-from benchmarks.proving_ground.task import EOS, Questions, Task
+from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 
@@ -144,9 +144,8 @@ class Needle(Task):
         body = width - asked * question
         most = body // sentence
         slots = max(count, round(most * share))
-        place_BK = torch.rand(rows, slots, generator=generator).argsort(1)[:, :count]
-        place_BK = place_BK * sentence + body - slots * sentence
-        words_BK = torch.rand(rows, len(said.words_W), generator=generator).argsort(1)[:, : KEY * count]
+        place_BK = different(generator, rows, count, slots) * sentence + body - slots * sentence
+        words_BK = different(generator, rows, KEY * count, len(said.words_W))
         keys_BK2 = said.words_W[words_BK].view(rows, count, KEY)
         values_BK2 = said.values_N2[torch.randint(len(said.values_N2), (rows, count), generator=generator)]
         index_BX = (place_BK[..., None] + torch.arange(sentence)).flatten(1)

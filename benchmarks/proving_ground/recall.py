@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.proving_ground.contenders import MEMORY, remembering
 from benchmarks.proving_ground.runner import SHAPE, Contender, prove
-from benchmarks.proving_ground.task import EOS, Questions, Task
+from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 
@@ -63,7 +63,7 @@ class Recall(Task):
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
         pairs = self.pairs >> min(HALVINGS, int((1 - share) * (HALVINGS + 1)))
         episodes = self.pairs // pairs
-        keys_BEK = torch.rand(rows, self.keys, generator=generator).argsort(1)[:, : self.pairs] + self.begin + 1
+        keys_BEK = different(generator, rows, self.pairs, self.keys) + self.begin + 1
         keys_BEK = keys_BEK.view(rows, episodes, pairs)
         values_BEK = torch.randint(self.value, self.vocab_size, keys_BEK.shape, generator=generator)
         if self.two_step:  # a -> b, b -> c

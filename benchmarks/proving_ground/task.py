@@ -98,6 +98,11 @@ class Task(ABC):
         return self.draw(generator, rows, 1.0, test=True)
 
 
+def different(generator: torch.Generator, rows: int, count: int, below: int) -> Tensor:
+    """Return `count` different numbers below `below` in random order [rows, count]."""
+    return torch.rand(rows, below, generator=generator).topk(count).indices
+
+
 Answer = Callable[[Questions], tuple[Tensor, Tensor]]
 """Questions -> the answers [B, T], of which only those at scored places matter, and the nats of the true ones [B, T], 0
 at other places."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.proving_ground.task import Questions, rules, score
+from benchmarks.proving_ground.task import Questions, different, rules, score
 from lepton.errors import InputError
 from tests.proving_ground.tasks import FILES, Echo
 
@@ -44,6 +44,13 @@ def test_the_most_frequent_answer():
     found = rules(Echo(), [Questions(tokens, torch.full((3,), 3), level > 0, level)])["most frequent answer"]
     assert (found.within(1, 1), found.within(2, 2)) == (2 / 3, 2 / 3)
     assert math.isnan(found.nats)
+
+
+def test_different_numbers_in_random_order():
+    found = different(torch.Generator().manual_seed(0), 4000, 3, 5)
+    assert all(len({*row}) == 3 for row in found.tolist())
+    counts = torch.stack([(found == number).double().mean(0) for number in range(5)])
+    torch.testing.assert_close(counts, torch.full((5, 3), 0.2, dtype=torch.float64), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("name", FILES)
