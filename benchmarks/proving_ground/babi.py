@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.contenders import MEMORY
+from benchmarks.proving_ground.contenders import FEEDS_RATE, MEMORY
 from benchmarks.proving_ground.filler import noise, prose
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
 from benchmarks.proving_ground.stories import KINDS, NUMBERS, PLURAL, Question, invented, load_stories, renamed
@@ -207,9 +207,12 @@ CONTENDERS = {
 """The control comes first: full attention of 8 layers should learn the tasks, behind as much as in training."""
 
 
+DEFAULTS = {"steps": 4000, "rows": 16, "test_batches": 64, "feeds_rate": FEEDS_RATE}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Babi, shape, CONTENDERS, {"steps": 4000, "rows": 16, "test_batches": 64}, words)
+    prove(Babi, shape, CONTENDERS, DEFAULTS, words)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.contenders import MEMORY, remembering
+from benchmarks.proving_ground.contenders import FEEDS_RATE, MEMORY, remembering
 from benchmarks.proving_ground.filler import prose
 from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.sentences import KEY, NEW, TEMPLATES, VALUE, Language, language
@@ -190,9 +190,12 @@ def shape(task: Needle) -> LeptonConfig:
 CONTENDERS = remembering()
 
 
+DEFAULTS = {"steps": 6000, "rows": 16, "test_batches": 64, "test_rows": 64, "feeds_rate": FEEDS_RATE}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Needle, shape, CONTENDERS, {"steps": 6000, "rows": 16, "test_batches": 64, "test_rows": 64}, words)
+    prove(Needle, shape, CONTENDERS, DEFAULTS, words)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.contenders import MEMORY, remembering
+from benchmarks.proving_ground.contenders import FEEDS_RATE, MEMORY, remembering
 from benchmarks.proving_ground.runner import SHAPE, Contender, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
@@ -124,9 +124,12 @@ CONTENDERS = remembering(one_read=Contender(changes={"crystals": None, "memory.r
 """
 
 
+DEFAULTS = {"steps": 6000, "rows": 64, "test_batches": 8, "feeds_rate": FEEDS_RATE}
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Recall, shape, CONTENDERS, {"steps": 6000, "rows": 64, "test_batches": 8}, words)
+    prove(Recall, shape, CONTENDERS, DEFAULTS, words)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.proving_ground.needle import KINDS, STEP, Needle, main
-from benchmarks.proving_ground.runner import hidden_at
+from benchmarks.proving_ground.runner import dense, hidden_at
 from benchmarks.proving_ground.sentences import NEW, QUESTION, TEMPLATES, language
 from benchmarks.proving_ground.task import rules
 from lepton.api import Lepton
@@ -130,16 +130,20 @@ def test_what_cannot_be_drawn_is_named(fields, message):
         Needle(**fields)
 
 
-@pytest.mark.parametrize("ideas", [{}, {"ideas": ()}])
-def test_a_stream_gives_the_hidden_vectors_of_one_pass(ideas, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"ideas": ()}, dense()])
+def test_a_stream_gives_the_hidden_vectors_of_one_pass(changes, monkeypatch):
     monkeypatch.setattr("benchmarks.proving_ground.runner.CHUNK", 32)
     torch.manual_seed(0)
     config = LeptonConfig(width=32, layers=4, heads=2, kv_heads=2, head_dim=16, ffn=64, vocab_size=20, window=16)
-    model = Lepton(config.replace(**ideas)).eval()
+    model = Lepton(config.replace(**changes)).eval()
+    for parameter in model.parameters():  # zero weights would hide what is read of tokens before
+        parameter.data += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
     tokens, chosen = torch.randint(1, 20, (3, 100)), torch.rand(3, 100) < 0.2
     streamed = hidden_at(model, tokens, chosen)
     with torch.no_grad():
         torch.testing.assert_close(streamed, model.trunk(tokens).hidden[chosen], rtol=1e-4, atol=1e-4)
+        apart = torch.cat([model.trunk(part).hidden for part in tokens.split(32, 1)], 1)[chosen]
+        assert (streamed - apart).abs().max() > 0.1, "chunks that know of none before"
 
 
 def test_smoke(capsys):
