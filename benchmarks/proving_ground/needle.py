@@ -31,6 +31,9 @@ from lepton.errors import InputError
 
 KINDS = {"noise": 1, "prose": 1, "four": 4, "known": 1}
 """Kinds of the test, and the keys that a row asks for."""
+NEAREST = 0.5
+"""Share of the filler that holds all sentences at the start of training. Nearer ones would lie in the window, and the
+first lesson would be that it needs no memory."""
 STEP = 16
 """Levels of a kind: one for each length of the test."""
 
@@ -143,7 +146,7 @@ class Needle(Task):
         sentence, question = said.sentences_FS.shape[1], len(said.question_Q)
         body = width - asked * question
         most = body // sentence
-        slots = max(count, round(most * share))
+        slots = max(count, round(most * max(NEAREST, share)))
         place_BK = different(generator, rows, count, slots) * sentence + body - slots * sentence
         words_BK = different(generator, rows, KEY * count, len(said.words_W))
         keys_BK2 = said.words_W[words_BK].view(rows, count, KEY)
