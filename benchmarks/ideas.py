@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import LeptonTraining, held_out_nats, own_schedule
+from benchmarks.training import LeptonTraining, change_ideas, held_out_nats, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import Batch, ShardedDataset
@@ -65,12 +65,7 @@ class Run:
         torch.manual_seed(arguments.seed)
         self.model = Lepton(self.config()).to(self.device)
         weights = {name: float(value) for name, value in (change.split("=") for change in arguments.weights)}
-        for idea in self.model.ideas.values():
-            idea.loss_weights = {name: weights.get(name, value) for name, value in idea.loss_weights.items()}
-            idea.declares = {
-                name: entry.but(rate=arguments.feeds_rate) if entry is FEED else entry
-                for name, entry in idea.declares.items()
-            }
+        change_ideas(self.model, weights, arguments.feeds_rate)
         self.training = self.in_training()
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)

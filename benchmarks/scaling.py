@@ -29,10 +29,9 @@ from benchmarks.train_speed import STEPS_GPU, table
 from lepton.api import Lepton
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.distributed import Ranks, joined
-from lepton.model.objective import Step
 from lepton.model.size_config import size_config
 from lepton.runtime.device import peak_flops, peak_memory, pick_dtype, synchronize
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 from lepton.train.cost import training_flops_per_token
 from lepton.train.gradients import FlatGradients
 from lepton.train.memory_forecast import predicted_memory
@@ -109,8 +108,7 @@ class Run:
         counts = [int(batch.lengths.sum()) - len(batch.lengths) for batch in batches]
         total = self.ranks.total(sum(counts))
         for micro, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-            think, groups = plan_batch(self.model, batch.tokens, 0, index, micro)
-            step = Step(served_BT=draw_served(self.model, batch.tokens, 0, index, micro))
+            think, groups, step = plan_step(self.model, batch.tokens, 0, index, micro)
             self.micro_step(batch.tokens, batch.lengths, think, groups, count / total, step=step)
         figures = torch.stack(list(self.micro_step.take_figures().values()))
         self.ranks.add_([*self.gradients.buffers, figures])

@@ -1,7 +1,7 @@
 """Models in training as benchmarks drive them: whole steps on given batches, held-out nats, and a fresh start."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lepton.api import Lepton
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
-from lepton.model.objective import Step
+from lepton.model.parameters import FEED
 from lepton.runtime.device import pick_dtype
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 from lepton.train.cost import training_flops_per_token
 from lepton.train.micro_step import MicroStep
 from lepton.train.optimizer import Optimizers
@@ -40,6 +40,21 @@ def own_schedule(step: int, steps: int) -> float:
         cooldown=DEFAULTS.cooldown,
         min_lr_ratio=DEFAULTS.min_lr_ratio,
     )
+
+
+def change_ideas(model: Lepton, losses: Mapping[str, float], feeds_rate: float) -> None:
+    """Change how ideas learn, before an optimizer is made.
+
+    Args:
+        model: it is changed.
+        losses: weights of auxiliary losses; others stay as they are.
+        feeds_rate: share of Muon's rate for the feeds of deep blocks.
+    """
+    for idea in model.ideas.values():
+        idea.loss_weights = {name: losses.get(name, value) for name, value in idea.loss_weights.items()}
+        idea.declares = {
+            name: entry.but(rate=feeds_rate) if entry is FEED else entry for name, entry in idea.declares.items()
+        }
 
 
 class Training(ABC):
@@ -145,8 +160,7 @@ class LeptonTraining(Training):
 
     def step(self, batches: Sequence[Batch], index: int, scale: float) -> dict[str, Tensor]:
         for micro, (batch, share) in enumerate(zip(batches, shares(batches), strict=True)):
-            think, groups = plan_batch(self.model, batch.tokens, self.seed, index, micro)
-            step = Step(scale, draw_served(self.model, batch.tokens, self.seed, index, micro))
+            think, groups, step = plan_step(self.model, batch.tokens, self.seed, index, micro, scale=scale)
             self.micro_step(batch.tokens, batch.lengths, think, groups, share, step=step)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.contenders import thinking
+from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 
@@ -101,15 +102,7 @@ def shape(task: Chains) -> LeptonConfig:
     return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
 
-CONTENDERS = {
-    "deep": Contender(changes=dense(layers=16), equal=False),
-    "dense": Contender(changes=dense()),
-    "no_thoughts": Contender(changes={"thoughts": None}),
-    "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
-    "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
-    "thoughts": Contender(),
-}
-"""The control comes first: 16 layers should learn 8 operations."""
+CONTENDERS = thinking(layers=16)
 
 
 def main(words: Sequence[str] | None = None) -> None:

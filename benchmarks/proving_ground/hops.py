@@ -1,10 +1,13 @@
-"""Hops: the token after the latest earlier occurrence of the present one, and again from there, p times.
+"""Hops: the letter after the latest earlier occurrence of the present one, and again from there, p times.
 
 A row begins with p and goes on with letters, no two neighbours equal: with equal ones the last letter alone would be
-right in 44 % of all rows at p = 16. Where a mark asks, the letter p hops back is the answer, in letters of their own.
-Training has such marks all through the second half of a row, the test one at its end. A level is a number of hops.
+right in 44 % of all rows at p = 16. After each letter there is a place for the letter p hops back, in letters of their
+own. In the test all of these places are empty, but for the last one, which is asked for. In training a share of them
+has the answer, all of them in half of the rows: a model of the same form that was asked at every place learnt 16 hops,
+and asked at every 32nd place 8 (docs/log/2026-11-27.md). The letters lie equally far apart in training and in the test:
+with answers between few of them, a model learns a distance that the test does not have. A level is a number of hops.
 
-    python -m benchmarks.proving_ground.hops --models deep
+    python -m benchmarks.proving_ground.hops --models thoughts --rates 1 --seconds 300
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
+from benchmarks.proving_ground.contenders import thinking
+from benchmarks.proving_ground.runner import SHAPE, prove
 from benchmarks.proving_ground.task import EOS, Questions, Task
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
@@ -33,22 +37,20 @@ class Hops(Task):
     token of its own."""
     alphabet: int = 4
     length: int = 256
-    """Place of the last question."""
-    every: int = 32
-    """Distance of the questions of the second half; segments open there."""
+    """Letters of a row."""
+    every: int = 1
+    """Letters from one that has a place for an answer in training to the next; the last one has one."""
     pauses: int = 0
-    """Tokens without meaning between a question and its answer."""
+    """Tokens without meaning between a letter and the place for its answer."""
 
-    small = {"length": 64, "every": 16, "trained": 4}
+    small = {"length": 32, "trained": 4}
     columns = ((1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (9, 16), (16, 16), (17, 32), (32, 32))
 
     def __post_init__(self) -> None:
         if not 1 <= self.trained <= DEEPEST:
             raise InputError(f"trained={self.trained}: must lie in 1..{DEEPEST}")
-        if self.every < 3 + self.pauses:
-            raise InputError(
-                f"every={self.every}: must be at least {3 + self.pauses}, the places of a question and more"
-            )
+        if self.every < 1 or self.pauses < 0:
+            raise InputError(f"every={self.every}, pauses={self.pauses}: must be at least 1 and 0")
 
     @property
     def vocab_size(self) -> int:
@@ -59,18 +61,19 @@ class Hops(Task):
         return 1 / self.alphabet
 
     @property
-    def ask(self) -> int:
-        """The mark of a question; letters are 1 .. alphabet, and as answers those after them."""
-        return EOS + 1 + 2 * self.alphabet
-
-    @property
     def pause(self) -> int:
-        return self.ask + 1
+        """Stands where there is no answer; letters are 1 .. alphabet, and as answers those after them."""
+        return EOS + 1 + 2 * self.alphabet
 
     @property
     def hop(self) -> int:
         """First of the tokens that say p."""
-        return self.ask + 2
+        return self.pause + 1
+
+    @property
+    def place(self) -> int:
+        """Place of the last letter, where no pauses stand before it."""
+        return self.head(torch.ones(1, dtype=torch.int64)).shape[1] + 2 * (self.length - 1)
 
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
         if test:
@@ -78,49 +81,41 @@ class Hops(Task):
             p_B = 1 + (torch.arange(rows) + torch.randint(tested, (1,), generator=generator)) % tested
         else:
             p_B = torch.randint(1, 1 + max(1, round(self.trained * share)), (rows,), generator=generator)
+        letters_BL = letters(generator, rows, self.length, self.alphabet)
+        index_L = torch.arange(self.length)
+        found_BL = hop(letters_BL, index_L, p_B)
+        last_L = index_L == self.length - 1
+        asked_L = last_L if test else (self.length - 1 - index_L) % self.every == 0
+        share_B = (2 * torch.rand(rows, generator=generator)).clamp(max=1)
+        drawn_BL = torch.rand(rows, self.length, generator=generator) < share_B[:, None]
+        given_BL = (found_BL >= 0) & asked_L & (last_L | drawn_BL)
         head_BX = self.head(p_B)
-        asks = [self.length] if test else [*range(self.length // 2, self.length + 1, self.every)]
-        width = self.length + 2 + self.pauses
-        place_X = torch.arange(width)
-        free_X = place_X >= head_BX.shape[1]
-        for place in asks:
-            free_X[place : place + 2 + self.pauses] = False
-        letters_BL = letters(generator, rows, int(free_X.sum()), self.alphabet)
-        tokens_BX = torch.full((rows, width), self.pause)
+        answer_L = head_BX.shape[1] - 1 + (2 + self.pauses * asked_L).cumsum(0)
+        letter_L = answer_L - 1 - self.pauses * asked_L
+        tokens_BX = torch.full((rows, int(answer_L[-1]) + 1), self.pause)
         tokens_BX[:, : head_BX.shape[1]] = head_BX
-        tokens_BX[:, free_X] = letters_BL + 1
-        targets_BT = torch.zeros(rows, width - 1, dtype=torch.bool)
-        before_X = free_X.cumsum(0)
-        asked_Q = before_X[torch.tensor(asks)] - 1  # the letter before each question
-        found_BQ = hop(letters_BL, asked_Q, p_B)
-        for place, found_B in zip(asks, found_BQ.unbind(1), strict=True):
-            tokens_BX[:, place] = self.ask
-            answer = place + 1 + self.pauses
-            tokens_BX[:, answer] = found_B.clamp(min=0) + 1 + self.alphabet
-            targets_BT[:, answer - 1] = found_B >= 0
-        return Questions(tokens_BX, torch.full((rows,), width), targets_BT, targets_BT * p_B[:, None])
+        tokens_BX[:, letter_L] = letters_BL + 1
+        tokens_BX[:, answer_L] = torch.where(given_BL, found_BL + 1 + self.alphabet, self.pause)
+        targets_BT = torch.zeros(rows, tokens_BX.shape[1] - 1, dtype=torch.bool)
+        targets_BT[:, answer_L - 1] = given_BL
+        return Questions(tokens_BX, torch.full((rows,), tokens_BX.shape[1]), targets_BT, targets_BT * p_B[:, None])
 
     def head(self, p_B: Tensor) -> Tensor:
-        """Return the tokens that say p: one, or a mark for each hop among `DEEPEST` places."""
+        """Return the tokens that say p: one and a pause, or a mark for each hop among `DEEPEST` places."""
         if not self.unary:
-            return self.hop + p_B[:, None] - 1
+            return torch.stack([self.hop + p_B - 1, torch.full_like(p_B, self.pause)], 1)
         return self.hop + (torch.arange(DEEPEST) < p_B[:, None]).long()
 
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
         """The letter before the question, and the answer of fewer hops than are asked for, by a plain reading."""
-        rows = questions.tokens
-        is_letter_BX = (rows > EOS) & (rows <= self.alphabet)
-        ask = self.length
-        last_B = rows[:, :ask].gather(1, is_letter_BX[:, :ask].cumsum(1).argmax(1)[:, None])
-        p_B = questions.level.amax(1)
-        letters_BL = rows[:, self.head(p_B[:1]).shape[1] : ask] - 1
-        end_Q = torch.tensor([letters_BL.shape[1] - 1])
-        found = {"the last letter": last_B + self.alphabet}
+        rows, p_B = questions.tokens, questions.level.amax(1)
+        first = self.head(p_B[:1]).shape[1]
+        letters_BL = rows[:, first : self.place + 1 : 2] - 1
+        end_Q = torch.tensor([self.length - 1])
+        found = {"the last letter": letters_BL[:, -1:]}
         for fewer in (1, 2, 4):
-            found[f"{fewer} hops" if fewer > 1 else "1 hop"] = (
-                hop(letters_BL, end_Q, p_B.clamp(max=fewer)).clamp(min=0) + 1 + self.alphabet
-            )
-        return {name: guess_B1.expand_as(questions.level) for name, guess_B1 in found.items()}
+            found[f"{fewer} hops" if fewer > 1 else "1 hop"] = hop(letters_BL, end_Q, p_B.clamp(max=fewer)).clamp(min=0)
+        return {name: (guess_B1 + 1 + self.alphabet).expand_as(questions.level) for name, guess_B1 in found.items()}
 
 
 def letters(generator: torch.Generator, rows: int, count: int, alphabet: int) -> Tensor:
@@ -151,27 +146,22 @@ def hop(letters_BL: Tensor, start_Q: Tensor, p_B: Tensor) -> Tensor:
 
 
 def shape(task: Hops) -> LeptonConfig:
-    """Return the complete model: a window of the whole row, and tokens that think for as many rounds as hops."""
-    config = LeptonConfig(**SHAPE, window=task.length + 64, segment=task.every, vocab_size=task.vocab_size)
+    """Return the complete model: a window of the whole row, and tokens that think for as many rounds as hops.
+
+    A segment opens at the last letter. More of them would cost time in each round, and the tokens think anyway.
+    """
+    config = LeptonConfig(**SHAPE, window=2 * task.place, segment=task.place, vocab_size=task.vocab_size)
     thoughts = {"rounds": task.trained, "most_rounds": max(DEEPEST, task.trained), "over_tokens": True}
     return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
 
-CONTENDERS = {
-    "deep": Contender(changes=dense(layers=20), equal=False),
-    "dense": Contender(changes=dense()),
-    "no_thoughts": Contender(changes={"thoughts": None}),
-    "pauses": Contender(changes={"thoughts": None}, data={"pauses": 8}),
-    "slots_alone": Contender(changes={"thoughts.over_tokens": False}),
-    "thoughts": Contender(),
-}
-"""The control comes first: 20 layers should reach 16 hops. With slots alone the tokens do not think. Pauses are tokens
-in the row: the configuration cannot say thoughts of one round with a constant start."""
+CONTENDERS = thinking(layers=20, pauses={"pauses": 8, "every": 16}, slots_alone={"segment": 16})
+"""Slots alone think at every eighth letter. Pauses at each letter would make rows five times as long."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Hops, shape, CONTENDERS, {"steps": 8000, "rows": 128, "test_batches": 64}, words)
+    prove(Hops, shape, CONTENDERS, {"steps": 8000, "rows": 64, "test_batches": 64, "test_rows": 128}, words)
 
 
 if __name__ == "__main__":

@@ -1,166 +1,204 @@
-"""Needles: sentences that give a key its value, far back in noise or prose, and a question for one or four of them.
+"""Needles: sentences that give a key its value, far back in noise or prose, and questions for one or four of them.
 
-All sentences of a row have one of `TEMPLATES` forms of words, fresh for each row: no mark says that a needle comes, and
-the distractors give other keys other values in the same words. Key and value are two tokens each. Training has 2 k
-tokens, the test up to 64 k, read as a stream. Each token of an answer counts, the second read after the true first one.
-A level is 1 and the number of times that the length has doubled since training.
+A key is two words, a value a number of four digits, in the tokens of a real tokenizer; noise is any of its tokens, and
+prose that of a data set that was prepared with it. All sentences of a row are of one template of fifty: no mark says
+that a needle comes, and the distractors give other keys other values in the same words. Ten templates are left for the
+test, which asks for one key in noise, one in prose, four in prose, and for one in the words of training (`known`). An
+answer is right when both its tokens are. Of four, each is asked for after the true answers to those before.
 
-    python -m benchmarks.proving_ground.needle --asked 4 --filler_dir D --models complete
+Training has rows of 2 k tokens, half of them noise, with more sentences and more questions than the test: one question
+in 2 k tokens would teach slowly. The test reads up to 64 k tokens as a stream. One model is trained for all parts of
+the test. Training and test keep to the time limit of `--seconds`, by default 480 s for all contenders: three quarters
+for training, the rest in equal shares for each kind and length of the test; where time is up, the run says it.
+
+    python -m benchmarks.proving_ground.needle --filler_dir D --tokenizer pile_tokenizer.json --models dense complete
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from benchmarks.proving_ground.contenders import FEEDS_RATE, MEMORY, remembering
 from benchmarks.proving_ground.filler import prose
-from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
-from benchmarks.proving_ground.task import EOS, Questions, Task
+from benchmarks.proving_ground.runner import SHAPE, prove
+from benchmarks.proving_ground.sentences import KEY, NEW, TEMPLATES, VALUE, Language, language
+from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 
-TEMPLATES = 50
-WORDS = 64
-"""Tokens of which the templates are made."""
-FORM = (3, 2, 1)
-"""Words of a template before the key, between key and value, and at the end."""
-SENTENCE = sum(FORM) + 4
-"""Tokens of a sentence."""
-QUESTION = 6
-"""Tokens of a question and its answer: the mark, two of the key, one for reading, two of the value."""
+KINDS = {"noise": 1, "prose": 1, "four": 4, "known": 1}
+"""Kinds of the test, and the keys that a row asks for."""
+NEAREST = 0.5
+"""Share of the filler that holds all sentences at the start of training. Nearer ones would lie in the window, and the
+first lesson would be that it needs no memory."""
+STEP = 16
+"""Levels of a kind: one for each length of the test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Task):
     """Sentences far back, asked for by their key."""
 
-    asked: int = 1
-    """Keys that a row asks for."""
+    taught: int = 8
+    """Keys that a row of training asks for."""
     distractors: int = 4
     """Sentences with keys that nobody asks for."""
     filler_dir: str = ""
-    """Prepared data set for prose; empty: noise."""
-    prose_ids: int = 50257
-    """Ids of the data set's tokenizer."""
-    ids: int = 4096
-    """Tokens of which keys and values are made, and noise."""
+    """Prepared data set for prose; empty: noise in all rows, and no part of the test in prose."""
+    tokenizer: str = ""
+    """File of the tokenizer that the prose was prepared with; empty: the one that LEPTON ships."""
     length: int = 2048
     """Tokens of a row in training, and the fewest in the test."""
     tested: int = 65536
-    """Most tokens of a row in the test: `length` times a power of four, or twice that."""
+    """Most tokens of a row in the test, which has `length`, four times that, and so on, and this."""
 
-    small = {"length": 256, "tested": 512, "ids": 64}
-    columns = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6))
+    small = {"length": 256, "tested": 512, "taught": 1, "distractors": 1, "rows": 4, "test_rows": 4, "test_batches": 6}
+    columns = tuple((STEP * kind + i,) * 2 for kind in range(4) for i in range(1, 5) if kind < 3 or i in (1, 4))
+    whole = VALUE
 
     def __post_init__(self) -> None:
         if self.tested not in [self.length << i for i in range(12)]:
             raise InputError(f"tested={self.tested}: must be length={self.length} times 1, 2, 4, ..")
-        need = (self.asked + self.distractors) * SENTENCE * 2 + QUESTION * self.asked + 2
-        if self.asked < 1 or self.length < need:
-            raise InputError(f"length={self.length}, asked={self.asked}: ask for a key in at least {need} tokens")
+        if self.tokenizer and not self.filler_dir:
+            raise InputError(f"tokenizer={self.tokenizer}: is that of --filler_dir, which is missing")
+        asked = max(self.taught, *KINDS.values())
+        room = 2 * (asked + self.distractors) * self.language.sentences_FS.shape[1]
+        need = room + asked * len(self.language.question_Q)
+        if self.taught < 1 or self.distractors < 0 or self.length < need:
+            raise InputError(
+                f"length={self.length}: give at least {need} tokens for taught={self.taught}, "
+                f"distractors={self.distractors}"
+            )
 
-    @property
-    def first(self) -> int:
-        """First of the tokens of keys, values and noise."""
-        return self.prose_ids if self.filler_dir else EOS + 1
-
-    @property
-    def word(self) -> int:
-        """First of the words of the templates; the mark of a question and the one for reading come after them."""
-        return self.first + self.ids
+    @cached_property
+    def language(self) -> Language:
+        return language(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        return self.word + WORDS + 2
+        return self.language.size
 
     @property
     def chance(self) -> float:
-        return 1 / self.ids
+        return 1 / len(self.language.values_N2)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Lengths of the test."""
-        return [self.length << i for i in range(12) if self.length << i <= self.tested]
+        return sorted({self.tested, *(self.length << i for i in range(0, 12, 2) if self.length << i <= self.tested)})
 
-    def templates(self) -> Tensor:
-        """Return the forms of words [TEMPLATES, words], the same for each seed."""
-        generator = torch.Generator().manual_seed(17)
-        return self.word + torch.randint(WORDS, (TEMPLATES, sum(FORM)), generator=generator)
+    @cached_property
+    def parts(self) -> list[tuple[int, str]]:
+        """Length and kind of the parts of the test, batch after batch another one."""
+        kinds = [kind for kind in KINDS if self.filler_dir or kind != "prose"]
+        return [(length, kind) for length in self.lengths for kind in kinds]
+
+    def part(self, index: int) -> str:
+        length, kind = self.parts[index % len(self.parts)]
+        return f"{kind} {length}"
+
+    def longer(self, index: int) -> bool:
+        return self.parts[index % len(self.parts)][0] > self.length
 
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
-        return self.hidden(generator, rows, self.length, share, test=test)
+        old = len(TEMPLATES) - NEW
+        form_B = torch.randint(old, (rows,), generator=generator)
+        filler_BX = self.filler(generator, rows, self.length + 1, noise=rows // 2, test=test)
+        return self.hidden(generator, filler_BX, form_B, self.taught, share, 1)
 
     def held_out(self, index: int, rows: int) -> Questions:
-        """Return batch `index` of the test; batch after batch has another length."""
+        """Return batch `index` of the test, of one of its parts."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 2 + 1)
-        return self.hidden(generator, rows, self.lengths[index % len(self.lengths)], 1.0, test=True)
+        length, kind = self.parts[index % len(self.parts)]
+        old = len(TEMPLATES) - NEW
+        low, high = (0, old) if kind == "known" else (old, len(TEMPLATES))
+        form_B = torch.randint(low, high, (rows,), generator=generator)
+        filler_BX = self.filler(generator, rows, length + 1, noise=rows if kind == "noise" else 0, test=True)
+        level = 1 + self.lengths.index(length) + STEP * [*KINDS].index(kind)
+        return self.hidden(generator, filler_BX, form_B, KINDS[kind], 1.0, level)
 
-    def hidden(self, generator: torch.Generator, rows: int, length: int, share: float, *, test: bool) -> Questions:
-        """Return rows of so many tokens, with the sentences in the last `share` of them."""
-        count, asks = self.asked + self.distractors, QUESTION * self.asked
-        if self.filler_dir:
-            tokens_BX = prose(self.filler_dir, self.prose_ids, generator, rows, length + 1, test=test)
-        else:
-            tokens_BX = torch.randint(self.first, self.word, (rows, length + 1), generator=generator)
-        most = (length + 1 - asks) // SENTENCE
-        slots = max(count, round(most * share))
-        begin = length + 1 - asks - slots * SENTENCE
-        place_BK = torch.rand(rows, slots, generator=generator).argsort(1)[:, :count] * SENTENCE + begin
-        drawn = torch.rand(rows, self.ids, generator=generator).argsort(1)[:, : 2 * count].view(rows, count, 2)
-        keys_BK2 = self.first + drawn
-        values_BK2 = torch.randint(self.first, self.word, (rows, count, 2), generator=generator)
-        form_BW = self.templates()[torch.randint(TEMPLATES, (rows,), generator=generator)]
-        before, between, after = (each[:, None].expand(-1, count, -1) for each in form_BW.split(FORM, 1))
-        sentences_BKS = torch.cat([before, keys_BK2, between, values_BK2, after], 2)
-        index_BKS = place_BK[..., None] + torch.arange(SENTENCE)
-        tokens_BX.scatter_(1, index_BKS.flatten(1), sentences_BKS.flatten(1))
-        marks = torch.tensor([self.word + WORDS, self.word + WORDS + 1]).expand(rows, self.asked, 2)
-        asked = slice(None, self.asked)
-        questions = torch.cat([marks[..., :1], keys_BK2[:, asked], marks[..., 1:], values_BK2[:, asked]], 2)
-        tokens_BX[:, -asks:] = questions.flatten(1)
-        level_BT = torch.zeros(rows, length, dtype=torch.int64)
-        level = 1 + self.lengths.index(length)
-        for question in range(self.asked):
-            end = length - QUESTION * (self.asked - 1 - question)
-            level_BT[:, end - 2 : end] = level
-        return Questions(tokens_BX, torch.full((rows,), length + 1), level_BT > 0, level_BT)
+    def filler(self, generator: torch.Generator, rows: int, length: int, *, noise: int, test: bool) -> Tensor:
+        """Return filler [rows, length], the first `noise` rows without prose; all without a data set."""
+        noise = noise if self.filler_dir else rows
+        filler_BX = torch.randint(EOS + 1, self.vocab_size, (rows, length), generator=generator)
+        if noise < rows:
+            left = rows - noise
+            filler_BX[noise:] = prose(self.filler_dir, self.vocab_size, generator, left, length, test=test)
+        return filler_BX
+
+    def hidden(
+        self, generator: torch.Generator, tokens_BX: Tensor, form_B: Tensor, asked: int, share: float, level: int
+    ) -> Questions:
+        """Return rows with sentences in the last `share` of the filler `tokens_BX`, and questions at their end.
+
+        Args:
+            generator: of keys, values and places.
+            tokens_BX: filler, which is changed.
+            form_B: template of each row.
+            asked: keys that are asked for.
+            share: in 0..1.
+            level: of the answers.
+        """
+        said, (rows, width), count = self.language, tokens_BX.shape, asked + self.distractors
+        sentence, question = said.sentences_FS.shape[1], len(said.question_Q)
+        body = width - asked * question
+        most = body // sentence
+        slots = max(count, round(most * max(NEAREST, share)))
+        place_BK = different(generator, rows, count, slots) * sentence + body - slots * sentence
+        words_BK = different(generator, rows, KEY * count, len(said.words_W))
+        keys_BK2 = said.words_W[words_BK].view(rows, count, KEY)
+        values_BK2 = said.values_N2[torch.randint(len(said.values_N2), (rows, count), generator=generator)]
+        index_BX = (place_BK[..., None] + torch.arange(sentence)).flatten(1)
+        under_BKS = tokens_BX.gather(1, index_BX).view(rows, count, sentence)
+        forms_BKS = said.sentences_FS[form_B][:, None].expand(-1, count, -1)
+        tokens_BX.scatter_(1, index_BX, said.written(forms_BKS, keys_BK2, values_BK2, under_BKS).flatten(1))
+        form_BKQ = said.question_Q.expand(rows, asked, -1)
+        asked_BKQ = said.written(form_BKQ, keys_BK2[:, :asked], values_BK2[:, :asked], form_BKQ)
+        tokens_BX[:, body:] = asked_BKQ.flatten(1)
+        level_BX = torch.zeros_like(tokens_BX)
+        level_BX[:, body:].view(rows, asked, question)[..., -VALUE:] = level
+        level_BT = level_BX[:, 1:].contiguous()
+        return Questions(tokens_BX, torch.full((rows,), width), level_BT > 0, level_BT)
 
     def column(self, first: int, last: int) -> str:
-        return f"{self.length << first - 1}"
+        kind, i = divmod(first, STEP)
+        lengths = [*self.lengths, *[0] * 4]
+        return f"{[*KINDS][kind][0]}{lengths[i - 1]}" if lengths[i - 1] else "-"
 
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
-        """The value of the latest sentence, whatever its key: found by the words that the row repeats."""
+        """The value of the latest sentence, whatever its key."""
         tokens_BX, found = questions.tokens, torch.zeros_like(questions.level)
-        for row in range(len(tokens_BX)):
-            is_word = (tokens_BX[row] >= self.word) & (tokens_BX[row] < self.word + WORDS)
-            latest = int(is_word.nonzero()[-1]) - 2
-            for end in questions.level[row].nonzero()[1::2, 0].tolist():
-                found[row, end - 1 : end + 1] = tokens_BX[row, latest : latest + 2]
-        return {"the latest value": found}
+        values = {tuple(each) for each in self.language.values_N2.tolist()}
+        for row, places in enumerate(questions.level):
+            ends = (places > 0).nonzero()[:, 0].view(-1, VALUE)
+            tokens = tokens_BX[row].tolist()
+            at = int(ends[0, 0]) - len(self.language.question_Q) + VALUE
+            latest = next(i for i in range(at, 0, -1) if tuple(tokens[i : i + VALUE]) in values)
+            found[row, ends] = tokens_BX[row, latest : latest + VALUE]
+        return {"the latest number": found}
 
 
 def shape(task: Needle) -> LeptonConfig:
-    """Return the complete model: a window of 512, the working memory and crystals."""
-    config = LeptonConfig(**SHAPE, window=512, segment=64, vocab_size=task.vocab_size)
+    """Return the complete model: a window of 512, the working memory and crystals.
+
+    The embedding is factorised: at full width it would be four times the rest, and the head most of a step's time.
+    """
+    config = LeptonConfig(**SHAPE, window=512, segment=64, embed_rank=64, vocab_size=task.vocab_size)
     return config.replace(memory=MEMORY, crystals={"slots": 64})
 
 
-CONTENDERS = {
-    "dense": Contender(changes=dense()),
-    "deep": Contender(changes=dense(layers=8), equal=False),
-    "window_only": Contender(changes={"ideas": ()}),
-    "crystals": Contender(changes={"memory": None}),
-    "memory": Contender(changes={"crystals": None}),
-    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
-    "complete": Contender(),
-}
-"""The controls come first: full attention should find every needle at the length of training."""
+CONTENDERS = remembering()
+
+
+DEFAULTS = {"steps": 6000, "rows": 16, "test_batches": 64, "test_rows": 64, "feeds_rate": FEEDS_RATE}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Needle, shape, CONTENDERS, {"steps": 6000, "rows": 16, "test_batches": 24}, words)
+    prove(Needle, shape, CONTENDERS, DEFAULTS, words)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.proving_ground.runner import SHAPE, Contender, dense, prove
-from benchmarks.proving_ground.task import EOS, Questions, Task
+from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 
@@ -68,7 +68,7 @@ class PathStar(Task):
 
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
         edges, steps = self.arms * (self.length - 1), self.length - 1
-        nodes_BN = torch.rand(rows, self.ids, generator=generator).argsort(1)[:, : 1 + edges] + EOS + 1
+        nodes_BN = different(generator, rows, 1 + edges, self.ids) + EOS + 1
         start_B, arms_BAS = nodes_BN[:, 0], nodes_BN[:, 1:].view(rows, self.arms, steps)
         from_BAS = torch.cat([start_B[:, None, None].expand(-1, self.arms, 1), arms_BAS[..., :-1]], 2)
         ends_BA = torch.full_like(arms_BAS, self.between)

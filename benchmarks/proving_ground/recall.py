@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.runner import MEMORY, SHAPE, Contender, dense, prove
-from benchmarks.proving_ground.task import EOS, Questions, Task
+from benchmarks.proving_ground.contenders import FEEDS_RATE, MEMORY, remembering
+from benchmarks.proving_ground.runner import SHAPE, Contender, prove
+from benchmarks.proving_ground.task import EOS, Questions, Task, different
 from lepton.config import LeptonConfig
 from lepton.errors import InputError
 
@@ -62,7 +63,7 @@ class Recall(Task):
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
         pairs = self.pairs >> min(HALVINGS, int((1 - share) * (HALVINGS + 1)))
         episodes = self.pairs // pairs
-        keys_BEK = torch.rand(rows, self.keys, generator=generator).argsort(1)[:, : self.pairs] + self.begin + 1
+        keys_BEK = different(generator, rows, self.pairs, self.keys) + self.begin + 1
         keys_BEK = keys_BEK.view(rows, episodes, pairs)
         values_BEK = torch.randint(self.value, self.vocab_size, keys_BEK.shape, generator=generator)
         if self.two_step:  # a -> b, b -> c
@@ -118,23 +119,17 @@ def shape(task: Recall) -> LeptonConfig:
     return config.replace(memory={**MEMORY, "reads": 1 + task.two_step}, crystals={"slots": 64})
 
 
-CONTENDERS = {
-    "dense": Contender(changes=dense()),
-    "deep": Contender(changes=dense(layers=8), equal=False),
-    "window_only": Contender(changes={"ideas": ()}),
-    "crystals": Contender(changes={"memory": None}),
-    "memory": Contender(changes={"crystals": None}),
-    "fading": Contender(changes={"crystals": None, "memory.tied_decay": False}),
-    "one_read": Contender(changes={"crystals": None, "memory.reads": 1}),
-    "complete": Contender(),
-}
-"""The controls come first: full attention should find every pair, of two steps with 8 layers if not with 4. A fading
-memory forgets at each token, whether it writes or not. For two steps the memory is read twice, but for `one_read`."""
+CONTENDERS = remembering(one_read=Contender(changes={"crystals": None, "memory.reads": 1}))
+"""For two steps the memory is read twice, but for `one_read`; the control should find them with 8 layers if not with 4.
+"""
+
+
+DEFAULTS = {"steps": 6000, "rows": 64, "test_batches": 8, "feeds_rate": FEEDS_RATE}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the task; see `prove`."""
-    prove(Recall, shape, CONTENDERS, {"steps": 6000, "rows": 64, "test_batches": 8}, words)
+    prove(Recall, shape, CONTENDERS, DEFAULTS, words)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,34 @@
 A task draws rows of tokens from its seed and a number. Some tokens are answers; only they have a loss, and each has a
 level, its difficulty. `prove` gives each contender a short run at each of some learning rates, then a full run at the
 best of them. It prints each row as soon as it is known, and ends with a line of JSON.
+
+A contender has a time limit, all that it needs included; without `--seconds` they share eight minutes. Most of it is
+for training: as many steps as fit are taken, with the whole schedule. What is left is for the test, each part of which
+has an equal share. What was cut short is said, and the JSON counts the answers of each level.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.proving_ground.task import Answer, Questions, Score, Task, rules, score
-from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, own_schedule
+from benchmarks.proving_ground.clock import TIMED, Clock, fitted
+from benchmarks.proving_ground.task import Answer, Count, Questions, Score, Task, rules, score
+from benchmarks.training import DEFAULTS, WAYS, LeptonTraining, change_ideas, own_schedule
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.errors import InputError, nearest
-from lepton.model.objective import Step
+from lepton.model.parameters import FEED
 from lepton.model.size_config import DENSE, count_params, widened
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.runtime.device import free_unused_memory, synchronize
+from lepton.train.batch_plan import plan_step
 
 SHAPE: dict[str, Any] = {
     "width": 256,
@@ -38,12 +44,21 @@ SHAPE: dict[str, Any] = {
     "backout": True,
 }
 """Trunk of the contenders, unless a task says otherwise: about 3.5 M parameters."""
-MEMORY: dict[str, Any] = {"heads": 4, "key_dim": 64, "value_dim": 128, "tied_decay": True}
-"""Working memory of the tasks that are about remembering."""
 SMALL: dict[str, Any] = {"width": 64, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn": 128}
 """What `--smoke` makes of it."""
 RATES = (0.3, 1.0, 3.0)
 """Learning rates that are compared, as multiples of those of `train.py`."""
+
+TOTAL = 480.0
+"""Seconds of all contenders, where no limit of each is given."""
+TRAINED = 0.75
+"""Share of a contender's time at which training ends."""
+LOOK = 20
+"""Steps between two looks at the clock, each of which waits for the device."""
+RULED = 16
+"""Batches of the test that rules answer which need no model."""
+SEARCHED = 2
+"""Batches of the test at which rates are compared."""
 
 CHUNK = 2048
 """Tokens that a test reads at a time; longer rows are streams."""
@@ -59,6 +74,8 @@ class Contender:
     """Of the fields of the task."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Weights of auxiliary losses."""
+    longer: bool = True
+    """Whether it is tested on longer rows than those of training too."""
     equal: bool = True
     """Whether its MLPs are widened until it has as many parameters as the complete model."""
 
@@ -83,20 +100,38 @@ class TaskTraining(LeptonTraining):
 
     def step(self, batches: Sequence[Any], index: int, scale: float) -> dict[str, Tensor]:
         (batch,) = batches
-        think, groups = plan_batch(self.model, batch.tokens, self.seed, index, 0)
-        step = Step(scale, draw_served(self.model, batch.tokens, self.seed, index, 0))
+        think, groups, step = plan_step(self.model, batch.tokens, self.seed, index, 0, scale=scale)
         self.micro_step(batch.tokens, batch.lengths, think, groups, 1.0, batch.targets, step=step)
         figures = self.micro_step.take_figures()
         return figures | {"grad_norm": self.optimizers.step(scale, DEFAULTS.grad_clip, self.micro_step.graphs)}
 
-    def learn(self, task: Task, rows: int, steps: int, rate: float, say: Callable[[str], None]) -> None:
-        """Train from the initial weights; `rate` is a multiple of the usual rates."""
+    def seconds_a_step(self, task: Task, rows: int, steps: int) -> float:
+        """Return the mean time of a step, that of drawing its batch included."""
+        self.restart()
+        self.model.train()
+        synchronize(self.device)
+        clock = Clock(0)
+        for step in range(TIMED):
+            self.step([task.training(step, steps, rows)], step, 0.0)
+        synchronize(self.device)
+        return clock.spent / TIMED
+
+    def learn(
+        self, task: Task, rows: int, steps: int, rate: float, say: Callable[[str], None], clock: Clock | None = None
+    ) -> int:
+        """Train from the initial weights; `rate` is a multiple of the usual rates. Return the steps it took."""
         self.restart()
         self.model.train()
         for step in range(steps):
+            if clock is not None and step % LOOK == 0:
+                synchronize(self.device)
+                if step and clock.left < 0:
+                    say(f"stopped after step {step} of {steps}: the time is up")
+                    return step
             figures = self.step([task.training(step, steps, rows)], step, rate * own_schedule(step, steps))
             if (step + 1) % max(1, steps // 8) == 0:
                 say(f"step {step + 1} of {steps}, rate {rate:g}: loss {figures['loss'].item():.3f}")
+        return steps
 
 
 @torch.no_grad()
@@ -156,14 +191,10 @@ class Proof:
         self.task, self.complete, self.chosen = task, complete, chosen
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.rows: list[dict[str, Any]] = []
-        self.begun = time.perf_counter()
-
-    def tests(self, task: Task, batches: int | None = None) -> list[Questions]:
-        """Return the test of a task, the same at each call."""
-        return [task.held_out(index, self.chosen.rows) for index in range(batches or self.chosen.test_batches)]
+        self.clock = Clock(TOTAL)
 
     def say(self, name: str, line: str) -> None:
-        print(f"  {name} {time.perf_counter() - self.begun:.0f} s: {line}", flush=True)
+        print(f"  {name} {self.clock.spent:.0f} s: {line}", flush=True)
 
     def show(self, name: str, found: Score, **more: Any) -> None:
         """Print a row of the table, and keep it."""
@@ -175,46 +206,93 @@ class Proof:
         """Print the names of the columns, and what needs no model."""
         names = (self.task.column(*each) for each in self.task.columns)
         print(f"{'% right at level':24} {'M par':>6} {'rate':>5} {' '.join(f'{name:>7}' for name in names)}")
-        tests = self.tests(self.task)
-        found = rules(self.task, tests)
+        few = range(min(RULED, self.chosen.test_batches))
+        found = rules(self.task, (self.task.held_out(index, self.chosen.test_rows) for index in few))
         asked = next(iter(found.values())).asked
         self.show("a uniform guess", Score(asked, {level: self.task.chance * asked[level] for level in asked}))
         for name, each in found.items():
             self.show(name, each)
 
-    def enter(self, name: str, contender: Contender) -> None:
+    def enter_all(self, contenders: Mapping[str, Contender]) -> None:
+        """Let all take part; what one leaves of its share of the time is the others'."""
+        for done, (name, contender) in enumerate(contenders.items()):
+            share = self.clock.left / (len(contenders) - done)
+            self.enter(name, contender, Clock(self.chosen.seconds or share))
+            torch._dynamo.reset()  # beyond a number of programs a process the compiler goes on without, in silence
+            free_unused_memory(self.device)
+
+    def enter(self, name: str, contender: Contender, clock: Clock) -> None:
         """Train a contender at its best rate, and show what it can do."""
         chosen, task = self.chosen, dataclasses.replace(self.task, **contender.data)
-        torch.manual_seed(chosen.seed)
-        model = Lepton(contender.config(self.complete)).to(self.device)
-        for idea in model.ideas.values():
-            idea.loss_weights = {key: contender.losses.get(key, value) for key, value in idea.loss_weights.items()}
-        training = TaskTraining(model, chosen.way, seed=chosen.seed)
-        length = task.training(0, 1, 1).targets.shape[1]
-        training.prepare(chosen.rows, length)
-        say, tests, since = lambda line: self.say(name, line), self.tests(task), time.perf_counter()
+        say = partial(self.say, name)
+        training = self.prepared(task, contender)
+        prepared = clock.spent
+        until = Clock(TRAINED * clock.seconds - prepared)
+        searches = len(chosen.rates) if len(chosen.rates) > 1 else 0
+        runs = 1 + chosen.search * searches
+        a_step = training.seconds_a_step(task, chosen.rows, chosen.steps)
+        steps = fitted(chosen.steps, until.left, a_step, runs)
+        say(f"{steps} of {chosen.steps} steps fit into {clock.seconds:.0f} s, {1e3 * a_step:.1f} ms each; "
+            f"{prepared:.0f} s to prepare")  # fmt: skip
         searched = {}
-        for rate in chosen.rates if len(chosen.rates) > 1 else ():
-            training.learn(task, chosen.rows, max(1, round(chosen.search * chosen.steps)), rate, say)
-            searched[rate] = score(answers_of(model, free_running=task.free_running), tests[:2])
+        for rate in chosen.rates if searches else ():
+            training.learn(task, chosen.rows, max(1, round(chosen.search * steps)), rate, say, until)
+            quick = (task.held_out(index, chosen.test_rows) for index in range(SEARCHED))
+            searched[rate] = score(answers_of(training.model, free_running=task.free_running), quick, task.whole)
             say(f"rate {rate:g}: {100 * searched[rate].share:.1f} % right, {searched[rate].nats:.3f} nats")
         rate = best_rate(searched) if searched else chosen.rates[0]
-        training.learn(task, chosen.rows, chosen.steps, rate, say)
-        thoughts = {
-            think: score(answers_of(model, free_running=task.free_running, think=think), tests).to_dict()
-            for think in (chosen.think if model.idea("thoughts") is not None else ())
-        }
+        reached = training.learn(task, chosen.rows, steps, rate, say, until)
+        trained = clock.spent
+        thinks = [None, *(chosen.think if training.model.idea("thoughts") is not None else ())]
+        found = {}
+        for done, think in enumerate(thinks):
+            answer = answers_of(training.model, free_running=task.free_running, think=think)
+            seconds = max(0.0, clock.left) / (len(thinks) - done)
+            found[think] = self.tested(task, answer, Clock(seconds), say, longer=contender.longer)
+        length = task.training(0, 1, 1).targets.shape[1]
         self.show(
             name,
-            score(answers_of(model, free_running=task.free_running), tests),
+            found[None],
             params=training.params,
             rate=rate,
-            search={f"{each:g}": found.to_dict() for each, found in searched.items()},
+            search={f"{each:g}": of_rate.to_dict() for each, of_rate in searched.items()},
             rate_at_edge=len(searched) > 1 and rate in (min(searched), max(searched)),
-            think=thoughts,
+            think={think: each.to_dict() for think, each in found.items() if think is not None},
             training_flops_per_token=round(training.flops_per_token(length)),
-            seconds=round(time.perf_counter() - since, 1),
-        )
+            steps=reached,
+            steps_of_schedule=steps,
+            step_ms=round(1e3 * a_step, 1),
+            seconds={"prepare": round(prepared, 1), "train": round(trained - prepared, 1),
+                     "test": round(clock.spent - trained, 1)},
+        )  # fmt: skip
+        say(json.dumps(self.rows[-1]))
+
+    def prepared(self, task: Task, contender: Contender) -> TaskTraining:
+        """Return a contender with its initial weights, compiled and recorded."""
+        chosen = self.chosen
+        torch.manual_seed(chosen.seed)
+        model = Lepton(contender.config(self.complete)).to(self.device)
+        change_ideas(model, contender.losses, chosen.feeds_rate)
+        training = TaskTraining(model, chosen.way, seed=chosen.seed)
+        training.prepare(chosen.rows, task.training(0, 1, 1).targets.shape[1])
+        return training
+
+    def tested(self, task: Task, answer: Answer, clock: Clock, say: Callable[[str], None], *, longer: bool) -> Score:
+        """Return the score in the test. Its parts share the time; each has one batch at least."""
+        parts = dict[str, list[int]]()
+        for index in range(self.chosen.test_batches):
+            if longer or not task.longer(index):
+                parts.setdefault(task.part(index), []).append(index)
+        count = Count(task.whole)
+        for done, (part, indices) in enumerate(parts.items()):
+            own = Clock(clock.left / (len(parts) - done))
+            for batches, index in enumerate(indices):
+                if batches and own.left < 0:
+                    say(f"{part}: {batches} of {len(indices)} batches in {own.spent:.1f} s, then the time is up")
+                    break
+                questions = task.held_out(index, self.chosen.test_rows)
+                count.add(questions, *answer(questions))
+        return count.score()
 
 
 def best_rate(searched: Mapping[float, Score]) -> float:
@@ -237,8 +315,16 @@ def read(
     parser.add_argument("--steps", type=int, default=defaults["steps"])
     parser.add_argument("--rows", type=int, default=defaults["rows"], help="rows of a batch")
     parser.add_argument("--test_batches", type=int, default=defaults["test_batches"])
+    parser.add_argument("--test_rows", type=int, default=defaults.get("test_rows", defaults["rows"]))
+    parser.add_argument("--seconds", type=float, help=f"of each contender (default: {TOTAL:g} in all)")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="multiples of the usual learning rates")
     parser.add_argument("--search", type=float, default=0.15, help="share of the steps at which rates are compared")
+    parser.add_argument(
+        "--feeds_rate",
+        type=float,
+        default=defaults.get("feeds_rate", FEED.rate),
+        help="share of the rate for what ideas add to the stream",
+    )
     parser.add_argument("--think", type=int, nargs="*", default=[], help="rounds of thinking to test with in addition")
     parser.add_argument("--way", choices=WAYS, help="default: compiled on a GPU, plain on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models and few steps")
@@ -248,7 +334,8 @@ def read(
             raise InputError(f"no contender {name!r}{nearest(name, contenders)}")
     chosen.way = chosen.way or ("compiled" if torch.cuda.is_available() else "plain")
     if chosen.smoke:
-        chosen.steps, chosen.rows, chosen.test_batches, chosen.rates = 3, 8, 2, chosen.rates[:2]
+        chosen.steps, chosen.rows, chosen.test_rows, chosen.test_batches = 3, 8, 8, 2
+        chosen.rates = chosen.rates[:2]
         vars(chosen).update(kind.small)
     return chosen
 
@@ -266,7 +353,8 @@ def prove(
         kind: the task.
         shape: the complete model's configuration for it.
         contenders: by name.
-        defaults: `steps`, `rows` and `test_batches` of a full run.
+        defaults: `steps`, `rows` and `test_batches` of a full run, `test_rows` if they are not as many,
+            and `feeds_rate` if it is not the usual one.
         words: of the command line.
     """
     chosen = read(kind, contenders, defaults, words)
@@ -276,8 +364,7 @@ def prove(
         complete = complete.replace(**SMALL)
     proof = Proof(task, complete, chosen)
     proof.head()
-    for name in chosen.models:
-        proof.enter(name, contenders[name])
+    proof.enter_all({name: contenders[name] for name in chosen.models})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"task": kind.__name__, **vars(chosen), "rows_of_table": proof.rows,
                       "torch": torch.__version__, "device": device}), flush=True)  # fmt: skip

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,6 +43,9 @@ class Task(ABC):
     """Fields that `--smoke` changes."""
     columns: ClassVar[tuple[tuple[int, int], ...]] = ()
     """Ranges of levels, first and last, that the table shows."""
+    whole: ClassVar[int] = 1
+    """Tokens of an answer, one after the other; it is right when all of them are. A model that is right about each
+    after the true ones before it is a model that says the answer by itself, token by token, at temperature 0."""
     free_running: ClassVar[bool] = False
     """Whether a model reads its own answers and not the true ones; they then stand at the end of a row, the same places
     in all rows, and count as wrong after a wrong one."""
@@ -76,6 +79,14 @@ class Task(ABC):
         """Return the answers [B, T] of simple rules that do not solve the task, by name."""
         return {}
 
+    def part(self, index: int) -> str:
+        """Return the part of the test that batch `index` belongs to: each part has its share of the time."""
+        return "the test"
+
+    def longer(self, index: int) -> bool:
+        """Return whether batch `index` of the test has longer rows than training."""
+        return False
+
     def training(self, step: int, steps: int, rows: int) -> Questions:
         """Return the batch of step `step` of `steps`: a pure function of the seed and these."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 2)
@@ -85,6 +96,11 @@ class Task(ABC):
         """Return batch `index` of the test, which has nothing in common with training but the rules."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 2 + 1)
         return self.draw(generator, rows, 1.0, test=True)
+
+
+def different(generator: torch.Generator, rows: int, count: int, below: int) -> Tensor:
+    """Return `count` different numbers below `below` in random order [rows, count]."""
+    return torch.rand(rows, below, generator=generator).topk(count).indices
 
 
 Answer = Callable[[Questions], tuple[Tensor, Tensor]]
@@ -100,7 +116,7 @@ class Score:
     """Answers of each level."""
     right: Mapping[int, float]
     nats: float = math.nan
-    """Mean of the true answers, each read after the true ones before it; NaN: not known."""
+    """Mean of the true answers, each token read after the true ones before it; NaN: not known."""
 
     def within(self, first: int, last: int) -> float:
         """Return the share of right answers at the levels `first` .. `last`; NaN: there are none."""
@@ -117,39 +133,52 @@ class Score:
         """Return plain values for JSON."""
         levels = {level: round(self.within(level, level), 4) for level in sorted(self.asked)}
         nats = round(self.nats, 4) if math.isfinite(self.nats) else None
-        return {"right": round(self.share, 4), "nats": nats, "right_at_level": levels}
+        asked = {level: self.asked[level] for level in sorted(self.asked)}
+        return {"right": round(self.share, 4), "nats": nats, "right_at_level": levels, "asked_at_level": asked}
 
 
-def score(answer: Answer, batches: Iterable[Questions]) -> Score:
-    """Count the right answers by level."""
-    right, asked, nats = Counter[int](), Counter[int](), 0.0
+class Count:
+    """The answers so far, by level; each has `whole` tokens."""
+
+    def __init__(self, whole: int = 1) -> None:
+        self.whole, self.right, self.asked, self.nats = whole, Counter[int](), Counter[int](), 0.0
+
+    def add(self, questions: Questions, guess_BT: Tensor, nats_BT: Tensor) -> None:
+        """Count the answers of a batch."""
+        scored_BT = questions.level > 0
+        right_A = (guess_BT == questions.answers)[scored_BT].view(-1, self.whole).all(1)
+        level_A = questions.level[scored_BT].view(-1, self.whole)[:, 0]
+        for level in level_A.unique().tolist():
+            self.asked[level] += int((level_A == level).sum())
+            self.right[level] += int(right_A[level_A == level].sum())
+        self.nats += float(nats_BT.double().sum())
+
+    def score(self) -> Score:
+        asked = self.asked.total()
+        return Score(dict(self.asked), dict(self.right), self.nats / asked if asked else math.nan)
+
+
+def score(answer: Answer, batches: Iterable[Questions], whole: int = 1) -> Score:
+    """Count the right answers by level; each has `whole` tokens."""
+    count = Count(whole)
     for questions in batches:
-        guess_BT, nats_BT = answer(questions)
-        right_BT = guess_BT == questions.answers
-        for level in questions.level.unique().tolist():
-            if level:
-                here_BT = questions.level == level
-                asked[level] += int(here_BT.sum())
-                right[level] += int((right_BT & here_BT).sum())
-        nats += float(nats_BT.double().sum())
-    return Score(asked, right, nats / asked.total() if asked else math.nan)
+        count.add(questions, *answer(questions))
+    return count.score()
 
 
-def rules(task: Task, batches: Sequence[Questions]) -> dict[str, Score]:
+def rules(task: Task, batches: Iterable[Questions]) -> dict[str, Score]:
     """Return what the shortcuts of a task score, and the most frequent answer of each level of these batches."""
-
-    def says(name: str) -> Answer:
-        return lambda questions: (task.shortcuts(questions)[name], torch.zeros_like(questions.level))
-
-    def commonest(questions: Questions) -> tuple[Tensor, Tensor]:
-        return best[questions.level], torch.zeros_like(questions.level)
-
-    counts = torch.zeros(1 + max(int(each.level.max()) for each in batches), task.vocab_size, dtype=torch.int64)
-    for each in batches:
-        scored_BT = each.level > 0
-        ones_M = torch.ones(int(scored_BT.sum()), dtype=torch.int64)
-        counts.index_put_((each.level[scored_BT], each.answers[scored_BT]), ones_M, accumulate=True)
-    best = counts.argmax(1)
-    names = task.shortcuts(batches[0])
-    answers = {name: says(name) for name in names} | {"most frequent answer": commonest}
-    return {name: dataclasses.replace(score(answer, batches), nats=math.nan) for name, answer in answers.items()}
+    found, answers = dict[str, Count](), defaultdict[int, Counter[tuple[int, ...]]](Counter)
+    for questions in batches:
+        for name, guess_BT in task.shortcuts(questions).items():
+            found.setdefault(name, Count(task.whole)).add(questions, guess_BT, torch.zeros_like(guess_BT))
+        scored_BT = questions.level > 0
+        level_A = questions.level[scored_BT].view(-1, task.whole)[:, 0]
+        for level, answer in zip(
+            level_A.tolist(), questions.answers[scored_BT].view(-1, task.whole).tolist(), strict=True
+        ):
+            answers[level][tuple(answer)] += 1
+    scores = {name: dataclasses.replace(count.score(), nats=math.nan) for name, count in found.items()}
+    asked = {level: counts.total() for level, counts in answers.items()}
+    most = {level: max(counts.values()) for level, counts in answers.items()}
+    return scores | {"most frequent answer": Score(asked, most)}

@@ -1,14 +1,46 @@
 """What is drawn for a training batch, and its static shapes: a pure function of seed, step and micro-batch."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lepton.model import Network
+from lepton.model.objective import Step
 from lepton.model.timeline import Timeline
 
 GROUPS = 4
 """The usual bound on the segments of a row is rounded up to a multiple of this, which leaves room for several documents
 per row. A batch that needs more doubles the bound, and another CUDA graph is captured."""
+
+
+class Plan(NamedTuple):
+    """What `MicroStep` takes beside a micro-batch."""
+
+    think: Tensor | None
+    """Rounds of each row [B]; None: without thoughts."""
+    groups: int | None
+    """Bound on the segments that open in a row."""
+    step: Step
+
+
+def plan_step(
+    model: Network,
+    tokens_BT: Tensor,
+    seed: int,
+    step: int,
+    micro: int,
+    *,
+    scale: float = 1.0,
+    opens_BT: Tensor | None = None,
+) -> Plan:
+    """Return all that is drawn for a micro-batch of a step at `scale` times the peak rates.
+
+    The other arguments are those of `plan_batch`.
+    """
+    drawn_by = (model, tokens_BT, seed, step, micro)
+    think, groups = plan_batch(*drawn_by, opens_BT)
+    return Plan(think, groups, Step(scale, draw_served(*drawn_by)))
 
 
 def usual_groups(length: int, segment: int) -> int:

@@ -18,7 +18,7 @@ from lepton.errors import reason
 from lepton.model import Network
 from lepton.model.objective import WHOLE, Step
 from lepton.runtime.cuda_graphs import CudaGraphs
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 from lepton.train.cost import seconds_of
 from lepton.train.mixed_precision import LowPrecisionCopies
 
@@ -130,8 +130,7 @@ class MicroStep:
     def _run_idle(self, batch_size: int, seq_len: int, *, answers: bool = False) -> None:
         """Run a micro-batch of this shape that has no share in a step."""
         tokens = torch.full((batch_size, seq_len + 1), int(self._model.config.eos_id == 0))
-        think, groups = plan_batch(self._model, tokens, seed=0, step=0, micro=0)
-        step = Step(served_BT=draw_served(self._model, tokens, seed=0, step=0, micro=0))
+        think, groups, step = plan_step(self._model, tokens, seed=0, step=0, micro=0)
         targets = torch.ones(batch_size, seq_len, dtype=torch.bool) if answers else None
         opens = None if targets is None else torch.zeros_like(targets)
         self(tokens, torch.full((batch_size,), seq_len + 1), think, groups, 0.0, targets, opens, step)

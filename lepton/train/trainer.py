@@ -24,10 +24,9 @@ from lepton.distributed import RankLost, Ranks, joined, restarted
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches
-from lepton.model.objective import Step
 from lepton.runtime.device import free_unused_memory
 from lepton.train.assembly import Parts, assemble, make_room
-from lepton.train.batch_plan import draw_served, plan_batch
+from lepton.train.batch_plan import plan_step
 from lepton.train.cost import training_flops_per_token
 from lepton.train.faster_split import faster_split
 from lepton.train.gradients import FlatGradients
@@ -213,10 +212,10 @@ class Trainer:
             min_lr_ratio=settings.min_lr_ratio,
         )
         for done, (micro, batch, count) in enumerate(zip(own, batches, counts, strict=True), 1):
-            opens, drawn_by = batch.opens, (parts.model, batch.tokens, settings.seed, self.step, micro)
-            think, groups = plan_batch(*drawn_by, opens)
-            step = Step(scale, draw_served(*drawn_by))
-            micro_step(batch.tokens, batch.lengths, think, groups, count / total, batch.targets, opens, step)
+            tokens, opens = batch.tokens, batch.opens
+            drawn_by = (parts.model, tokens, settings.seed, self.step, micro)
+            think, groups, step = plan_step(*drawn_by, scale=scale, opens_BT=opens)
+            micro_step(tokens, batch.lengths, think, groups, count / total, batch.targets, opens, step)
             self.recorder.move(self.step + 1, done / len(own))
         figures = self._added_up(micro_step.take_figures())
         self.updating = True

@@ -9,7 +9,7 @@ from benchmarks.proving_ground.task import Questions, Task
 
 FILES = {"hops": (hops, hops.Hops()), "chains": (chains, chains.Chains()), "recall": (recall, recall.Recall()),
          "path_star": (path_star, path_star.PathStar()),
-         "needle": (needle, needle.Needle(length=256, tested=512)),
+         "needle": (needle, needle.Needle(length=1024, tested=2048)),
          "babi": (babi, babi.Babi(filler=128, tested=256))}  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from tests.proving_ground.smoke import smoke
 
 def by_hand(task, row, answer):
     """Return p and the answer's token at index `answer` from the tokens before it; None: the row is too short."""
-    head = DEEPEST if task.unary else 1
+    head = DEEPEST if task.unary else 2
     p = sum(token == task.hop + 1 for token in row[:head]) if task.unary else row[0] - task.hop + 1
     text = "".join("abcd"[token - 1] for token in row[head:answer] if 1 <= token <= 4)
     at = len(text) - 1
@@ -25,26 +25,38 @@ def by_hand(task, row, answer):
 
 
 @pytest.mark.parametrize("test", [False, True])
-@pytest.mark.parametrize("task", [Hops(), Hops(unary=True), Hops(pauses=3, length=128), Hops(trained=32, length=64)])
+@pytest.mark.parametrize(
+    "task", [Hops(), Hops(unary=True), Hops(pauses=3, every=4, length=128), Hops(trained=32, length=64)]
+)
 def test_answers_by_hand(task, test):
     questions = task.draw(torch.Generator().manual_seed(1), 40, 1.0, test=test)
+    asked = []
     for row, level in zip(questions.tokens.tolist(), questions.level.tolist(), strict=True):
-        places = [place for place, token in enumerate(row) if token == task.ask]
-        assert places == ([task.length] if test else [*range(task.length // 2, task.length + 1, 32)])
-        for place in places:
-            answer = place + 1 + task.pauses
-            assert row[place + 1 : answer] == [task.pause] * task.pauses
-            p, expected = by_hand(task, row, answer)
-            assert level[answer - 1] == (0 if expected is None else p)
-            assert expected is None or row[answer] == expected
-        assert sum(each > 0 for each in level) <= len(places)
+        assert sum(1 <= token <= task.alphabet for token in row) == task.length
+        answers = [place for place, token in enumerate(row) if task.alphabet < token < task.pause]
+        assert answers == [place + 1 for place, each in enumerate(level) if each]
+        for answer in answers:
+            assert row[answer - task.pauses : answer] == [task.pause] * task.pauses
+            assert 1 <= row[answer - task.pauses - 1] <= task.alphabet
+            assert by_hand(task, row, answer) == (level[answer - 1], row[answer])
+        _, expected = by_hand(task, row, len(row))
+        assert row[-1] == (task.pause if expected is None else expected)
+        asked.append(len(answers))
+    possible = task.length // task.every
+    assert (max(asked) == 1) if test else (min(asked) < possible / 3 < 2 * possible / 3 < max(asked) <= possible)
+
+
+def test_half_of_the_rows_of_training_have_all_answers():
+    questions = Hops(trained=1).draw(torch.Generator().manual_seed(3), 400, 1.0, test=False)
+    full = (questions.targets.sum(1) >= 250).float().mean()
+    assert full == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_test_has_no_answer_before_its_question():
     task = Hops(unary=True)
     questions = task.held_out(3, 64)
     given = questions.tokens[:, :-1]
-    assert not ((given > task.alphabet) & (given < task.ask)).any()
+    assert not ((given > task.alphabet) & (given < task.pause)).any()
     assert set(questions.level[questions.level > 0].tolist()) == {*range(1, DEEPEST + 1)}
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.proving_ground.task import Questions, rules, score
+from benchmarks.proving_ground.task import Questions, different, rules, score
 from lepton.errors import InputError
 from tests.proving_ground.tasks import FILES, Echo
 
@@ -28,12 +28,29 @@ def test_a_planted_oracle_is_counted_right():
     assert score(lambda questions: (questions.answers, questions.level), batches()).share == 1
 
 
+def test_an_answer_of_two_tokens_is_right_when_both_are():
+    tokens = torch.tensor([[9, 1, 2, 9, 3, 4, 9], [9, 5, 6, 9, 7, 8, 9]])
+    level = torch.tensor([[1, 1, 0, 2, 2, 0], [1, 1, 0, 2, 2, 0]])
+    questions = Questions(tokens, torch.full((2,), 7), level > 0, level)
+    guess = torch.tensor([[1, 2, 0, 0, 4, 0], [5, 0, 0, 7, 8, 0]])
+    found = score(lambda _: (guess, 0.5 * (level > 0)), [questions], 2)
+    assert (found.asked, found.right) == ({1: 2, 2: 2}, {1: 1, 2: 1})
+    assert found.nats == 1, "of an answer"
+
+
 def test_the_most_frequent_answer():
     tokens = torch.tensor([[1, 7, 1], [1, 7, 2], [1, 8, 2]])
     level = torch.tensor([[1, 2], [1, 2], [1, 2]])
     found = rules(Echo(), [Questions(tokens, torch.full((3,), 3), level > 0, level)])["most frequent answer"]
     assert (found.within(1, 1), found.within(2, 2)) == (2 / 3, 2 / 3)
     assert math.isnan(found.nats)
+
+
+def test_different_numbers_in_random_order():
+    found = different(torch.Generator().manual_seed(0), 4000, 3, 5)
+    assert all(len({*row}) == 3 for row in found.tolist())
+    counts = torch.stack([(found == number).double().mean(0) for number in range(5)])
+    torch.testing.assert_close(counts, torch.full((5, 3), 0.2, dtype=torch.float64), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -50,7 +67,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(name):
     ("name", "fields", "message"),
     [
         ("hops", {"trained": 33}, "trained=33"),
-        ("hops", {"every": 8, "pauses": 8}, "every=8: must be at least 11"),
+        ("hops", {"every": 0}, "every=0, pauses=0: must be at least 1 and 0"),
         ("recall", {"pairs": 100}, "pairs=100"),
         ("recall", {"pairs": 64, "keys": 32}, "at most keys=32"),
         ("path_star", {"arms": 10, "length": 20}, "191 nodes"),

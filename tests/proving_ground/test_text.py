@@ -24,6 +24,14 @@ def test_smoke(tmp_path, capsys):
         assert row["training_flops_per_token"] > 6 * 5e6
 
 
+def test_a_limit_shortens_the_run_with_its_schedule(tmp_path, capsys):
+    rows = np.random.default_rng(0).integers(2, 50, (120, 129), dtype=np.uint16)
+    np.save(tmp_path / "shard_00000.npy", rows)
+    main(["--smoke", "--models", "dense", "--seconds", "0.01", "--data_dir", str(tmp_path)])
+    (dense,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows_of_table"]
+    assert dense["steps"] == 1
+
+
 def test_an_unknown_model_is_named():
     with pytest.raises(InputError, match=r"'no_thought'.*no_thoughts"):
         main(["--models", "no_thought"])

@@ -3,7 +3,7 @@ import torch
 
 from lepton.errors import InputError
 from lepton.model.ideas.thoughts import ThoughtsConfig, late_rows
-from lepton.train.batch_plan import plan_batch
+from lepton.train.batch_plan import draw_served, plan_batch, plan_step
 from tests.laws.lab import build, text
 
 
@@ -26,6 +26,24 @@ def test_every_seed_of_64_bits_plans(seed):
     rounds = [plan_batch(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
     assert rounds == [plan_batch(model, tokens, seed, step, 1)[0].tolist() for step in range(40)]
     assert len(set(map(tuple, rounds))) > 1
+
+
+def test_a_plan_has_all_that_is_drawn():
+    model, tokens = build("complete", router={"served": 0.5}), text(1, rows=4)
+    think, groups, step = plan_step(model, tokens, 7, 3, 1, scale=0.25)
+    expected, bound = plan_batch(model, tokens, 7, 3, 1)
+    assert torch.equal(think, expected)
+    assert (groups, step.rate) == (bound, 0.25)
+    assert torch.equal(step.served_BT, draw_served(model, tokens, 7, 3, 1))
+    assert 0 < step.served_BT.double().mean() < 1
+
+
+def test_a_plan_counts_the_segments_that_a_batch_marks():
+    model, tokens = build("complete"), text(1)
+    opens = torch.zeros_like(tokens[:, :-1], dtype=torch.bool)
+    opens[:, ::2] = True
+    usual, marked = (plan_step(model, tokens, 0, 0, 0, opens_BT=each).groups for each in (None, opens))
+    assert usual < opens.sum(1).max() <= marked
 
 
 @pytest.mark.parametrize("place", range(4))
