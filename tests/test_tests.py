@@ -44,6 +44,7 @@ OF_SEVERAL = {
     "proving_ground/test_chains",
     "proving_ground/test_depth",
     "proving_ground/test_hops",
+    "proving_ground/test_knowledge",
     "proving_ground/test_needle",
     "proving_ground/test_path_star",
     "proving_ground/test_recall",

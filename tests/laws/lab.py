@@ -46,8 +46,9 @@ IDEAS = {
     "draft_width": 16,
     "draft_vocab": 40,
 }
-# Exit and router as they learn when they are to be used.
+# Exit, router and ignorance as they learn when they are to be used.
 ROUTED = {
+    "uncertainty.pairs": 3,
     "router.into_stem": 0.1,
     "router.exit_stride": 5,
     "router.distil": True,

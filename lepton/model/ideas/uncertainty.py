@@ -4,6 +4,16 @@ A small head reads features without gradient: of the prediction (largest probabi
 token), the last hidden state, and the signals of three ideas (expected benefit of depth, last change of the thoughts,
 size of the memory's read). It learns from whether the most likely token was right, and is calibrated on a separate
 split.
+
+A wrong guess is ignorance, or another right answer was drawn: an open choice. With `pairs` a second head tells them
+apart. It learns from pairs of independent answers to one question (Johnson et al., 2024, arXiv 2402.08733): if the most
+likely token is a right answer, it is drawn again as often as it was drawn once; if not, never. So with v, the chance
+that it is a right answer, and b, how often it is then drawn, m and n of two answers agree with it with chance
+
+    both v b^2,  one 2 v b (1 - b),  none 1 - v b (2 - b).
+
+Both follow from pairs alone, for v = P(first agrees)^2 / P(both agree). Where right answers differ in how often they
+are drawn and nothing shows it, v is below the true chance, by the inequality of Cauchy and Schwarz.
 """
 
 from dataclasses import dataclass
@@ -14,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
 from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
@@ -23,20 +34,30 @@ from lepton.ops.cross_entropy import soft_cap
 FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
 """Width of its hidden layer."""
+SPREAD = 2654435761
+"""Multiplier that scatters the positions of pairs over a batch (Knuth's multiplicative hash)."""
 LOG_ODDS = 15.0
 """Bound of the log-odds of a prediction: beyond it, a probability is 0 or 1 in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UncertaintyConfig(IdeaConfig):
-    """Uncertainty; it has no fields."""
+    """Uncertainty."""
+
+    pairs: int = 0
+    """Ignorance is learned from pairs of independent answers, at one in this many of the positions where a batch may
+    have any: the rows 2 i and 2 i + 1, as long as their documents are equal so far. 0: it is not learned."""
 
     name = "uncertainty"
+    most = {"pairs": 1 << 20}
     reads_top = True
     flat_switch = "uncertainty"
 
+    def check(self, config: LeptonConfig) -> None:
+        self.at_least(0, "pairs")
+
     def build(self, config: LeptonConfig) -> "Uncertainty":
-        return Uncertainty(config)
+        return Uncertainty(config, self)
 
 
 def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,12 +79,80 @@ def prediction_features(logits: Tensor) -> tuple[Tensor, Tensor]:
     return features, likely
 
 
+def paired(tokens_BT: Tensor, following_BT: Tensor, position_BT: Tensor) -> Tensor:
+    """Return where the rows 2 i and 2 i + 1 hold two answers to one question, bool [B // 2, T].
+
+    There the documents of both rows are equal so far, and each has a token that follows.
+    """
+    half = len(tokens_BT) // 2
+    tokens_H2T, following_H2T, position_H2T = (
+        each[: 2 * half].unflatten(0, (half, 2)) for each in (tokens_BT, following_BT, position_BT)
+    )
+    same_HT = (tokens_H2T[:, 0] == tokens_H2T[:, 1]) & (position_H2T[:, 0] == position_H2T[:, 1])
+    index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    differed_HT = torch.where(same_HT, -1, index_T).cummax(1).values
+    begun_HT = index_T - position_H2T[:, 0]
+    return (differed_HT < begun_HT) & (following_H2T >= 0).all(1) & (position_H2T[:, 0] >= 0)
+
+
+def pair_loss(valid_M: Tensor, again_M: Tensor, agrees_M2: Tensor) -> Tensor:
+    """Return minus the log-likelihood [M] of pairs of answers.
+
+    Args:
+        valid_M: logit that the most likely token is a right answer.
+        again_M: logit that an answer agrees with it, if it is one.
+        agrees_M2: bool, whether either answer of the pair does.
+    """
+    count_M = agrees_M2.sum(-1)
+    some_M = F.logsigmoid(valid_M) + count_M * F.logsigmoid(again_M) + (2 - count_M) * F.logsigmoid(-again_M)
+    none_M = torch.logaddexp(F.logsigmoid(-valid_M), F.logsigmoid(valid_M) + 2 * F.logsigmoid(-again_M))
+    return -torch.where(count_M > 0, some_M, none_M)
+
+
+class Ignorance(nn.Module):
+    """An MLP that says of the most likely token whether it is a right answer, and how often it is then drawn."""
+
+    declares = {
+        "state.weight": MATRIX.but(optimizer="adamw", auxiliary=True),
+        "features.weight": MATRIX.but(optimizer="adamw", auxiliary=True),
+        "features.bias": BIAS.but(auxiliary=True),
+        "out.weight": ZERO_MATRIX.but(optimizer="adamw", auxiliary=True),
+        "out.bias": BIAS.but(auxiliary=True),
+    }
+    line: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.state = Linear(width, HIDDEN)
+        self.features = nn.Linear(FEATURES, HIDDEN)
+        self.out = nn.Linear(HIDDEN, 2)
+        # Scale and shift of the first logit, fitted to pairs that neither head nor trunk learned from.
+        self.register_buffer("line", torch.empty(2))
+
+    def reset(self) -> None:
+        """Scale 1 and shift 0: not calibrated yet."""
+        self.line.copy_(torch.tensor([1.0, 0.0]))
+
+    def forward(self, hidden: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [...] of a right answer, and of being drawn if it is one; neither is calibrated.
+
+        `inputs` are features and signals [..., FEATURES], without gradient, as `hidden`.
+        """
+        mixed = self.state(hidden.detach()).to(inputs.dtype) + _linear(self.features, inputs)
+        valid, again = _linear(self.out, F.silu(mixed)).unbind(-1)
+        return valid, again - inputs[..., 0]
+
+
+def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    return F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))
+
+
 class Uncertainty(Idea):
     """The log-odds of the prediction plus an MLP's correction, calibrated by a line."""
 
     name = "uncertainty"
-    compiled = ("loss",)
-    loss_weights = {"uncertainty": 0.1}
+    compiled: tuple[str, ...] = ("loss",)
+    loss_weights = {"uncertainty": 0.1, "pairs": 0.1}
     declares = {
         "state.weight": MATRIX.but(auxiliary=True),
         "features.weight": MATRIX.but(auxiliary=True),
@@ -72,12 +161,16 @@ class Uncertainty(Idea):
     }
     calibration: Tensor
 
-    def __init__(self, config: LeptonConfig) -> None:
+    def __init__(self, config: LeptonConfig, own: UncertaintyConfig) -> None:
         super().__init__()
+        self.own = own
         self.vocab_size, self.cap = config.vocab_size, config.logit_cap
         self.state = Linear(config.width, HIDDEN)
         self.features = nn.Linear(FEATURES, HIDDEN)
         self.out = Linear(HIDDEN, 1)
+        self.pairs = Ignorance(config.width) if own.pairs else None
+        if own.pairs:
+            self.compiled = ("loss", "pair_loss")
         # Scale and shift of the logit, fitted by `lepton calibrate`.
         self.register_buffer("calibration", torch.empty(2))
         self.promises: tuple[Promise, ...] = ()
@@ -101,6 +194,22 @@ class Uncertainty(Idea):
         scale, shift = self.calibration.to(logit.dtype)
         return torch.sigmoid(scale * logit + shift)
 
+    def ignorance(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
+        """Return the calibrated chance [...] in 0..1 that the most likely token is no right answer.
+
+        What `forward` returns is at least this, but for errors of either head: the rest is an open choice. Arguments
+        are those of `logit`.
+
+        Raises:
+            InputError: the head did not learn from pairs.
+        """
+        if self.pairs is None:
+            raise InputError("uncertainty.pairs=0: this model learned nothing of ignorance; train one with it above 0")
+        features, _ = prediction_features(logits)
+        valid, _ = self.pairs(hidden, self._inputs(features, signals))
+        scale, shift = self.pairs.line.to(valid.dtype)
+        return torch.sigmoid(-(scale * valid + shift))
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.promises = ()
@@ -110,43 +219,88 @@ class Uncertainty(Idea):
 
         `raw_MV` are logits before the soft cap, for the vocabulary with its padding.
         """
-        raw_MV = raw_MV.detach()[:, : self.vocab_size]
-        logits_MV = soft_cap(raw_MV.to(torch.promote_types(raw_MV.dtype, torch.float32)), self.cap)
-        features_M3, likely_M = prediction_features(logits_MV)
-        wrong_M = (likely_M != target_M).to(logits_MV.dtype)
+        features_M3, likely_M = self._looked_at(raw_MV)
+        wrong_M = (likely_M != target_M).to(features_M3.dtype)
         logit_M = self._logit(hidden_MD, features_M3, signals_M3)
         each_M = F.binary_cross_entropy_with_logits(logit_M, wrong_M, reduction="none")
         valid_M = target_M >= 0
         return (each_M * valid_M).sum() / valid_M.sum().clamp(min=1)
 
+    def pair_loss(
+        self, hidden_MD: Tensor, raw_MV: Tensor, signals_M3: Tensor, target_M2: Tensor, valid_M: Tensor
+    ) -> Tensor:
+        """Return the mean of `pair_loss` over the pairs `target_M2` with a true `valid_M`.
+
+        The other arguments are those of `loss`.
+        """
+        assert self.pairs is not None
+        features_M3, likely_M = self._looked_at(raw_MV)
+        right_M, again_M = self.pairs(hidden_MD, self._inputs(features_M3, signals_M3))
+        each_M = pair_loss(right_M, again_M, likely_M[:, None] == target_M2)
+        return (each_M * valid_M).sum() / valid_M.sum().clamp(min=1)
+
+    def _looked_at(self, raw_MV: Tensor) -> tuple[Tensor, Tensor]:
+        raw_MV = raw_MV.detach()[:, : self.vocab_size]
+        return prediction_features(soft_cap(raw_MV.to(torch.promote_types(raw_MV.dtype, torch.float32)), self.cap))
+
+    def _inputs(self, features: Tensor, signals: Tensor) -> Tensor:
+        return torch.cat([features, signals.detach().to(features.dtype)], -1)
+
     def _logit(self, hidden: Tensor, features: Tensor, signals: Tensor) -> Tensor:
-        inputs = torch.cat([features, signals.detach().to(features.dtype)], -1)
-        layer = self.features
-        shift = F.linear(inputs, layer.weight.to(inputs.dtype), layer.bias.to(inputs.dtype))
+        shift = _linear(self.features, self._inputs(features, signals))
         mixed = self.state(hidden.detach()).to(features.dtype) + shift
         return features[..., 0] + self.out(F.silu(mixed))[..., 0]
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """The loss at sampled positions."""
-        index_M, model = picks(outcome.following_BT, OUTCOME_STRIDE), outcome.model
-        hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
-        with torch.no_grad():
-            raw_MV = model.head_down(hidden_MD) @ outcome.rows_VE.T
-        signals_M3 = outcome.flow.signals(*SIGNALS).flatten(0, 1)[index_M]
+        """The loss at sampled positions, and that of sampled pairs."""
+        index_M = picks(outcome.following_BT, OUTCOME_STRIDE)
         target_M = outcome.following_BT.flatten()[index_M]
-        return {"uncertainty": self.loss(hidden_MD, raw_MV, signals_M3, target_M)}
+        found = {"uncertainty": self.loss(*_seen(outcome, index_M), target_M)}
+        if self.pairs is not None:
+            index_M, valid_M = self._pairs_of(outcome)
+            length = outcome.following_BT.shape[1]
+            # In the flattened batch the other answer lies one row further.
+            target_M2 = outcome.following_BT.flatten()[torch.stack([index_M, index_M + length], 1)]
+            found["pairs"] = self.pair_loss(*_seen(outcome, index_M), target_M2, valid_M)
+        return found
+
+    def _pairs_of(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
+        """Return indices of sampled positions in the flattened batch, and which of them have a pair.
+
+        Shapes do not depend on values. What is sampled is a pure function of the batch.
+        """
+        paired_HT = paired(outcome.flow.tokens_BT, outcome.following_BT, outcome.position_BT)
+        place_N = torch.arange(paired_HT.numel(), device=paired_HT.device)
+        turn_N = (place_N * SPREAD + outcome.following_BT.sum()) % (1 << 31)
+        count = -(-len(place_N) // self.own.pairs)
+        turn_M, place_M = torch.where(paired_HT.flatten(), turn_N, -1).topk(count)
+        length = paired_HT.shape[1]
+        return place_M + place_M // length * length, turn_M >= 0
 
     def flops(self, work: Work) -> float:
-        return work.length * matrices(self)
+        """Generation does not ask for ignorance."""
+        return work.length * matrices(self.state, self.features, self.out)
 
     def extra_training_flops(self, work: Work, head: int) -> float:
-        """The loss uses sampled positions only, whereas `flops` counts all."""
+        """The losses use sampled positions only, whereas `flops` counts all."""
+        once = matrices(self.state, self.features, self.out)
         sampled = 2 * (2 * matrices(self.state, self.features) + 3 * matrices(self.out) + head) / OUTCOME_STRIDE
-        return sampled - 3 * 2 * matrices(self)
+        if self.pairs is not None:
+            inner = matrices(self.pairs.state, self.pairs.features)
+            sampled += (2 * inner + 3 * matrices(self.pairs.out) + head) / self.own.pairs
+        return sampled - 3 * 2 * once
 
     def logits_stride(self) -> int:
-        return OUTCOME_STRIDE
+        return min(OUTCOME_STRIDE, 2 * self.own.pairs or OUTCOME_STRIDE)
 
     def switches(self) -> dict[str, Switch]:
         """No switches: the predictions do not depend on it."""
         return {}
+
+
+def _seen(outcome: Outcome, index_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, logits before the soft cap, and signals at positions of the flattened batch."""
+    hidden_MD = outcome.hidden_BTD.detach().flatten(0, 1)[index_M]
+    with torch.no_grad():
+        raw_MV = outcome.model.head_down(hidden_MD) @ outcome.rows_VE.T
+    return hidden_MD, raw_MV, outcome.flow.signals(*SIGNALS).flatten(0, 1)[index_M]
