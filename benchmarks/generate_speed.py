@@ -46,7 +46,7 @@ from benchmarks.peer_decoding import CACHES, PeerDecoding
 from benchmarks.subjects import Data, Subject, loaded_subject, random_subject, trained_subject
 from benchmarks.train_speed import table
 from lepton.errors import InputError, nearest
-from lepton.runtime.device import device_name, keep_freed_memory, pick_device, pick_dtype, synchronize
+from lepton.runtime.device import device_name, freeze_objects, keep_freed_memory, pick_device, pick_dtype, synchronize
 
 TEMPERATURES = (0.0, 0.8)
 DEFAULT_CASES = {
@@ -165,6 +165,7 @@ class Bench:
             self._free()
 
     def _free(self) -> None:
+        gc.unfreeze()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -209,6 +210,7 @@ class Bench:
             lane.runner = self.shelf.take(subject.model, case.rows, case.context)
             lane.timed = Decoding(lane.runner, case.mode, case.temperature, prompts, case.rows)
         lane.timed.warm_up(self.new_tokens)
+        freeze_objects()
         synchronize(self.device)
         lane.warm_up = time.perf_counter() - begun
 

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         need(name, "the server")
     from lepton.data.chat import ChatTemplate
     from lepton.engine.runners import Lease
+    from lepton.runtime.device import freeze_objects
     from lepton.serve.app import Api
     from lepton.serve.requests import Reader
     from lepton.serve.server import listening, serve
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             with Lease(model, args.places, api.calls.worker.longest) as lease:
                 for rows in sorted({*args.warm_up}):
                     lease.runner.warm_up(rows, say=say)
+            freeze_objects()
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"serving {args.name} at http://{host}:{listener.getsockname()[1]}/v1; Ctrl-C stops")
         serve(api, listener, drain_seconds=args.drain_seconds, say=say)

@@ -1,6 +1,8 @@
+import gc
 import io
 import platform
 import sys
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,24 @@ from lepton.errors import InputError
 from lepton.runtime import device
 
 CPU = torch.device("cpu")
+
+
+def test_frozen_objects_are_passed_over_and_garbage_goes_before():
+    class Thing:
+        pass
+
+    garbage = Thing()
+    garbage.itself, gone = garbage, weakref.ref(garbage)
+    kept = [Thing() for _ in range(100)]
+    del garbage
+    device.freeze_objects()
+    try:
+        assert gone() is None
+        watched = {id(each) for each in gc.get_objects()}
+        assert not any(id(each) in watched for each in kept)
+        assert gc.get_freeze_count() > 100
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
