@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lepton.model.ideas import drafter as drafting
-from lepton.model.ideas.drafter import STRIDE
 from lepton.model.ideas.idea import picks
-from lepton.model.ideas.peek import FADE
+from lepton.model.ideas.peek import FADE, ROW_STRIDE
 from lepton.model.layers import norm
 from lepton.ops.cross_entropy import soft_cap
 from tests.laws.lab import EOS, build, text
@@ -70,7 +69,7 @@ def slow_parts(model, tokens, lengths, targets):
 
     drafter = model.drafter
     proposals, drafts = drafter.ids.tolist(), [[] for _ in range(drafter.count)]
-    for pick in picks(following, STRIDE).tolist():
+    for pick in picks(following, drafter.stride).tolist():
         row, t = flat[pick]
         state = drafter.begin(out.hidden[row, t])
         for i in range(drafter.count):
@@ -83,15 +82,18 @@ def slow_parts(model, tokens, lengths, targets):
             ):
                 break
             state = drafter.step(state, model.embed.weight[inputs[row, place]])
-            if following[row, place] in drafter.ids:
-                logits = soft_cap(drafter.leave(state) @ drafter.rows(model.embed).T, drafter.cap)
+            logits = soft_cap(drafter.leave(state) @ drafter.rows(model.embed).T, drafter.cap)
+            if drafter.distil:
+                judged = model.head(out.hidden[row, place].detach())[drafter.ids].log_softmax(0)
+                drafts[i].append((judged.exp() * (judged - logits.log_softmax(0))).sum())
+            elif following[row, place] in drafter.ids:
                 target = torch.tensor(proposals.index(following[row, place]))
                 drafts[i].append(torch.nn.functional.cross_entropy(logits, target))
     weights = [drafting.FADE**i for i in range(drafter.count)]
     draft = sum(w * torch.stack(losses).mean() for w, losses in zip(weights, drafts, strict=True)) / sum(weights)
 
     hints = []
-    for row in picks(following[:, 0], STRIDE).tolist():
+    for row in picks(following[:, 0], ROW_STRIDE).tolist():
         for t in range(int(lengths[row])):
             ahead = [
                 FADE ** (i - 2) * norm(flow.embedded_BTE[row, t + i].detach())
@@ -113,11 +115,11 @@ LEARNS = {"exit": "router.exit_", "router": "router.benefit", "draft": "drafter.
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(("padding", "share"), [(EOS, 1), (7, 1), (7, 0.9)])
-def test_the_small_losses_equal_single_positions(padding, share, seed):
+@pytest.mark.parametrize(("padding", "share", "distil"), [(EOS, 1, False), (7, 1, True), (7, 0.9, False)])
+def test_the_small_losses_equal_single_positions(padding, share, distil, seed):
     """Values, and the gradients of the parameters that see no other loss, whatever rows are padded with, and where only
     a share of the predictions counts."""
-    model, tokens = build("complete", **{"router.exit_stride": 3}), text(seed, rows=9)
+    model, tokens = build("complete", **{"router.exit_stride": 3, "drafter.distil": distil}), text(seed, rows=9)
     lengths = torch.tensor([tokens.shape[1], 30, 2, 99, 64, 71, 17, 50, 88])
     tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], padding)
     targets = torch.rand(9, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(seed)) < share

@@ -19,12 +19,11 @@ from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
+from lepton.ops.divergence import divergence_chunk, linear_divergence
 from lepton.ops.products import Added, products
 
 FADE = 0.8
 """Weight of a draft's loss, relative to the draft before it."""
-STRIDE = 4
-"""The loss uses one position in this many."""
 WIDTHS = {"nano": 128, "micro": 192, "tiny": 256, "small": 256, "medium": 256, "large": 384, "xl": 512, "xxl": 512}
 """Width of the cell of each size."""
 
@@ -39,15 +38,20 @@ class DrafterConfig(IdeaConfig):
     """Width of the cell."""
     vocab: int = 4096
     """Number of tokens that it can propose, the most frequent ones."""
+    stride: int = 4
+    """The loss uses one position in this many."""
+    distil: bool = False
+    """Whether a draft learns the model's own distribution at its place, over the tokens that can be proposed, and not
+    the token that followed there: drafts are judged by the model (DistillSpec, Zhou et al. 2024)."""
 
     name = "drafter"
-    most = {"count": 64, "width": 1 << 15, "vocab": 1 << 21}
+    most = {"count": 64, "width": 1 << 15, "vocab": 1 << 21, "stride": 1 << 20}
     reads_top = True
     flat = {"drafts": "count", "draft_width": "width", "draft_vocab": "vocab"}
     flat_switch = "drafts"
 
     def check(self, config: LeptonConfig) -> None:
-        self.at_least(1, "count", "width")
+        self.at_least(1, "count", "width", "stride")
         if not 1 <= self.vocab <= config.vocab_size:
             raise InputError(f"drafter.vocab={self.vocab}: must lie in 1..vocab_size={config.vocab_size}")
 
@@ -107,7 +111,7 @@ class Drafter(Idea):
     """The cell, its input projections, and its output projection to the width of the embedding."""
 
     name = "drafter"
-    compiled = ("loss",)
+    compiled: tuple[str, ...] = ("loss",)
     loss_weights = {"draft": 0.1}
     declares = {
         **{f"{name}.weight": MATRIX.but(auxiliary=True) for name in ("enter", "token", "up", "leave")},
@@ -119,6 +123,9 @@ class Drafter(Idea):
         super().__init__()
         width, embedding = own.width, config.embed_rank or config.width
         self.count, self.cap, self.vocab_size = own.count, config.logit_cap, own.vocab
+        self.stride, self.distil = own.stride, own.distil
+        if own.distil:
+            self.compiled = ("divergence_chunk",)
         self.enter = Linear(config.width, width)
         self.token = Linear(embedding, width)
         self.up = Linear(2 * width, 2 * width)
@@ -174,8 +181,15 @@ class Drafter(Idea):
         read = F.linear(norm(F.linear(norm(rows_ZE), token)), up_token)
         return Prepared(ids_Z, enter, token, up_cell, up_token, down, read, rows_ZE @ leave)
 
-    def loss(self, hidden_MD: Tensor, read_MY: Tensor, target_MY: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Return the mean cross-entropy of the drafts after M positions, weighted by `FADE`.
+    def loss(
+        self,
+        hidden_MD: Tensor,
+        read_MY: Tensor,
+        target_MY: Tensor,
+        embedding: nn.Embedding,
+        taught_MYE: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mean loss of the drafts after M positions, weighted by `FADE`: the cross-entropy of the targets.
 
         Args:
             hidden_MD: hidden states at the positions.
@@ -183,28 +197,36 @@ class Drafter(Idea):
                 itself predicts. Negative if absent.
             target_MY: the token that each draft should be; negative if absent.
             embedding: the model's.
+            taught_MYE: inputs of the head at the place of each draft. The loss is then the divergence from the model's
+                distribution over what can be proposed, wherever there is a target.
         """
         rows_ZE = self.rows(embedding).to(hidden_MD.dtype)  # once for all drafts
         place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_ZE.device)
         place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_ZE.device))
-        target_MY = torch.where(target_MY >= 0, place_V[target_MY.clamp(min=0)], IGNORE)
+        there_MY = target_MY >= 0
+        target_MY = torch.where(there_MY, place_V[target_MY.clamp(min=0)], IGNORE)
+        sizes: dict[str, Any] = {"vocab_size": self.vocab_size, "cap": self.cap}
         cell_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_ZE.device), 0.0
         for i in range(self.count):
             embedded_ME = F.embedding(read_MY[:, i].clamp(min=0), embedding.weight.detach()).to(cell_MW.dtype)
             cell_MW = self.step(cell_MW, embedded_ME)
-            loss, *_ = linear_cross_entropy(
-                self.leave(cell_MW),
-                rows_ZE,
-                target_MY[:, i],
-                vocab_size=self.vocab_size,
-                cap=self.cap,
-                z_weight=0.0,
-            )
+            left_ME = self.leave(cell_MW)
+            if taught_MYE is None:
+                loss, *_ = linear_cross_entropy(left_ME, rows_ZE, target_MY[:, i], z_weight=0.0, **sizes)
+            else:
+                given = (left_ME, taught_MYE[:, i], rows_ZE, there_MY[:, i])
+                loss, _ = linear_divergence(*given, chunk=self.divergence_chunk, **sizes)
             total, weights = total + FADE**i * loss, weights + FADE**i
         return total / weights
 
+    def divergence_chunk(
+        self, raw_OV: Tensor, teacher_OV: Tensor, share_O: Tensor, vocab_size: int, cap: float
+    ) -> tuple[Tensor, Tensor]:
+        """`lepton.ops.divergence.divergence_chunk`, which the compiler takes as a method."""
+        return divergence_chunk(raw_OV, teacher_OV, share_O, vocab_size, cap)
+
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
-        """The loss at a quarter of the positions."""
+        """The loss at one position in `stride`."""
         following_BT, position_BT = outcome.following_BT, outcome.position_BT
         ahead: list[Tensor] = []
         for i in range(self.count + 1):
@@ -215,15 +237,19 @@ class Drafter(Idea):
                 place_BT = F.pad(position_BT[:, i:], (0, min(i, position_BT.shape[1])), value=-1)
                 token_BT = token_BT.masked_fill(place_BT != position_BT + i, IGNORE)
             ahead.append(token_BT)
-        index_M = picks(following_BT, STRIDE)
-        tokens = torch.stack(ahead, -1).flatten(0, 1)[index_M]
-        hidden_MD = outcome.hidden_BTD.flatten(0, 1)[index_M]
-        return {"draft": self.loss(hidden_MD, tokens[:, :-1], tokens[:, 1:], outcome.model.embed)}
+        index_M = picks(following_BT, self.stride)
+        tokens, hidden = torch.stack(ahead, -1).flatten(0, 1)[index_M], outcome.hidden_BTD.flatten(0, 1)
+        taught_MYE = None
+        if self.distil:  # draft i stands where the model predicts from the state i + 1 tokens later
+            later_MY = index_M[:, None] + torch.arange(1, self.count + 1, device=index_M.device)
+            taught_MYE = outcome.frozen_down(hidden.detach()[later_MY.clamp(max=len(hidden) - 1)])
+        given = (hidden[index_M], tokens[:, :-1], tokens[:, 1:], outcome.model.embed)
+        return {"draft": self.loss(*given, taught_MYE)}
 
     def extra_training_flops(self, work: Work, head: int) -> float:
         step = 2 * matrices(self.token) + 3 * matrices(self.up, self.down, self.leave)
-        step += 2 * self.vocab_size * self.leave.out_features
-        return 2 * (2 * matrices(self.enter) + self.count * step) / STRIDE
+        step += (3 if self.distil else 2) * self.vocab_size * self.leave.out_features
+        return 2 * (2 * matrices(self.enter) + self.count * step) / self.stride
 
     def kept_bytes(self, work: Work) -> float:
         """The steps of the cell at sampled positions."""
