@@ -93,7 +93,7 @@ class Recall(Task):
         return Questions(tokens_BX, torch.full((rows,), tokens_BX.shape[1]), targets_BT > 0, level_BT)
 
     def mixed(self, generator: torch.Generator, shape: Sequence[int], share: float) -> Tensor:
-        """Return which keys are asked for [B, E, Q]: a `share` of the first Q, which take two steps, and of the others."""
+        """Return the keys that are asked for [B, E, Q]: a `share` of the first Q, the rest of the others."""
         two = round(shape[2] * share)
         a_BEQ, b_BEQ = (shuffled(generator, shape)[0] for _ in range(2))
         keys_BEQ = torch.cat([a_BEQ[..., :two], b_BEQ[..., two:] + shape[2]], 2)
