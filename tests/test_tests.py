@@ -41,6 +41,7 @@ OF_SEVERAL = {
     "model/test_before",
     "model/test_trunk",
     "proving_ground/test_babi",
+    "proving_ground/test_capacity",
     "proving_ground/test_chains",
     "proving_ground/test_depth",
     "proving_ground/test_hops",

@@ -55,7 +55,7 @@ class Needle(Task):
     tested: int = 65536
     """Most tokens of a row in the test, which has `length`, four times that, and so on, and this."""
 
-    small = {"length": 256, "tested": 512, "taught": 1, "distractors": 1, "rows": 4, "test_rows": 4, "test_batches": 6}
+    small = {"length": 256, "tested": 512, "taught": 1, "distractors": 1, "rows": 2, "test_rows": 2, "test_batches": 6}
     columns = tuple((STEP * kind + i,) * 2 for kind in range(4) for i in range(1, 5) if kind < 3 or i in (1, 4))
     whole = VALUE
 
