@@ -44,6 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_ideas": {"thoughts": 0, "memory_heads": 0, "slots": 0, "hint": 0},
 }
 
+PROMPTS = 128
+"""Prompts that drafts are measured on, spread over the validation split."""
+
 
 def variant_config(size: str, variant: str, changes: list[str]) -> LeptonConfig:
     """Return the configuration of a variant; what its ideas leave of the parameters goes into the MLPs."""
@@ -166,7 +169,8 @@ class Run:
         temperature = fit_temperature(self.model, calibration_batches(self.held_out, 16))
         reliability = measure_uncertainty(self.model, evaluation_batches(self.held_out, 16), temperature=temperature)
         self.tell(reliability=reliability.to_dict())
-        counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1), 24))
+        few = 2 if self.arguments.smoke else PROMPTS
+        counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1, few), few))
         self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
         few = None if self.arguments.smoke else 4
         table = list(ablate(self.model, lambda **options: self.held_out_loss(few, **options)))

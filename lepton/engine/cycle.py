@@ -78,10 +78,11 @@ def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "
     if shape.opening and pool.keeps_slots:
         pool.keep_slots(model, place_B, state)
     last_B1 = accepted_B[:, None]
+    seen_BTF = model.seen_by_drafter(out)
     rows = replace(
         held.rows,
         token_B=chosen_BT.gather(1, last_B1)[:, 0],
-        hidden_BD=out.hidden.gather(1, last_B1[..., None].expand(-1, -1, out.hidden.shape[2]))[:, 0],
+        seen_BF=seen_BTF.gather(1, last_B1[..., None].expand(-1, -1, seen_BTF.shape[2]))[:, 0],
         index_B=held.rows.index_B + 1 + accepted_B,
     )
     pool.put(place_B, held, Held(state, rows))
@@ -106,8 +107,8 @@ def drafted(model: Network, rows: Rows, drafts: int, prepared: "Prepared | None"
     if not drafts:
         return rows.token_B[:, None]
     assert prepared is not None
-    embedded_BE = F.embedding(rows.token_B, model.embed.weight).to(rows.hidden_BD.dtype)
-    cell_BW = prepared.begin(rows.hidden_BD, embedded_BE)
+    embedded_BE = F.embedding(rows.token_B, model.embed.weight).to(rows.seen_BF.dtype)
+    cell_BW = prepared.begin(rows.seen_BF, embedded_BE)
     columns: list[Tensor] = []
     for i in range(drafts):
         if columns:

@@ -24,8 +24,8 @@ class Rows:
 
     token_B: Tensor
     """The newest token, which no pass has read."""
-    hidden_BD: Tensor
-    """The hidden state that it was drawn from."""
+    seen_BF: Tensor
+    """What drafts after it are made from."""
     index_B: Tensor
     """Number of new tokens."""
     stream_B2: Tensor
@@ -108,10 +108,11 @@ class Pool:
                 state = replace(state, **{name: _with_slots(rings, self._slot_count)})  # type: ignore[arg-type]
         whole = torch.zeros(places, dtype=torch.int64, device=device)
         real = torch.zeros(places, dtype=torch.float32, device=device)
-        hidden = torch.zeros(places, model.config.width, dtype=model.dtype, device=device)
+        drafter, width = model.idea("drafter"), model.config.width
+        seen = torch.zeros(places, drafter.seen_width if drafter else width, dtype=model.dtype, device=device)
         index, top_k, rounds = whole.clone(), whole.clone(), whole.clone()
         stream, depth = whole.new_zeros(places, 2), real.double()
-        rows = Rows(whole, hidden, index, stream, real, real.clone(), top_k, rounds, depth)
+        rows = Rows(whole, seen, index, stream, real, real.clone(), top_k, rounds, depth)
         self.held = Held(state, rows)
 
     @property

@@ -18,6 +18,8 @@ class Prefilled:
 
     state: State
     hidden_BD: Tensor
+    seen_BF: Tensor
+    """What drafts are made from."""
     signals_B3: Tensor
     depth_B: Tensor
     """Blocks that the last token of each prompt went through."""
@@ -53,12 +55,14 @@ def read_prompts(
         out = model.trunk(tokens_BT, state, lengths=lengths_B, opens=opens_BT, depth=depth, think=think)
         state = out.state
         at_B = (lengths_B - 1).clamp(min=0)
-        found = [each[rows_B, at_B] for each in (out.hidden, out.signals, out.depth[..., None])]
+        given = (out.hidden, model.seen_by_drafter(out), out.signals, out.depth[..., None])
+        found = [each[rows_B, at_B] for each in given]
         last = [torch.where(ends_B[:, None], *pair) for pair in zip(found, last or found, strict=True)]
         blocks_B += (out.depth * (index_T < lengths_B[:, None])).sum(1)
     assert state is not None, "prompts are not empty"
     assert last is not None
-    return Prefilled(state, last[0], last[1], last[2][:, 0], blocks_B, len(starts))
+    hidden_BD, seen_BF, signals_B3, depth_B1 = last
+    return Prefilled(state, hidden_BD, seen_BF, signals_B3, depth_B1[:, 0], blocks_B, len(starts))
 
 
 def padded(parts: Sequence[Sequence[int]], eos_id: int, device: torch.device) -> Tensor:

@@ -158,7 +158,7 @@ class Runner:
             prompts = [each.prompt for each in sequences]
             read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think)
             place_B = torch.tensor([work.places[i] for i in indices], device=self._device)
-            rows = self._rows(sequences, read.hidden_BD)
+            rows = self._rows(sequences, read.seen_BF)
             shape = replace(wanted_shape(sequences), rows=len(sequences))
             signals = read.signals_B3[:, None] if shape.uncertainty else None
             chosen_BT, finite_B, *wanted = choices(self.model, rows, read.hidden_BD[:, None], signals, shape)
@@ -213,7 +213,7 @@ class Runner:
         counts = {0, self.drafts} if drafts is None else {*drafts}
         self._cycles.warm_up(rows, counts, self.rounds, routed=routed, say=say)
 
-    def _rows(self, sequences: Items[Sequence], hidden_BD: Tensor) -> Rows:
+    def _rows(self, sequences: Items[Sequence], seen_BF: Tensor) -> Rows:
         device = self._device
         zero_B = torch.zeros(len(sequences), dtype=torch.int64, device=device)
         stream_B2 = torch.tensor([each.stream for each in sequences], device=device)
@@ -221,7 +221,7 @@ class Runner:
         rounds = [self.rounds if each.options.think is None else each.options.think for each in sequences]
         rounds_B = torch.tensor(rounds, device=device)
         depth_B = torch.tensor([each.depth for each in sequences], dtype=torch.float64, device=device)
-        return Rows(zero_B, hidden_BD, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B)
+        return Rows(zero_B, seen_BF, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B)
 
 
 def wanted_shape(sequences: Items[Sequence]) -> Shape:

@@ -191,6 +191,11 @@ class Network(Modules):
             chunk=chunk,
         )
 
+    def seen_by_drafter(self, out: Output) -> Tensor:
+        """Return what drafts after each token are made from [B, T, F]; without a drafter the hidden states."""
+        drafter = self.idea("drafter")
+        return out.hidden if drafter is None else drafter.seen(out.hidden, out.flow)
+
     def loss(
         self,
         tokens: Tensor,

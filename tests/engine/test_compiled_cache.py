@@ -28,9 +28,9 @@ def turn(x: Tensor) -> None:
 
 def small_cycle(model, pool, place_B, shape, prepared):
     """Stands in for a cycle, which takes long to compile. In this one there is nothing that needs C++."""
-    hidden_BD = pool.held.rows.hidden_BD
-    turn(hidden_BD)
-    return Outcome(torch.mm(hidden_BD, model.embed.weight.T).topk(2, 1).indices, None, None, None)
+    seen_BF = pool.held.rows.seen_BF
+    turn(seen_BF)
+    return Outcome(torch.mm(seen_BF, model.embed.weight.T).topk(2, 1).indices, None, None, None)
 
 
 def chosen(make_cycle, cycles: int = 5) -> list[list[list[int]]]:
@@ -39,7 +39,7 @@ def chosen(make_cycle, cycles: int = 5) -> list[list[list[int]]]:
     pool, place_B = Pool(model, 3, 16), torch.arange(3)
     with torch.no_grad():
         run = make_cycle(model, pool, place_B, SHAPE, None)
-        pool.held.rows.hidden_BD.copy_(model.embed.weight[5:8])
+        pool.held.rows.seen_BF.copy_(model.embed.weight[5:8])
         return [run().counts.tolist() for _ in range(cycles)]
 
 
@@ -85,7 +85,7 @@ def test_a_graph_with_a_constant_is_not_kept(folder, monkeypatch):
     ones = torch.ones(32, 4)
 
     def with_constant(model, pool, *_):
-        return Outcome(torch.mm(pool.held.rows.hidden_BD, ones), None, None, None)
+        return Outcome(torch.mm(pool.held.rows.seen_BF, ones), None, None, None)
 
     monkeypatch.setattr(compiled, "cycle", with_constant)
     assert len(chosen(compiled.compiled_cycle)) == 5

@@ -19,7 +19,7 @@ def loaded(model, places):
     read = read_prompts(model, BATCH, None, depth=1, think=0)
     place_B = torch.tensor([3, 0, 5, 1])
     with torch.no_grad():
-        runner.pool.load(place_B, Held(read.state, runner._rows(sequences, read.hidden_BD)))
+        runner.pool.load(place_B, Held(read.state, runner._rows(sequences, read.seen_BF)))
     return runner.pool, place_B, read.state
 
 

@@ -38,7 +38,7 @@ def test_a_runner_of_other_weights_is_not_used_again():
     model.float()
     with Lease(model, 1, 10) as replaced:
         assert replaced.runner is not before.runner
-        assert replaced.runner.pool.held.rows.hidden_BD.dtype == torch.float32
+        assert replaced.runner.pool.held.rows.seen_BF.dtype == torch.float32
 
 
 def test_a_pool_without_a_window_is_long_enough():

@@ -51,8 +51,8 @@ class Path(NamedTuple):
     hidden_PD: Tensor
     drafted_P: Tensor
 
-    def begin(self, hidden_BD: Tensor, _embedded_BE: Tensor) -> Tensor:
-        distance_B, place_B = torch.cdist(hidden_BD.double(), self.hidden_PD.double()).min(-1)
+    def begin(self, seen_BF: Tensor, _embedded_BE: Tensor) -> Tensor:
+        distance_B, place_B = torch.cdist(seen_BF.double(), self.hidden_PD.double()).min(-1)
         assert distance_B.max() < 1e-3, "the text left the known path"
         return self.step(place_B, place_B)
 
@@ -71,6 +71,13 @@ class Oracle(Idea):
         self.count = count
         self.ids = torch.arange(vocab_size)
         self.hidden_PD, self.following_P, self.wrong_P = hidden_PD, following_P, wrong_P
+
+    @property
+    def seen_width(self) -> int:
+        return self.hidden_PD.shape[1]
+
+    def seen(self, hidden_BTD: Tensor, _flow: Any) -> Tensor:
+        return hidden_BTD
 
     def prepared(self, *_: Any) -> Path:
         return Path(self.ids, self.hidden_PD, (self.following_P + self.wrong_P) % len(self.ids))

@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict] = {
     "over tokens": {**IDEAS, "thoughts.over_tokens": True, "memory.tied_decay": True, "memory.reads": 3},
     "no thoughts": {**IDEAS, "thoughts": 0},
     "no working memory": {**IDEAS, "memory_heads": 0},
-    "no crystals": {**IDEAS, "slots": 0},
+    "no crystals": {**IDEAS, "slots": 0, "drafter.reads_stem": True},
     "no peek": {**IDEAS, "hint": 0},
     "no router": {**IDEAS, "router": False},
     "no drafts": {**IDEAS, "drafts": 0},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.model.ideas.idea import Idea, Outcome, Switch, Work, matrices, picks
+from lepton.model.ideas.idea import Flow, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import MATRIX, ZERO_MATRIX
 from lepton.ops.cross_entropy import IGNORE, linear_cross_entropy
@@ -40,6 +40,9 @@ class DrafterConfig(IdeaConfig):
     """Number of tokens that it can propose, the most frequent ones."""
     stride: int = 4
     """The loss uses one position in this many."""
+    reads_stem: bool = False
+    """Whether the cell also starts from the state after the stem, which says more of the token itself (EAGLE-3, Li et
+    al. 2025, reads low and high layers)."""
     distil: bool = False
     """Whether a draft learns the model's own distribution at its place, over the tokens that can be proposed, and not
     the token that followed there: drafts are judged by the model (DistillSpec, Zhou et al. 2024)."""
@@ -73,7 +76,7 @@ class Prepared(NamedTuple):
     ids_Z: Tensor
     """The tokens that are proposed."""
     enter: Tensor
-    """[W, D]."""
+    """[W, F]."""
     token: Tensor
     """[W, E]."""
     up_cell: Tensor
@@ -87,9 +90,9 @@ class Prepared(NamedTuple):
     propose_ZW: Tensor
     """Their embeddings, seen through `leave`."""
 
-    def begin(self, hidden_BD: Tensor, embedded_BE: Tensor) -> Tensor:
+    def begin(self, seen_BF: Tensor, embedded_BE: Tensor) -> Tensor:
         """Return the cell's state [B, W], not yet normed, after the newest token, whose embedding is given."""
-        (cell_BW,) = products(hidden_BD, [self.enter])
+        (cell_BW,) = products(seen_BF, [self.enter])
         (token_BW,) = products(embedded_BE, [self.token], normed=True)
         (read,) = products(token_BW, [self.up_token], normed=True)
         return self._step(cell_BW, Added(read, torch.arange(len(read), device=read.device)))
@@ -123,10 +126,10 @@ class Drafter(Idea):
         super().__init__()
         width, embedding = own.width, config.embed_rank or config.width
         self.count, self.cap, self.vocab_size = own.count, config.logit_cap, own.vocab
-        self.stride, self.distil = own.stride, own.distil
+        self.stride, self.distil, self.reads_stem = own.stride, own.distil, own.reads_stem
         if own.distil:
             self.compiled = ("divergence_chunk",)
-        self.enter = Linear(config.width, width)
+        self.enter = Linear(config.width * (2 if own.reads_stem else 1), width)
         self.token = Linear(embedding, width)
         self.up = Linear(2 * width, 2 * width)
         self.down = Linear(2 * width, width)
@@ -147,9 +150,18 @@ class Drafter(Idea):
         """Propose the most frequent tokens, ties by id."""
         self.ids.copy_(counts_V().argsort(descending=True, stable=True)[: self.vocab_size])
 
-    def begin(self, hidden: Tensor) -> Tensor:
-        """Return the cell's first state [..., W] for hidden states [..., D]."""
-        return norm(self.enter(hidden.detach()))
+    @property
+    def seen_width(self) -> int:
+        """F, the numbers that the cell starts from."""
+        return self.enter.in_features
+
+    def seen(self, hidden_BTD: Tensor, flow: Flow) -> Tensor:
+        """Return what the cell starts from [B, T, F]: the last hidden states, perhaps with those after the stem."""
+        return torch.cat([hidden_BTD, flow.u_BTD], -1) if self.reads_stem else hidden_BTD
+
+    def begin(self, seen: Tensor) -> Tensor:
+        """Return the cell's first state [..., W] for what it starts from, [..., F]."""
+        return norm(self.enter(seen.detach()))
 
     def step(self, cell: Tensor, embedded: Tensor) -> Tensor:
         """Return the cell's state [..., W] after one more token with embedding [..., E]."""
@@ -183,7 +195,7 @@ class Drafter(Idea):
 
     def loss(
         self,
-        hidden_MD: Tensor,
+        seen_MF: Tensor,
         read_MY: Tensor,
         target_MY: Tensor,
         embedding: nn.Embedding,
@@ -192,7 +204,7 @@ class Drafter(Idea):
         """Return the mean loss of the drafts after M positions, weighted by `FADE`: the cross-entropy of the targets.
 
         Args:
-            hidden_MD: hidden states at the positions.
+            seen_MF: what the cell starts from at the positions; see `seen`.
             read_MY: the token that the cell reads before each draft; the first is the next token, which the model
                 itself predicts. Negative if absent.
             target_MY: the token that each draft should be; negative if absent.
@@ -200,13 +212,13 @@ class Drafter(Idea):
             taught_MYE: inputs of the head at the place of each draft. The loss is then the divergence from the model's
                 distribution over what can be proposed, wherever there is a target.
         """
-        rows_ZE = self.rows(embedding).to(hidden_MD.dtype)  # once for all drafts
+        rows_ZE = self.rows(embedding).to(seen_MF.dtype)  # once for all drafts
         place_V = torch.full((embedding.num_embeddings,), IGNORE, device=rows_ZE.device)
         place_V = place_V.scatter(0, self.ids, torch.arange(self.vocab_size, device=rows_ZE.device))
         there_MY = target_MY >= 0
         target_MY = torch.where(there_MY, place_V[target_MY.clamp(min=0)], IGNORE)
         sizes: dict[str, Any] = {"vocab_size": self.vocab_size, "cap": self.cap}
-        cell_MW, total, weights = self.begin(hidden_MD), torch.zeros((), device=rows_ZE.device), 0.0
+        cell_MW, total, weights = self.begin(seen_MF), torch.zeros((), device=rows_ZE.device), 0.0
         for i in range(self.count):
             embedded_ME = F.embedding(read_MY[:, i].clamp(min=0), embedding.weight.detach()).to(cell_MW.dtype)
             cell_MW = self.step(cell_MW, embedded_ME)
@@ -243,7 +255,8 @@ class Drafter(Idea):
         if self.distil:  # draft i stands where the model predicts from the state i + 1 tokens later
             later_MY = index_M[:, None] + torch.arange(1, self.count + 1, device=index_M.device)
             taught_MYE = outcome.frozen_down(hidden.detach()[later_MY.clamp(max=len(hidden) - 1)])
-        given = (hidden[index_M], tokens[:, :-1], tokens[:, 1:], outcome.model.embed)
+        seen = self.seen(outcome.hidden_BTD, outcome.flow).flatten(0, 1)
+        given = (seen[index_M], tokens[:, :-1], tokens[:, 1:], outcome.model.embed)
         return {"draft": self.loss(*given, taught_MYE)}
 
     def extra_training_flops(self, work: Work, head: int) -> float:
