@@ -20,11 +20,11 @@ from lepton.errors import InputError
 
 SEEN = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 """How often a question is asked in training, two times in a batch."""
-CLOSED = (3, 4, 5, 6)
+CLOSED = (3, 3, 4, 4)
 """Candidates of each closed relation, drawn alike."""
 OPEN = 64
 """Candidates of an open relation, drawn alike."""
-SEVERAL = ((2,), (2, 3), (3, 4), (4, 5, 6))
+SEVERAL = ((3, 4), (4, 5), (5, 6), (6, 7, 8))
 """How many of them are right in each open relation: one of these numbers."""
 WORDS = 5
 """Tokens of a document: two of the subject, relation, answer, end."""
