@@ -22,9 +22,9 @@ SEEN = (0, 2, 4, 8, 16, 32, 64, 128, 256)
 """How often a question is asked in training, two times in a batch."""
 CLOSED = (3, 3, 4, 4)
 """Candidates of each closed relation, drawn alike."""
-OPEN = 64
+OPEN = 16
 """Candidates of an open relation, drawn alike."""
-SEVERAL = ((3, 4), (4, 5), (5, 6), (6, 7, 8))
+SEVERAL = ((3,), (3, 4), (4, 5), (5, 6))
 """How many of them are right in each open relation: one of these numbers."""
 WORDS = 5
 """Tokens of a document: two of the subject, relation, answer, end."""
