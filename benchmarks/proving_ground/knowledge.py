@@ -210,6 +210,13 @@ def judged(doubt_N: Tensor, seen: Seen, *, is_chance: bool) -> dict[str, float |
     }
 
 
+def gain(table: dict[str, dict[str, float | None]], name: str) -> float | None:
+    """Return by how much a head knows more than the best of what a prediction says by itself; None: undefined."""
+    plain = [table[each]["auroc_known"] for each in ("max-probability", "entropy", "margin")]
+    own = table[name]["auroc_known"]
+    return None if own is None or None in plain else own - max(each for each in plain if each is not None)
+
+
 def show(name: str, found: dict[str, float | None]) -> None:
     """Print a row of the table."""
     values = ("      -" if value is None else f"{100 * value:7.2f}" for value in found.values())
@@ -297,11 +304,15 @@ def main(words: Sequence[str] | None = None) -> None:
     for name, head in heads.items():
         table[name] = judged(doubt(head, test), test, is_chance=True)
         show(name, table[name])
+    gains = {name: gain(table, name) for name in heads}
+    print("over the best of max-probability, entropy and margin:")
+    for name, value in gains.items():
+        print(f"{name:24} {'      -' if value is None else f'{100 * value:+7.2f}'}")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found: dict[str, Any] = {"task": "Knowledge", **vars(chosen), "facts": task.questions, "table": table}
-    found |= {"losses": losses, "by_seen": rows, "params": training.params, "seconds": time.perf_counter() - begun,
-              "unknown": test.unknown_N.mean().item(), "wrong": test.wrong_N.mean().item(),
-              "torch": torch.__version__, "device": device}  # fmt: skip
+    found |= {"gains": gains, "losses": losses, "by_seen": rows, "params": training.params}
+    found |= {"unknown": test.unknown_N.mean().item(), "wrong": test.wrong_N.mean().item()}
+    found |= {"seconds": time.perf_counter() - begun, "torch": torch.__version__, "device": device}
     print(json.dumps(found), flush=True)
 
 

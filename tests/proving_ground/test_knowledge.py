@@ -11,6 +11,7 @@ from benchmarks.proving_ground.knowledge import (
     alone,
     calibrated,
     doubt,
+    gain,
     judged,
     learned,
     main,
@@ -179,6 +180,14 @@ def test_a_score_without_both_kinds_has_no_rank():
     figures = judged(seen.wrong_N, seen, is_chance=True)
     assert figures["auroc_known"] is None
     assert figures["ece"] == 0
+
+
+def test_gain_is_over_the_best_of_three():
+    values = {"max-probability": 0.8, "entropy": 0.9, "margin": 0.7, "two samples agree": 0.99, "head": 0.95}
+    table = {name: {"auroc_known": value} for name, value in values.items()}
+    assert gain(table, "head") == pytest.approx(0.05)
+    table["entropy"]["auroc_known"] = None
+    assert gain(table, "head") is None
 
 
 def test_smoke(capsys):
