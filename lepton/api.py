@@ -31,6 +31,7 @@ from lepton.generate.prompts import Prompt, Prompts
 from lepton.generate.stream import Stream
 from lepton.model import Memory, Network, Output, State
 from lepton.model.arguments import checked_call
+from lepton.model.budget import Budget
 from lepton.model.promise import Promise
 from lepton.model.size_config import size_config
 from lepton.model.weights import on_meta_device
@@ -81,6 +82,8 @@ class Lepton(Network):
             with on_meta_device():
                 model = cls(LeptonConfig.from_dict(content["config"]))
             model.load_state_dict(content["model"], assign=True)
+            if (router := model.idea("router")) is not None:
+                router.budgets = tuple(map(Budget.from_dict, content.get("budgets", ())))
             if (head := model.idea("uncertainty")) is not None:
                 head.promises = tuple(map(Promise.from_dict, content.get("promises", ())))
         model._tokenizer_json = content.get("tokenizer")

@@ -12,6 +12,7 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | `tokenizer`  | the tokenizer's JSON, or None                                            |
 | `step`       | optimizer steps done                                                     |
 | `promises`   | what `lepton calibrate --risk` found, a dict each; missing where it was not run |
+| `budgets`    | what `lepton calibrate --max_cost` found, likewise                       |
 | `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
 
 A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs.
@@ -54,7 +55,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "best": (float, int),
 }
 """What a checkpoint holds; the first three must be there."""
-LATER_KINDS: dict[str, tuple[type, ...]] = {"promises": (list,)}
+LATER_KINDS: dict[str, tuple[type, ...]] = {"promises": (list,), "budgets": (list,)}
 """What a checkpoint holds once a command has added it."""
 RUN_KINDS: dict[str, dict[str, type]] = {
     "optimizer": {"kind": str, "states": dict},

@@ -1,6 +1,7 @@
 """Checks of plain numbers from callers. What cannot be used raises InputError, which names the value and the range."""
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,6 +11,13 @@ SEEDS = (-(1 << 63), (1 << 64) - 1)
 """Every seed of 64 bits, with or without a sign."""
 MAX_ROUNDS = 256
 """Rounds of thinking that a call may ask for."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """A depth that is no share: a token goes past the stem if the router predicts that this saves more, in nats."""
+
+    nats: float
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, note: str = "") -> int:
@@ -37,6 +45,22 @@ def depth_share(depth: Any) -> float:
     if not 0 <= share <= 1:
         raise InputError(f"depth={shown(depth)}: must lie in 0..1, the share of tokens allowed past the stem")
     return share
+
+
+def depth_rule(depth: Any) -> float | Least:
+    """Return the share of tokens allowed past the stem, or the least saving that lets one pass; None is all."""
+    if not isinstance(depth, Least):
+        return depth_share(depth)
+    if not math.isfinite(real(depth.nats)):
+        raise InputError(f"depth=Least({shown(depth.nats)}): must hold a finite number of nats")
+    return depth
+
+
+def positive_nats(value: Any, name: str = "max_cost") -> float:
+    """Return nats a token that may be lost, as a float."""
+    if not 0 < (nats := real(value)) < math.inf:
+        raise InputError(f"{name}={shown(value)}: must be a positive number of nats a token, such as 0.02")
+    return nats
 
 
 def thinking_rounds(think: Any) -> int:

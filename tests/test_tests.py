@@ -17,6 +17,7 @@ ELSEWHERE = {
     "cli/tokenizer": "tests/cli/test_prepare.py",
     "generate/stream": "tests/generate/test_state.py",
     "model/arguments": "tests/model/test_network.py",
+    "model/budget": "tests/cli/test_budgets.py",
     "model/flops": "tests/model/test_network.py",
     "model/fresh_state": "tests/generate/test_state.py",
     "model/modules": "tests/model/test_network.py",

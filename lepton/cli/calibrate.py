@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lepton.cli import promises
+from lepton.cli import budgets, promises
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.figures import SCORES, legend
@@ -48,6 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wrong; may be repeated; nothing else is fitted then",
     )
     parser.add_argument(
+        "--max_cost",
+        type=float,
+        action="append",
+        default=[],
+        metavar="X",
+        help="find what generate's --max_cost X needs: which tokens may skip blocks so that the loss rises by at most "
+        "X nats a token; may be repeated; nothing else is fitted then",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="write also what was fitted on few tokens, or what makes the measured half worse",
@@ -61,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     Nothing is written where the second half got worse.
     """
     share_the_cores()
-    if args.risk:
-        return promises.run(args)
+    if args.risk or args.max_cost:
+        return _with_threshold(args)
     from lepton.evals.calibration import MIN_TOKENS, calibrate
     from lepton.evals.positions import calibration_batches, collect_outcomes, evaluation_batches
 
@@ -114,6 +123,12 @@ def run(args: argparse.Namespace) -> int:
             "with --data_dir, or write it all the same with --force"
         )
     return 0
+
+
+def _with_threshold(args: argparse.Namespace) -> int:
+    if args.risk and args.max_cost:
+        raise InputError("--risk with --max_cost: they measure other things, so run the command once for each")
+    return budgets.run(args) if args.max_cost else promises.run(args)
 
 
 def lines(report: dict[str, Any]) -> list[str]:

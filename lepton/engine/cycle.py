@@ -65,7 +65,8 @@ def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "
     held = pool.take(place_B, read_slots=not shape.opening, whole=shape.whole)
     tokens_BT = drafted(model, held.rows, shape.drafts, prepared)
     depth = held.rows.depth_B if shape.routed else 1.0
-    call = Call(depth, Rounds(held.rows.rounds_B, shape.rounds), static=shape.static)
+    least = held.rows.least_B if shape.routed else None
+    call = Call(depth, Rounds(held.rows.rounds_B, shape.rounds), static=shape.static, least=least)
     out = model.decode(tokens_BT, held.state, call, opening=shape.opening)
     allowed_B = allowed_drafts(model, held.state.phase_B, shape.drafts)
     signals = out.flow.signals(*SIGNALS) if shape.uncertainty else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 from lepton.errors import InputError, nearest, shown
-from lepton.values import SEEDS, depth_share, real, thinking_rounds, whole
+from lepton.values import SEEDS, Least, depth_rule, positive_nats, real, thinking_rounds, whole
 
 Stop: TypeAlias = int | Sequence[int] | Sequence[Sequence[int]]
 """A token id; a list of ids, any of which ends the text; or a list of id sequences, any of which ends it. So a text is
@@ -47,8 +47,16 @@ class GenerationOptions:
         metadata=_flag(r"end after this text; \n is a new line, \t a tab, \\ a backslash", "TEXT"),
     )
     """Ends a row once it has been produced; what ended it is kept. For a text give `[tokenizer.encode(text)]`."""
-    depth: float | None = field(default=None, metadata=_flag("share of tokens allowed past the stem (default: 1)", "X"))
-    """Share of the tokens allowed past the stem, in 0..1; None is 1."""
+    depth: float | Least | None = field(
+        default=None, metadata=_flag("share of tokens allowed past the stem (default: 1)", "X")
+    )
+    """Share of the tokens allowed past the stem, in 0..1, or the `Least` saving that lets one pass; None is 1."""
+    max_cost: float | None = field(
+        default=None,
+        metadata=_flag("nats a token that skipping blocks may cost, once calibrate --max_cost X has been run", "X"),
+    )
+    """In place of `depth`: a token stays in the stem if its predicted saving is below the threshold that
+    ``python -m lepton calibrate --max_cost`` found for this number of nats, so that the mean loss is kept."""
     think: int | None = field(default=None, metadata=_flag("rounds of thinking (default: the model's own)", "N"))
     """Rounds of thinking, 0 to 256; None is the number that the configuration says."""
 
@@ -57,7 +65,14 @@ class GenerationOptions:
         check_sampling(self.temperature, self.top_p, self.top_k)
         if self.seed is not None:
             whole("seed", self.seed, *SEEDS)
-        depth_share(self.depth)
+        depth_rule(self.depth)
+        if self.max_cost is not None:
+            positive_nats(self.max_cost)
+            if self.depth is not None:
+                raise InputError(
+                    f"max_cost={shown(self.max_cost)} with depth={shown(self.depth)}: each says which tokens skip "
+                    "blocks, so give one of them"
+                )
         if self.think is not None:
             thinking_rounds(self.think)
         if not isinstance(self.use_speculative, bool):
@@ -76,7 +91,8 @@ class OptionFields(TypedDict, total=False):
     use_speculative: bool
     seed: int | None
     stop: Stop | None
-    depth: float | None
+    depth: float | Least | None
+    max_cost: float | None
     think: int | None
 
 

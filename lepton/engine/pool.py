@@ -38,6 +38,8 @@ class Rows:
     """Rounds of thinking."""
     depth_B: Tensor
     """Share of the tokens that may go through the deep blocks, fp64."""
+    least_B: Tensor
+    """Predicted saving in nats above which a token goes through them, fp64; infinite where the share decides."""
 
     @property
     def sampling(self) -> Sampling:
@@ -112,7 +114,7 @@ class Pool:
         seen = torch.zeros(places, drafter.seen_width if drafter else width, dtype=model.dtype, device=device)
         index, top_k, rounds = whole.clone(), whole.clone(), whole.clone()
         stream, depth = whole.new_zeros(places, 2), real.double()
-        rows = Rows(whole, seen, index, stream, real, real.clone(), top_k, rounds, depth)
+        rows = Rows(whole, seen, index, stream, real, real.clone(), top_k, rounds, depth, depth.clone())
         self.held = Held(state, rows)
 
     @property

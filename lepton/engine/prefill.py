@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lepton.model import Network, State
+from lepton.values import Least
 
 PREFILL_CHUNK = 1024
 """Prompt tokens of a row that are computed at once: bounds the memory of a long prompt."""
@@ -30,7 +31,7 @@ class Prefilled:
 
 @torch.no_grad()
 def read_prompts(
-    model: Network, prompts: Sequence[Sequence[int]], past: State | None, *, depth: float, think: int | None
+    model: Network, prompts: Sequence[Sequence[int]], past: State | None, *, depth: float | Least, think: int | None
 ) -> Prefilled:
     """Read the prompts, PREFILL_CHUNK tokens at a time.
 

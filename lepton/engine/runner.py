@@ -1,5 +1,6 @@
 """The model on its device: it holds the pool, reads prompts into it, and runs cycles over it."""
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
 from lepton.model import Network, State
 from lepton.ops.choose import sampling_of
+from lepton.values import Least
 
 PREFILL_TOKENS = 1 << 16
 """Prompt tokens of all rows that are computed at once, padding included."""
@@ -220,8 +222,11 @@ class Runner:
         settings = [(each.options.temperature, each.options.top_p, each.options.top_k) for each in sequences]
         rounds = [self.rounds if each.options.think is None else each.options.think for each in sequences]
         rounds_B = torch.tensor(rounds, device=device)
-        depth_B = torch.tensor([each.depth for each in sequences], dtype=torch.float64, device=device)
-        return Rows(zero_B, seen_BF, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B)
+        rules = [
+            (1.0, each.depth.nats) if isinstance(each.depth, Least) else (each.depth, math.inf) for each in sequences
+        ]
+        depth_B, least_B = torch.tensor(rules, dtype=torch.float64, device=device).unbind(1)
+        return Rows(zero_B, seen_BF, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B, least_B)
 
 
 def wanted_shape(sequences: Items[Sequence]) -> Shape:
@@ -243,7 +248,9 @@ def prefill_batches(sequences: Items[Sequence]) -> list[list[int]]:
 
     def kind(i: int) -> tuple[Any, ...]:
         think = sequences[i].options.think
-        return sequences[i].depth, -1 if think is None else think, sequences[i].past is None
+        depth = sequences[i].depth
+        rule = (True, depth.nats) if isinstance(depth, Least) else (False, depth)
+        return *rule, -1 if think is None else think, sequences[i].past is None
 
     batches: list[list[int]] = []
     for _, group in groupby(sorted(range(len(sequences)), key=kind), kind):

@@ -112,11 +112,11 @@ class Scheduler:
         return Prefill(admitted, _places(admitted))
 
     def launches(self) -> list[Launch]:
-        """Group all that runs: depths below 1 share passes, apart from those of depth 1."""
+        """Group all that runs: what may skip deep blocks shares passes, apart from what may not."""
         groups: dict[bool, list[Sequence]] = {}
         for sequence in self._running:
             if not sequence.exhausted:
-                groups.setdefault(sequence.depth < 1, []).append(sequence)
+                groups.setdefault(sequence.routed, []).append(sequence)
         return [self._launch(routed, part) for routed, sequences in groups.items() for part in self._apart(sequences)]
 
     def _apart(self, sequences: list[Sequence]) -> list[list[Sequence]]:

@@ -4,7 +4,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lepton.engine.options import GenerationOptions
-from lepton.values import depth_share
+from lepton.values import Least, depth_rule
 
 if TYPE_CHECKING:
     from lepton.model import State
@@ -50,8 +50,8 @@ class Sequence:
         self.prompt, self.options, self.stops, self.stream = prompt, options, stops, stream
         self.uncertainty, self.logprobs = uncertainty, logprobs
         self.past, self.past_phase = past, past_phase
-        self.depth = depth_share(options.depth)
-        """Share of tokens allowed past the stem, in 0..1."""
+        self.depth = depth_rule(options.depth)
+        """Share of tokens allowed past the stem, in 0..1, or the least saving in nats that lets one pass."""
         self.new: list[int] = []
         """The new tokens; what ended the text is kept."""
         self.status: Status = "waiting"
@@ -71,6 +71,11 @@ class Sequence:
     def eos_id(self) -> int:
         """The end-of-document id."""
         return self.stops[0][0]
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens may skip the deep blocks."""
+        return isinstance(self.depth, Least) or self.depth < 1
 
     @property
     def ended(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
 from lepton.model import Network, Output
+from lepton.values import Least
 
 DEFAULT_TOKENS = 1 << 16
 """Positions that are read by default."""
@@ -89,7 +90,7 @@ def iterate_positions(
     *,
     max_tokens: int | None = None,
     carry: bool = False,
-    depth: float | None = None,
+    depth: float | Least | None = None,
     think: int | None = None,
 ) -> Iterator[Positions]:
     """Yield all positions of `batches` whose next token is known and counts, a slice at a time.
@@ -99,7 +100,7 @@ def iterate_positions(
         batches: windows of text.
         max_tokens: positions in all, at most.
         carry: whether the rows of a batch continue those of the batch before; otherwise each row stands alone.
-        depth: share of the tokens that go past the stem, None for all.
+        depth: share of the tokens that go past the stem, or the least saving that lets one pass; None for all.
         think: rounds of thinking, None for the model's own number.
     """
     device = model.device

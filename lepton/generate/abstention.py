@@ -69,11 +69,15 @@ def promise_of(model: Network, risk: Any, options: GenerationOptions) -> Promise
             f"abstain_at={risk}: this model has no uncertainty head to abstain by; use one whose config has "
             "uncertainty=True"
         )
-    if options.depth not in (None, 1) or options.think is not None:
-        named = f"think={options.think}" if options.think is not None else f"depth={options.depth}"
+    other = {
+        "think": options.think,
+        "max_cost": options.max_cost,
+        "depth": None if options.depth == 1 else options.depth,
+    }
+    if named := [f"{name}={value}" for name, value in other.items() if value is not None]:
         raise InputError(
-            f"abstain_at={risk} with {named}: it was calibrated at full depth with the model's own rounds of thinking; "
-            "leave depth and think out"
+            f"abstain_at={risk} with {named[0]}: it was calibrated at full depth with the model's own rounds of "
+            "thinking; leave depth, max_cost and think out"
         )
     found = next((each for each in head.promises if each.risk == share), None)
     if found is None:

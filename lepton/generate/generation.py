@@ -17,13 +17,14 @@ from lepton.engine.speculation import Always
 from lepton.engine.stats import Stats
 from lepton.errors import InputError
 from lepton.generate.abstention import largest_kept, promise_of
+from lepton.generate.budgets import budgeted
 from lepton.generate.prompts import Prompt, read_stops
 from lepton.generate.prompts import read_prompts as checked_prompts
 from lepton.model import Memory, Network, State
 from lepton.model.arguments import checked_call
 from lepton.model.fresh_state import check_state
 from lepton.ops.choose import stream_words
-from lepton.values import depth_share
+from lepton.values import depth_rule
 
 MOST_AT_ONCE = 1024
 """Sequences that run at once; more wait for a place."""
@@ -92,6 +93,7 @@ class Generation:
         self.largest_kept = None if self.promise is None else largest_kept(model, self.promise)
         """Tokens of a larger uncertainty are abstained from."""
         uncertainty = uncertainty or self.promise is not None
+        options = budgeted(model, options)
         self.model, self.options = model, options
         self.prompts, self.flat = checked_prompts(prompts, model.config.vocab_size)
         """The prompts as lists, and whether the caller gave a single flat one."""
@@ -154,7 +156,7 @@ class Generation:
         Prompts and new tokens are read once more: the states in the engine are those of texts that may have gone on.
         """
         options, device = self.options, self.model.device
-        depth, think = depth_share(options.depth), options.think
+        depth, think = depth_rule(options.depth), options.think
         state = read_prompts(self.model, self.prompts, self._past, depth=depth, think=think).state
         texts = [
             sequence.new[: max(0, len(sequence.new) - 1 - behind)]

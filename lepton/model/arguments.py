@@ -11,7 +11,7 @@ from lepton.model.fresh_state import check_state, fresh_state
 from lepton.model.ideas.idea import Call
 from lepton.model.modules import Modules
 from lepton.model.state import State
-from lepton.values import depth_share, thinking_rounds, whole
+from lepton.values import Least, depth_rule, thinking_rounds, whole
 
 
 def checked_tokens(model: Modules, tokens: Tensor, least: int) -> Tensor:
@@ -56,25 +56,26 @@ def checked_for_loss(
     return tokens, None if lengths is None else checked_lengths(tokens, lengths), groups
 
 
-def checked_call(model: Modules, rows: int, depth: float | None, think: int | Tensor | None) -> Call:
+def checked_call(model: Modules, rows: int, depth: float | Least | None, think: int | Tensor | None) -> Call:
     """Return what a caller asks of a pass, checked against what the model has."""
-    share = depth_share(depth)
-    if share < 1 and "router" not in model.ideas:
+    rule = depth_rule(depth)
+    call = Call(least=float(rule.nats)) if isinstance(rule, Least) else Call(rule)
+    if call.routed and "router" not in model.ideas:
         raise InputError(f"depth={depth}: this model has no router and always runs all blocks; leave depth at 1")
     if think is None:
-        return Call(share)
+        return call
     if isinstance(think, Tensor):
         device = model.device
         think = integers(think, (rows,), device, "think", f"one number of rounds for each of {rows} rows")
         for idea in model.ideas.values():
             idea.check_rounds(think)
-        return Call(share, think)
+        return replace(call, think=think)
     think = thinking_rounds(think)
     if think and "thoughts" not in model.ideas:
         raise InputError(f"think={think}: this model has no thought tokens; leave think at 0")
     if think > (limit := min((idea.think_limit for idea in model.ideas.values()), default=think)):
         raise InputError(f"think={think}: this model keeps the states of {limit} rounds; give at most {limit}")
-    return Call(share, think)
+    return replace(call, think=think)
 
 
 def checked(
@@ -82,7 +83,7 @@ def checked(
     tokens: Tensor,
     state: State | None,
     lengths: Tensor | None,
-    depth: float | None,
+    depth: float | Least | None,
     think: int | Tensor | None,
     opens: Tensor | None,
     served: Tensor | None = None,

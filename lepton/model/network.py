@@ -36,7 +36,7 @@ from lepton.model.state import Memory, State
 from lepton.model.timeline import Timeline
 from lepton.model.weights import Origin, check_weights, note_config
 from lepton.ops.attention_plan import AttentionPlan, CausalWindow
-from lepton.values import whole
+from lepton.values import Least, whole
 
 View: TypeAlias = tuple[LayerCache, AttentionPlan]
 """What a block sees of the tokens: those before the chunk, and a mask over all."""
@@ -67,7 +67,7 @@ class Network(Modules):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
-        depth: float | None = None,
+        depth: float | Least | None = None,
         think: int | None = None,
         opens: Tensor | None = None,
     ) -> Output:
@@ -79,7 +79,8 @@ class Network(Modules):
             state: the past, from `new_state`, `out.state` or `out.commit`; None starts fresh. It is not changed.
             lengths: integers [B], valid tokens of each row in 0..T; the rest is right padding, which `out.state` leaves
                 out and whose own outputs mean nothing. None: all.
-            depth: share of the tokens allowed past the stem, in 0..1; None is 1, all of them.
+            depth: share of the tokens allowed past the stem, in 0..1, or the `Least` saving in nats that the router
+                must predict for one; None is 1, all of them.
             think: rounds of thinking, 0 to 256; None is the number that the configuration says.
             opens: bool [B, T], tokens at which a new segment opens, with thoughts of its own; None: segments open only
                 at document starts and every `config.segment` tokens.
@@ -103,7 +104,7 @@ class Network(Modules):
         state: State | None = None,
         *,
         lengths: Tensor | None = None,
-        depth: float | None = None,
+        depth: float | Least | None = None,
         think: int | Tensor | None = None,
         opens: Tensor | None = None,
         groups: int | None = None,

@@ -47,6 +47,7 @@ def test_every_option_is_a_flag_of_the_command():
     add_options(parser)
     assert read_options(parser.parse_args([])) == GenerationOptions()
     values = {"temperature": 0.5, "top_p": 0.7, "depth": 0.25, "max_new_tokens": 9, "top_k": 4, "seed": 8, "think": 1}
-    assert {*values, "use_speculative", "stop"} == {*NAMES}
+    assert {*values, "use_speculative", "stop", "max_cost"} == {*NAMES}
     words = [f"--{name}={value}" for name, value in values.items()] + ["--no_speculative"]
     assert read_options(parser.parse_args(words)) == GenerationOptions(**values, use_speculative=False)
+    assert read_options(parser.parse_args(["--max_cost=0.02"])) == GenerationOptions(max_cost=0.02)

@@ -158,7 +158,7 @@ def _command(world: World, place: Path, command: str, **flags: Any) -> Any:
 
 
 _OPTIONS = dict.fromkeys(
-    ("max_new_tokens", "temperature", "top_p", "top_k", "use_speculative", "seed", "stop", "depth", "think")
+    ("max_new_tokens", "temperature", "top_p", "top_k", "use_speculative", "seed", "stop", "depth", "max_cost", "think")
 )
 _GENERATION: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.9, "top_p": 0.9, "seed": 1}
 _PROMPTS = (
@@ -253,8 +253,8 @@ CALLS = (
     Call("generate command", _command,
          lambda w, p: {"command": "generate", "checkpoint": str(w.folder / "weights.pt"), "prompt": "The",
          "max_new_tokens": 3, "seed": 1},
-         also=dict.fromkeys(("temperature", "top_p", "top_k", "stop", "depth", "think", "device", "dtype",
-         "tokenizer", "uncertainty", "json")),
+         also=dict.fromkeys(("temperature", "top_p", "top_k", "stop", "depth", "max_cost", "think", "device",
+         "dtype", "tokenizer", "uncertainty", "json")),
          check=_is_fine, work=_SMALL_OPTIONS, values=("---", "-1", "--", "\\n", "-->", "1e999", "0x10", "1_000")),
     Call("train command", _command,
          lambda w, p: {"command": "train", "data_dir": str(p / "no data"), "model_size": "nano", "device": "cpu",

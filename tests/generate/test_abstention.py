@@ -105,7 +105,7 @@ def test_what_was_not_calibrated_is_refused_with_the_command_that_does_it():
 
 @pytest.mark.parametrize("options", [{"depth": 0.5}, {"think": 1}])
 def test_another_computation_was_not_calibrated(options):
-    with pytest.raises(InputError, match="leave depth and think out"):
+    with pytest.raises(InputError, match="leave depth, max_cost and think out"):
         promised(0.0).generate(PROMPT, 3, abstain_at=0.1, **options)
     assert promised(0.0).generate(PROMPT, 3, abstain_at=0.1, depth=1).abstained
 

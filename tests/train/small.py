@@ -17,10 +17,10 @@ SHAPE = {
     "vocab_size": 300, "embed_rank": None, "segment": 8, "thought_ffn": 32, "memory_heads": 1, "key_dim": 8,
     "value_dim": 8, "slots": 8, "hint": 8, "exit_width": 16, "draft_width": 16, "draft_vocab": 64,
 }  # fmt: skip
-# Exit, router and ignorance as they learn when they are to be used.
+# Exit and router as they learn when they are to be used.
 ROUTED = {
     "router.into_stem": 0.1, "router.exit_stride": 4, "router.distil": True, "router.expected": True,
-    "router.reads_exit": True, "router.served": 0.75, "uncertainty.pairs": 4,
+    "router.reads_exit": True, "router.served": 0.75,
 }  # fmt: skip
 ROW_LEN = 129
 

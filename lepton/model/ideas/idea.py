@@ -72,11 +72,14 @@ class Call:
     """Whether no shape may depend on values, as in a CUDA graph. What skips the deep blocks is then masked."""
     served_BT: Tensor | None = None
     """Bool, in training: tokens that serve the deep blocks keys and values of the state before them."""
+    least: float | Tensor | None = None
+    """Nats: a token goes deep if the router predicts that it saves more, whatever share that is. In decoding each row
+    may have its own, fp64 [B], infinite where `depth` decides; None: it does in all rows."""
 
     @property
     def routed(self) -> bool:
         """Whether tokens may skip the deep blocks."""
-        return isinstance(self.depth, Tensor) or self.depth < 1
+        return isinstance(self.depth, Tensor) or self.depth < 1 or self.least is not None
 
 
 @dataclass(frozen=True)

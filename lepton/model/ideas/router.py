@@ -4,9 +4,10 @@ One score per token, computed from the stem state, predicts by how many nats the
 depth in 0..1, a token is a candidate for the deep blocks if its score is above the quantile of that share. A running
 count decides: each window of `window` tokens in a document sends exactly round(depth x window) tokens deep. Within a
 window the count may run ahead or fall back by a quarter of it, or by 2 if that is more. So a depth means the same
-compute for every text. The choice is causal: there is no top-k over a sequence, and no statistic of a batch. Router and
-exit learn from stopped gradients, so they do not change the trunk, unless `into_stem` or `served` says so: then the
-stem learns to predict, and the deep blocks to attend to tokens that did not go deep.
+compute for every text. With a least saving in place of a depth, a token goes deep if its score is above it, and a text
+of which little is to be saved takes less compute. The choice is causal: there is no top-k over a sequence, and no
+statistic of a batch. Router and exit learn from stopped gradients, so they do not change the trunk, unless `into_stem`
+or `served` says so: then the stem learns to predict, and the deep blocks to attend to tokens that did not go deep.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.block import few_mlp
+from lepton.model.budget import Budget
 from lepton.model.ideas.idea import (
     OUTCOME_STRIDE,
     Call,
@@ -136,11 +138,17 @@ class Router(Idea):
         self.exit_down = Linear(own.exit_width, config.width)
         # Scores at the quantiles 0, 1/64, ..., 1, measured by `lepton calibrate`.
         self.register_buffer("quantiles", torch.empty(QUANTILES))
+        self.budgets: tuple[Budget, ...] = ()
+        """What `lepton calibrate --max_cost` found for these weights; other weights, once loaded, have none."""
 
     def reset(self) -> None:
         """Set the quantiles to those of a standard normal, the scores of an untrained model."""
         probability = torch.linspace(0, 1, QUANTILES).clamp(1e-3, 1 - 1e-3)
         self.quantiles.copy_(2**0.5 * torch.erfinv(2 * probability - 1))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.budgets = ()
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> RouterState:
         return RouterState(torch.zeros(rows, dtype=torch.int64, device=device))
@@ -151,7 +159,8 @@ class Router(Idea):
     def contribute(self, flow: Flow, past: RouterState) -> Contribution:
         """Choose the tokens that go deep."""
         benefit_BT = self.score(norm(flow.x_BTD) if self.own.reads_exit else flow.u_BTD)
-        deep_BT, taken_BT = self.choose(benefit_BT, flow.call.depth, past.taken_B, flow.timeline)
+        call = flow.call
+        deep_BT, taken_BT = self.choose(benefit_BT, call.depth, past.taken_B, flow.timeline, call.least)
         return Contribution(signal_BT=benefit_BT, deep_BT=deep_BT, update=RouterUpdate(taken_BT, past, self.window))
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
@@ -265,19 +274,31 @@ class Router(Idea):
         return torch.lerp(self.quantiles[left], self.quantiles[left + 1], (place - left).to(self.quantiles))
 
     def choose(
-        self, score_BT: Tensor, depth: float | Tensor, taken_B: Tensor, timeline: Timeline
+        self,
+        score_BT: Tensor,
+        depth: float | Tensor,
+        taken_B: Tensor,
+        timeline: Timeline,
+        least: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return which tokens go deep [B, T], bool, and the running count of them in the window [B, T].
 
-        `taken_B` is the count before the chunk. `depth` may be that of each row, fp64 [B].
+        `taken_B` is the count before the chunk. `depth` may be that of each row, fp64 [B], as may `least`: see `Call`.
         """
         place_BT = timeline.position_BT % self.window
         if not isinstance(depth, Tensor):
-            if depth >= 1:
+            if depth >= 1 and least is None:
                 return torch.ones_like(score_BT, dtype=torch.bool), place_BT + 1
             depth = torch.full_like(taken_B, depth, dtype=torch.float64)
-        wants_BT = (score_BT > self.threshold(depth).to(score_BT.dtype)[:, None]).long()
+        threshold_B = self.threshold(depth).to(score_BT.dtype)
         least_BT, most_BT = self.bounds(depth[:, None], place_BT)
+        if least is not None:
+            given_B = least if isinstance(least, Tensor) else torch.full_like(depth, least)
+            free_B = given_B.isfinite()
+            threshold_B = torch.where(free_B, given_B.to(score_BT.dtype), threshold_B)
+            least_BT = least_BT.masked_fill(free_B[:, None], 0)
+            most_BT = torch.where(free_B[:, None], place_BT + 1, most_BT)
+        wants_BT = (score_BT > threshold_B[:, None]).long()
         # The count after a token is clamp(count before + wants, least, most). Two such steps in sequence have the same
         # form, so an associative scan computes all counts. At the first token of a window the count before is 0.
         begins_BT = place_BT == 0

@@ -5,15 +5,11 @@ token), the last hidden state, and the signals of three ideas (expected benefit 
 size of the memory's read). It learns from whether the most likely token was right, and is calibrated on a separate
 split.
 
-A wrong guess is ignorance, or another right answer was drawn: an open choice. With `pairs` a second head tells them
-apart. It learns from pairs of independent answers to one question (Johnson et al., 2024, arXiv 2402.08733): if the most
-likely token is a right answer, it is drawn again as often as it was drawn once; if not, never. So with v, the chance
-that it is a right answer, and b, how often it is then drawn, m and n of two answers agree with it with chance
-
-    both v b^2,  one 2 v b (1 - b),  none 1 - v b (2 - b).
-
-Both follow from pairs alone, for v = P(first agrees)^2 / P(both agree). Where right answers differ in how often they
-are drawn and nothing shows it, v is below the true chance, by the inequality of Cauchy and Schwarz.
+Doubt is ignorance, or an open choice of several right answers. With `pairs` a second head tells them apart. It learns
+from pairs of independent answers to one question, as proposed by Johnson et al. (2024, arXiv 2402.08733): the data's
+answers agree with each other with chance s, and an answer of the model agrees with one of them with chance v s. If
+right answers are drawn alike, v is the chance that the model's answer is a right one; v is 1 wherever the model's
+distribution is the true one. Both chances are means over pairs, so nobody has to say which answers are right.
 """
 
 from dataclasses import dataclass
@@ -34,6 +30,8 @@ from lepton.ops.cross_entropy import soft_cap
 FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
 """Width of its hidden layer."""
+SURE = 1 - 1e-4
+"""Largest chance that has a logit here."""
 SPREAD = 2654435761
 """Multiplier that scatters the positions of pairs over a batch (Knuth's multiplicative hash)."""
 LOG_ODDS = 15.0
@@ -95,22 +93,27 @@ def paired(tokens_BT: Tensor, following_BT: Tensor, position_BT: Tensor) -> Tens
     return (differed_HT < begun_HT) & (following_H2T >= 0).all(1) & (position_H2T[:, 0] >= 0)
 
 
-def pair_loss(valid_M: Tensor, again_M: Tensor, agrees_M2: Tensor) -> Tensor:
-    """Return minus the log-likelihood [M] of pairs of answers.
+def self_agreement(logits: Tensor) -> Tensor:
+    """Return the logarithm of the chance [...] that two draws from a prediction [..., V] are equal, no gradient."""
+    logits = logits.detach()
+    return torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)
+
+
+def knowledge_loss(right_M: Tensor, agree_M: Tensor, chance_M2: Tensor) -> Tensor:
+    """Return the cross-entropy [M] of an answer of the model agreeing with those of the data.
 
     Args:
-        valid_M: logit that the most likely token is a right answer.
-        again_M: logit that an answer agrees with it, if it is one.
-        agrees_M2: bool, whether either answer of the pair does.
+        right_M: logit that an answer of the model is a right one.
+        agree_M: logit that two answers of the data agree; it gets no gradient.
+        chance_M2: the model's chance of each of the two answers.
     """
-    count_M = agrees_M2.sum(-1)
-    some_M = F.logsigmoid(valid_M) + count_M * F.logsigmoid(again_M) + (2 - count_M) * F.logsigmoid(-again_M)
-    none_M = torch.logaddexp(F.logsigmoid(-valid_M), F.logsigmoid(valid_M) + 2 * F.logsigmoid(-again_M))
-    return -torch.where(count_M > 0, some_M, none_M)
+    log_M = F.logsigmoid(right_M) + F.logsigmoid(agree_M).detach()
+    mean_M = chance_M2.mean(-1)
+    return -mean_M * log_M - (1 - mean_M) * torch.log1p(-log_M.exp().clamp(max=SURE))
 
 
 class Ignorance(nn.Module):
-    """An MLP that says of the most likely token whether it is a right answer, and how often it is then drawn."""
+    """An MLP that says how open a question is, and whether the model's answers to it are right."""
 
     declares = {
         "state.weight": MATRIX.but(optimizer="adamw", auxiliary=True),
@@ -124,7 +127,7 @@ class Ignorance(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.state = Linear(width, HIDDEN)
-        self.features = nn.Linear(FEATURES, HIDDEN)
+        self.features = nn.Linear(FEATURES + 1, HIDDEN)
         self.out = nn.Linear(HIDDEN, 2)
         # Scale and shift of the first logit, fitted to pairs that neither head nor trunk learned from.
         self.register_buffer("line", torch.empty(2))
@@ -134,13 +137,21 @@ class Ignorance(nn.Module):
         self.line.copy_(torch.tensor([1.0, 0.0]))
 
     def forward(self, hidden: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits [...] of a right answer, and of being drawn if it is one; neither is calibrated.
+        """Return the logits [...] of the model's answer being right, not calibrated, and of two answers agreeing.
 
-        `inputs` are features and signals [..., FEATURES], without gradient, as `hidden`.
+        `inputs` are features, signals and the model's self-agreement [..., FEATURES + 1], without gradient, as
+        `hidden`. A model that is calibrated agrees with the data as with itself; this is where the head starts.
         """
         mixed = self.state(hidden.detach()).to(inputs.dtype) + _linear(self.features, inputs)
-        valid, again = _linear(self.out, F.silu(mixed)).unbind(-1)
-        return valid, again - inputs[..., 0]
+        right, agree = _linear(self.out, F.silu(mixed)).unbind(-1)
+        share = (inputs[..., -1] - F.logsigmoid(agree).detach()).exp()
+        return right + torch.logit(share, eps=1 - SURE), agree
+
+    def loss(self, hidden_MD: Tensor, inputs_MF: Tensor, same_M: Tensor, chance_M2: Tensor) -> Tensor:
+        """Return the losses [M] of pairs of answers: whether they are the same, and the model's chance of each."""
+        right_M, agree_M = self(hidden_MD, inputs_MF)
+        agreeing_M = F.binary_cross_entropy_with_logits(agree_M, same_M.to(agree_M.dtype), reduction="none")
+        return agreeing_M + knowledge_loss(right_M, agree_M, chance_M2)
 
 
 def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
@@ -195,10 +206,9 @@ class Uncertainty(Idea):
         return torch.sigmoid(scale * logit + shift)
 
     def ignorance(self, hidden: Tensor, logits: Tensor, signals: Tensor) -> Tensor:
-        """Return the calibrated chance [...] in 0..1 that the most likely token is no right answer.
+        """Return the calibrated chance [...] in 0..1 that a token drawn from the prediction is no right answer.
 
-        What `forward` returns is at least this, but for errors of either head: the rest is an open choice. Arguments
-        are those of `logit`.
+        Arguments are those of `logit`.
 
         Raises:
             InputError: the head did not learn from pairs.
@@ -206,9 +216,9 @@ class Uncertainty(Idea):
         if self.pairs is None:
             raise InputError("uncertainty.pairs=0: this model learned nothing of ignorance; train one with it above 0")
         features, _ = prediction_features(logits)
-        valid, _ = self.pairs(hidden, self._inputs(features, signals))
-        scale, shift = self.pairs.line.to(valid.dtype)
-        return torch.sigmoid(-(scale * valid + shift))
+        right, _ = self.pairs(hidden, self._pair_inputs(logits, features, signals))
+        scale, shift = self.pairs.line.to(right.dtype)
+        return torch.sigmoid(-(scale * right + shift))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -219,7 +229,7 @@ class Uncertainty(Idea):
 
         `raw_MV` are logits before the soft cap, for the vocabulary with its padding.
         """
-        features_M3, likely_M = self._looked_at(raw_MV)
+        features_M3, likely_M = prediction_features(self._capped(raw_MV))
         wrong_M = (likely_M != target_M).to(features_M3.dtype)
         logit_M = self._logit(hidden_MD, features_M3, signals_M3)
         each_M = F.binary_cross_entropy_with_logits(logit_M, wrong_M, reduction="none")
@@ -229,25 +239,24 @@ class Uncertainty(Idea):
     def pair_loss(
         self, hidden_MD: Tensor, raw_MV: Tensor, signals_M3: Tensor, target_M2: Tensor, valid_M: Tensor
     ) -> Tensor:
-        """Return the mean of `pair_loss` over the pairs `target_M2` with a true `valid_M`.
-
-        The other arguments are those of `loss`.
-        """
+        """Return the mean loss of the pairs `target_M2` with a true `valid_M`; others are those of `loss`."""
         assert self.pairs is not None
-        features_M3, likely_M = self._looked_at(raw_MV)
-        right_M, again_M = self.pairs(hidden_MD, self._inputs(features_M3, signals_M3))
-        each_M = pair_loss(right_M, again_M, likely_M[:, None] == target_M2)
+        logits_MV = self._capped(raw_MV)
+        features_M3, _ = prediction_features(logits_MV)
+        chance_M2 = (logits_MV.gather(1, target_M2.clamp(min=0)) - logits_MV.logsumexp(1, keepdim=True)).exp()
+        inputs_MF = self._pair_inputs(logits_MV, features_M3, signals_M3)
+        each_M = self.pairs.loss(hidden_MD, inputs_MF, target_M2[:, 0] == target_M2[:, 1], chance_M2)
         return (each_M * valid_M).sum() / valid_M.sum().clamp(min=1)
 
-    def _looked_at(self, raw_MV: Tensor) -> tuple[Tensor, Tensor]:
+    def _capped(self, raw_MV: Tensor) -> Tensor:
         raw_MV = raw_MV.detach()[:, : self.vocab_size]
-        return prediction_features(soft_cap(raw_MV.to(torch.promote_types(raw_MV.dtype, torch.float32)), self.cap))
+        return soft_cap(raw_MV.to(torch.promote_types(raw_MV.dtype, torch.float32)), self.cap)
 
-    def _inputs(self, features: Tensor, signals: Tensor) -> Tensor:
-        return torch.cat([features, signals.detach().to(features.dtype)], -1)
+    def _pair_inputs(self, logits: Tensor, features: Tensor, signals: Tensor) -> Tensor:
+        return torch.cat([features, signals.detach().to(features.dtype), self_agreement(logits)[..., None]], -1)
 
     def _logit(self, hidden: Tensor, features: Tensor, signals: Tensor) -> Tensor:
-        shift = _linear(self.features, self._inputs(features, signals))
+        shift = _linear(self.features, torch.cat([features, signals.detach().to(features.dtype)], -1))
         mixed = self.state(hidden.detach()).to(features.dtype) + shift
         return features[..., 0] + self.out(F.silu(mixed))[..., 0]
 

@@ -4,10 +4,20 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lepton.errors import InputError
-from lepton.model.ideas.uncertainty import pair_loss, paired, prediction_features
+from lepton.model.ideas.uncertainty import (
+    FEATURES,
+    SURE,
+    Ignorance,
+    knowledge_loss,
+    paired,
+    prediction_features,
+    self_agreement,
+)
 from lepton.model.objective import objective
+from lepton.model.parameters import initialise
 from tests.laws.lab import EOS, build, text
 
 PAIRS = {"uncertainty.pairs": 1}
@@ -46,46 +56,77 @@ def test_pairs_are_where_documents_are_equal_so_far(rows):
     assert not paired(inputs, following, torch.full_like(position, -1)).any(), "padding has no answers"
 
 
-def test_the_loss_is_the_likelihood_of_the_pair():
-    valid, again = torch.randn(2, 50, dtype=torch.float64)
-    total = torch.zeros(50, dtype=torch.float64)
-    v, b = valid.sigmoid(), again.sigmoid()
-    expected = {(True, True): v * b**2, (True, False): v * b * (1 - b), (False, False): 1 - v * b * (2 - b)}
-    for first in (True, False):
-        for second in (True, False):
-            agrees = torch.tensor([first, second]).expand(50, 2)
-            likelihood = (-pair_loss(valid, again, agrees)).exp()
-            torch.testing.assert_close(likelihood, expected[max(first, second), min(first, second)])
-            total += likelihood
-    torch.testing.assert_close(total, torch.ones_like(total))
+@pytest.mark.parametrize("scale", [1e-3, 1, 10])
+def test_agreement_with_itself(scale):
+    logits = (scale * torch.randn(2, 3, 50, dtype=torch.float64)).requires_grad_()
+    found = self_agreement(logits)
+    assert not found.requires_grad
+    torch.testing.assert_close(found.exp(), logits.softmax(-1).square().sum(-1).detach())
+    torch.testing.assert_close(self_agreement(logits.float() - 1e3).double(), found, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loss_of_an_answer_is_a_cross_entropy():
+    right, agree = torch.randn(2, 50, dtype=torch.float64).requires_grad_()
+    chance = torch.rand(50, 2, dtype=torch.float64)
+    found = knowledge_loss(right, agree, chance)
+    agreeing = right.sigmoid() * agree.sigmoid()
+    torch.testing.assert_close(found, F.binary_cross_entropy(agreeing, chance.mean(-1), reduction="none"))
+    assert torch.autograd.grad(found.sum(), (right, agree), allow_unused=True)[1] is None
 
 
 def test_the_loss_is_finite_where_the_head_is_sure():
     sure = torch.tensor([-200.0, 200.0])
-    valid, again = (each.flatten() for each in torch.meshgrid(sure, sure, indexing="ij"))
-    for agrees in ((True, True), (True, False), (False, False)):
-        assert pair_loss(valid, again, torch.tensor(agrees).expand(4, 2)).isfinite().all()
+    right, agree = (each.flatten().requires_grad_() for each in torch.meshgrid(sure, sure, indexing="ij"))
+    for chance in (0.0, 0.5, 1.0):
+        loss = knowledge_loss(right, agree, torch.full((4, 2), chance)).sum()
+        assert loss.isfinite()
+        assert torch.autograd.grad(loss, right)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("right", "drawn"), [(0.7, 0.25), (0.3, 1.0), (0.9, 0.5)])
-def test_pairs_tell_ignorance_from_open_choice(right, drawn):
-    """The best answer is right in a share of the questions, and is then drawn with a chance: the loss finds both."""
-    both, one = right * drawn**2, 2 * right * drawn * (1 - drawn)
-    weights = torch.tensor([both, one, 1 - both - one], dtype=torch.float64)
-    agrees = torch.tensor([[True, True], [True, False], [False, False]])
-    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-14)
+def questions(count, kinds, seed=0):
+    """Questions [N] of several kinds; each has right answers, which are drawn alike, and a prediction over 8 answers.
 
-    def mean():
+    A kind is (number of right answers, number of likely ones, share of the prediction for these): the likely ones are
+    the first, as the right ones. The state says which kind it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kind_N = torch.randint(len(kinds), (count,), generator=generator)
+    right_KV = torch.stack([(torch.arange(8) < right) / right for right, _, _ in kinds])
+    rows = [[share / likely] * likely + [(1 - share) / (8 - likely)] * (8 - likely) for _, likely, share in kinds]
+    chance_NV = torch.tensor(rows)[kind_N]
+    answer_N2 = right_KV[kind_N].multinomial(2, replacement=True, generator=generator)
+    return F.one_hot(kind_N, 16).float(), chance_NV, answer_N2, kind_N
+
+
+def test_pairs_tell_ignorance_from_open_choice():
+    """Who knows four answers predicts the same as who guesses among four."""
+    kinds = [(4, 4, 0.96), (1, 4, 0.96), (1, 1, 0.9), (2, 2, 0.5)]
+    hidden, chance, answer, kind = questions(4000, kinds)
+    torch.manual_seed(0)
+    head = Ignorance(16)
+    initialise(head)
+    inputs = torch.cat([torch.zeros(4000, FEATURES), self_agreement(chance.log())[:, None]], 1)
+    pairs = (answer[:, 0] == answer[:, 1], chance.gather(1, answer))
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    for _ in range(300):
+        head.loss(hidden, inputs, *pairs).mean().backward()
+        optimizer.step()
         optimizer.zero_grad()
-        loss = (weights * pair_loss(logits[:1].expand(3), logits[1:].expand(3), agrees)).sum()
-        loss.backward()
-        return loss
+    right, agree = (each.detach().sigmoid() for each in head(hidden, inputs))
+    for number, (count, likely, share) in enumerate(kinds):
+        assert right[kind == number].mean().item() == pytest.approx(share * count / likely, abs=0.05)
+        assert agree[kind == number].mean().item() == pytest.approx(1 / count, abs=0.05)
 
-    optimizer.step(mean)
-    found = logits.detach().sigmoid()
-    torch.testing.assert_close(found, torch.tensor([right, drawn], dtype=torch.float64), rtol=0, atol=2e-3)
-    assert found[0].item() == pytest.approx((both + one / 2) ** 2 / both, abs=2e-3)
+
+def test_it_starts_from_a_model_that_agrees_with_the_data_as_with_itself():
+    """With no weights yet, two answers agree one time in two."""
+    torch.manual_seed(0)
+    head = Ignorance(16)
+    initialise(head)
+    inputs = torch.cat([torch.randn(3, FEATURES), torch.tensor([[0.1], [0.4], [0.9]]).log()], 1)
+    right, agree = head(torch.randn(3, 16), inputs)
+    torch.testing.assert_close(agree.detach(), torch.zeros(3))
+    torch.testing.assert_close(right.detach().sigmoid(), torch.tensor([0.2, 0.8, SURE]))
 
 
 def slow_pairs_loss(model, tokens):
@@ -96,9 +137,13 @@ def slow_pairs_loss(model, tokens):
     for half, t in slowly(tokens[:, :-1].cpu(), following.cpu()).nonzero().tolist():
         hidden, signals = out.hidden[2 * half, t], out.signals[2 * half, t]
         logits = model.head(hidden)
-        features = torch.cat([prediction_features(logits)[0], signals])
-        agrees = following[2 * half : 2 * half + 2, t] == logits.argmax()
-        losses.append(pair_loss(*head.pairs(hidden, features), agrees))
+        chance = logits.softmax(-1)
+        inputs = torch.cat([prediction_features(logits)[0], signals, chance.square().sum().log()[None]])
+        answers = following[2 * half : 2 * half + 2, t]
+        right, agree = head.pairs(hidden, inputs)
+        same = (answers[0] == answers[1]).to(chance)
+        agreeing = F.binary_cross_entropy(right.sigmoid() * agree.sigmoid().detach(), chance[answers].mean())
+        losses.append(F.binary_cross_entropy_with_logits(agree, same) + agreeing)
     return torch.stack(losses).mean(), len(losses)
 
 
@@ -188,7 +233,8 @@ def test_a_graph_of_the_whole_loss():
     head, width = model.uncertainty, model.config.padded_vocab_size
     hidden, signals = torch.randn(12, model.config.width).to(model.dtype), torch.randn(12, 3).to(model.dtype)
     raw = 20 * torch.randn(12, width, dtype=model.dtype)
-    target = raw[:, : model.config.vocab_size].topk(2).indices.flip(1)
+    target = raw[:, : model.config.vocab_size].topk(2).indices
+    target[::2, 1] = target[::2, 0]
     given = (hidden, raw, signals, target, torch.arange(12) % 3 > 0)
     compiled = torch.compile(head.pair_loss, fullgraph=True, dynamic=False, backend="aot_eager")
     both = []

@@ -1,0 +1,49 @@
+"""How much depth routing may cost, and the threshold of the router that keeps to it."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from lepton.errors import InputError, shown
+from lepton.values import positive_nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Nats a token that may be lost on average, and the threshold that does; `lepton.evals.budgets` finds it."""
+
+    max_cost: float
+    """The mean loss of the text that was calibrated on rose by at most this, in nats a token."""
+    least: float
+    """Tokens go through the deep blocks whose predicted saving is above this, in nats."""
+    share: float
+    """Share of the tokens of that text that did."""
+    cost: float
+    """By how much its mean loss rose."""
+    error: float
+    """Standard error of this, with windows as the unit."""
+    tokens: int
+    """Positions of that text."""
+    data: str = ""
+    """What the text was."""
+
+    def __post_init__(self) -> None:
+        positive_nats(self.max_cost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, as a checkpoint holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Return the budget that `to_dict` described.
+
+        Raises:
+            InputError: something is missing, unknown, or of another type.
+        """
+        kinds = {each.name: each.type for each in fields(cls)}
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            raise InputError(f"'budgets' holds {shown(values)}: must have the fields {', '.join(sorted(kinds))}")
+        for name, kind in kinds.items():
+            if type(values[name]) is not kind or (kind is float and not abs(values[name]) < float("inf")):
+                raise InputError(f"'budgets' has {name}={shown(values[name])}, which no budget has")
+        return cls(**values)
