@@ -44,6 +44,20 @@ class Memory:
         for name, part in self.parts.items():
             self.parts[name] = part.cleared()
 
+    def without(self, row: int, position: int) -> "Memory":
+        """Return the memory without the crystal of sequence `row` whose token has `position`; this one stays as it is.
+
+        Raises:
+            InputError: there is no such crystal.
+        """
+        parts = {
+            name: part.without(row, position) if hasattr(part, "without") else part  # crystals have
+            for name, part in self.parts.items()
+        }
+        if sum(1 for _ in self) == sum(1 for _ in Memory(parts)):
+            raise InputError(f"no crystal of row {row} has position {position}")
+        return Memory(parts, self.origin)
+
     def save(self, path: str | Path) -> None:
         """Write only the memory to a safetensors file, for `Network.new_state`."""
         _write(self, self.origin, path, "memory")
@@ -97,6 +111,10 @@ class State:
             return rebuild(self, lambda _name, value: value[index])
         except IndexError as error:
             raise InputError(f"rows of a state of {self.batch_size}: {reason(error)}") from None
+
+    def to(self, device: torch.device | str) -> "State":
+        """Return the state on a device; tensors that are there already are shared."""
+        return rebuild(self, lambda _name, value: value.to(device))
 
     @staticmethod
     def join(parts: "Sequence[State]") -> "State":

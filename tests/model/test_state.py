@@ -57,3 +57,14 @@ def test_rows_of_several_lengths_join_at_their_ends():
         both = model(more, joined).logits
         alone = torch.cat([model(more[:1], long).logits, model(more[1:], short).logits])
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-9)
+
+
+def test_a_state_goes_to_a_device():
+    """There it shares what is there already; where nothing has values, it has shapes alone."""
+    state = state_of("complete")
+    assert flatten(state.to("cpu"))["stem.keys_BLRKH"] is flatten(state)["stem.keys_BLRKH"]
+    moved = flatten(state.to("meta"))
+    assert {name: value.shape for name, value in moved.items()} == {
+        name: value.shape for name, value in flatten(state).items()
+    }
+    assert all(value.is_meta for value in moved.values())
