@@ -130,9 +130,9 @@ class State:
 
         return rebuild(parts[0], stack)
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, for `Network.load_state`."""
-        _write(self, self.memory.origin, path, "state")
+    def save(self, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the state to a safetensors file, for `Network.load_state`; `notes` are kept in its metadata."""
+        _write(self, self.memory.origin, path, "state", notes)
 
 
 def of_parts(parts: Mapping[str, Any], origin: Origin | None) -> tuple[dict[str, Any], Memory]:
@@ -171,11 +171,13 @@ def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "
     return type(part)(**{each.name: renewed(each.name, getattr(part, each.name)) for each in fields})
 
 
-def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:
+def _write(
+    part: Any, origin: Origin | None, path: str | Path, kind: str, notes: Mapping[str, str] | None = None
+) -> None:
     weights = origin.fingerprint() if origin is not None else None
     # Clones, because safetensors refuses tensors that share memory.
     values = {name: value.detach().clone() for name, value in flatten(part).items()}
     try:
-        tensors.write(path, values, {"kind": kind} | ({WEIGHTS: weights} if weights else {}))
+        tensors.write(path, values, {**(notes or {}), "kind": kind} | ({WEIGHTS: weights} if weights else {}))
     except (OSError, tensors.SafetensorError) as problem:
         raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None

@@ -31,6 +31,8 @@ class Replies:
             "system_fingerprint": f"lepton-{__version__}",
             "seed": task.options.seed,
         }
+        if task.conversation is not None:
+            self._head["conversation"] = task.conversation
 
     def whole(self, answers: Items[Answer], pieces: Items[Items[Piece]]) -> dict[str, Any]:
         """Return the reply that is not streamed, from the pieces of each answer."""
