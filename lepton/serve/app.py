@@ -59,7 +59,9 @@ class Api:
         longest = min(self.limits.max_prompt + self.limits.max_tokens, self.limits.max_request)
         self.calls = Calls(reader.model, most=self.limits.max_streams, places=places, longest=longest)
         most = self.limits.max_conversations
-        self.conversations = conversations or Conversations(reader.model, in_memory=places, most=most)
+        if conversations is None:
+            conversations = Conversations(reader.model, in_memory=places, most=most)
+        self.conversations = conversations
         self._keys, self._any_host = keys, any_host
         self._created = int(time.time())
 
@@ -186,7 +188,7 @@ class Api:
             ("lepton_passes_total", "counter", "Passes through the model.", stats.forward_calls),
             ("lepton_positions_total", "counter", "Tokens computed, those of prompts included.", stats.positions),
             ("lepton_blocks_total", "counter", "Blocks that these went through.", stats.blocks),
-            ("lepton_conversations", "gauge", "Conversations that are kept.", len(self.conversations)),
+            ("lepton_conversations", "gauge", "Conversations that are kept.", self.conversations.count),
             ("lepton_conversations_in_memory", "gauge", "Those in memory.", self.conversations.in_memory),
             ("lepton_failures_total", "counter", "Errors of the engine.", worker.failures),
         ]

@@ -73,7 +73,9 @@ class Conversations:
         self._held: OrderedDict[Conversation, None] = OrderedDict()
         """Those in memory, the least recently used first."""
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Conversations of all owners."""
         return len(self._all)
 
     @property

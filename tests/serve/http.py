@@ -67,6 +67,11 @@ class Running:
         assert status == 200, found
         return found
 
+    def said(self, *said, **fields):
+        """Return what `chat` answers, as text and log-probabilities: these tell any two pasts apart."""
+        (choice,) = self.chat(*said, logprobs=True, **fields)["choices"]
+        return choice["message"]["content"], [entry["logprob"] for entry in choice["logprobs"]["content"]]
+
     def complete(self, prompt="fox", **fields):
         """Return the reply to a completion that must succeed."""
         status, found = self.post("/v1/completions", {"prompt": prompt} | fields)

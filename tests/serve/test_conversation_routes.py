@@ -99,9 +99,8 @@ def test_the_second_of_two_at_once_gets_409_and_the_first_goes_on(server):
     connection.close()
     until(lambda: not server.api.conversations.find("", "busy").changing)
     assert ask(server, "GET", "/busy")[1] == before
-    again = {"conversation": "busy", "seed": 2}
-    history = ["fox", {"role": "assistant", "content": text_of(first)}, "x"]
-    assert text_of(server.chat("x", **again)) == text_of(server.chat(*history, seed=2))
+    wanted = server.said("fox", {"role": "assistant", "content": text_of(first)}, "x", seed=2)
+    assert server.said("x", conversation="busy", seed=2) == (wanted[0], pytest.approx(wanted[1], abs=1e-8))
 
 
 def test_the_next_turn_may_follow_at_once(server):
@@ -179,8 +178,10 @@ def test_a_conversation_is_saved_and_loaded(server):
     for name in ("loaded", "replaced"):
         status, known = ask(server, "PUT", f"/{name}/state", content)
         assert (status, known["id"], known["turns"]) == (200, name, 1)
-    wanted = text_of(server.chat("x", conversation="saved", seed=2))
-    assert [text_of(server.chat("x", conversation=name, seed=2)) for name in ("loaded", "replaced")] == [wanted] * 2
+    wanted, forgetful = server.said("x", conversation="saved", seed=2), server.said("x", seed=2)
+    for name in ("loaded", "replaced"):
+        assert server.said("x", conversation=name, seed=2) == (wanted[0], pytest.approx(wanted[1], abs=1e-8))
+    assert forgetful[1] != pytest.approx(wanted[1], abs=1e-5)
     begun = server.post(PATH, {})[1]["id"]
     assert code_of(ask(server, "GET", f"/{begun}/state")) == (409, None)
     assert ask(server, "PUT", f"/{begun}/state", content)[1]["turns"] == 1
@@ -236,11 +237,13 @@ def test_conversations_outlive_the_server_in_a_folder(model, tokenizer, tmp_path
     with Running(model, tokenizer, conversations=kept()) as server:
         server.chat(LONG, conversation="lasting", seed=1, max_tokens=9)
     with Running(model, tokenizer, conversations=kept()) as server:
-        given = text_of(server.chat("x", conversation="lasting", seed=2))
+        given = server.said("x", conversation="lasting", seed=2)
         metrics = server.request("GET", "/metrics")[2].decode()
         answer = text_of(server.chat(LONG, seed=1, max_tokens=9))
-        wanted = text_of(server.chat(LONG, {"role": "assistant", "content": answer}, "x", seed=2))
-    assert given == wanted
+        wanted = server.said(LONG, {"role": "assistant", "content": answer}, "x", seed=2)
+        forgetful = server.said("x", seed=2)
+    assert given == (wanted[0], pytest.approx(wanted[1], abs=1e-8))
+    assert forgetful[1] != pytest.approx(given[1], abs=1e-5)
     assert "lepton_conversations 1\n" in metrics
     assert "lepton_conversations_in_memory 1\n" in metrics
 
@@ -256,14 +259,16 @@ def test_without_a_window_a_conversation_ends_where_the_model_does(tokenizer):
                 "conversation": "dense",
                 "max_tokens": 20,
                 "seed": 1,
+                "logprobs": True,
             }
             status, found = server.post("/v1/chat/completions", body)
             if status != 200:
                 break
             history += [each]
             if turn < 2:
-                wanted = server.chat(*history, seed=1, max_tokens=20)
-                assert text_of(found) == text_of(wanted)
+                wanted = server.said(*history, seed=1, max_tokens=20)
+                given = [entry["logprob"] for entry in found["choices"][0]["logprobs"]["content"]]
+                assert (text_of(found), given) == (wanted[0], pytest.approx(wanted[1], abs=1e-8))
             history += [{"role": "assistant", "content": text_of(found)}]
         assert turn > 1
         assert code_of((status, found)) == (400, "context_length_exceeded")

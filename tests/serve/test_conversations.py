@@ -53,7 +53,7 @@ async def test_the_least_recently_used_go_to_disk_and_come_back(model, tmp_path)
     states = {name: state_of(model, i, 5, 6) for i, name in enumerate("abcd")}
     for name, state in states.items():
         await turn(kept, name, state)
-    assert (len(kept), kept.in_memory) == (4, 2)
+    assert (kept.count, kept.in_memory) == (4, 2)
     assert [kept.find("", name).state is None for name in "abcd"] == [True, True, False, False]
     assert len([*tmp_path.iterdir()]) == 2
     assert_states(states["a"], await kept.load(kept.find("", "a")), "a")
@@ -89,10 +89,10 @@ async def test_a_folder_outlives_the_server(model, tmp_path):
     await kept.close()
     again = await opened(model, folder=tmp_path)
     (found,) = again.of("0f")
-    assert (len(again), found.to_dict()["tokens"], found.to_dict()["turns"]) == (1, 3, 1)
+    assert (again.count, found.to_dict()["tokens"], found.to_dict()["turns"]) == (1, 3, 1)
     assert_states(state, await again.load(found), "state")
     await again.delete("0f", "a")
-    assert (len(again), [*tmp_path.iterdir()]) == (0, [])
+    assert (again.count, [*tmp_path.iterdir()]) == (0, [])
     await again.close()
 
 

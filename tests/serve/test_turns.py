@@ -27,6 +27,11 @@ def text_of(reply):
     return reply["choices"][0]["message"]["content"]
 
 
+def scores(choices):
+    """The log-probabilities of an answer, whole or from a stream: they tell any two pasts apart, which texts do not."""
+    return [entry["logprob"] for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+
+
 @pytest.fixture(scope="module", params=["transcript", "template"])
 def server(request, model, tokenizer):
     """With room for the state of one conversation in memory: two that take turns go to disk and come back."""
@@ -44,18 +49,23 @@ def test_each_turn_is_what_the_whole_conversation_gives(server, options):
         new = new if turn else [SYSTEM, *new]
         history += new
         asked = options | {"seed": turn, "max_tokens": 24} | ({"stop": ["e", "a"]} if turn == 2 else {})
-        wanted = server.chat(*history, **asked)
+        asked["logprobs"] = True
+        wanted, forgetful = server.chat(*history, **asked), server.chat(*new, **asked)
         if turn % 2:
             events = server.events("/v1/chat/completions", {"messages": new, "conversation": name} | asked)
-            given = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+            given = [choice for event in events for choice in event["choices"]]
+            text = "".join(choice["delta"].get("content", "") for choice in given)
             assert {event["conversation"] for event in events} == {name}
         else:
             reply = server.chat(*new, conversation=name, **asked)
-            given = text_of(reply)
+            given, text = reply["choices"], text_of(reply)
             read.append((reply["usage"]["prompt_tokens"], wanted["usage"]["prompt_tokens"]))
             assert reply["conversation"] == name
-        assert given == text_of(wanted), f"turn {turn}"
-        history.append({"role": "assistant", "content": given})
+        assert text == text_of(wanted), f"turn {turn}"
+        assert scores(given) == pytest.approx(scores(wanted["choices"]), abs=1e-8)
+        if turn:
+            assert scores(given) != pytest.approx(scores(forgetful["choices"]), abs=1e-5), "the past is not seen"
+        history.append({"role": "assistant", "content": text})
         server.chat("and?", conversation=f"{name}-other", seed=turn)
     assert read[0][0] == read[0][1]
     assert read[1][0] < read[1][1] / 2, "the third turn costs its own tokens"
