@@ -66,6 +66,7 @@ OF_SEVERAL = {
     "test_readme",
     "test_seed_surface",
     "test_serve_load",
+    "test_serve_turns",
     "test_side_by_side",
     "test_tests",
     "test_time_to_loss",

@@ -158,7 +158,11 @@ class Runner:
             first = sequences[0].options
             past = joined_past([each.past for each in sequences])
             prompts = [each.prompt for each in sequences]
-            read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think)
+            opens = [each.opens for each in sequences]
+            read = read_prompts(self.model, prompts, past, depth=sequences[0].depth, think=first.think, opens=opens)
+            for row, sequence in enumerate(sequences):
+                if sequence.keeps_read:
+                    sequence.read = read.state.rows(torch.tensor([row], device=self._device))
             place_B = torch.tensor([work.places[i] for i in indices], device=self._device)
             rows = self._rows(sequences, read.seen_BF)
             shape = replace(wanted_shape(sequences), rows=len(sequences))

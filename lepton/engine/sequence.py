@@ -50,6 +50,12 @@ class Sequence:
         self.prompt, self.options, self.stops, self.stream = prompt, options, stops, stream
         self.uncertainty, self.logprobs = uncertainty, logprobs
         self.past, self.past_phase = past, past_phase
+        self.opens: list[int] = []
+        """Indices of prompt tokens that open a segment, beside the last one."""
+        self.keeps_read = False
+        """Whether `read` is wanted."""
+        self.read: State | None = None
+        """The state after the prompt, one row, once the prompt has been read."""
         self.depth = depth_rule(options.depth)
         """Share of tokens allowed past the stem, in 0..1, or the least saving in nats that lets one pass."""
         self.new: list[int] = []

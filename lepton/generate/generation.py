@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
 
-import torch
-
 from lepton.engine.engine import Engine, SequenceOutput
 from lepton.engine.options import GenerationOptions
-from lepton.engine.prefill import PREFILL_CHUNK, padded, read_prompts
+from lepton.engine.prefill import read_on, read_prompts
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.runners import Lease
 from lepton.engine.sequence import Sequence
@@ -149,25 +147,18 @@ class Generation:
         """
         return self.state_without([0] * len(self.prompts))
 
-    @torch.no_grad()
     def state_without(self, unused: list[int]) -> State:
         """Return `state` as if the last `unused` new tokens of each row had not been drawn.
 
         Prompts and new tokens are read once more: the states in the engine are those of texts that may have gone on.
         """
-        options, device = self.options, self.model.device
-        depth, think = depth_rule(options.depth), options.think
+        depth, think = depth_rule(self.options.depth), self.options.think
         state = read_prompts(self.model, self.prompts, self._past, depth=depth, think=think).state
         texts = [
             sequence.new[: max(0, len(sequence.new) - 1 - behind)]
             for sequence, behind in zip(self._sequences, unused, strict=True)
         ]
-        for start in range(0, max(map(len, texts)), PREFILL_CHUNK):
-            parts = [text[start : start + PREFILL_CHUNK] for text in texts]
-            lengths_B = torch.tensor([len(part) for part in parts], device=device)
-            tokens_BT = padded(parts, self.model.config.eos_id, device)
-            state = self.model.trunk(tokens_BT, state, lengths=lengths_B, depth=depth, think=think).state
-        return state
+        return read_on(self.model, texts, state, depth=depth, think=think)
 
 
 def _past(model: Network, rows: int, state: State | None, memory: Memory | str | Path | None) -> State | None:

@@ -44,6 +44,20 @@ class Memory:
         for name, part in self.parts.items():
             self.parts[name] = part.cleared()
 
+    def without(self, row: int, position: int) -> "Memory":
+        """Return the memory without the crystal of sequence `row` whose token has `position`; this one stays as it is.
+
+        Raises:
+            InputError: there is no such crystal.
+        """
+        parts = {
+            name: part.without(row, position) if hasattr(part, "without") else part  # crystals have
+            for name, part in self.parts.items()
+        }
+        if sum(1 for _ in self) == sum(1 for _ in Memory(parts)):
+            raise InputError(f"no crystal of row {row} has position {position}")
+        return Memory(parts, self.origin)
+
     def save(self, path: str | Path) -> None:
         """Write only the memory to a safetensors file, for `Network.new_state`."""
         _write(self, self.origin, path, "memory")
@@ -100,6 +114,10 @@ class State:
         except IndexError as error:
             raise InputError(f"rows of a state of {self.batch_size}: {reason(error)}") from None
 
+    def to(self, device: torch.device | str) -> "State":
+        """Return the state on a device; tensors that are there already are shared."""
+        return rebuild(self, lambda _name, value: value.to(device))
+
     @staticmethod
     def join(parts: "Sequence[State]") -> "State":
         """Return one state with the rows of several states of one model."""
@@ -114,9 +132,9 @@ class State:
 
         return rebuild(parts[0], stack)
 
-    def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, for `Network.load_state`."""
-        _write(self, self.memory.origin, path, "state")
+    def save(self, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
+        """Write the state to a safetensors file, for `Network.load_state`; `notes` are kept in its metadata."""
+        _write(self, self.memory.origin, path, "state", notes)
 
 
 def of_parts(parts: Mapping[str, Any], origin: Origin | None) -> tuple[dict[str, Any], Memory]:
@@ -155,11 +173,13 @@ def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "
     return type(part)(**{each.name: renewed(each.name, getattr(part, each.name)) for each in fields})
 
 
-def _write(part: Any, origin: Origin | None, path: str | Path, kind: str) -> None:
+def _write(
+    part: Any, origin: Origin | None, path: str | Path, kind: str, notes: Mapping[str, str] | None = None
+) -> None:
     weights = origin.fingerprint() if origin is not None else None
     # Clones, because safetensors refuses tensors that share memory.
     values = {name: value.detach().clone() for name, value in flatten(part).items()}
     try:
-        tensors.write(path, values, {"kind": kind} | ({WEIGHTS: weights} if weights else {}))
+        tensors.write(path, values, {**(notes or {}), "kind": kind} | ({WEIGHTS: weights} if weights else {}))
     except (OSError, tensors.SafetensorError) as problem:
         raise InputError(f"{path}: the {kind} could not be written ({problem}); give a writable path") from None

@@ -1,6 +1,7 @@
 """One text being generated for a request: its tokens become pieces of text, up to a stop text."""
 
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -9,6 +10,7 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.engine.engine import SequenceOutput
 from lepton.engine.runner import TokenLogprobs
 from lepton.engine.sequence import Sequence
+from lepton.model import State
 from lepton.serve.scoring import PromptScores, Scoring
 
 EndedBy: TypeAlias = Literal["length", "stop", "end_of_document", "cancelled", "error"]
@@ -46,7 +48,12 @@ class Answer:
     """A sequence of the engine and the text that its tokens make. Only the thread of the engine changes it."""
 
     def __init__(
-        self, sequence: Sequence, tokenizer: Tokenizer, stops: Items[str] = (), scoring: Scoring | None = None
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        stops: Items[str] = (),
+        scoring: Scoring | None = None,
+        closing: Callable[[str], list[int]] | None = None,
     ) -> None:
         """Make an answer that waits.
 
@@ -55,8 +62,15 @@ class Answer:
             tokenizer: gives the text of its tokens.
             stops: texts that end it. The first that appears is left out, with all that follows.
             scoring: where the scores of its prompt come from; None: they are not wanted.
+            closing: gives the ids of its text and of its message's end, which a conversation goes on from; None: it is
+                of no conversation that is kept.
         """
-        self.sequence, self.stops, self.scoring = sequence, tuple(stops), scoring
+        self.sequence, self.stops, self.scoring, self.closing = sequence, tuple(stops), scoring, closing
+        sequence.keeps_read = closing is not None
+        self.state: State | None = None
+        """What the model has read when the answer has ended, its message's end included; one row, on the CPU."""
+        self.text = ""
+        """What was given out so far, where it is kept."""
         self.taken = 0
         """New tokens so far, those of a stop text included."""
         self.drafted, self.accepted = 0, 0
@@ -136,6 +150,8 @@ class Answer:
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
         self._released += len(text)
+        if self.closing is not None:
+            self.text += text
         return text
 
     def _complete(self) -> list[Token]:

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lepton.serve.answer import Piece
 from lepton.serve.calls import Call, Calls, ClientLeft, stopping, watched
-from lepton.serve.http import Guard, Observer, Receive, Scope, Send, event, read_body, reply
+from lepton.serve.conversation_routes import ConversationRoutes
+from lepton.serve.conversations import Conversation, Conversations
+from lepton.serve.http import OWNER, Guard, Observer, Receive, Scope, Send, event, read_body, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.metrics import CONTENT_TYPE, Metrics, Sample
 from lepton.serve.replies import Replies
@@ -34,20 +36,33 @@ LAST_SECONDS = 5.0
 class Api:
     """What the routes do. `app` is the application."""
 
-    def __init__(self, reader: Reader, *, places: int = 64, key: str | None = None, any_host: bool = False) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        places: int = 64,
+        keys: Collection[str] = (),
+        any_host: bool = False,
+        conversations: Conversations | None = None,
+    ) -> None:
         """Make the application of a model; its worker starts and ends with the application.
 
         Args:
             reader: the model, its tokenizer, its name and the limits of requests.
             places: answers that are computed at once.
-            key: what clients must give as `Authorization: Bearer KEY`; None: nothing.
+            keys: one of these clients must give as `Authorization: Bearer KEY`; none: nothing.
             any_host: whether the server may be called by any name. Else by the names of this machine alone, so that no
                 page of the web can reach it through a name of its own.
+            conversations: those that are kept; None: in memory, and in a folder that ends with the application.
         """
         self.reader, self.limits, self.metrics = reader, reader.limits, Metrics()
         longest = min(self.limits.max_prompt + self.limits.max_tokens, self.limits.max_request)
         self.calls = Calls(reader.model, most=self.limits.max_streams, places=places, longest=longest)
-        self._key, self._any_host = key, any_host
+        most = self.limits.max_conversations
+        if conversations is None:
+            conversations = Conversations(reader.model, in_memory=places, most=most)
+        self.conversations = conversations
+        self._keys, self._any_host = keys, any_host
         self._created = int(time.time())
 
     def app(self) -> "Starlette":
@@ -66,19 +81,22 @@ class Api:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
+        routes += ConversationRoutes(self.reader, self.conversations).routes()
         paths = [route.path for route in routes]
         return Starlette(
             routes=routes,
-            middleware=[Middleware(Observer, self.metrics, paths), Middleware(Guard, self._key, self._any_host)],
+            middleware=[Middleware(Observer, self.metrics, paths), Middleware(Guard, self._keys, self._any_host)],
             exception_handlers={Refusal: _refused, HTTPException: _http_error, Exception: _failed},
             lifespan=self._lifespan,
         )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: "Starlette") -> AsyncIterator[None]:
+        await self.conversations.open()
         self.calls.start()
         yield
         await asyncio.to_thread(self.calls.worker.close)
+        await self.conversations.close()
 
     async def page(self, request: "Request") -> Any:
         """`/`: a page to write with the model. It fetches nothing from elsewhere, nor may it."""
@@ -140,6 +158,23 @@ class Api:
         task = await asyncio.to_thread(self.reader.task, body, chat=chat)
         return Answering(self, task, since)
 
+    @contextlib.asynccontextmanager
+    async def turn(self, task: Task, owner: str) -> AsyncIterator[Conversation | None]:
+        """Let a conversation change inside the block, if the task goes on with one.
+
+        Raises:
+            Refusal: there is none, it is busy, or it would become too long.
+        """
+        if task.conversation is None:
+            yield None
+            return
+        async with self.conversations.change(owner, task.conversation, create=True) as found:
+            longest, before = self.calls.worker.longest, found.notes.tokens
+            if self.reader.model.config.window is None and before + task.most_tokens > longest:
+                text = f"the conversation has {before:,} tokens, and the model reads at most {longest:,}: begin another"
+                raise Refusal(text, code="context_length_exceeded")
+            yield found
+
     def _samples(self) -> list[Sample]:
         worker, stats = self.calls.worker, self.calls.worker.stats
         return [
@@ -153,6 +188,8 @@ class Api:
             ("lepton_passes_total", "counter", "Passes through the model.", stats.forward_calls),
             ("lepton_positions_total", "counter", "Tokens computed, those of prompts included.", stats.positions),
             ("lepton_blocks_total", "counter", "Blocks that these went through.", stats.blocks),
+            ("lepton_conversations", "gauge", "Conversations that are kept.", self.conversations.count),
+            ("lepton_conversations_in_memory", "gauge", "Those in memory.", self.conversations.in_memory),
             ("lepton_failures_total", "counter", "Errors of the engine.", worker.failures),
         ]
 
@@ -164,14 +201,17 @@ class Answering:
         self._api, self._task, self._since = api, task, since
         self._replies = Replies(task)
         self._started, self._has_text = False, False
+        self._turn: Conversation | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generate and send, until it is done, the client leaves or the time is over."""
         task, api = self._task, self._api
         try:
-            with api.calls.open(task.answers()) as call:
-                work = self._stream(call, send) if task.stream else self._whole(call)
-                found = await watched(work, receive, self._since + api.limits.max_seconds - time.monotonic())
+            async with api.turn(task, scope.get(OWNER, "")) as self._turn:
+                past = None if self._turn is None else self._turn.state
+                with api.calls.open(task.answers(past)) as call:
+                    work = self._stream(call, send) if task.stream else self._whole(call)
+                    found = await watched(work, receive, self._since + api.limits.max_seconds - time.monotonic())
         except ClientLeft:
             return
         except (Refusal, asyncio.CancelledError) as error:  # cancelled: the time to drain is over
@@ -188,7 +228,7 @@ class Answering:
     async def _whole(self, call: Call) -> dict[str, Any]:
         pieces: list[list[Piece]] = [[] for _ in range(self._task.n * len(self._task.prompts))]
         async for index, piece in call.pieces():
-            self._saw(piece)
+            self._saw(piece, call)
             pieces[index].append(piece)
         return self._replies.whole(call.answers, pieces)
 
@@ -198,7 +238,7 @@ class Answering:
         count = task.n * len(task.prompts)
         pieces = call.pieces() if call.answers else _nothing(count)
         async for index, piece in pieces:
-            self._saw(piece)
+            self._saw(piece, call)
             if not self._started:
                 self._started = True
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -211,10 +251,15 @@ class Answering:
         usage = [event(replies.last(call.answers))] if task.include_usage else []
         await send(_body(*usage, b"data: [DONE]\n\n"))
 
-    def _saw(self, piece: Piece) -> None:
+    def _saw(self, piece: Piece, call: Call) -> None:
+        """Count the time to the first text; with its end, before the client gets it, a turn is part of what is kept."""
         if not self._has_text and piece.text:
             self._api.metrics.first_token.add(time.monotonic() - self._since)
             self._has_text = True
+        if self._turn is not None and piece.ended_by is not None:
+            state = call.answers[0].state
+            assert state is not None, "it is there before the end is told"
+            self._api.conversations.commit(self._turn, state, turns=1)
 
 
 async def _nothing(count: int) -> AsyncIterator[tuple[int, Piece]]:

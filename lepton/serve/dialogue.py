@@ -1,13 +1,15 @@
 """A conversation: the messages of a request become the prompt of an answer.
 
 A model that was trained on conversations gets them in the template of its training (`lepton.data.chat`). Any other gets
-a transcript, which a model that has read books knows.
+a transcript, which a model that has read books knows. Either is encoded message by message, and each answer opens
+thoughts: so a conversation is read in the same way whole as turn by turn.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from lepton.data.chat import Message
+from lepton.data.chat import ChatTemplate, Message
+from lepton.data.tokenizer import Tokenizer
 from lepton.errors import shown
 from lepton.serve.fields import Fields, clean
 from lepton.serve.limits import Refusal
@@ -35,14 +37,51 @@ def transcript(messages: Iterable[Message]) -> str:
 
     What a model has answered, with or without the space at its beginning, gives the same text as before.
     """
-    return "".join(map(_line, messages)) + SPEAKERS["assistant"]
+    return "".join(SPEAKERS.get(each.role, "") + _line(each) for each in messages) + SPEAKERS["assistant"]
 
 
 def _line(message: Message) -> str:
+    """Return a message without its speaker."""
     role, text = message
     if role == "system":
         return f"{text}\n\n"
-    return f"{SPEAKERS[role]}{'' if text.startswith(' ') else ' '}{text}\n"
+    return f"{'' if text.startswith(' ') else ' '}{text}\n"
+
+
+class Form:
+    """How the messages of a conversation become tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        """`template` is that of the model's training; None: it was not trained on conversations."""
+        self._tokenizer, self._template = tokenizer, template
+        self.header = tokenizer.encode(SPEAKERS["assistant"]) if template is None else template.prompt([])
+        """The ids before the text of an answer; the last one opens thoughts."""
+        self.ends: list[list[int]] = [] if template is None else [[template.end_id]]
+        """Sequences of ids that end an answer."""
+        self.stops = [STOP] if template is None else []
+        """Texts that end an answer."""
+
+    def prompt(self, messages: Iterable[Message]) -> tuple[list[int], list[int]]:
+        """Return the ids of `messages` and of the header of the answer to them, and where earlier answers opened."""
+        ids: list[int] = []
+        opens = []
+        for message in messages:
+            if message.role == "assistant":
+                ids += self.header
+                opens.append(len(ids) - 1)
+                ids += self.answer(message.content)
+            elif self._template is not None:
+                ids += self._template.message(message)
+            else:
+                ids += self._tokenizer.encode(SPEAKERS.get(message.role, "") + _line(message))
+        return ids + self.header, opens
+
+    def answer(self, text: str) -> list[int]:
+        """Return the ids of the text of an answer, and of what stands between it and the next message."""
+        message = Message("assistant", text)
+        if self._template is None:
+            return self._tokenizer.encode(_line(message))
+        return self._template.message(message)[len(self.header) :]
 
 
 def _message(message: Any, place: str) -> Message:

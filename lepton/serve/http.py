@@ -1,6 +1,7 @@
 """What the routes share: bodies of requests, replies, keys, and the count of requests."""
 
 import asyncio
+import hashlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Collection
@@ -20,6 +21,8 @@ OPEN = ("/", "/health")
 """Paths that need no key."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names by which a machine calls itself."""
+OWNER = "lepton.owner"
+"""Where a request's scope holds a digest of the key that was given; it is empty where there are no keys."""
 CLIENT_LEFT = 499
 """Status under which a request is counted whose client left; nobody gets it."""
 
@@ -44,22 +47,31 @@ async def read_body(request: "Request", limits: Limits) -> bytes:
         Refusal: it is too large, takes too long, or is not said to be JSON. A page of the web can send other types to a
             server on this machine without asking it first.
     """
-    from starlette.requests import ClientDisconnect
-
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal("give the body as JSON, with the header Content-Type: application/json", status=415)
-    too_large = Refusal(f"the body has more than {limits.max_body:,} bytes", code="body_too_large", status=413)
+    return await read_content(request, limits.max_body, limits.max_seconds)
+
+
+async def read_content(request: "Request", most: int, seconds: float) -> bytes:
+    """Return the body of a request, whatever it holds: at most `most` bytes, in at most `seconds`.
+
+    Raises:
+        Refusal: it is too large, or takes too long.
+    """
+    from starlette.requests import ClientDisconnect
+
+    too_large = Refusal(f"the body has more than {most:,} bytes", code="body_too_large", status=413)
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limits.max_body:
+    if length.isdecimal() and int(length[:20]) > most:
         raise too_large
     parts, size = [], 0
     try:
-        async with asyncio.timeout(limits.max_seconds):
+        async with asyncio.timeout(seconds):
             async for part in request.stream():
                 parts.append(part)
                 size += len(part)
-                if size > limits.max_body:
+                if size > most:
                     raise too_large
     except ClientDisconnect:
         raise Refusal("the client left", status=CLIENT_LEFT) from None
@@ -69,16 +81,18 @@ async def read_body(request: "Request", limits: Limits) -> bytes:
 
 
 class Guard:
-    """Lets in those who have the key, and where there is none those who call this machine by its own name."""
+    """Lets in those who have a key, and where there is none those who call this machine by its own name."""
 
-    def __init__(self, app: Any, key: str | None, any_host: bool) -> None:
-        self._app, self._key, self._any_host = app, key, any_host
+    def __init__(self, app: Any, keys: Collection[str], any_host: bool) -> None:
+        self._app, self._keys, self._any_host = app, [key.encode() for key in keys], any_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or raise a Refusal."""
         if scope["type"] == "http":
             headers = dict(scope["headers"])
-            refusal = self._host(headers) or self._without_key(scope["path"], headers)
+            key = self._key(headers)
+            refusal = self._host(headers) or self._without_key(scope["path"], key)
+            scope[OWNER] = "" if key is None else hashlib.sha256(b"owner of conversations: " + key).hexdigest()[:32]
             if refusal is not None:
                 more = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
                 await reply(refusal.to_dict(), refusal.status, more)(scope, receive, send)
@@ -93,11 +107,16 @@ class Guard:
             return None
         return Refusal(f"this server is not called {name[:60]!r}: use http://localhost", code="wrong_host", status=403)
 
-    def _without_key(self, path: str, headers: dict[bytes, bytes]) -> Refusal | None:
-        if self._key is None or path in OPEN:
-            return None
+    def _key(self, headers: dict[bytes, bytes]) -> bytes | None:
+        """Return the key that was given, if it is one."""
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key.encode()):
+        if kind.lower() != b"bearer":
+            return None
+        found = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
+        return found[0] if found else None
+
+    def _without_key(self, path: str, key: bytes | None) -> Refusal | None:
+        if not self._keys or key is not None or path in OPEN:
             return None
         return Refusal("give the server's key: Authorization: Bearer KEY", code="invalid_api_key", status=401)
 

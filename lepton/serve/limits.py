@@ -22,6 +22,7 @@ class Limits:
     max_request: int = field(default=1 << 16, metadata=_flag("tokens of a request, prompts and answers together"))
     max_think: int = field(default=16, metadata=_flag("rounds of thinking"))
     max_streams: int = field(default=1024, metadata=_flag("answers that run or wait, of all requests"))
+    max_conversations: int = field(default=1000, metadata=_flag("conversations that are kept for a key"))
     max_seconds: int = field(default=600, metadata=_flag("seconds that a request may take"))
 
     def __post_init__(self) -> None:

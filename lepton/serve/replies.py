@@ -31,6 +31,8 @@ class Replies:
             "system_fingerprint": f"lepton-{__version__}",
             "seed": task.options.seed,
         }
+        if task.conversation is not None:
+            self._head["conversation"] = task.conversation
 
     def whole(self, answers: Items[Answer], pieces: Items[Items[Piece]]) -> dict[str, Any]:
         """Return the reply that is not streamed, from the pieces of each answer."""
@@ -100,7 +102,8 @@ class Replies:
             scores = token.logprobs
             assert scores is not None, "they were asked for"
             best = [self._scored(i, score) for i, score in self._most_probable(token)]
-            content.append(self._scored(token.id, scores.chosen) | {"top_logprobs": best} | _own(token))
+            own = {"top_logprobs": best, "text_offset": token.offset} | _own(token)
+            content.append(self._scored(token.id, scores.chosen) | own)
         return {"content": content, "refusal": None}
 
     def _scored(self, token: int, score: float) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A request: its JSON becomes prompts and options, or a refusal that names the field and the mend."""
 
+import re
 import secrets
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lepton.data.chat import ChatTemplate
@@ -11,11 +13,11 @@ from lepton.engine.options import GenerationOptions
 from lepton.engine.sequence import Sequence
 from lepton.errors import InputError, shown
 from lepton.generate.prompts import read_prompts
-from lepton.model import Network
+from lepton.model import Network, State
 from lepton.model.arguments import checked_call
 from lepton.ops.choose import stream_words
 from lepton.serve.answer import Answer
-from lepton.serve.dialogue import STOP, read_messages, transcript
+from lepton.serve.dialogue import Form, read_messages
 from lepton.serve.fields import FINITE, Fields, clean, parse_body
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.scoring import Scoring
@@ -27,6 +29,8 @@ MOST_PROBABLE = 20
 """Alternatives whose log-probabilities may be asked for."""
 NEW_TOKENS, CHAT_TOKENS = 100, 512
 """New tokens where the request gives no number: as `Lepton.generate`, and for an answer in a conversation."""
+CONVERSATION = re.compile("[A-Za-z0-9_-]{1,64}")
+"""What ids of conversations are."""
 NEUTRAL: dict[str, Items[Any]] = {
     "frequency_penalty": (0, 0.0),
     "presence_penalty": (0, 0.0),
@@ -57,6 +61,11 @@ class Reader:
     template: ChatTemplate | None = None
     """What the model was trained on conversations in; None: it was not."""
 
+    @cached_property
+    def form(self) -> Form:
+        """How conversations become tokens."""
+        return Form(self.tokenizer, self.template)
+
     def task(self, body: bytes, *, chat: bool) -> "Task":
         """Return what a request to `/v1/completions`, or with `chat` to `/v1/chat/completions`, asks for.
 
@@ -68,11 +77,17 @@ class Reader:
         if name != self.name:
             text = f"model={shown(name)}: there is no such model here; choose {self.name!r}"
             raise Refusal(text, param="model", code="model_not_found", status=404)
-        prompts, texts = self._chat_prompt(fields) if chat else self._prompts(fields)
+        opens: list[int] = []
+        if chat:
+            ids, opens = self.form.prompt(read_messages(fields.take("messages")))
+            prompts, texts = [ids], [self.tokenizer.decode(ids)]
+        else:
+            prompts, texts = self._prompts(fields)
         echo = not chat and fields.flag("echo")
         logprobs = _chat_logprobs(fields) if chat else fields.whole("logprobs", None, 0, MOST_PROBABLE)
         n = fields.whole("n", 1, 1, self.limits.max_choices)
         options = self._options(fields, CHAT_TOKENS if chat else NEW_TOKENS, chat)
+        conversation = _conversation(fields, n, options.max_new_tokens) if chat else None
         stops = _stops(fields)
         stream = fields.flag("stream")
         include_usage = _include_usage(fields, stream)
@@ -83,8 +98,9 @@ class Reader:
         fields.allow(NEUTRAL)
         fields.finish()
         self._check_size(prompts, n, options.max_new_tokens)
-        stops = [*stops, STOP] if chat and self.template is None else stops
-        return Task(self, chat, prompts, texts, options, n, stops, stream, include_usage, logprobs, echo)
+        stops = [*stops, *self.form.stops] if chat else stops
+        form = stream, include_usage, logprobs, echo
+        return Task(self, chat, prompts, texts, options, n, stops, *form, opens, conversation)
 
     def _prompts(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
         """Return the prompts as ids and as texts."""
@@ -104,14 +120,6 @@ class Reader:
         except InputError as error:
             raise Refusal(str(error), param="prompt") from None
         return rows, [self.tokenizer.decode(row) for row in rows]
-
-    def _chat_prompt(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
-        messages = read_messages(fields.take("messages"))
-        if self.template is None:
-            text = transcript(messages)
-            return [self.tokenizer.encode(text)], [text]
-        ids = self.template.prompt(messages)
-        return [ids], [self.tokenizer.decode(ids)]
 
     def _options(self, fields: Fields, new_tokens: int, chat: bool) -> GenerationOptions:
         """Return how to generate; what is left out is as in `GenerationOptions`, and a seed is drawn."""
@@ -178,6 +186,10 @@ class Task:
     """Alternatives whose log-probabilities are wanted; None: nothing is wanted of single tokens."""
     echo: bool
     """Whether each text begins with its prompt."""
+    opens: list[int] = field(default_factory=list)
+    """Indices of the tokens of a chat's prompt that opened earlier answers."""
+    conversation: str | None = None
+    """The id of the conversation that a chat goes on with."""
 
     @property
     def scores_prompts(self) -> bool:
@@ -189,8 +201,15 @@ class Task:
         """Tokens of all prompts, each counted once."""
         return sum(map(len, self.prompts))
 
-    def answers(self) -> list[Answer]:
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest prompt and its answer, at most."""
+        return max(map(len, self.prompts)) + self.options.max_new_tokens
+
+    def answers(self, past: State | None = None) -> list[Answer]:
         """Return the answers to compute; none if no token is new and none of a prompt has to be scored.
+
+        `past` is what the model has read of the conversation, one row. The answer then brings the state up to date.
 
         Answer i is row i of `Lepton.generate` for the prompts, each `n` times. Whoever asks for log-probabilities gets
         them from passes of one kind: a GPU captures passes of each kind.
@@ -203,8 +222,8 @@ class Task:
         probable = min(MOST_PROBABLE, model.config.vocab_size) if details else None
         assert self.options.seed is not None
         scorings = [Scoring(prompt, self.options, probable or 0) for prompt in self.prompts]
-        template = self.reader.template if self.chat else None
-        ends = [[model.config.eos_id], *([] if template is None else [[template.end_id]])]
+        form = self.reader.form if self.chat else None
+        ends = [[model.config.eos_id], *([] if form is None else form.ends)]
         found = []
         for i in range(self.n * len(self.prompts)):
             sequence = Sequence(
@@ -214,9 +233,13 @@ class Task:
                 stream=stream_words(self.options.seed, i),
                 uncertainty=uncertainty,
                 logprobs=probable,
+                past=None if past is None else (past, 0),
+                past_phase=0 if past is None else int(past.phase_B[0]),
             )
+            sequence.opens = self.opens
             scoring = scorings[i // self.n] if self.scores_prompts else None
-            found.append(Answer(sequence, tokenizer, self.stops, scoring))
+            closing = form.answer if form is not None and self.conversation is not None else None
+            found.append(Answer(sequence, tokenizer, self.stops, scoring, closing))
         return found
 
 
@@ -229,6 +252,18 @@ def _stops(fields: Fields) -> list[str]:
         if not isinstance(each, str) or not 0 < len(each) <= LONGEST_STOP:
             fields.refuse("stop", each, f"give strings of 1 to {LONGEST_STOP} characters")
     return [clean(each) for each in stops]
+
+
+def _conversation(fields: Fields, n: int, new_tokens: int) -> str | None:
+    name = fields.take("conversation")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not CONVERSATION.fullmatch(name):
+        fields.refuse("conversation", name, "give an id of 1 to 64 letters, digits, _ and -")
+    if n != 1 or not new_tokens:
+        wrong, value = ("n", n) if n != 1 else ("max_tokens", new_tokens)
+        fields.refuse(wrong, value, "a conversation goes on with one answer of at least one token")
+    return name
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

@@ -14,6 +14,7 @@ from lepton.errors import reason
 from lepton.generate.generation import MOST_AT_ONCE
 from lepton.model import Network
 from lepton.serve.answer import Answer, Piece
+from lepton.serve.turns import ending, placed, read_answers
 from lepton.values import whole
 
 PROMPT_TOKENS = 1 << 13
@@ -142,9 +143,20 @@ class Worker:
                 if answer.ended_by is None:
                     pieces.append((answer, answer.take(output)))
             if pieces:
-                self._deliver(pieces)
+                self._deliver(self._kept(pieces))
             self._leave(engine)
         engine.close()
+
+    def _kept(self, pieces: list[tuple[Answer, Piece]]) -> list[tuple[Answer, Piece]]:
+        """Return the pieces once the states of conversations are up to date; where that fails, it is told."""
+        ended = ending(pieces)
+        try:
+            read_answers(self.model, ended)
+        except Exception as error:
+            self.failures += 1
+            failed = {answer: answer.end("error", reason(error)) for answer in ended}
+            return [(answer, failed.get(answer, piece)) for answer, piece in pieces]
+        return pieces
 
     def _read_inbox(self, *, wait: bool) -> None:
         """Do what other threads have asked for; with `wait`, sleep until there is something."""
@@ -178,6 +190,7 @@ class Worker:
                 break
             del self._waiting[answer]
             self._inside[id(answer.sequence)] = answer
+            placed(answer, self.model.device)
             if answer.scoring is not None:
                 self._deliver([(answer, answer.read_prompt(answer.scoring.scores(self.model)))])
             if answer.ended_by is None:

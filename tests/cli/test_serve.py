@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from lepton.cli.serve import is_loopback, read_key
+from lepton.cli.serve import is_loopback, read_keys
 from lepton.errors import InputError
 from tests.cli.tiny import run
 
@@ -54,17 +54,19 @@ def test_addresses_of_this_machine():
     assert not any(map(is_loopback, ["0.0.0.0", "::", "192.168.1.2", "example.org", "", "localhost.example.org"]))
 
 
-def test_a_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "key"
-    assert read_key(None) is None
+    assert read_keys(None) == ()
     monkeypatch.setenv("LEPTON_API_KEY", "from-the-environment")
-    assert read_key(None) == "from-the-environment"
+    assert read_keys(None) == ("from-the-environment",)
     path.write_text(" from-a-file\n", encoding="utf-8")
-    assert read_key(str(path)) == "from-a-file"
-    for text in ("", " \n", "two words", "schlüssel", "a\tb"):
+    assert read_keys(str(path)) == ("from-a-file",)
+    path.write_text("one\n\n two\n", encoding="utf-8")
+    assert read_keys(str(path)) == ("one", "two")
+    for text in ("", " \n", "two words", "schlüssel", "a\tb", "one\ntwo words"):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match="a key has one or more"):
-            read_key(str(path))
+            read_keys(str(path))
     monkeypatch.setenv("LEPTON_API_KEY", "")
     with pytest.raises(InputError, match="LEPTON_API_KEY"):
-        read_key(None)
+        read_keys(None)

@@ -4,6 +4,7 @@ import torch
 
 from lepton.engine import runner as runners
 from lepton.engine.options import GenerationOptions
+from lepton.engine.prefill import read_prompts
 from lepton.engine.runner import Runner, joined_past, prefill_batches, wanted_shape
 from lepton.engine.scheduler import Launch, Prefill
 from lepton.engine.sequence import Sequence
@@ -62,3 +63,16 @@ def test_what_any_sequence_wants_is_computed():
     assert (shape.uncertainty, shape.scored, shape.logprobs) == (True, True, 3)
     assert wanted_shape([sequence(logprobs=0)]).scored
     assert not wanted_shape([sequence()]).scored
+
+
+def test_the_state_after_a_prompt_is_kept_where_it_is_wanted():
+    """Of each row its own, as if it had been read alone with the openings that it asks for."""
+    model = lively("complete")
+    sequences = [sequence(prompt, temperature=0) for prompt in BATCH]
+    sequences[0].opens, sequences[0].keeps_read, sequences[3].keeps_read = [4], True, True
+    runner = Runner(model, 4, 100)
+    runner.prefill(Prefill(sequences, [0, 1, 2, 3]))
+    assert [each.read is None for each in sequences] == [False, True, True, False]
+    for i, opens in ((0, [[4]]), (3, None)):
+        alone = read_prompts(model, [BATCH[i]], None, depth=1, think=None, opens=opens)
+        assert_states(alone.state, sequences[i].read, f"prompt {i}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lepton.errors import InputError
 from lepton.model.state import State, flatten, rebuild
@@ -57,3 +58,22 @@ def test_rows_of_several_lengths_join_at_their_ends():
         both = model(more, joined).logits
         alone = torch.cat([model(more[:1], long).logits, model(more[1:], short).logits])
     torch.testing.assert_close(both, alone, rtol=0, atol=1e-9)
+
+
+def test_a_file_keeps_notes_and_is_read_as_without(tmp_path):
+    state = state_of("complete", rows=1)
+    state.save(tmp_path / "x", notes={"from": "me", "kind": "other"})
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert (file.metadata()["from"], file.metadata()["kind"]) == ("me", "state")
+    assert_states(state, build("complete").load_state(tmp_path / "x"), "state")
+
+
+def test_a_state_goes_to_a_device():
+    """There it shares what is there already; where nothing has values, it has shapes alone."""
+    state = state_of("complete")
+    assert flatten(state.to("cpu"))["stem.keys_BLRKH"] is flatten(state)["stem.keys_BLRKH"]
+    moved = flatten(state.to("meta"))
+    assert {name: value.shape for name, value in moved.items()} == {
+        name: value.shape for name, value in flatten(state).items()
+    }
+    assert all(value.is_meta for value in moved.values())

@@ -19,8 +19,8 @@ from lepton.serve.server import listening, server_of
 class Running:
     """A server on a free port of this machine, inside a `with` block."""
 
-    def __init__(self, model, tokenizer, *, limits=None, name="lepton", **arguments):
-        self.api = Api(Reader(model, tokenizer, name, limits or Limits()), **arguments)
+    def __init__(self, model, tokenizer, *, limits=None, name="lepton", template=None, **arguments):
+        self.api = Api(Reader(model, tokenizer, name, limits or Limits(), template), **arguments)
         self.listener = listening("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
         self.server = server_of(self.api)
@@ -59,6 +59,18 @@ class Running:
         body = json.dumps(value)
         status, _, body = self.request("POST", path, body, content_type="application/json", **headers)
         return status, json.loads(body)
+
+    def chat(self, *said, **fields):
+        """Return the reply to messages, texts of the user or whole messages, that must succeed."""
+        messages = [{"role": "user", "content": each} if isinstance(each, str) else each for each in said]
+        status, found = self.post("/v1/chat/completions", {"messages": messages, "max_tokens": 24} | fields)
+        assert status == 200, found
+        return found
+
+    def said(self, *said, **fields):
+        """Return what `chat` answers, as text and log-probabilities: these tell any two pasts apart."""
+        (choice,) = self.chat(*said, logprobs=True, **fields)["choices"]
+        return choice["message"]["content"], [entry["logprob"] for entry in choice["logprobs"]["content"]]
 
     def complete(self, prompt="fox", **fields):
         """Return the reply to a completion that must succeed."""

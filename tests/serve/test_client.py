@@ -70,6 +70,25 @@ def test_our_fields_go_both_ways(client, model, tokenizer):
     assert found.usage.drafted_tokens >= found.usage.accepted_tokens
 
 
+def test_a_conversation_that_is_kept(client):
+    """Whole and streamed; each turn as with all messages."""
+    history, asked = [], {"model": "lepton", "max_tokens": 20} | OPTIONS
+    for turn, text in enumerate(["fox", "and?", "x"]):
+        new = {"role": "user", "content": text}
+        history.append(new)
+        wanted = client.chat.completions.create(messages=history, **asked).choices[0].message.content
+        kept = {"messages": [new], "extra_body": {"conversation": "of-the-client"}}
+        if turn == 1:
+            chunks = client.chat.completions.create(stream=True, **kept, **asked)
+            found = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        else:
+            found = client.chat.completions.create(**kept, **asked).choices[0].message.content
+        assert found == wanted
+        history.append({"role": "assistant", "content": found})
+    with pytest.raises(openai.NotFoundError, match="no conversation 'conv_x'"):
+        client.chat.completions.create(messages=[new], extra_body={"conversation": "conv_x"}, **asked)
+
+
 def test_several_answers_and_stop_texts(client, model, tokenizer):
     wanted = expected(model, tokenizer, ["fox"], n=3, max_new_tokens=30, **OPTIONS)
     stop = wanted[1][5:7]

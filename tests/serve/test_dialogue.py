@@ -2,7 +2,9 @@
 
 import pytest
 
+from lepton.data.chat import ChatTemplate
 from lepton.serve import dialogue
+from lepton.serve.dialogue import Form
 from lepton.serve.limits import Refusal
 
 
@@ -33,6 +35,24 @@ def test_a_content_may_be_a_list_of_texts():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert transcript([said("user", parts)]) == "User: ab\nAssistant:"
     assert transcript([said("user", [])]) == "User: \nAssistant:"
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_conversation_has_the_same_tokens_however_it_is_cut(tokenizer, template):
+    form = Form(tokenizer, ChatTemplate(tokenizer) if template else None)
+    messages = [said("system", "Be brief."), said("user", "Hi"), said("assistant", "Hello.\n"), said("user", "Käse")]
+    whole, opens = form.prompt(dialogue.read_messages(messages))
+    first, none = form.prompt(dialogue.read_messages(messages[:2]))
+    second, _ = form.prompt(dialogue.read_messages(messages[3:]))
+    assert (first + form.answer("Hello.\n") + second, none) == (whole, [])
+    assert opens == [len(first) - 1], "an answer opens thoughts where its header ends"
+    if not template:
+        assert tokenizer.decode(whole) == transcript(messages)
+        assert (form.ends, form.stops) == ([], [dialogue.STOP])
+    else:
+        known = ChatTemplate(tokenizer)
+        assert whole == known.prompt(dialogue.read_messages(messages))
+        assert (form.ends, form.stops) == ([[known.end_id]], [])
 
 
 @pytest.mark.parametrize(

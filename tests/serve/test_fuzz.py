@@ -22,6 +22,7 @@ GOOD = {
         "model": "lepton", "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "fox"}],
         "max_tokens": 2, "max_completion_tokens": None, "temperature": 1.0, "n": 1, "seed": 3, "stop": "x",
         "logprobs": True, "top_logprobs": 1, "stream": False, "tools": [], "response_format": {"type": "text"},
+        "conversation": "fuzz",
     },
 }  # fmt: skip
 STRANGE = [
@@ -133,6 +134,31 @@ def test_every_strange_value_in_every_field(calm):
             for value in random.Random(name).sample(STRANGE, 12):
                 body = json.dumps(GOOD[path] | {name: value}).replace("Infinity", "1e999")
                 check(*calm.request("POST", path, body, content_type="application/json"))
+
+
+def test_strange_requests_about_conversations(calm):
+    """Names, slots and bodies of all kinds, for each method of each path."""
+    generator = random.Random(5)
+    names = [
+        "fuzz",
+        "conv_",
+        "%00",
+        "%ff",
+        "..",
+        "x" * 300,
+        "%F0%9F%A6%8A",
+        "a%2Fb",
+        "'",
+        "-1",
+        "%C3%A9",
+    ]
+    for path in ("", "/memory", "/memory/{0}", "/state", "/{0}"):
+        for method in ("GET", "POST", "PUT", "DELETE", "PATCH"):
+            for _ in range(6):
+                place = f"/v1/conversations/{generator.choice(names)}{path.format(generator.choice(names))}"
+                check(*calm.request(method, place, generator.choice(BODIES), content_type="application/json"))
+    for body in BODIES:
+        check(*calm.request("POST", "/v1/conversations", body, content_type="application/json"))
 
 
 def test_what_is_no_http(calm):

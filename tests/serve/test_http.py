@@ -10,7 +10,7 @@ from tests.serve.http import Running
 
 @pytest.fixture(scope="module")
 def locked(model, tokenizer):
-    with Running(model, tokenizer, key="open sesame".replace(" ", "-"), any_host=True) as running:
+    with Running(model, tokenizer, keys=["open-sesame"], any_host=True) as running:
         yield running
 
 
@@ -34,6 +34,12 @@ def test_with_the_key_all_is_served(locked):
         assert locked.get("/v1/models", **headers)[0] == 200
         assert locked.post("/v1/completions", BODY, **headers)[0] == 200
     assert locked.get("/v1/models", authorization="Bearer open-sesame", host="example.org")[0] == 200
+
+
+def test_each_of_several_keys_lets_in(model, tokenizer):
+    with Running(model, tokenizer, keys=["one", "two"], any_host=True) as running:
+        for key, status in (("one", 200), ("two", 200), ("three", 401), ("onetwo", 401), ("", 401)):
+            assert running.get("/v1/models", authorization=f"Bearer {key}")[0] == status
 
 
 def test_a_server_without_a_key_goes_by_the_names_of_this_machine(server):

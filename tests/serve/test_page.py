@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import urllib.request
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -73,12 +74,24 @@ def test_the_model_tells_the_page_what_it_needs(server):
     assert used <= model.keys()
 
 
+def answered(port, messages, temperature, tokens):
+    """What the server answers to a whole conversation."""
+    body = {"messages": messages, "seed": 7, "temperature": temperature, "max_tokens": tokens}
+    url, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"]
+
+
+def shown(message):
+    return f"You: {message['content']}\n" if message["role"] == "user" else f"{message['content']}\n\n"
+
+
 @pytest.mark.skipif(not HAS_BROWSER, reason=f"needs node, and playwright-core and Chromium: set {' and '.join(NEEDED)}")
 def test_what_people_can_do_with_it(tmp_path):
     path = tmp_path / "x.pt"
     model, tokenizer = save_tiny(path)
     script = Path(__file__).with_name("page.mjs")
-    seen = {"shade": []}
+    seen = {"shade": [], "turn": [], "crystals": []}
     with Command(path) as command:
         words = ["node", str(script), f"http://127.0.0.1:{command.port}/", os.environ.get("LEPTON_SCREENSHOTS", "")]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as browser:
@@ -86,8 +99,11 @@ def test_what_people_can_do_with_it(tmp_path):
                 name, value = json.loads(line)
                 if name == "kill":
                     command.process.kill()
-                elif name == "shade":
+                elif name in ("shade", "crystals"):
                     seen[name].append(value)
+                elif name == "turn":
+                    text, messages, *options = value
+                    seen[name].append((text, messages, answered(command.port, messages[:-1], *options)))
                 else:
                     seen[name] = value
     assert browser.returncode == 0
@@ -110,3 +126,25 @@ def test_what_people_can_do_with_it(tmp_path):
     assert seen["died"][0] in ("The server does not answer.", "the answer broke off: the server has gone")
     assert seen["died"][1]
     assert seen["errors"] == []
+    for text, messages, wanted in seen["turn"]:
+        assert messages[-1] == {"role": "assistant", "content": wanted}
+        assert text == "".join(map(shown, messages))
+    assert [len(messages) for _, messages, _ in seen["turn"]] == [2, 4, 10]
+    text, messages, unread = seen["after the stop"]
+    assert (text, len(messages), unread) == ("".join(map(shown, messages)), 8, 0)
+    assert seen["talk named"] == ["Your message", "Send", False]
+    assert seen["talk begins"] == ["Talk with the model to see what it keeps.", True]
+    assert seen["talk alternatives"] == 0
+    first, second = seen["crystals"]
+    assert len(first) == model.config.idea("crystals").slots
+    assert second == first[:1] + first[2:]
+    assert seen["focus"].startswith("Forget")
+    assert seen["narrow talk"] == 375
+    assert seen["reloaded"] == [True, second, "talk"]
+    assert seen["fresh"] == ["", [], 404]
+    assert seen["no file"] == "This file holds no conversation that a page like this has saved."
+    assert seen["loaded"] == [True, second, ""]
+    assert seen["stopped turn"][0] == [2, 6]
+    assert "stopped" in seen["stopped turn"][1]
+    assert seen["kept"] == 0
+    assert seen["text again"] == ["", "Write on"]

@@ -139,7 +139,13 @@ def test_logprobs_of_a_conversation(server):
         assert 0 <= entry["uncertainty"] <= 1
         assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"] or entry["bytes"] == []
     raw = b"".join(bytes(entry["bytes"]) for entry in content)
-    assert raw.decode("utf-8", "replace") == whole["choices"][0]["message"]["content"]
+    text = raw.decode("utf-8", "replace")
+    assert text == whole["choices"][0]["message"]["content"]
+    plain = [entry for entry in content if "\ufffd" not in entry["token"]]
+    assert len(plain) > 3
+    for entry in plain:  # a character that is torn before it comes with it
+        assert text[entry["text_offset"] :].lstrip("\ufffd").startswith(entry["token"])
+    assert [entry["text_offset"] for entry in content] == sorted(entry["text_offset"] for entry in content)
     events = server.events("/v1/chat/completions", fields)
     logprobs = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
     assert [entry["token_id"] for each in logprobs for entry in each["content"]] == [

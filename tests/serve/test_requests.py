@@ -7,6 +7,7 @@ import pytest
 from lepton.data.chat import ChatTemplate, Message
 from lepton.data.tokenizer import load_tokenizer
 from lepton.engine.options import GenerationOptions
+from lepton.serve.dialogue import read_messages
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.requests import CHAT_TOKENS, NEW_TOKENS, Reader
 from tests.generate.models import lively
@@ -53,6 +54,22 @@ def test_a_chat_has_its_own_names(reader):
     assert task(reader, messages=HELLO, logprobs=True).logprobs == 0
     assert task(reader, messages=HELLO, logprobs=False).logprobs is None
     assert task(reader, messages=HELLO, max_tokens=5, max_completion_tokens=5).options.max_new_tokens == 5
+
+
+def test_a_turn_of_a_conversation_goes_on_from_its_past(reader, model):
+    said = [*HELLO, {"role": "assistant", "content": "x"}, *HELLO]
+    found = task(reader, messages=said, conversation="a-B_9", max_tokens=5)
+    past = model.new_state(1)
+    (answer,) = found.answers(past)
+    assert found.conversation == "a-B_9"
+    assert answer.sequence.past == (past, 0)
+    assert answer.sequence.keeps_read
+    assert answer.sequence.opens == reader.form.prompt(read_messages(said))[1]
+    assert answer.closing("x") == reader.form.answer("x")
+    assert found.most_tokens == len(found.prompts[0]) + 5
+    (alone,) = task(reader, messages=said).answers()
+    assert (alone.sequence.opens, alone.sequence.past) == (answer.sequence.opens, None)
+    assert (alone.closing, alone.sequence.keeps_read) == (None, False)
 
 
 def test_fields_that_ask_for_nothing_are_accepted(reader):

@@ -64,11 +64,11 @@ class Command:
         self.process.wait()
         self.process.stderr.close()
 
-    def ask(self, **fields):
+    def ask(self, path="completions", /, **fields):
         """Begin a request; its reply can be read later."""
         headers = {"Content-Type": "application/json"}
         body = json.dumps(fields).encode()
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        url = f"http://127.0.0.1:{self.port}/v1/{path}"
         return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60)
 
     def end(self):
@@ -104,6 +104,25 @@ def test_what_does_not_end_in_time_is_ended(checkpoint):
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "stopping"
     assert code == 0
     assert "Traceback" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_conversations_in_a_folder_go_on_with_the_next_server(checkpoint, tmp_path):
+    flags = ["--conversation_folder", str(tmp_path / "kept"), "--conversations", "1"]
+    asked, path = {"max_tokens": 5, "seed": 1, "logprobs": True}, "chat/completions"
+    turns = [[{"role": "user", "content": text}] for text in ("fox", "x")]
+    with Command(checkpoint, *flags) as command:
+        for name in ("a", "b"):
+            command.ask(path, messages=turns[0], conversation=name, **asked).close()
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end() == (0, "stopped\n")
+    assert len([*(tmp_path / "kept").iterdir()]) == 2
+    with Command(checkpoint, *flags) as command:
+        replies = [command.ask(path, messages=turns[1], conversation=name, **asked) for name in ("a", "b", "c")]
+        found = [json.load(reply)["choices"][0]["logprobs"]["content"] for reply in replies]
+    scores = [[entry["logprob"] for entry in content] for content in found]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+    assert scores[2] != pytest.approx(scores[0], abs=1e-3)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")

@@ -271,6 +271,14 @@ class Store:
         """Return the store without crystals."""
         return Store(self.kept.cleared(), self.pending.cleared(), self.ids_BR)
 
+    def without(self, row: int, position: int) -> "Store":
+        """Return the store without the crystals of `row` whose token has `position`."""
+        kept = self.kept
+        gone_BC = kept.position_BC == position
+        gone_BC[:row] = gone_BC[row + 1 :] = False
+        present_BC = (kept.position_BC > EMPTY) & ~gone_BC
+        return Store(_oldest_first(kept, present_BC, kept.position_BC.shape[1]), self.pending, self.ids_BR)
+
     def carried(self, window: int) -> "Store":
         """Return the store as a new stream starts with it: no open segment, and all crystals outside the window."""
         everything = self.kept.join(self.pending)

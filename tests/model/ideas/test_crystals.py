@@ -1,5 +1,6 @@
 """Which tokens crystallise, and what a person can do with a memory: list, clear, save, carry over."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.model.ideas.crystals import best_of_groups
+from lepton.model.ideas.crystals import EMPTY, best_of_groups
 from tests.laws.lab import EOS, IDEAS, assert_close, assert_states, build, text
 
 ROOT = Path(__file__).parents[3]
@@ -135,6 +136,32 @@ with torch.no_grad():
 
 
 @torch.no_grad()
+def test_one_crystal_is_taken_out():
+    """It is gone for all tokens after it, and nothing else changes."""
+    model, tokens = build("complete"), text(1, rows=2)
+    with torch.no_grad():
+        state = model(tokens).state
+    before = list(state.memory)
+    gone = before[1]
+    state = dataclasses.replace(state, memory=state.memory.without(gone.row, gone.position))
+    assert list(state.memory) == [each for each in before if each != gone]
+    kept = state.part("crystals").kept
+    present = kept.position_BC > EMPTY
+    assert (present.long().diff(dim=1) <= 0).all(), "empty entries come last"
+    assert not kept.states_BCD[~present].any()
+    with torch.no_grad():
+        later = list(model(text(2, rows=2, documents=False), state).state.memory)
+    assert (gone.row, gone.position) not in [(each.row, each.position) for each in later]
+
+
+def test_a_crystal_that_is_not_there_cannot_be_taken_out():
+    with torch.no_grad():
+        memory = build("complete")(text(1, rows=2)).state.memory
+    for row, position in ((0, 10_000), (2, next(iter(memory)).position)):
+        with pytest.raises(InputError, match=f"no crystal of row {row} has position {position}"):
+            memory.without(row, position)
+
+
 def test_only_the_memory_goes_into_a_new_conversation(tmp_path):
     model, tokens = build("complete"), text(7, rows=2, documents=False)
     state = model(tokens).state
