@@ -6,7 +6,8 @@ than one.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -108,3 +109,14 @@ def initialise(model: nn.Module) -> None:
         reset: Callable[[], None] | None = getattr(module, "reset", None)
         if reset is not None:
             reset()
+
+
+@contextmanager
+def replaced(parameter: Tensor, value: Tensor) -> Iterator[None]:
+    """Let `parameter` have the value `value` inside the block, without writing to its tensor."""
+    own = parameter.data
+    parameter.data = value
+    try:
+        yield
+    finally:
+        parameter.data = own

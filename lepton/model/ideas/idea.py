@@ -15,8 +15,8 @@ docs/add_an_idea.md is the guide. `Idea` is what to implement; its methods recei
     Work          a workload, for which ideas count FLOPs and bytes
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Any, ClassVar
@@ -389,14 +389,3 @@ def matrices(*modules: nn.Module | None) -> int:
     """Return the number of weights in all linear layers of some modules, which is their multiply-adds per token."""
     parts = (part for module in modules if module is not None for part in module.modules())
     return sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
-
-
-@contextmanager
-def replaced(parameter: Tensor, value: Tensor) -> Iterator[None]:
-    """Let `parameter` have the value `value` inside the block, without writing to its tensor."""
-    own = parameter.data
-    parameter.data = value
-    try:
-        yield
-    finally:
-        parameter.data = own

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Contribution, Flow, Idea, Outcome, Switch, Work, matrices, picks, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear, norm
-from lepton.model.parameters import FEED, MATRIX
+from lepton.model.parameters import FEED, MATRIX, replaced
 
 FADE = 0.8
 """Weight of a token in the summary, relative to the token before it."""

@@ -34,10 +34,9 @@ from lepton.model.ideas.idea import (
     Work,
     matrices,
     picks,
-    replaced,
 )
 from lepton.model.layers import Linear, norm
-from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX
+from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX, replaced
 from lepton.model.timeline import Timeline
 from lepton.ops.divergence import divergence_chunk, linear_divergence
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
-from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices, replaced
+from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices
 from lepton.model.layers import Linear, at_indices, norm
-from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, scaled
+from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, replaced, scaled
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
 from lepton.ops.few_writes import FEW, FewWrites, read_few, write_few
