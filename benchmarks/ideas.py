@@ -5,19 +5,25 @@ Variants: `complete`, `dense` (full attention), and `no_X`, which leaves one ide
 `complete`, in wider MLPs. `--smoke` runs on a CPU.
 
     python -m benchmarks.ideas --data_dir D --size tiny --variant complete --tokens 49e6
+
+Several runs on one GPU: with `--lock FILE` they train one after the other, and compile meanwhile.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.training import LeptonTraining, change_ideas, held_out_nats, own_schedule
+from lepton import checkpoint
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
 from lepton.data.shards import Batch, ShardedDataset
@@ -73,7 +79,7 @@ class Run:
         self.train_set, self.held_out = (self.split(name, arguments.seq_len) for name in ("train", "val"))
         self.steps = int(arguments.tokens) // (arguments.batch_size * arguments.seq_len)
         self.findings: dict[str, Any] = {
-            **vars(arguments),
+            **{name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
             "params": self.model.num_params(),
             "steps": self.steps,
             "torch": torch.__version__,
@@ -156,7 +162,9 @@ class Run:
         self.model.eval()
         loss = self.held_out_loss(self.arguments.eval_batches)
         self.tell(val_loss=round(loss, 4), loss_of_quarters=[round(quarter, 4) for quarter in self.quarters])
-        if self.arguments.brief:
+        if self.arguments.drafts:
+            self.drafts()
+        if self.arguments.brief or self.arguments.drafts:
             return
         if self.model.idea("router") is not None:
             self.ideas()
@@ -169,12 +177,21 @@ class Run:
         temperature = fit_temperature(self.model, calibration_batches(self.held_out, 16))
         reliability = measure_uncertainty(self.model, evaluation_batches(self.held_out, 16), temperature=temperature)
         self.tell(reliability=reliability.to_dict())
-        few = 2 if self.arguments.smoke else PROMPTS
-        counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1, few), few))
-        self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
+        self.drafts()
         few = None if self.arguments.smoke else 4
         table = list(ablate(self.model, lambda **options: self.held_out_loss(few, **options)))
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
+
+    def drafts(self) -> None:
+        count = 2 if self.arguments.smoke else PROMPTS
+        counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1, count), count))
+        self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
+
+    def save(self, path: Path) -> None:
+        """Write the model as a checkpoint that others read."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights, config = self.model.state_dict(), self.model.config.to_dict()
+        checkpoint.save(path, {"model": weights, "config": config, "step": self.steps, "size": self.arguments.size})
 
     def canary(self) -> None:
         """Law 6 at this size: fresh weights, some steps on uniform random tokens, then fresh noise."""
@@ -223,6 +240,9 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--eval_batches", type=int, help="validation batches (default: all)")
     add("--brief", action="store_true", help="measure the loss alone")
+    add("--drafts", action="store_true", help="measure the loss and tokens a pass alone")
+    add("--save", type=Path, metavar="FILE", help="write the trained model as a checkpoint")
+    add("--lock", type=Path, metavar="FILE", help="train and measure while no other run with this file does")
     add("--canary", type=int, default=0, help="steps of the leak canary")
     add("--deadline", type=float, default=math.inf, help="seconds after which nothing more is begun")
     add("--no_compile", action="store_true", help="record the kernels without compiling them")
@@ -234,11 +254,25 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Wait until no other process is inside with the same file. So runs on one GPU compile while another one trains."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> None:
     run = Run(read_arguments())
     run.prepare()
-    run.train()
-    run.judge()
+    with alone(run.arguments.lock):
+        run.train()
+        if run.arguments.save:
+            run.save(run.arguments.save)
+        run.judge()
     if run.arguments.canary and run.has_time(60):
         run.canary()
     run.findings["seconds"] = round(run.elapsed(), 1)

@@ -32,10 +32,10 @@ from lepton.data.shards import Batch, ShardedDataset
 from lepton.errors import InputError
 from lepton.evals.calibration import calibrate
 from lepton.evals.positions import calibration_batches, evaluation_batches
-from lepton.model.ideas.idea import replaced
 from lepton.model.ideas.router import QUANTILES, Router
 from lepton.model.layers import norm
 from lepton.model.output import Output
+from lepton.model.parameters import replaced
 from lepton.model.size_config import size_config
 from lepton.ops.divergence import linear_divergence
 from lepton.presets import preset

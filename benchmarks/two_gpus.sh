@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Questions about TINY that one call on a host with two GPUs can answer: models are trained side by side and one after
+# the other, and compile while another one trains. Each line says what was found as soon as it is known.
+#   DATA=folder of shard_*.npy with val/   TOKENIZER=the file that it was made with   OUT=folder (default: two-gpus-out)
+#   bash benchmarks/two_gpus.sh drafts       which drafter brings more tokens a pass? four models, about 6 minutes
+#   bash benchmarks/two_gpus.sh windows      narrower windows beside wide blocks; four models, about 6 minutes
+#   bash benchmarks/two_gpus.sh seeds        complete and dense, three seeds each, about 7 minutes
+#   bash benchmarks/two_gpus.sh generate     speed of generation with $OUT/tiny.pt, which `drafts` and `seeds` leave
+#   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
+set -u
+OUT=${OUT:-two-gpus-out}
+PYTHON=${PYTHON:-python3}
+TOKENS=${TOKENS:-49e6}
+export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1
+mkdir -p "$OUT"
+begun=$SECONDS
+data=(--data_dir "$DATA" --tokenizer "$TOKENIZER")
+
+# train GPU NAME OPTIONS...: one model; what it found goes to NAME.txt, the gist to the terminal.
+train() {
+  local gpu=$1 name=$2 file="$OUT/$2.txt"
+  shift 2
+  CUDA_VISIBLE_DEVICES=$gpu timeout 560 "$PYTHON" -m benchmarks.ideas "${data[@]}" --size tiny --tokens "$TOKENS" \
+    --lock "$OUT/gpu$gpu.lock" "$@" > "$file" 2>&1
+  echo "[$((SECONDS - begun)) s] $name: $(grep -oE '"(val_loss|tokens_per_s|prepare_s|tokens_per_step)": [0-9.]+' "$file" |
+    awk '!seen[$0]++' | tr '\n' ' ')"
+  grep -E "Error" "$file" | tail -n 1
+}
+
+for part in "$@"; do
+  case $part in
+    drafts)
+      train 0 drafts --drafts --save "$OUT/tiny.pt" &
+      train 1 distilled --drafts --change drafter.distil=true &
+      sleep 90
+      train 0 distilled_stem --drafts --change drafter.distil=true drafter.reads_stem=true &
+      train 1 distilled_stem_8192 --drafts --change drafter.distil=true drafter.reads_stem=true drafter.vocab=8192 &
+      wait ;;
+    windows)
+      train 0 window_256 --brief &
+      train 1 window_128 --brief --change window=128 wide_window=512 &
+      sleep 90
+      train 0 window_128_wide_1024 --brief --change window=128 wide_window=1024 &
+      train 1 window_64 --brief --change window=64 wide_window=512 &
+      wait ;;
+    seeds)
+      for seed in 0 1 2; do
+        train 0 "complete_$seed" --brief --seed $seed --save "$OUT/tiny.pt" &
+        train 1 "dense_$seed" --brief --seed $seed --variant dense &
+        [ $seed = 2 ] || sleep 90
+      done
+      wait ;;
+    generate)
+      speed=("$PYTHON" -m benchmarks.generate_speed "${data[@]}" --checkpoint "$OUT/tiny.pt")
+      (CUDA_VISIBLE_DEVICES=0 timeout 280 "${speed[@]}" --cases 1x512/plain 1x512/drafts 1x512/auto 1x512/depth/0 \
+        --rounds 48 --new_tokens 64 --profile 25 --json "$OUT/generate-1.json" > "$OUT/generate-1.txt" 2>&1) &
+      (CUDA_VISIBLE_DEVICES=1 timeout 280 "${speed[@]}" --cases 64x512/plain/0 64x512/drafts/0 64x8192/plain/0 \
+        256x512/plain/0 1024x512/plain/0 --rounds 5 --new_tokens 128 --seconds 240 --json "$OUT/generate-64.json" \
+        > "$OUT/generate-64.txt" 2>&1) &
+      wait
+      grep -hE "^(case|tiny)/? " "$OUT"/generate-*.txt ;;
+    depth)
+      for weight in 0 0.03 0.1 0.3; do
+        gpu=$([ "$weight" = 0 ] || [ "$weight" = 0.1 ] && echo 0 || echo 1)
+        (CUDA_VISIBLE_DEVICES=$gpu timeout 280 "$PYTHON" -m benchmarks.proving_ground.depth "${data[@]}" --size micro \
+          --tokens 24.5e6 --dense_layers --change router.exit_stride=8 router.distil=true router.expected=true \
+          router.reads_exit=true router.into_stem=$weight > "$OUT/depth_$weight.txt" 2>&1
+        echo "[$((SECONDS - begun)) s] into_stem=$weight"; grep -v "^{" "$OUT/depth_$weight.txt" | tail -n 14) &
+      done
+      wait ;;
+    *) echo "unknown part $part: drafts, windows, seeds, generate or depth" >&2; exit 2 ;;
+  esac
+done
