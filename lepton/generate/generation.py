@@ -120,7 +120,8 @@ class Generation:
     def __iter__(self) -> Iterator[list[RowOutput]]:
         if self.options.max_new_tokens == 0:
             return
-        longest = max(map(len, self.prompts)) + self.options.max_new_tokens
+        before = 0 if self._past is None else int(self._past.position_B.max())
+        longest = before + max(map(len, self.prompts)) + self.options.max_new_tokens
         with Lease(self.model, min(len(self.prompts), MOST_AT_ONCE), longest) as lease:
             speculation = Always(lease.runner.speculation.choices) if self._always_draft else None
             engine = Engine(lease.runner, stats=self.stats, speculation=speculation)

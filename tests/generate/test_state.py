@@ -181,3 +181,13 @@ def test_the_model_has_it_as_a_method(model):
     tokens, state = model.generate_with_state(PROMPT, max_new_tokens=4, seed=1)
     assert tokens == model.generate(PROMPT, 4, seed=1)
     assert model.generate([tokens[-1]], 3, seed=1, state=state) == model.generate(tokens[-1:], 3, seed=1, state=state)
+
+
+def test_without_a_window_all_of_a_long_past_is_seen():
+    """It is longer than the prompt and the new tokens, which is all that the pool would else have room for."""
+    dense, options = lively("dense"), {"temperature": 0, "use_speculative": False}
+    past = PROMPT * 20
+    state = dense.generate_with_state(past, 0).state
+    found = dense.generate_with_logprobs([5, 6, 7], 4, state=state, **options).logprobs
+    wanted = dense.generate_with_logprobs([*past, 5, 6, 7], 4, **options).logprobs
+    assert [each.chosen for each in found] == pytest.approx([each.chosen for each in wanted], abs=1e-9)
