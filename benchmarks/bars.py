@@ -18,6 +18,8 @@ class Bar(NamedTuple):
     value: float
     own: bool
     """Whether it is ours, and not what it is compared with."""
+    digits: int = 0
+    """Digits of the value that are shown after the point."""
 
 
 def bar_chart(title: str, panels: Sequence[tuple[str, Sequence[Bar]]]) -> str:
@@ -33,7 +35,7 @@ def bar_chart(title: str, panels: Sequence[tuple[str, Sequence[Bar]]]) -> str:
             parts += [
                 f'<text x="{LABEL - 8}" y="{y + 14}" text-anchor="end">{escape(bar.label)}</text>',
                 f'<rect class="{kind}" x="{LABEL}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3"/>',
-                f'<text x="{LABEL + width + 6:.1f}" y="{y + 14}">{bar.value:,.0f}</text>',
+                f'<text x="{LABEL + width + 6:.1f}" y="{y + 14}">{bar.value:,.{bar.digits}f}</text>',
             ]
             y += BAR + GAP
         y += GAP

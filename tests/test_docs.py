@@ -20,7 +20,10 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^python (?:(train)\.py|-m lepton (\w+))(.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-RUN = ["docs/tutorial.md"]
+RUN = [
+    "docs/tutorial.md",
+    *(f"docs/ideas/{idea}.md" for idea in ("thoughts", "memory", "depth", "speculation", "uncertainty")),
+]
 """Documents whose Python blocks are one script that needs nothing but `checkpoints/final.pt`."""
 INTERNAL = {"__main__", "archive", "cli", "files", "presets", "requirements", "runtime", "shapes", "tensors", "values"}
 """Modules of lepton that are no interface for users."""

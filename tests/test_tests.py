@@ -58,6 +58,8 @@ OF_SEVERAL = {
     "serve/test_page",
     "test_acceptance_rules",
     "test_alive",
+    "test_dots",
+    "test_figures",
     "test_architecture",
     "test_docs",
     "test_examples",
