@@ -194,9 +194,9 @@ class Lepton(Network):
         It is lost when the weights are replaced, not when they change in place, and of no use to a model without a
         window. Hooks that are added later are not called. On a CPU it needs a C++ compiler, such as g++, and serves
         depth 1; a later process is fast only while Inductor's own cache (TORCHINDUCTOR_CACHE_DIR) is there, too. If
-        other programs keep the cores busy, set OMP_WAIT_POLICY=passive. The compiler leaves a million objects, at which
-        Python's garbage collector looks now and then, for up to seconds; a process that does nothing else than generate
-        can stop that with `lepton.runtime.device.freeze_objects()`, as the server does.
+        other programs keep the cores busy, set OMP_WAIT_POLICY=passive. The compiler leaves a million objects. At
+        these Python's garbage collector looks now and then, for up to seconds. A process that only generates can stop
+        that with `lepton.runtime.device.freeze_objects()`, as the server does.
         """
         routed, drafts = checked_call(self, 1, depth, None).routed, None if speculative else [0]
         with Lease(self, whole("batch_size", batch_size, 1, MOST_AT_ONCE, " prompts"), 0) as lease:

@@ -1,12 +1,13 @@
 """Checks of plain numbers from callers. What cannot be used raises InputError, which names the value and the range."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from lepton.errors import InputError, shown
 
+Record = TypeVar("Record")
 SEEDS = (-(1 << 63), (1 << 64) - 1)
 """Every seed of 64 bits, with or without a sign."""
 MAX_ROUNDS = 256
@@ -66,3 +67,19 @@ def positive_nats(value: Any, name: str = "max_cost") -> float:
 def thinking_rounds(think: Any) -> int:
     """Return a number of rounds of thinking."""
     return whole("think", think, 0, MAX_ROUNDS, " rounds")
+
+
+def from_record(cls: type[Record], values: Any, name: str, noun: str) -> Record:
+    """Return the dataclass `cls` of the plain values that a checkpoint holds under `name`; `noun` is one of them.
+
+    Raises:
+        InputError: a field is missing, unknown, of another type, or not finite.
+    """
+    kinds = {each.name: get_args(each.type) or (each.type,) for each in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise InputError(f"'{name}' holds {shown(values)}: must have the fields {', '.join(sorted(kinds))}")
+    for field, allowed in kinds.items():
+        value = values[field]
+        if type(value) not in allowed or (isinstance(value, float) and not abs(value) < float("inf")):
+            raise InputError(f"'{name}' has {field}={shown(value)}, which no {noun} has")
+    return cls(**values)

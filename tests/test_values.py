@@ -1,6 +1,7 @@
 """Numbers from callers: what passes comes back as a plain number, anything else is one line."""
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lepton.errors import InputError
-from lepton.values import SEEDS, real, whole
+from lepton.values import SEEDS, from_record, real, whole
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
@@ -40,3 +41,32 @@ def test_seeds_are_any_of_64_bits():
     for value in (SEEDS[0] - 1, SEEDS[1] + 1):
         with pytest.raises(InputError, match="seed="):
             whole("seed", value, *SEEDS)
+
+
+@dataclass(frozen=True)
+class Found:
+    risk: float
+    most: float | None
+    tokens: int
+
+
+def test_a_record_is_the_dataclass_that_it_was():
+    values = {"risk": 0.5, "most": None, "tokens": 3}
+    assert from_record(Found, values, "records", "record") == Found(0.5, None, 3)
+    assert from_record(Found, {**values, "most": 1.5}, "records", "record").most == 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": 1}, r"'records' holds .*: must have the fields most, risk, tokens"),
+        ({"tokens": 3.0}, r"'records' has tokens=3\.0, which no record has"),
+        ({"tokens": True}, "'records' has tokens=True"),
+        ({"risk": None}, "'records' has risk=None"),
+        ({"most": float("nan")}, "'records' has most=nan"),
+        ({"risk": float("inf")}, "'records' has risk=inf"),
+    ],
+)
+def test_what_is_no_record_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        from_record(Found, {"risk": 0.5, "most": None, "tokens": 3, **change}, "records", "record")

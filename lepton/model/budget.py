@@ -1,10 +1,9 @@
 """How much depth routing may cost, and the threshold of the router that keeps to it."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lepton.errors import InputError, shown
-from lepton.values import positive_nats
+from lepton.values import from_record, positive_nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +39,4 @@ class Budget:
         Raises:
             InputError: something is missing, unknown, or of another type.
         """
-        kinds = {each.name: each.type for each in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != kinds.keys():
-            raise InputError(f"'budgets' holds {shown(values)}: must have the fields {', '.join(sorted(kinds))}")
-        for name, kind in kinds.items():
-            if type(values[name]) is not kind or (kind is float and not abs(values[name]) < float("inf")):
-                raise InputError(f"'budgets' has {name}={shown(values[name])}, which no budget has")
-        return cls(**values)
+        return from_record(cls, values, "budgets", "budget")

@@ -1,10 +1,10 @@
 """What a calibration promises of the tokens that a model does not abstain from."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from lepton.errors import InputError, shown
-from lepton.values import real
+from lepton.values import from_record, real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +42,7 @@ class Promise:
         Raises:
             InputError: something is missing, unknown, or of another type.
         """
-        kinds = {"risk": float, "confidence": float, "windows": int, "tokens": int, "data": str}
-        names = {each.name for each in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
-            raise InputError(f"'promises' holds {shown(values)}: must have the fields {', '.join(sorted(names))}")
-        wrong = [name for name, kind in kinds.items() if type(values[name]) is not kind]
-        threshold = values["threshold"]
-        if threshold is not None and type(threshold) is not float:
-            wrong.append("threshold")
-        if wrong:
-            raise InputError(f"'promises' has {wrong[0]}={shown(values[wrong[0]])}, which no promise has")
-        return cls(**values)
+        return from_record(cls, values, "promises", "promise")
 
 
 def checked_risk(risk: Any, name: str = "risk") -> float:
