@@ -9,6 +9,7 @@ from lepton.engine.engine import Engine, NotFiniteError
 from lepton.engine.options import GenerationOptions
 from lepton.engine.runner import Runner
 from lepton.engine.sequence import Sequence
+from lepton.engine.speculation import Speculation
 from lepton.ops.choose import stream_words
 from tests.generate.models import BATCH, PROMPT, always_drafting, lively
 
@@ -148,8 +149,15 @@ def test_a_diverged_model_is_named():
         finish(engine)
 
 
-def test_speculation_that_does_not_pay_stops(model):
-    """The drafts of a model that was never trained are all wrong."""
+def test_speculation_that_does_not_pay_stops(model, monkeypatch):
+    """The drafts of a model that was never trained are all wrong, and each makes a pass a quarter longer."""
+
+    class Timed(Speculation):
+        def record(self, bucket, drafts, seconds, tokens, rows):
+            assert seconds > 0
+            super().record(bucket, drafts, 1 + drafts / 4, tokens, rows)
+
+    monkeypatch.setattr("lepton.engine.runner.Speculation", Timed)
     engine = Engine(Runner(model, 1, 2000))
     engine.add(Sequence(PROMPT, GenerationOptions(max_new_tokens=600, temperature=0), stops=[[0]], stream=(0, 0)))
     for _ in range(300):
