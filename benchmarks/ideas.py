@@ -36,6 +36,7 @@ from lepton.evals.speculation import measure_speculation, prompts_of
 from lepton.model.parameters import FEED
 from lepton.model.size_config import count_params, size_config, widened
 from lepton.train.assembly import token_counts
+from lepton.train.own_text import OwnText, learn, write
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "complete": {},
@@ -182,10 +183,24 @@ class Run:
         table = list(ablate(self.model, lambda **options: self.held_out_loss(few, **options)))
         self.tell(ablation={row.off: [round(row.nats_per_token, 4), round(row.change, 4)] for row in table})
 
-    def drafts(self) -> None:
+    def drafts(self, name: str = "speculation") -> None:
         count = 2 if self.arguments.smoke else PROMPTS
         counts = measure_speculation(self.model, prompts_of(self.split("val", 512).batches(1, count), count))
-        self.tell(speculation={f"T={t:g}": stats.to_dict() for t, stats in counts.items()})
+        self.tell(**{name: {f"T={t:g}": stats.to_dict() for t, stats in counts.items()}})
+
+    def tune(self) -> None:
+        """Train the drafter on the model's own text, and say what it was before and how long that takes."""
+        self.model.eval()
+        self.drafts("speculation_before")
+        begun = time.perf_counter()
+        how = OwnText(steps=3) if self.arguments.smoke else OwnText()
+        prompts = prompts_of(self.split("train", 512).batches(1, self.arguments.tune), self.arguments.tune)
+        texts = write(self.model, prompts, how)
+        self.tell(
+            own_tokens=sum(len(row.tokens) - row.prompt for row in texts), write_s=round(time.perf_counter() - begun, 1)
+        )
+        learn(self.model, texts, how, lambda step, steps, nats: print(f"tune {step}/{steps} {nats:.4f}", flush=True))
+        self.tell(tune_s=round(time.perf_counter() - begun, 1))
 
     def save(self, path: Path) -> None:
         """Write the model as a checkpoint that others read."""
@@ -241,6 +256,7 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--eval_batches", type=int, help="validation batches (default: all)")
     add("--brief", action="store_true", help="measure the loss alone")
     add("--drafts", action="store_true", help="measure the loss and tokens a pass alone")
+    add("--tune", type=int, metavar="N", help="train the drafter on the model's continuations of N training prompts")
     add("--save", type=Path, metavar="FILE", help="write the trained model as a checkpoint")
     add("--lock", type=Path, metavar="FILE", help="train and measure while no other run with this file does")
     add("--canary", type=int, default=0, help="steps of the leak canary")
@@ -270,6 +286,8 @@ def main() -> None:
     run.prepare()
     with alone(run.arguments.lock):
         run.train()
+        if run.arguments.tune:
+            run.tune()
         if run.arguments.save:
             run.save(run.arguments.save)
         run.judge()

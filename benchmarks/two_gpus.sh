@@ -22,7 +22,7 @@ train() {
   shift 2
   CUDA_VISIBLE_DEVICES=$gpu timeout 560 "$PYTHON" -m benchmarks.ideas "${data[@]}" --size tiny --tokens "$TOKENS" \
     --lock "$OUT/gpu$gpu.lock" "$@" > "$file" 2>&1
-  echo "[$((SECONDS - begun)) s] $name: $(grep -oE '"(val_loss|tokens_per_s|prepare_s|tokens_per_step)": [0-9.]+' "$file" |
+  echo "[$((SECONDS - begun)) s] $name: $(grep -oE '"(val_loss|tokens_per_s|prepare_s|tune_s|tokens_per_step)": [0-9.]+' "$file" |
     awk '!seen[$0]++' | tr '\n' ' ')"
   grep -E "Error" "$file" | tail -n 1
 }
@@ -30,11 +30,11 @@ train() {
 for part in "$@"; do
   case $part in
     drafts)
-      train 0 drafts --drafts --save "$OUT/tiny.pt" &
-      train 1 distilled --drafts --change drafter.distil=true &
+      train 0 drafts --drafts --tune 1024 --save "$OUT/tiny.pt" &
+      train 1 distilled --drafts --tune 1024 --change drafter.distil=true &
       sleep 90
-      train 0 distilled_stem --drafts --change drafter.distil=true drafter.reads_stem=true &
-      train 1 distilled_stem_8192 --drafts --change drafter.distil=true drafter.reads_stem=true drafter.vocab=8192 &
+      train 0 distilled_stem --drafts --tune 1024 --change drafter.distil=true drafter.reads_stem=true &
+      train 1 distilled_stem_8192 --drafts --tune 1024 --change drafter.distil=true drafter.reads_stem=true drafter.vocab=8192 &
       wait ;;
     windows)
       train 0 window_256 --brief &

@@ -13,7 +13,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's background j
 torch.set_num_threads(1)  # for fixtures of a whole module too, which are made before those of a test
 
 
+LONGEST = (
+    "test_seed_surface.py",
+    "test_6_no_leak.py",
+    "test_2_one_path.py",
+    "test_4_losslessness.py",
+    "test_trainer.py",
+    "test_7_exact_resume.py",
+    "test_alive.py",
+    "test_several_processes.py",
+    "test_ideas_removed.py",
+)
+"""Files that take longest. They run first, so that all workers end at about the same time."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

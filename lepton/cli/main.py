@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "answer requests of OpenAI's form over HTTP",
     "eval": "measure a checkpoint on held-out text",
     "calibrate": "fit what a checkpoint's uncertainty and depth mean",
+    "tune": "train a checkpoint's drafter on the model's own text: faster drafts, the same text",
     "plot": "draw the metrics of runs side by side",
     "export": "write the weights alone, as safetensors",
     "prepare": "turn text, code, tables or conversations into training shards",

@@ -193,15 +193,16 @@ class Optimizers:
         self._device = both[0][1].device
         sharded = any(isinstance(parameter, DTensor) for parameter in self._trunk)
         on_gpu = self._device.type == "cuda" and not sharded
-        adamw = torch.optim.AdamW(
-            _groups(rest, weight_decay),
-            lr=lr,
-            betas=BETAS,
-            eps=EPS,
-            fused=on_gpu or self._device.type == "cpu" or sharded,
-            capturable=on_gpu,
-        )
-        self._members: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
+        self._members: dict[str, torch.optim.Optimizer] = {}
+        if rest:
+            self._members["adamw"] = torch.optim.AdamW(
+                _groups(rest, weight_decay),
+                lr=lr,
+                betas=BETAS,
+                eps=EPS,
+                fused=on_gpu or self._device.type == "cpu" or sharded,
+                capturable=on_gpu,
+            )
         if muon:
             groups = _groups(muon, weight_decay * lr / muon_lr)
             batched = BatchedMuon(groups, lr=muon_lr, momentum=MOMENTUM, adjust_lr_fn="original")

@@ -20,8 +20,8 @@ if sys.platform.startswith("linux"):
     from tests.fuzz.workers import Died, Limits, attempt, run_all
 
 ROOT = Path(__file__).parents[2]
-FILES, CALLS = 700, 600
-"""Less than a minute of one core. `python -m tests.fuzz --files 10000 --calls 3000 --jobs 2` is the long run."""
+FILES, CALLS = 400, 350
+"""Half a minute of one core. `python -m tests.fuzz --files 10000 --calls 3000 --jobs 2` is the long run."""
 
 
 def test_damaged_files_and_hostile_calls():

@@ -11,7 +11,7 @@ from lepton.config import LeptonConfig
 from lepton.ops import attention_plan
 from tests.laws.lab import CANARIES, SHAPE, VARIANTS, VOCAB
 
-STEPS, ROWS, LENGTH = 300, 16, 64
+STEPS, ROWS, LENGTH = 200, 16, 64
 FRESH = 256
 
 

@@ -116,6 +116,7 @@ class Drafter(Idea):
     name = "drafter"
     compiled: tuple[str, ...] = ("loss",)
     loss_weights = {"draft": 0.1}
+    learns_from_own_text = True
     declares = {
         **{f"{name}.weight": MATRIX.but(auxiliary=True) for name in ("enter", "token", "up", "leave")},
         "down.weight": ZERO_MATRIX.but(auxiliary=True),

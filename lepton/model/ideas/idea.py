@@ -206,8 +206,8 @@ class Outcome:
     """The token after each, `IGNORE` if absent."""
     position_BT: Tensor
     """Position of each token in its document, -1 in padding."""
-    nats_M: Tensor
-    """Cross-entropy of each of the B x T predictions."""
+    nats_M: Tensor | None
+    """Cross-entropy of each of the B x T predictions; None where the ideas that are asked do not read it."""
     rate: float | Tensor = 1.0
     """Share of the peak learning rate; a tensor [] where a captured program reads it."""
 
@@ -284,6 +284,9 @@ class Idea(nn.Module):
     """Whether rounds of thinking run in every pass, and not only where a segment opens."""
     think_limit: int = MAX_ROUNDS
     """Most rounds of thinking that a call may ask for."""
+    learns_from_own_text: ClassVar[bool] = False
+    """Whether its losses on text that the trained model wrote serve it better; see `lepton.train.own_text`. The other
+    ideas' predictions must not depend on its parameters, and its losses must not read `Outcome.nats_M`."""
     old_names: ClassVar[Mapping[str, str]] = {}
     """Old state files: name prefix of its tensors -> present prefix."""
 

@@ -188,6 +188,7 @@ class Router(Idea):
             exit_loss, exit_nats_M = outcome.frozen_loss(exit_MD, target_M)
             if own.expected:
                 _, beyond_M = self.divergence(outcome, exit_MD.detach(), index_M, valid_M)
+        assert outcome.nats_M is not None
         saved_M = beyond_M if own.expected else exit_nats_M - outcome.nats_M[index_M]
         benefit_BT = flow.contributions[self.name].signal_BT
         assert benefit_BT is not None
