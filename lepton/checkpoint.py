@@ -15,10 +15,10 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | `budgets`    | what `lepton calibrate --max_cost` found, likewise                       |
 | `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
 
-A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs.
+A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs; see
+`lepton.weight_files`.
 """
 
-import json
 import os
 import pickle
 import re
@@ -31,14 +31,13 @@ from typing import Any
 
 import torch
 
-from lepton import archive, tensors
+from lepton import archive, tensors, weight_files
 from lepton.errors import InputError, naming, reason
-from lepton.files import as_path, parse_json, readable, replacing
+from lepton.files import as_path, readable, replacing
 from lepton.files import remove_unfinished as remove_hidden
 
 FORMAT = 1
 STEP_NAME = re.compile(r"step_(\d+)\.pt")
-WEIGHTS_SUFFIX = ".safetensors"
 CONFIG = "config"
 """Key of the configuration in the `_metadata` of a state_dict, where `Network.load_state_dict` compares it."""
 
@@ -74,10 +73,10 @@ def save(path: str | Path, payload: dict[str, Any]) -> None:
         InputError: the file cannot be written, such as on a full disk; nothing that was there before has changed.
     """
     path = as_path(path)
+    if path.suffix == weight_files.SUFFIX:
+        save_weights(path, payload)
+        return
     try:
-        if path.suffix == WEIGHTS_SUFFIX:
-            tensors.write(path, payload["model"], _metadata(payload))
-            return
         content = {"format": FORMAT, **_to_cpu(payload)}
         content["model"] = _with_config(content["model"], content["config"])
         with replacing(path) as unfinished, unfinished.open("wb") as file:
@@ -87,7 +86,7 @@ def save(path: str | Path, payload: dict[str, Any]) -> None:
     except BaseException as error:
         # Amid a file, torch's writer covers the disk's error by one of its own.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError | tensors.SafetensorError):
+        if isinstance(cause, OSError):
             raise InputError(_failure(path, cause)) from error
         raise
 
@@ -122,7 +121,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not os.path.exists(path):
         raise InputError(f"checkpoint {path} does not exist{_alternative(path)}")
     readable(path, "checkpoint")
-    payload = _load_weights(path) if path.suffix == WEIGHTS_SUFFIX else _load_archive(path)
+    payload = weight_files.read(path) if path.suffix == weight_files.SUFFIX else _load_archive(path)
     if not isinstance(payload, dict) or not {"model", "config", "step"} <= payload.keys():
         raise InputError(f"{path} is not a LEPTON checkpoint: it lacks 'model', 'config' or 'step'")
     if payload.get("format") != FORMAT:
@@ -213,19 +212,20 @@ def _load_archive(path: Path) -> Any:
         raise InputError(f"{path} is not a LEPTON checkpoint ({reason(error)})") from error
 
 
-def _metadata(payload: dict[str, Any]) -> dict[str, str]:
-    """Return what a file of weights alone says beside them."""
+def save_weights(path: Path, payload: dict[str, Any], most: int | None = None) -> list[Path]:
+    """Write the weights of `payload` alone, to several files if they have more than `most` bytes; return the files.
+
+    Raises:
+        InputError: as `save`.
+    """
     about = {"format": FORMAT, **{name: payload.get(name) for name in ("config", "size", "step")}}
     about |= {name: payload[name] for name in LATER_KINDS if name in payload}
-    tokenizer = payload.get("tokenizer")
-    # "pt" is what other readers of the format look for.
-    return {"format": "pt", "lepton": json.dumps(about)} | ({"tokenizer": tokenizer} if tokenizer else {})
-
-
-def _load_weights(path: Path) -> dict[str, Any]:
-    weights, metadata = tensors.read(path, "checkpoint")
-    about = parse_json(metadata.get("lepton", "{}"), str(path))
-    return {**(about if isinstance(about, dict) else {}), "model": weights, "tokenizer": metadata.get("tokenizer")}
+    try:
+        return weight_files.write(path, payload["model"], about, payload.get("tokenizer"), most)
+    except InputError as error:
+        raise InputError(f"cannot save {error}") from error
+    except (OSError, tensors.SafetensorError) as error:
+        raise InputError(_failure(path, error)) from error
 
 
 def _check_content(payload: dict[str, Any]) -> None:

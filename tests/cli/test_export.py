@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lepton import checkpoint
-from lepton.api import Lepton
+from lepton.api import Lepton, create_lepton_nano
 from tests.cli.tiny import run, run_json, save_tiny
 
 
@@ -67,3 +67,38 @@ def test_mistakes_are_one_line_and_files_are_kept(saved, tmp_path):
     out.write_bytes(out.read_bytes()[:-9])
     code, _, err = run("export", "--checkpoint", out, "--out", tmp_path / "again.safetensors")
     assert (code, len(err.splitlines())) == (2, 1)
+
+
+def test_int8_takes_little_over_a_quarter_and_predicts_nearly_the_same(tmp_path):
+    path = tmp_path / "nano.pt"
+    model = create_lepton_nano(layers=4)
+    with torch.no_grad():
+        model.embed.weight.mul_(3)
+    content = {"model": model.state_dict(), "config": model.config.to_dict(), "size": "nano", "step": 3}
+    checkpoint.save(path, content)
+    sizes = {}
+    for dtype in ("fp32", "int8"):
+        out = tmp_path / f"{dtype}.safetensors"
+        sizes[dtype] = run_json("export", "--checkpoint", path, "--out", out, "--dtype", dtype)["bytes"]
+    assert sizes["int8"] < 0.28 * sizes["fp32"]
+    loaded = Lepton.from_checkpoint(tmp_path / "int8.safetensors")
+    tokens = torch.arange(2, 66)[None]
+    with torch.no_grad():
+        wanted, found = (each.eval()(tokens).logits.log_softmax(-1) for each in (model, loaded))
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() < 1e-3, "nats a token"
+
+
+def test_several_files_replace_what_was_there(saved, tmp_path):
+    out = tmp_path / "w.safetensors"
+    words = "export", "--checkpoint", saved[0], "--out", out
+    figures = run_json(*words)
+    assert figures["out"] == str(out)
+    code, _, err = run(*words, "--max_file_mb", "1")
+    assert code == 2
+    assert "w.safetensors exists" in err
+    run_json(*words, "--max_file_mb", "1", "--force")
+    assert out.exists(), "a small model is one file"
+    code, _, err = run(*words, "--max_file_mb", "0", "--force")
+    assert "--max_file_mb 0: must be at least 1" in err
+    code, _, err = run(*words[:3], "--out", tmp_path / "hf", "--to", "hf", "--dtype", "int8")
+    assert "takes neither --dtype int8" in err
