@@ -164,8 +164,6 @@ class ThinkingInputs:
     """Initial thoughts."""
     each_B: Tensor
     """Rounds of each row."""
-    seen: Sequence[KeysValues]
-    """Keys and values [B, J, K, H] of remembered tokens and chunk, for each round; the last ones serve later rounds."""
     here: Rotary
     """Rotary angles of the opening tokens."""
     plan: AttentionPlan
@@ -176,8 +174,7 @@ class ThinkingInputs:
         start, each, cos, sin = (
             value.index_select(0, rows_A) for value in (self.start_BGSD, self.each_B, self.here.cos, self.here.sin)
         )
-        seen = [(k.index_select(0, rows_A), v.index_select(0, rows_A)) for k, v in self.seen]
-        return ThinkingInputs(start, each, seen, Rotary(cos, sin), self.plan.of_rows(rows_A))
+        return ThinkingInputs(start, each, Rotary(cos, sin), self.plan.of_rows(rows_A))
 
 
 class Thoughts(Idea):
@@ -198,7 +195,8 @@ class Thoughts(Idea):
         self.config, self.rounds, self.most_rounds = config, own.rounds, own.most_rounds
         self.thinks_always = own.over_tokens
         if own.over_tokens:
-            self.think_limit, self.compiled = own.most_rounds, ("forward", "block.forward")
+            # Compiled are the parts of a round: all of many rounds in one program take minutes to compile.
+            self.think_limit, self.compiled = own.most_rounds, ("one_round", "block.forward")
         self.start = nn.Parameter(torch.empty(own.count, config.width))
         self.opening = Linear(config.width, config.width)
         self.again = Linear(config.width, config.width) if own.over_tokens else None
@@ -278,15 +276,16 @@ class Thoughts(Idea):
         here = Rotary(at_indices(rotary.cos, index_BG), at_indices(rotary.sin, index_BG))
         plan = causal.plan_of_mask(self._mask(opening_BG, causal))
         each_B, usual = _each(rounds, rows, u_BTD.device, self.rounds)
-        inputs = ThinkingInputs(start_BGSD, each_B, seen, here, plan)
+        inputs = ThinkingInputs(start_BGSD, each_B, here, plan)
         z_BGSD, change_BG = start_BGSD, start_BGSD.new_zeros(rows, groups)
-        z_BGSD, change_BG = self._think(inputs, range(usual), z_BGSD, change_BG)
+        z_BGSD, change_BG = self._think(inputs, seen, range(usual), z_BGSD, change_BG)
         if isinstance(rounds, Tensor):
             # Compiled shapes cannot depend on `rounds`: a fixed number of rows, those with the most rounds, continue.
             late_A = each_B.argsort(descending=True)[: late_rows(rows)]
             late = range(usual, self.most_rounds)
             z_AGSD, change_AG = (value.index_select(0, late_A) for value in (z_BGSD, change_BG))
-            z_AGSD, change_AG = self._think(inputs.of_rows(late_A), late, z_AGSD, change_AG)
+            seen = [(k.index_select(0, late_A), v.index_select(0, late_A)) for k, v in seen]
+            z_AGSD, change_AG = self._think(inputs.of_rows(late_A), seen, late, z_AGSD, change_AG)
             z_BGSD, change_BG = z_BGSD.index_copy(0, late_A, z_AGSD), change_BG.index_copy(0, late_A, change_AG)
         active_BG = (opening_BG >= 0) & (each_B > 0)[:, None]
         return Groups(
@@ -296,16 +295,31 @@ class Thoughts(Idea):
             timeline,
         )
 
-    def _think(self, inputs: ThinkingInputs, rounds: range, z_BGSD: Tensor, change_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute some rounds; return thoughts and their change. A row ignores rounds beyond its own number."""
+    def _think(
+        self, inputs: ThinkingInputs, seen: Sequence[KeysValues], rounds: range, z_BGSD: Tensor, change_BG: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute some rounds; return thoughts and their change. The last of `seen` serve later rounds."""
         for round_ in rounds:
-            seen = inputs.seen[min(round_, len(inputs.seen) - 1)]
-            thought_BGSD = self._round(norm(z_BGSD + inputs.start_BGSD), inputs, seen)
             on_B = round_ < inputs.each_B
-            moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
-            change_BG = torch.where(on_B[:, None], moved_BG, change_BG)
-            z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
+            z_BGSD, change_BG = self.one_round(z_BGSD, change_BG, on_B, seen[min(round_, len(seen) - 1)], inputs)
         return z_BGSD, change_BG
+
+    def one_round(
+        self, z_BGSD: Tensor, change_BG: Tensor, on_B: Tensor, seen: KeysValues, inputs: ThinkingInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Return normed thoughts after one more round, and how far they moved; those of rows that are not `on` stay."""
+        attention = self.block.attention
+        # Queries have the position of the opening token, so they can prefer near tokens. Keys of slots have none.
+        place = Rotary(*(each.repeat_interleave(z_BGSD.shape[2], 1) for each in (inputs.here.cos, inputs.here.sin)))
+        z_BQD = norm(z_BGSD + inputs.start_BGSD).flatten(1, 2)
+        q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
+        out_BQNH = attend(q_BQNH, *seen, inputs.plan, (own_k, own_v))
+        z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
+        z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
+        thought_BGSD = norm(z_BQD).view_as(z_BGSD)
+        moved_BG = (thought_BGSD - z_BGSD).detach().square().mean((-1, -2)).sqrt()
+        z_BGSD = torch.where(on_B[:, None, None, None], thought_BGSD, z_BGSD)
+        return z_BGSD, torch.where(on_B[:, None], moved_BG, change_BG)
 
     def _mask(self, opening_BG: Tensor, causal: CausalWindow) -> Tensor:
         """Return the bool mask [B, Q, J + Q] of Q = G x S thoughts.
@@ -317,19 +331,6 @@ class Thoughts(Idea):
         group_Q = torch.arange(opening_BG.shape[1], device=opening_BG.device).repeat_interleave(slots)
         own_QQ = group_Q[:, None] == group_Q
         return torch.cat([window_BGJ.repeat_interleave(slots, 1), own_QQ.expand(len(opening_BG), -1, -1)], 2)
-
-    def _round(self, z_BGSD: Tensor, inputs: ThinkingInputs, seen: KeysValues) -> Tensor:
-        """Run the thinking block over all groups; return normed thoughts."""
-        attention = self.block.attention
-        # Queries have the position of the opening token, so they can prefer near tokens. Keys of slots have none.
-        slots = z_BGSD.shape[2]
-        place = Rotary(inputs.here.cos.repeat_interleave(slots, 1), inputs.here.sin.repeat_interleave(slots, 1))
-        z_BQD = z_BGSD.flatten(1, 2)
-        q_BQNH, own_k, own_v = attention.query_key_value(z_BQD, place, None)
-        out_BQNH = attend(q_BQNH, *seen, inputs.plan, (own_k, own_v))
-        z_BQD = z_BQD + attention.out(out_BQNH.flatten(2))
-        z_BQD = z_BQD + self.block.mlp(norm(z_BQD))
-        return norm(z_BQD).view_as(z_BGSD)
 
     def check_rounds(self, think_B: Tensor) -> None:
         check_range(think_B, 0, self.most_rounds, "rounds of thinking")
