@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from lepton.data.tokenizer import Tokenizer
@@ -30,6 +30,8 @@ class Token:
     depth: int | None = None
     """Blocks that were passed where it was chosen."""
     of_prompt: bool = False
+    end: int = 0
+    """Where its text ends; for a part of a character, which comes with a later token, one character on."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Answer:
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream_decoder()
         self._held, self._released = "", 0
         """Text that may be the beginning of a stop text, and characters that were given out before it."""
-        self._waiting: deque[tuple[Token, int]] = deque()
-        """Tokens that were not given out, each with the place in the text where it ends."""
+        self._waiting: deque[Token] = deque()
+        """Tokens that were not given out."""
 
     @property
     def prompt(self) -> list[int]:
@@ -111,7 +113,7 @@ class Answer:
             end = self._released + len(self._held)
             if end == start and self._tokenizer.bytes_of(token):
                 end += 1  # a part of a character, which comes with a later token
-            self._waiting.append((_token(output, i, start), end))
+            self._waiting.append(_token(output, i, start, end))
             cut = self._stop()
             if cut is not None:
                 return self._cut(text, cut)
@@ -125,7 +127,7 @@ class Answer:
             return self._cut(text, cut)
         text.append(self._release(len(self._held)))
         self.ended_by = reason
-        tokens = [token for token, _ in self._waiting]
+        tokens = [*self._waiting]
         self._waiting.clear()
         return Piece("".join(text), tokens, reason)
 
@@ -157,20 +159,21 @@ class Answer:
     def _complete(self) -> list[Token]:
         """Return the tokens whose text has been given out."""
         found = []
-        while self._waiting and self._waiting[0][1] <= self._released:
-            found.append(self._waiting.popleft()[0])
+        while self._waiting and self._waiting[0].end <= self._released:
+            found.append(self._waiting.popleft())
         return found
 
     def _cut(self, text: list[str], cut: int) -> Piece:
         """End the answer before a stop text; a token that begins before it is given out."""
         text.append(self._release(cut))
-        tokens = [token for token, _ in self._waiting if token.offset < self._released]
+        end = self._released
+        tokens = [replace(token, end=min(token.end, end)) for token in self._waiting if token.offset < end]
         self._waiting.clear()
         self.ended_by = "stop"
         return Piece("".join(text), tokens, "stop")
 
 
-def _token(output: SequenceOutput, i: int, offset: int) -> Token:
+def _token(output: SequenceOutput, i: int, offset: int, end: int) -> Token:
     """Return token `i` of an output with what is known of it."""
     return Token(
         output.tokens[i],
@@ -179,4 +182,5 @@ def _token(output: SequenceOutput, i: int, offset: int) -> Token:
         output.uncertainties[i] if output.uncertainties else None,
         output.logprobs[i] if output.logprobs else None,
         output.depths[i] if output.depths else None,
+        end=end,
     )

@@ -150,6 +150,8 @@ class Api:
             "rounds": 0 if thoughts is None else thoughts.rounds,
             "max_tokens": limits.max_tokens,
             "max_think": limits.max_think,
+            "risks": sorted(each.risk for each in getattr(model.idea("uncertainty"), "promises", ())),
+            "costs": sorted(each.max_cost for each in getattr(model.idea("router"), "budgets", ())),
         }
 
     async def _answer(self, request: "Request", *, chat: bool) -> Any:

@@ -52,7 +52,7 @@ class Replies:
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """Return the chunk of a piece of answer `index`; None if there is nothing to see in it."""
-        seen = self._task.logprobs is not None and piece.tokens
+        seen = (self._task.logprobs is not None or self._task.largest_kept is not None) and piece.tokens
         if not piece.text and not seen and piece.ended_by is None:
             return None
         return self._chunk([self._choice(index, piece.text, piece.tokens, piece.ended_by, echo=False)])
@@ -87,7 +87,11 @@ class Replies:
         if task.logprobs is not None and (tokens or not task.stream):
             begin = len(self._echo(index)) if task.echo else 0
             logprobs = self._chat_logprobs(tokens) if task.chat else self._logprobs(tokens, begin)
-        said = {"finish_reason": FINISHED[ended_by] if ended_by else None, "logprobs": logprobs}
+        said: dict[str, Any] = {"finish_reason": FINISHED[ended_by] if ended_by else None, "logprobs": logprobs}
+        if task.largest_kept is not None:
+            before = len(self._echo(index)) if task.echo else 0
+            doubtful = [token for token in tokens if self._abstained(token)]
+            said["abstained"] = [[before + token.offset, before + token.end] for token in doubtful]
         if ended_by or not task.stream:
             said["ended_by"] = ended_by
         if task.chat and task.stream:
@@ -102,7 +106,7 @@ class Replies:
             scores = token.logprobs
             assert scores is not None, "they were asked for"
             best = [self._scored(i, score) for i, score in self._most_probable(token)]
-            own = {"top_logprobs": best, "text_offset": token.offset} | _own(token)
+            own = {"top_logprobs": best, "text_offset": token.offset} | self._own(token)
             content.append(self._scored(token.id, scores.chosen) | own)
         return {"content": content, "refusal": None}
 
@@ -115,6 +119,8 @@ class Replies:
         """Return lists with an entry a token, as completions have them; `begin` is where the new text begins."""
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         own: dict[str, list[Any]] = {"token_id": [], "uncertainty": [], "depth": [], "drafted": []}
+        if self._task.largest_kept is not None:
+            own["abstained"] = []
         for token in tokens:
             best: dict[str, float] = {}
             for i, score in self._most_probable(token):
@@ -124,13 +130,23 @@ class Replies:
             found["token_logprobs"].append(None if scores is None else max(scores.chosen, LEAST))
             found["top_logprobs"].append(None if scores is None else best)
             found["text_offset"].append(token.offset + (0 if token.of_prompt else begin))
-            for name, value in ({"token_id": token.id} | _own(token)).items():
+            for name, value in ({"token_id": token.id} | self._own(token)).items():
                 own[name].append(value)
         return found | own
 
     def _most_probable(self, token: Token) -> list[tuple[int, float]]:
         scores = {} if token.logprobs is None else token.logprobs.most_probable
         return [*scores.items()][: self._task.logprobs]
+
+    def _own(self, token: Token) -> dict[str, Any]:
+        """Return what only this server says of a token."""
+        found = {"uncertainty": token.uncertainty, "depth": token.depth, "drafted": token.drafted}
+        return found if self._task.largest_kept is None else found | {"abstained": self._abstained(token)}
+
+    def _abstained(self, token: Token) -> bool:
+        """Return whether the model abstains from a new token."""
+        limit = self._task.largest_kept
+        return limit is not None and not token.of_prompt and token.uncertainty is not None and token.uncertainty > limit
 
     def _plain(self, token: int) -> str:
         """Return a token as a text that tells it from others: the bytes of a part of a character are written out."""
@@ -143,8 +159,3 @@ class Replies:
 def name_of(tokenizer: Tokenizer, token: int) -> str:
     """Return the text of a token, a torn character as U+FFFD; the id that ends a document is called by its name."""
     return EOS if token == tokenizer.eos_id else tokenizer.bytes_of(token).decode("utf-8", "replace")
-
-
-def _own(token: Token) -> dict[str, Any]:
-    """Return what only this server says of a token."""
-    return {"uncertainty": token.uncertainty, "depth": token.depth, "drafted": token.drafted}

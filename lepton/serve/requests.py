@@ -12,6 +12,8 @@ from lepton.data.tokenizer import Tokenizer
 from lepton.engine.options import GenerationOptions
 from lepton.engine.sequence import Sequence
 from lepton.errors import InputError, shown
+from lepton.generate.abstention import largest_kept, promise_of
+from lepton.generate.budgets import budgeted
 from lepton.generate.prompts import read_prompts
 from lepton.model import Network, State
 from lepton.model.arguments import checked_call
@@ -86,7 +88,7 @@ class Reader:
         echo = not chat and fields.flag("echo")
         logprobs = _chat_logprobs(fields) if chat else fields.whole("logprobs", None, 0, MOST_PROBABLE)
         n = fields.whole("n", 1, 1, self.limits.max_choices)
-        options = self._options(fields, CHAT_TOKENS if chat else NEW_TOKENS, chat)
+        options, largest_kept = self._options(fields, CHAT_TOKENS if chat else NEW_TOKENS, chat)
         conversation = _conversation(fields, n, options.max_new_tokens) if chat else None
         stops = _stops(fields)
         stream = fields.flag("stream")
@@ -100,7 +102,7 @@ class Reader:
         self._check_size(prompts, n, options.max_new_tokens)
         stops = [*stops, *self.form.stops] if chat else stops
         form = stream, include_usage, logprobs, echo
-        return Task(self, chat, prompts, texts, options, n, stops, *form, opens, conversation)
+        return Task(self, chat, prompts, texts, options, n, stops, *form, opens, conversation, largest_kept)
 
     def _prompts(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
         """Return the prompts as ids and as texts."""
@@ -121,15 +123,18 @@ class Reader:
             raise Refusal(str(error), param="prompt") from None
         return rows, [self.tokenizer.decode(row) for row in rows]
 
-    def _options(self, fields: Fields, new_tokens: int, chat: bool) -> GenerationOptions:
-        """Return how to generate; what is left out is as in `GenerationOptions`, and a seed is drawn."""
+    def _options(self, fields: Fields, new_tokens: int, chat: bool) -> tuple[GenerationOptions, float | None]:
+        """Return how to generate, and the largest uncertainty of tokens that are not abstained from; None: of any.
+
+        What is left out is as in `GenerationOptions`, and a seed is drawn.
+        """
         most, default = self.limits.max_tokens, GenerationOptions()
         count = fields.whole("max_tokens", None, 0, most)
         if chat and (newer := fields.whole("max_completion_tokens", None, 0, most)) is not None:
             if count not in (None, newer):
                 fields.refuse("max_completion_tokens", newer, f"max_tokens is {count}; give one of them")
             count = newer
-        seed = fields.whole("seed", None, *SEEDS)
+        seed, risk = fields.whole("seed", None, *SEEDS), fields.take("abstain_at")
         try:
             options = GenerationOptions(
                 max_new_tokens=min(new_tokens, most) if count is None else count,
@@ -138,13 +143,15 @@ class Reader:
                 top_k=fields.whole("top_k", None, 1, self.model.config.vocab_size),
                 seed=secrets.randbits(53) if seed is None else seed,
                 depth=fields.real("depth", None, 0, 1),
+                max_cost=fields.real("max_cost", None, 0, FINITE),
                 think=fields.whole("think", None, 0, self.limits.max_think),
                 use_speculative=fields.flag("use_speculative", True),
             )
             checked_call(self.model, 1, options.depth, options.think)
+            kept = None if risk is None else largest_kept(self.model, promise_of(self.model, risk, options))
+            return budgeted(self.model, options), kept
         except InputError as error:
             raise Refusal(str(error), param=str(error).partition("=")[0]) from None
-        return options
 
     def _check_count(self, count: int) -> None:
         if count > self.limits.max_choices:
@@ -190,6 +197,8 @@ class Task:
     """Indices of the tokens of a chat's prompt that opened earlier answers."""
     conversation: str | None = None
     """The id of the conversation that a chat goes on with."""
+    largest_kept: float | None = None
+    """Tokens of a larger uncertainty are abstained from; None: it was not asked for."""
 
     @property
     def scores_prompts(self) -> bool:
@@ -217,7 +226,7 @@ class Task:
         if not self.options.max_new_tokens and not self.scores_prompts:
             return []
         model, tokenizer = self.reader.model, self.reader.tokenizer
-        details = self.logprobs is not None
+        details = self.logprobs is not None or self.largest_kept is not None
         uncertainty = details and model.idea("uncertainty") is not None
         probable = min(MOST_PROBABLE, model.config.vocab_size) if details else None
         assert self.options.seed is not None

@@ -83,6 +83,31 @@ say("enlarged", await page.evaluate(() => document.documentElement.scrollWidth))
 await page.emulateMedia({ colorScheme: "light" });
 await page.setViewportSize({ width: 1100, height: 800 });
 
+// A promise and a cost: sliders that switch what was calibrated without them off.
+const usable = () => page.evaluate(() => ["depth", "think", "cost", "risk"].filter((id) => !document.getElementById(id).disabled));
+const asked = () => page.evaluate(() => { const { abstain_at, max_cost, depth, think } = request();
+  return { abstain_at, max_cost, depth, think }; });
+say("range", await page.evaluate(() => [document.getElementById("cost").max, document.getElementById("risk").max]));
+await page.focus("#cost");
+await page.keyboard.press("ArrowRight");
+say("cost", [await text("cost-is"), await usable(), await asked()]);
+await page.focus("#risk");
+await page.keyboard.press("ArrowRight");
+say("risk", [await text("risk-is"), await usable(), await asked()]);
+await page.keyboard.press("Home");
+await page.keyboard.press("End");
+say("stricter", [await text("risk-is"), await usable(), await asked()]);
+await page.fill("#prompt", "fox");
+await page.click("#write");
+await finished();
+say("abstained", await page.evaluate(() => tokens.map((each, i) => [each.uncertainty, Boolean(each.abstained),
+  document.querySelector(`[data-i="${i}"]`).classList.contains("is-abstained"), facts(each).startsWith("the model abstains")])));
+await page.focus("#risk");
+await page.keyboard.press("Home");
+await page.focus("#cost");
+await page.keyboard.press("Home");
+say("off", [await text("risk-is"), await usable(), await asked()]);
+
 // Stop, and a mistake.
 await page.fill("#tokens", "4000");
 await page.fill("#seed", "");

@@ -1,6 +1,7 @@
 """The page at `/`: what it is made of, and where a browser is there, what people can do with it."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.tiny import save_tiny
 from tests.serve.test_server import Command
@@ -90,6 +92,13 @@ def shown(message):
 def test_what_people_can_do_with_it(tmp_path):
     path = tmp_path / "x.pt"
     model, tokenizer = save_tiny(path)
+    unsure = torch.tensor(model.generate_with_uncertainty(tokenizer.encode("fox"), 24, temperature=0).uncertainties)
+    told = {"confidence": 0.99, "windows": 1000, "tokens": 64000, "data": "some text"}
+    half = unsure.double().median().item()
+    threshold = math.log(half / (1 - half))
+    promises = [{"risk": 0.05, "threshold": threshold, **told}, {"risk": 0.2, "threshold": None, **told}]
+    cost = {"max_cost": 0.02, "least": 0.0, "share": 0.5, "cost": 0.01, "error": 0.001, "tokens": 1000, "data": "text"}
+    save_tiny(path, promises=promises, budgets=[cost])
     script = Path(__file__).with_name("page.mjs")
     seen = {"shade": [], "turn": [], "crystals": []}
     with Command(path) as command:
@@ -119,6 +128,14 @@ def test_what_people_can_do_with_it(tmp_path):
     strengths = [float(colour.rpartition(",")[2].rstrip(")")) for colour in shades["uncertainty"]]
     assert strengths == pytest.approx([0.45 * unsure for unsure in seen["unsure"]], abs=0.004)
     assert set(shades["none"]) == {"rgba(0, 0, 0, 0)"}
+    assert seen["range"] == ["1", "2"]
+    assert seen["cost"] == ["0.02 nats a token", ["cost", "risk"], {"max_cost": 0.02}]
+    assert seen["risk"] == ["unmarked: at most 20 % wrong", ["risk"], {"abstain_at": 0.2}]
+    assert seen["stricter"] == ["unmarked: at most 5 % wrong", ["risk"], {"abstain_at": 0.05}]
+    assert {marked for _, marked, *_ in seen["abstained"]} == {True, False}
+    for chance, *marks in seen["abstained"]:
+        assert marks == [chance > half] * 3 or chance == pytest.approx(half, abs=1e-6)
+    assert seen["off"] == ["off", ["depth", "think", "cost", "risk"], {"depth": 1, "think": 2}]
     assert (seen["narrow"], seen["enlarged"]) == (375, 550)
     assert seen["dark"][0] != seen["dark"][1]
     assert "stopped" in seen["stopped"]
