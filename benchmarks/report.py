@@ -167,7 +167,7 @@ WHAT = {
     "depth": ("Sparse depth routing", "easy tokens stop after 2 blocks; `depth=0..1` is the share that may go on"),
     "peek": ("Future peek", "the model predicts a hint about the next tokens and uses it"),
     "speculation": ("Speculative decoding", "4 tokens are drafted, then verified in one pass; the text stays the same"),
-    "uncertainty": ("Uncertainty", "the chance that the best guess for a token is wrong; `abstain_at=` marks"),
+    "uncertainty": ("Uncertainty", "each token's chance that the best guess is wrong; `abstain_at=` marks risky ones"),
 }  # fmt: skip
 """Name of each idea, and what it does, by its page in docs/ideas."""
 
