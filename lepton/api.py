@@ -151,7 +151,7 @@ class Lepton(Network):
             abstain_at: a risk between 0 and 1 that `python -m lepton calibrate --risk` was run for. The new tokens are
                 the same, and the result is (tokens, abstained, uncertainties), for a text (text, pieces): it says from
                 which of them the model abstains. Where it does not, at most this share of its most likely tokens is
-                wrong, on text like that of the calibration (`docs/tutorial.md` says what this is worth elsewhere).
+                wrong, on text like that of the calibration (`docs/ideas/uncertainty.md` says what holds elsewhere).
             arguments: the fields of `GenerationOptions` by name (`help(lepton.GenerationOptions)` explains each), or
                 such an object as `options`; `state`, a past to continue from with a row for each prompt; or `memory`,
                 what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
