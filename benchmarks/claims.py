@@ -243,6 +243,17 @@ def rule(name: str) -> Found:
     return newest("acceptance-rules", find)
 
 
+def tuned(temperature: int) -> Found:
+    """Return the tokens per pass before `lepton tune` and after."""
+
+    def find(content: Any) -> str:
+        found = the(content["rows"], run="command")["tokens_per_pass"]
+        before, after = (found[when][f"temperature {temperature}"] for when in ("before", "after"))
+        return f"{before:.2f} -> {after:.2f}"
+
+    return newest("own-text-cpu", find)
+
+
 def score(head: str, name: str, form: str) -> Found:
     """Return a score of a trained TINY's uncertainty, mean of three seeds."""
 

@@ -129,8 +129,10 @@ def speculation() -> Rows:
         (f"{rule}LEPTON's rule", claims.rule("shared noise")),
         (f"{rule}rejection sampling", claims.rule("token by token")),
         (f"{rule}block verification", claims.rule("by blocks")),
+        ("tokens per pass before and after `lepton tune`, NANO, temperature 0", claims.tuned(0)),
+        ("the same, temperature 1", claims.tuned(1)),
         (STEP, claims.step_ms("drafts")),
-        ("drafters that learn the model's own distribution (`drafter.distil`)", NOT_YET),
+        ("`lepton tune` and `drafter.distil`, TINY on a GPU", NOT_YET),
     ]
 
 
