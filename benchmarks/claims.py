@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ class Found:
     old: bool = False
 
     def __str__(self) -> str:
-        return f"{self.text} †" if self.old else self.text
+        return f"{self.text}†" if self.old else self.text
 
 
 def newest(name: str, find: Callable[[Any], str], *, old: bool = False, folder: Path = RESULTS) -> Found:
@@ -44,11 +44,11 @@ def newest(name: str, find: Callable[[Any], str], *, old: bool = False, folder: 
 
 
 def joined(text: str, *parts: Found) -> Found:
-    """Return `text` with the parts' figures in its braces, or that one of them has not been measured."""
+    """Return `text` with the parts' figures in its braces, each with its mark, or that one has not been measured."""
     if not all(part.files for part in parts):
         return Found(NONE)
     files = dict.fromkeys(file for part in parts for file in part.files)
-    return Found(text.format(*(part.text for part in parts)), tuple(files), any(part.old for part in parts))
+    return Found(text.format(*parts), tuple(files))
 
 
 def the(rows: Iterable[Any], **fields: Any) -> Any:
@@ -110,8 +110,9 @@ def dense_loss() -> Found:
         newest("nanochat", lambda content: str(the(content["ideas"], variant="dense")["val_loss"])),
         newest("wide-blocks", lambda content: str(the(content["runs"], run="dense_s2")["val_loss"])),
     ]
-    mean = joined("{} {} {}", *seeds)
-    return replace(mean, text=f"{fmean(map(float, mean.text.split())):.3f}") if mean.files else mean
+    if not all(each.files for each in seeds):
+        return Found(NONE)
+    return joined(f"{fmean(float(each.text) for each in seeds):.3f}", *seeds)
 
 
 def nanochat_loss(name: str) -> Found:

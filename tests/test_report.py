@@ -52,13 +52,13 @@ def test_the_newest_file_that_has_the_figure_counts(folder):
     (folder / "2026-11-28-speed-2.json").unlink()
     found = newest("speed", lambda content: str(content["tokens"]), folder=folder)
     assert found == Found("1", ("2026-11-26-speed",), old=True)
-    assert str(found) == "1 †"
+    assert str(found) == "1†"
     assert newest("speed", lambda content: content["nothing"], folder=folder) == Found(NONE)
 
 
 def test_figures_are_joined_with_their_files():
     one, two = Found("1", ("a", "b")), Found("2", ("b",), old=True)
-    assert joined("{} and {}", one, two) == Found("1 and 2", ("a", "b"), old=True)
+    assert joined("{} and {}", one, two) == Found("1 and 2†", ("a", "b"))
     assert joined("{} and {}", one, Found(NONE)) == Found(NONE)
 
 
