@@ -151,7 +151,7 @@ class Lepton(Network):
             abstain_at: a risk between 0 and 1 that `python -m lepton calibrate --risk` was run for. The new tokens are
                 the same, and the result is (tokens, abstained, uncertainties), for a text (text, pieces): it says from
                 which of them the model abstains. Where it does not, at most this share of its most likely tokens is
-                wrong, on text like that of the calibration (`docs/tutorial.md` says what this is worth elsewhere).
+                wrong, on text like that of the calibration (`docs/ideas/uncertainty.md` says what holds elsewhere).
             arguments: the fields of `GenerationOptions` by name (`help(lepton.GenerationOptions)` explains each), or
                 such an object as `options`; `state`, a past to continue from with a row for each prompt; or `memory`,
                 what a new text remembers of earlier ones (`state.memory`, or a file that its `save` wrote).
@@ -190,7 +190,7 @@ class Lepton(Network):
         Without it, generation needs no compiler and is several times slower. It takes a few minutes the first time.
         What was compiled is kept in the folder `cycles` of your cache folder; $LEPTON_CACHE names another. A later
         process loads it in seconds, with the same model size, device and versions. To load it runs what the folder
-        holds. `say` (such as `print`) is told what happens. All depths below 1 share what is compiled for one of them.
+        holds. `say` (such as `print`) gets progress. All depths below 1 share what is compiled for one of them.
         It is lost when the weights are replaced, not when they change in place, and of no use to a model without a
         window. Hooks that are added later are not called. On a CPU it needs a C++ compiler, such as g++, and serves
         depth 1; a later process is fast only while Inductor's own cache (TORCHINDUCTOR_CACHE_DIR) is there, too. If

@@ -45,7 +45,7 @@ class RankLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, as one of them sees them. Alone, what it would tell the others is told at once."""
+    """The processes of a run, as one of them sees them. A single process gets back at once what it sends."""
 
     rank: int = 0
     """Number of this process among all."""

@@ -16,6 +16,7 @@ from tests.cli.tiny import save_tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*DOCS, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^python (?:(train)\.py|-m lepton (\w+))(.*)$", re.MULTILINE)
@@ -55,13 +56,18 @@ def commands(path):
     return [(train or name, shlex.split(words, comments=True)) for train, name, words in COMMAND.findall(shell)]
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/tutorial.md", "docs/index.md", "docs/own_data.md", "docs/tools.md", "docs/serve.md"]
-)
-def test_the_parser_takes_the_commands_of_a_document(name):
-    found = commands(ROOT / name)
-    assert found
-    for command, words in found:
+WITH_COMMANDS = [path for path in DOCS if path.parent.name != "log" and commands(path)]
+"""Documents that show commands. Those of the log are of their date."""
+
+
+def test_the_documents_for_users_show_commands():
+    names = {path.stem for path in WITH_COMMANDS}
+    assert names >= {"tutorial", "index", "own_data", "tools", "serve", "depth", "peek", "uncertainty"}
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_parser_takes_the_commands_of_a_document(path):
+    for command, words in commands(path):
         assert command in COMMANDS
         parser = Parser(prog=command)
         importlib.import_module(f"lepton.cli.{command}").add_arguments(parser)
@@ -74,7 +80,7 @@ def anchors(path):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(path):
     for link in LINK.findall(path.read_text(encoding="utf-8")):
         if link.startswith("https://"):
@@ -109,6 +115,18 @@ def test_every_public_module_is_in_the_api_reference():
     homes = {getattr(value, "__module__", None) or value.__name__ for value in reference().values()}
     modules = {module.name for module in pkgutil.iter_modules(lepton.__path__) if is_there(f"lepton.{module.name}")}
     assert modules - INTERNAL - {home.split(".")[1] for home in homes} == set()
+
+
+GUIDES = [path for path in DOCS if path.parent.name in ("docs", "ideas") and path.stem not in ("glossary", "log")]
+"""Pages that are read, rather than looked up."""
+
+
+@pytest.mark.parametrize("path", [path for path in GUIDES if path != ROOT / "docs" / "index.md"], ids=lambda p: p.stem)
+def test_a_page_begins_with_what_the_reader_can_do_after_it(path):
+    title, blank, first, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    assert blank == ""
+    assert first.startswith("After this page you ")
 
 
 def test_every_page_is_in_the_navigation_of_the_site():

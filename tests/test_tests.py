@@ -66,6 +66,7 @@ OF_SEVERAL = {
     "test_generate_speed",
     "test_package",
     "test_readme",
+    "test_report",
     "test_seed_surface",
     "test_serve_load",
     "test_serve_turns",

@@ -1,4 +1,4 @@
-"""`python -m lepton calibrate`: fit what a checkpoint's uncertainty and depth mean, and write it into the file."""
+"""`python -m lepton calibrate`: calibrate uncertainty, or find thresholds, and write them into the checkpoint."""
 
 import argparse
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_tokens",
         type=int,
         metavar="N",
-        help=f"tokens to fit on, and to measure on (default: {TOKENS} of each; with --risk {promises.TOKENS})",
+        help=f"tokens to calibrate on, and as many to measure on (default: {TOKENS}; with --risk {promises.TOKENS})",
     )
     parser.add_argument(
         "--risk",
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="X",
-        help="find what generate's --abstain_at X needs: of the tokens that are not marked, at most this share is "
-        "wrong; may be repeated; nothing else is fitted then",
+        help="instead, find the threshold for generate --abstain_at X: of the tokens that are not marked, at most this "
+        "share is wrong; may be repeated",
     )
     parser.add_argument(
         "--max_cost",
@@ -53,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="X",
-        help="find what generate's --max_cost X needs: which tokens may skip blocks so that the loss rises by at most "
-        "X nats a token; may be repeated; nothing else is fitted then",
+        help="instead, find the threshold for generate --max_cost X: tokens skip blocks, and the loss rises by at most "
+        "X nats per token; may be repeated",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="write also what was fitted on few tokens, or what makes the measured half worse",
+        help="write the result also if few tokens were read, or if it is worse on the half that is measured",
     )
     add_json(parser)
 

@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure about so many tokens, whole rows of a data set, spread evenly (default: all; for uncertainty and "
         f"--ablate {SIDE_TOKENS})",
     )
-    parser.add_argument("--depth", type=float, metavar="X", help="share of the tokens past the stem (default: all)")
+    parser.add_argument("--depth", type=float, metavar="X", help="share of tokens that pass all blocks (default: 1)")
     parser.add_argument("--think", type=int, metavar="N", help="rounds of thinking (default: the model's own)")
     parser.add_argument("--ablate", action="store_true", help="also measure with each idea switched off")
     parser.add_argument(
         "--speculation",
         type=int,
         metavar="N",
-        help="also measure how many tokens per pass of the model gives, on the beginnings of N rows",
+        help="also measure speculative decoding: tokens per pass of the model, on the beginnings of N rows",
     )
     add_tasks(parser)
     add_json(parser)

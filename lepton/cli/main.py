@@ -11,15 +11,15 @@ from lepton.cli.arguments import Parser
 from lepton.errors import InputError, nearest
 
 COMMANDS = {
-    "train": "train a model; without --data_dir on the Python standard library's source",
+    "train": "train a model; without --data_dir on the source of Python's standard library",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a model that was fine-tuned on conversations",
-    "serve": "answer requests of OpenAI's form over HTTP",
+    "serve": "serve a model over HTTP, with an API like OpenAI's and a page for the browser",
     "eval": "measure a checkpoint on held-out text",
-    "calibrate": "fit what a checkpoint's uncertainty and depth mean",
+    "calibrate": "calibrate a checkpoint's uncertainty, or find thresholds for abstaining and skipping blocks",
     "tune": "train a checkpoint's drafter on the model's own text: faster drafts, the same text",
-    "plot": "draw the metrics of runs side by side",
-    "export": "write the weights alone, as safetensors",
+    "plot": "draw loss, gradients and speed of runs side by side",
+    "export": "write the weights alone, as safetensors or as a folder for transformers",
     "prepare": "turn text, code, tables or conversations into training shards",
     "tokenizer": "train a tokenizer",
     "sizes": "list the model sizes, counted on the built models",
@@ -142,5 +142,12 @@ def overview() -> str:
     """Return the help of `python -m lepton`: the commands, a line each."""
     lines = [f"  {name:<11}{help}" for name, help in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m lepton COMMAND [flags]", "", *lines, "", "python -m lepton COMMAND --help lists its flags."]
+        [
+            "usage: python -m lepton COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "A first run is train, then generate; with text of your own, prepare comes before.",
+            "python -m lepton COMMAND --help lists its flags.",
+        ]
     )

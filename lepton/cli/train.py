@@ -85,24 +85,39 @@ def _add_model_and_data(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         help="tokenizer (default: pile_tokenizer.json if there is one, else LEPTON's own)",
     )
-    add("--seq_len", type=int, metavar="N", help="tokens of a training window (default: 512)")
+    add("--seq_len", type=int, metavar="N", help="tokens of a row (default: 512)")
 
 
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--batch_size", type=_count_or_auto, metavar="N|auto",
-        help="windows of a micro-batch; auto: as many of the 4 x grad_accum windows of a step as fit into the GPU's "
+        help="rows of a micro-batch; auto: as many of the 4 x grad_accum rows of a step as fit into the GPU's "
              "memory (default: 4)")  # fmt: skip
     add("--grad_accum", type=int, metavar="N", help="micro-batches of an optimizer step (default: 16; on a CPU 1)")
     add("--max_steps", type=int, metavar="N", help="optimizer steps in all (default: 50000)")
     add("--lr", type=float, metavar="X", help="peak learning rate of AdamW (default: 6e-4)")
     add("--muon_lr", type=float, metavar="X", help="peak learning rate of Muon (default: 0.02)")
     add("--optimizer", choices=("muon", "adamw"), help="muon is Muon and AdamW; adamw is AdamW alone (default: muon)")
-    add("--weight_decay", type=float, metavar="X", help="matrices shrink by this x lr per step (default: 0.1)")
+    add(
+        "--weight_decay",
+        type=float,
+        metavar="X",
+        help="weight decay of matrices, times the learning rate (default: 0.1)",
+    )
     add("--warmup_steps", type=int, metavar="N", help="steps of warm-up, at most max_steps / 10 (default: 40)")
-    add("--cooldown", type=float, metavar="X", help="last share of the run in which the rates fall (default: 0.4)")
-    add("--min_lr_ratio", type=float, metavar="X", help="share of the peak rates where they end (default: 0)")
-    add("--grad_clip", type=float, metavar="X", help="largest norm of the gradient (default: 1)")
+    add(
+        "--cooldown",
+        type=float,
+        metavar="X",
+        help="share of the run, at its end, in which the learning rates fall (default: 0.4)",
+    )
+    add(
+        "--min_lr_ratio",
+        type=float,
+        metavar="X",
+        help="learning rates at the end, as a share of their peaks (default: 0)",
+    )
+    add("--grad_clip", type=float, metavar="X", help="clip the gradient to this norm (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of the weights and of the order of the data (default: 0)")
 
 
@@ -128,7 +143,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", metavar="NAME", help="such as cuda:1 or cpu (default: an NVIDIA or AMD GPU if there is one)")
     add("--dtype", choices=("auto", "bf16", "fp32"), help="auto is bf16 where the hardware has it (default: auto)")
-    add("--checkpoint_activations", action="store_true", help="compute blocks twice, which takes less memory")
+    add(
+        "--checkpoint_activations",
+        action="store_true",
+        help="compute blocks again in the backward pass: less memory, more time",
+    )
     add(
         "--no_checkpoint_activations",
         dest="checkpoint_activations",

@@ -48,12 +48,18 @@ class GenerationOptions:
     )
     """Ends a row once it has been produced; what ended it is kept. For a text give `[tokenizer.encode(text)]`."""
     depth: float | Least | None = field(
-        default=None, metadata=_flag("share of tokens allowed past the stem (default: 1)", "X")
+        default=None,
+        metadata=_flag(
+            "share of tokens that may pass all blocks; the others stop after the first two (default: 1)", "X"
+        ),
     )
     """Share of the tokens allowed past the stem, in 0..1, or the `Least` saving that lets one pass; None is 1."""
     max_cost: float | None = field(
         default=None,
-        metadata=_flag("nats a token that skipping blocks may cost, once calibrate --max_cost X has been run", "X"),
+        metadata=_flag(
+            "instead of --depth: nats per token that skipping blocks may cost; calibrate --max_cost X comes first",
+            "X",
+        ),
     )
     """In place of `depth`: a token stays in the stem if its predicted saving is below the threshold that
     ``python -m lepton calibrate --max_cost`` found for this number of nats, so that the mean loss is kept."""

@@ -214,7 +214,7 @@ class Runner:
             rows: sequences that run at once.
             drafts: numbers of drafts of the cycles; None: none, and as many as the drafter gives.
             routed: whether tokens may skip the deep blocks, at a depth below 1.
-            say: is told what is compiled or loaded, before it is.
+            say: called with a line before something is compiled or loaded.
         """
         counts = {0, self.drafts} if drafts is None else {*drafts}
         self._cycles.warm_up(rows, counts, self.rounds, routed=routed, say=say)

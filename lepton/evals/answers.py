@@ -69,7 +69,7 @@ def answers(
         tokenizer: that of the model.
         questions: what is asked.
         batch_size: answers that are written at once.
-        done: is told of answers that have ended how many there were.
+        done: called when answers have ended, with their number.
     """
     if not questions:
         return []

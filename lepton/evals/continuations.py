@@ -47,7 +47,7 @@ def likelihoods(
         batch_size: rows at once.
         depth: share of the tokens that go past the stem, None for all.
         think: rounds of thinking, None for the model's own number.
-        done: is told of each batch of continuations how many it had.
+        done: called after each batch, with the number of its continuations.
 
     Raises:
         InputError: a context is empty.

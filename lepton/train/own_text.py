@@ -82,7 +82,7 @@ def learn(
         model: a trained model, in eval mode, which it stays in.
         rows: what `write` returned.
         how: the amount and the rates.
-        say: is told the step, the number of steps and the mean loss of the step, now and then.
+        say: called now and then with the step, the number of steps and the mean loss of the step in nats.
 
     Raises:
         InputError: no idea learns from such text, or a loss is not finite.

@@ -1,0 +1,265 @@
+"""docs/report.md: what each idea gives and what it costs, in the newest figures of benchmarks/results.
+
+    python -m benchmarks.report
+
+writes the page and the README's table of ideas. No figure is written here: `benchmarks/claims.py` finds each in the
+newest results file that has it, and the page links to the file. Rows whose figure nobody has measured say so. A test
+compares what is committed with what this makes.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks import claims
+from benchmarks.claims import Found, joined
+
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "report.md", ROOT / "README.md"
+MARKS = "<!-- ideas:start -->\n", "<!-- ideas:end -->"
+"""What stands before and after the table of the README."""
+Rows = list[tuple[str, Found]]
+"""What was measured, and the figure."""
+NOT_YET = Found(claims.NONE)
+STEP = "training step of TINY, 64 x 512, on an H200"
+
+
+def on_text(label: str, name: str, ablation: str) -> Rows:
+    """Return the rows of an idea that can change the loss, by its names in runs and in ablations."""
+    return [
+        (f"{label}: loss without it, MICRO trained anew, 5 seeds", claims.anew("micro", name)),
+        (f"{label}: loss without it, TINY trained anew, 3 seeds", claims.anew("tiny", name)),
+        (f"{label}: loss without it, TINY, switched off after training, 3 seeds", claims.ablated(ablation)),
+        (f"{label}: {STEP}", claims.step_ms(name)),
+    ]
+
+
+def whole() -> Rows:
+    """Return the rows of the whole model."""
+    return [
+        ("held-out loss of TINY, nats per token, 3 seeds", claims.our_loss()),
+        ("the same, dense model of equal parameters, 3 seeds", claims.dense_loss()),
+        ("the same, nanochat d10, 114 M parameters", claims.nanochat_loss("nanochat_d10")),
+        ("the same, nanochat d12, 162 M parameters", claims.nanochat_loss("nanochat_d12")),
+        ("training of TINY, 64 x 512, one H100: tokens/s", claims.trained("lepton")),
+        ("the same, dense model", claims.trained("dense")),
+        ("training of TINY on two GPUs: times the speed of one, one micro-batch", claims.two_gpus(1)),
+        ("the same, four micro-batches", claims.two_gpus(4)),
+        ("training of NANO on two CPU cores, bf16: times the speed of a Llama of equal size", claims.on_cpu("bf16")),
+        ("the same, fp32", claims.on_cpu("fp32")),
+        ("generation of one text, TINY, one H100, bf16: tokens/s", claims.case("1x512/plain/0", "tokens_per_s")),
+        ("the same, Llama of equal size in `transformers`, static cache", claims.llama()),
+    ]
+
+
+def thoughts() -> Rows:
+    """Return the rows of thought tokens."""
+    asked = "a place for an answer after each of 32 letters"
+    return [
+        *on_text("thoughts", "thoughts", "thoughts"),
+        ("chains of 16 steps, test model with 16 rounds over all tokens: right", claims.chain("loop16", 16)),
+        ("the same with 20 different blocks", claims.chain("deep20", 16)),
+        ("16 rounds, but training asks at every 32nd position only", claims.chain("loop16-sup32", 16)),
+        ("16 rounds, but training does not begin with short chains", claims.chain("loop16-nocurr", 16)),
+        ("chains of 6 steps, small LEPTON with `over_tokens`: right", claims.small("hops", asked, "right_by_hops")),
+        ("chains of 16 steps, LEPTON, on a GPU", NOT_YET),
+        ("loss of TINY with a thinking block over all tokens in place of a deep block", claims.over_tokens()),
+    ]
+
+
+def memory() -> Rows:
+    """Return the rows of working memory and crystals."""
+    one, two = "one step, feeds at {} rate, 500 steps", "two steps, feeds at the full rate, 1200 steps"
+    return [
+        *on_text("working memory", "memory", "working memory"),
+        *on_text("crystals", "crystals", "crystals"),
+        ("state of a stream of TINY, bf16, whatever its length", claims.state_mb()),
+        ("recall of 16 pairs, small model, feeds at the full rate: right", small_recall(one.format("the full"))),
+        ("the same, feeds at a tenth of the rate", small_recall(one.format("a tenth of the"))),
+        ("the same in two steps, feeds at the full rate", small_recall(two)),
+        ("recall of 256 pairs in two steps, H100, training cut off: right", claims.two_step_recall()),
+        ("first text of turn 20 of a conversation, MICRO, one CPU thread", claims.turn_20()),
+    ]
+
+
+def small_recall(setting: str) -> Found:
+    """Return the % of right answers of a small model's recall at all distances."""
+    return claims.small("recall", setting, "right_by_windows_1_2_4_8_all")
+
+
+def depth() -> Rows:
+    """Return the rows of depth routing."""
+    return [
+        *(
+            (f"loss added at depth {each}, TINY, 3 seeds", claims.ablated(f"depth {each}"))
+            for each in ("0.75", "0.5", "0")
+        ),
+        ("time of a token at depth 0.5, TINY, random weights, H100; 1 is no router", claims.time_at_half("tiny")),
+        ("the same, MEDIUM", claims.time_at_half("medium")),
+        (STEP, claims.step_ms("router")),
+        ("gain of the router's choice over a random one, TINY", NOT_YET),
+        ("depth below 1 after training for it (`router.distil`, `.into_stem`, `.served`)", NOT_YET),
+    ]
+
+
+def peek() -> Rows:
+    """Return the rows of peek."""
+    return [*on_text("peek", "peek", "peek"), ("planning tasks (path-star) on a GPU", NOT_YET)]
+
+
+def speculation() -> Rows:
+    """Return the rows of speculative decoding."""
+    rows: Rows = []
+    for heat in ("0", "0.8"):
+        of = f"one text, temperature {heat}"
+        rows += [
+            (f"{of}: tokens/s without drafts", claims.case(f"1x512/plain/{heat}", "tokens_per_s")),
+            (f"{of}: tokens/s with 4 drafts", claims.case(f"1x512/drafts/{heat}", "tokens_per_s")),
+            (f"{of}: times the speed without drafts (target 1.5)", claims.ratio("tokens_per_s", f"1x512/{{}}/{heat}")),
+            (f"{of}: tokens per pass", claims.case(f"1x512/drafts/{heat}", "tokens_a_cycle", "{:.2f}")),
+        ]
+    rule = "tokens per pass, NANO, temperature 0.8 without `top_p`: "
+    return [
+        *rows,
+        ("one text, temperature 0: times the length of a pass without drafts", claims.ratio("cycle_ms", "1x512/{}/0")),
+        ("one text, temperature 0: acceptance rates of drafts 1 to 4", claims.accepted()),
+        (
+            "64 texts, temperature 0: times the speed without drafts",
+            claims.ratio("tokens_per_s", "64x512/{}/0", "larger"),
+        ),
+        (f"{rule}LEPTON's rule", claims.rule("shared noise")),
+        (f"{rule}rejection sampling", claims.rule("token by token")),
+        (f"{rule}block verification", claims.rule("by blocks")),
+        ("tokens per pass before and after `lepton tune`, NANO, temperature 0", claims.tuned(0)),
+        ("the same, temperature 1", claims.tuned(1)),
+        (STEP, claims.step_ms("drafts")),
+        ("`lepton tune` and `drafter.distil`, TINY on a GPU", NOT_YET),
+    ]
+
+
+def uncertainty() -> Rows:
+    """Return the rows of uncertainty."""
+    unknown = "AUROC for what a small model does not know, made-up world: "
+    return [
+        ("calibration error, TINY, 3 seeds: uncertainty head", claims.score("uncertainty", "ece", "{:.2%}")),
+        ("the same, one minus the largest probability", claims.score("max-probability", "ece", "{:.2%}")),
+        ("AUROC for finding errors, TINY, 3 seeds: uncertainty head", claims.score("uncertainty", "auroc", "{:.3f}")),
+        ("the same, one minus the largest probability", claims.score("max-probability", "auroc", "{:.3f}")),
+        ("guarantees broken at risks 0.5 and 0.4, NANO, text of the same kind", claims.broken("broken")),
+        ("the same thresholds on books", claims.broken("books_broken")),
+        ("windows of 192 tokens that a guarantee needs, NANO, risk 0.5", claims.windows(0.5)),
+        ("the same, risk 0.1", claims.windows(0.1)),
+        (f"{unknown}`uncertainty.pairs`", claims.known("head of pairs, training")),
+        (f"{unknown}largest probability", claims.known("max-probability")),
+        (STEP, claims.step_ms("uncertainty")),
+    ]
+
+
+SECTIONS: dict[str, Callable[[], Rows]] = {
+    "The whole model": whole,
+    "Thought tokens": thoughts,
+    "Memory crystallization": memory,
+    "Sparse depth routing": depth,
+    "Future peek": peek,
+    "Speculative decoding": speculation,
+    "Uncertainty": uncertainty,
+}
+WHAT = {
+    "thoughts": ("Thought tokens", "latent tokens think for `think=N` rounds before the text goes on"),
+    "memory": ("Memory crystallization", "endless streams in constant memory; list, clear, save, reuse it"),
+    "depth": ("Sparse depth routing", "easy tokens stop after 2 blocks; `depth=0..1` is the share that may go on"),
+    "peek": ("Future peek", "the model predicts a hint about the next tokens and uses it"),
+    "speculation": ("Speculative decoding", "4 tokens are drafted, then verified in one pass; the text stays the same"),
+    "uncertainty": ("Uncertainty", "each token's chance that the best guess is wrong; `abstain_at=` marks risky ones"),
+}  # fmt: skip
+"""Name of each idea, and what it does, by its page in docs/ideas."""
+
+
+def gains() -> dict[str, tuple[Found, Found]]:
+    """Return what each idea gives and what it costs, by its page in docs/ideas."""
+
+    def lower(name: str) -> tuple[Found, Found]:
+        return claims.anew("micro", name), claims.anew("tiny", name)
+
+    def ms(*names: str) -> Found:
+        return joined("{} of a training step", claims.step_ms(*names))
+
+    text = "gain on text {} (MICRO), {} (TINY)"
+    drafted = claims.case("1x512/drafts/0", "tokens_a_cycle", "{:.2f}"), claims.ratio("tokens_per_s", "1x512/{}/0")
+    trusted = claims.score("uncertainty", "ece", "{:.2%}"), claims.broken("broken")
+    return {
+        "thoughts": (joined(f"{text}; chains of steps in small models", *lower("thoughts")), ms("thoughts")),
+        "memory": (
+            joined(f"{text}; a stream takes {{}}", *lower("memory"), claims.state_mb()),
+            ms("memory", "crystals"),
+        ),
+        "depth": (
+            joined("{} of the time at half depth (MEDIUM)", claims.time_at_half("medium")),
+            joined("loss {} at half depth (TINY)", claims.ablated("depth 0.5")),
+        ),
+        "peek": (joined(text, *lower("peek")), ms("peek")),
+        "speculation": (joined("{} tokens per pass, {} times as fast", *drafted), ms("drafts")),
+        "uncertainty": (joined("calibration error {}; {} risk guarantees broken", *trusted), ms("uncertainty")),
+    }
+
+
+def table_of_ideas(docs: str, results: str | None) -> str:
+    """Return the table of ideas; `docs` and `results` are the ways to these folders (None: without results files)."""
+    more = ("", "") if results is None else (" Results |", "---|")
+    lines = [f"| Idea | What it does | What it gives | What it costs |{more[0]}", f"|---|---|---|---|{more[1]}"]
+    for page, (gives, costs) in gains().items():
+        name, does = WHAT[page]
+        line = f"| [{name}]({docs}ideas/{page}.md) | {does} | {gives} | {costs} |"
+        files = dict.fromkeys([*gives.files, *costs.files])
+        lines.append(line if results is None else f"{line} {links(files, results)} |")
+    return "\n".join(lines) + "\n"
+
+
+def links(files: Iterable[str], results: str) -> str:
+    """Return links to results files, each by its name without the year."""
+    return ", ".join(f"[{file[5:]}]({results}{file}.json)" for file in files)
+
+
+INTRODUCTION = """\
+# Report
+
+After this page you know what each of the six ideas gives and what it costs. All figures are drawn from the newest
+files in `benchmarks/results/` by `python -m benchmarks.report`; none is typed. "Not measured" means that there is no
+file. Conclusions and comparisons are in the [results](results.md); how each figure was measured is in the
+[log](log.md); the terms are in the [glossary](glossary.md).
+
+- Losses are in nats per token, on books, textbooks, documentation and code, after 49 million tokens of training.
+- *Gain on text*, *loss without it*: how much higher the loss is when an idea is left out, with its standard error.
+  Positive means that the idea helps.
+- † marks models of the trunk before 2026-11-27 (TINY with 12 layers).
+- A *test model* or *small model* is trained on one task only, and is smaller than NANO.
+
+## The six ideas
+"""
+
+
+def page() -> str:
+    """Return docs/report.md."""
+    parts = [INTRODUCTION, table_of_ideas("", "../benchmarks/results/")]
+    for title, rows in SECTIONS.items():
+        lines = [f"## {title}\n", "| Measured | Figure | File |", "|---|--:|---|"]
+        for what, found in rows():
+            lines.append(f"| {what} | {found} | {links(found.files, '../benchmarks/results/') or '-'} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def readme() -> str:
+    """Return the README with the present table of ideas."""
+    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return before + MARKS[0] + table_of_ideas("docs/", None) + MARKS[1] + after
+
+
+def main() -> None:
+    """Write the page and the README's table."""
+    PAGE.write_text(page(), encoding="utf-8", newline="\n")
+    README.write_text(readme(), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
