@@ -56,6 +56,7 @@ OF_SEVERAL = {
     "serve/test_client",
     "serve/test_fuzz",
     "serve/test_page",
+    "serve/test_promises",
     "test_acceptance_rules",
     "test_alive",
     "test_dots",

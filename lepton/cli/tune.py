@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
     from lepton.model import Network
 
-PROMPTS, PROMPTS_CPU = 2048, 96
+PROMPTS, PROMPTS_CPU = 2048, 128
 """Prompts that the model continues by default, on a GPU and on a CPU."""
 ROWS, ROWS_CPU = 64, 16
-STEPS, STEPS_CPU = 300, 100
+STEPS, STEPS_CPU = 300, 150
 MEASURED = 64
 """Held-out prompts that drafts are measured on, before and after."""
 MOST = 1 << 20

@@ -133,5 +133,5 @@ def _loss(model: Network, ideas: Sequence[Idea], rows: Sequence[Row]) -> Tensor:
     there_BT = torch.arange(following_BT.shape[1], device=model.device) < lengths_B[:, None]
     position_BT = out.flow.timeline.position_BT.masked_fill(~there_BT, -1)
     outcome = Outcome(model, out.hidden, out.flow, following_BT, position_BT, None)
-    losses = [(idea.loss_weights[name], loss) for idea in ideas for name, loss in idea.losses(outcome).items()]
+    losses = [(idea.loss_weights[name], loss) for idea in ideas for name, loss in idea.own_text_losses(outcome).items()]
     return torch.stack([weight * loss for weight, loss in losses]).sum() / sum(weight for weight, _ in losses)

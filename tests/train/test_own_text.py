@@ -9,7 +9,7 @@ from lepton.ops.cross_entropy import IGNORE
 from lepton.train.own_text import OwnText, Row, learn, learners, write
 from tests.generate.models import lively
 
-SHORT = OwnText(new_tokens=24, rows=16, steps=30)
+SHORT = OwnText(new_tokens=24, rows=16, steps=60)
 
 
 def prompts(first, count=24):
@@ -23,7 +23,7 @@ def test_more_drafts_are_kept_on_other_prompts():
     learn(model, write(model, prompts(0), SHORT), SHORT, lambda *step: told.append(step))
     after = measure_speculation(model, prompts(1), max_new_tokens=24)
     assert after[0.0].tokens_per_step > 1.1 * before[0.0].tokens_per_step
-    assert [(step, of) for step, of, _ in told] == [(1, 30), (21, 30), (30, 30)]
+    assert [(step, of) for step, of, _ in told] == [(1, 60), (21, 60), (41, 60), (60, 60)]
     assert told[-1][2] < told[0][2]
 
 
@@ -53,8 +53,8 @@ def test_texts_are_those_of_each_temperature():
 def test_only_what_the_model_wrote_is_learnt():
     """Of a short and a long row: neither the prompt's tokens nor the padding."""
     model, seen = lively("complete"), []
-    losses = model.drafter.losses
-    model.drafter.losses = lambda outcome: seen.append(outcome) or losses(outcome)
+    losses = model.drafter.own_text_losses
+    model.drafter.own_text_losses = lambda outcome: seen.append(outcome) or losses(outcome)
     rows = [Row([5, 6, 7, 8, 9], 2), Row([11, 12, 13, 14, 15, 16, 17, 18, 19, 20], 4)]
     learn(model, rows, OwnText(rows=2, steps=1))
     following, position = seen[0].following_BT.tolist(), seen[0].position_BT.tolist()
@@ -68,13 +68,24 @@ def test_only_what_the_model_wrote_is_learnt():
 
 def test_every_text_is_learnt_in_every_pass():
     model, seen = lively("complete"), []
-    losses = model.drafter.losses
-    model.drafter.losses = lambda outcome: seen.append(outcome.following_BT[:, -1].tolist()) or losses(outcome)
+    losses = model.drafter.own_text_losses
+    model.drafter.own_text_losses = lambda outcome: seen.append(outcome.following_BT[:, -1].tolist()) or losses(outcome)
     learn(model, [Row([1, 2, 3, 4, 5, 6, number], 1) for number in range(20, 30)], OwnText(rows=4, steps=6))
     assert [len(each) for each in seen] == [4, 4, 2, 4, 4, 2]
     first, second = ([number for each in part for number in each] for part in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == list(range(20, 30))
     assert first != second, "each pass has an order of its own"
+
+
+def test_drafts_learn_the_distribution_of_the_model_and_not_the_tokens():
+    """Also where training did not: the loss is a divergence, which is 0 where cell and model agree."""
+    model, losses = lively("complete"), []
+    assert not model.drafter.distil
+    rows = write(model, prompts(0, 4), OwnText(new_tokens=20, temperatures=(0.0,)))
+    learn(model, rows, OwnText(rows=4, steps=1), lambda *told: losses.append(told[2]))
+    model.drafter.own_text_losses = model.drafter.losses
+    learn(model, rows, OwnText(rows=4, steps=1), lambda *told: losses.append(told[2]))
+    assert losses[0] < losses[1] - 0.1, "a cross-entropy also has the entropy of the model's own choice"
 
 
 def test_a_model_without_drafts_is_refused():

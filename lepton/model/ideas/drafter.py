@@ -240,6 +240,13 @@ class Drafter(Idea):
 
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """The loss at one position in `stride`."""
+        return self._losses(outcome, self.distil)
+
+    def own_text_losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """As `losses`; a draft learns the model's own distribution in any case."""
+        return self._losses(outcome, True)
+
+    def _losses(self, outcome: Outcome, distil: bool) -> dict[str, Tensor]:
         following_BT, position_BT = outcome.following_BT, outcome.position_BT
         ahead: list[Tensor] = []
         for i in range(self.count + 1):
@@ -253,7 +260,7 @@ class Drafter(Idea):
         index_M = picks(following_BT, self.stride)
         tokens, hidden = torch.stack(ahead, -1).flatten(0, 1)[index_M], outcome.hidden_BTD.flatten(0, 1)
         taught_MYE = None
-        if self.distil:  # draft i stands where the model predicts from the state i + 1 tokens later
+        if distil:  # draft i stands where the model predicts from the state i + 1 tokens later
             later_MY = index_M[:, None] + torch.arange(1, self.count + 1, device=index_M.device)
             taught_MYE = outcome.frozen_down(hidden.detach()[later_MY.clamp(max=len(hidden) - 1)])
         seen = self.seen(outcome.hidden_BTD, outcome.flow).flatten(0, 1)

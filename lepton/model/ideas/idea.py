@@ -285,8 +285,7 @@ class Idea(nn.Module):
     think_limit: int = MAX_ROUNDS
     """Most rounds of thinking that a call may ask for."""
     learns_from_own_text: ClassVar[bool] = False
-    """Whether its losses on text that the trained model wrote serve it better; see `lepton.train.own_text`. The other
-    ideas' predictions must not depend on its parameters, and its losses must not read `Outcome.nats_M`."""
+    """Whether it has `own_text_losses`. No prediction of the model may then depend on its parameters."""
     old_names: ClassVar[Mapping[str, str]] = {}
     """Old state files: name prefix of its tensors -> present prefix."""
 
@@ -341,6 +340,10 @@ class Idea(nn.Module):
     def losses(self, outcome: Outcome) -> dict[str, Tensor]:
         """Return its losses by name. Gradients stop at its own parameters, unless its configuration says otherwise."""
         return {}
+
+    def own_text_losses(self, outcome: Outcome) -> dict[str, Tensor]:
+        """Return its losses on text that the trained model wrote (`lepton.train.own_text`); `nats_M` is not known."""
+        raise NotImplementedError(f"{type(self).__name__} does not learn from such text")
 
     def logits_stride(self) -> int:
         """Return n if its losses compute logits at one position in n; 0: at none."""
