@@ -11,6 +11,7 @@ from lepton.serve.answer import Piece
 from lepton.serve.calls import Call, Calls, ClientLeft, stopping, watched
 from lepton.serve.conversation_routes import ConversationRoutes
 from lepton.serve.conversations import Conversation, Conversations
+from lepton.serve.description import description
 from lepton.serve.http import OWNER, Guard, Observer, Receive, Scope, Send, event, read_body, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.metrics import CONTENT_TYPE, Metrics, Sample
@@ -74,6 +75,7 @@ class Api:
 
         routes = [
             Route("/", self.page),
+            Route("/openapi.json", self.describe),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
@@ -104,6 +106,10 @@ class Api:
 
         text = resources.files("lepton.serve").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers=PAGE_HEADERS)
+
+    async def describe(self, request: "Request") -> Any:
+        """`/openapi.json`: what the routes take and give."""
+        return reply(description(self.reader))
 
     async def health(self, request: "Request") -> Any:
         """`/health`: whether the server can answer, and how much it has to do."""

@@ -49,6 +49,8 @@ NEUTRAL: dict[str, Items[Any]] = {
     "service_tier": ("auto", "default"),
 }
 """Fields of OpenAI's that are not supported, and the values that ask for nothing."""
+NOTES = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Who asks, and what they note about it: that changes no answer."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,8 @@ class Reader:
         stops = _stops(fields)
         stream = fields.flag("stream")
         include_usage = _include_usage(fields, stream)
-        fields.take("user")  # who asks, and what they note about it, changes no answer
-        fields.take("metadata")
-        fields.take("safety_identifier")
-        fields.take("prompt_cache_key")
+        for note in NOTES:
+            fields.take(note)
         fields.allow(NEUTRAL)
         fields.finish()
         self._check_size(prompts, n, options.max_new_tokens)
