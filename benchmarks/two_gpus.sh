@@ -2,10 +2,12 @@
 # Questions about TINY that one call on a host with two GPUs can answer: models are trained side by side and one after
 # the other, and compile while another one trains. Each line says what was found as soon as it is known.
 #   DATA=folder of shard_*.npy with val/   TOKENIZER=the file that it was made with   OUT=folder (default: two-gpus-out)
-#   bash benchmarks/two_gpus.sh drafts       which drafter brings more tokens a pass? four models, about 6 minutes
+#   bash benchmarks/two_gpus.sh drafts       two drafters, before and after learning from the models' own text, 6 minutes
+#   bash benchmarks/two_gpus.sh plain_drafts the same for the default drafter, and one that reads the stem
 #   bash benchmarks/two_gpus.sh windows      narrower windows beside wide blocks; four models, about 6 minutes
 #   bash benchmarks/two_gpus.sh seeds        complete and dense, three seeds each, about 7 minutes
-#   bash benchmarks/two_gpus.sh generate     speed of generation with $OUT/tiny.pt, which `drafts` and `seeds` leave
+#   bash benchmarks/two_gpus.sh generate     speed of one text with the models that `drafts` leaves, 3 minutes
+#   bash benchmarks/two_gpus.sh generate_many  of 64 to 1,024 texts with $OUT/tiny.pt, which `drafts` and `seeds` leave
 #   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
 set -u
 OUT=${OUT:-two-gpus-out}
@@ -27,14 +29,25 @@ train() {
   grep -E "Error" "$file" | tail -n 1
 }
 
+# generate GPU MODEL NAME CASES OPTIONS...: the speed of $OUT/MODEL.pt.
+generate() {
+  local gpu=$1 model=$2 file="$OUT/generate-$2-$3"
+  shift 3
+  CUDA_VISIBLE_DEVICES=$gpu timeout 280 "$PYTHON" -m benchmarks.generate_speed "${data[@]}" \
+    --checkpoint "$OUT/$model.pt" --json "$file.json" --cases "$@" > "$file.txt" 2>&1
+  grep -hE "^(case|tiny)/? " "$file.txt"
+}
+
 for part in "$@"; do
   case $part in
     drafts)
-      train 0 drafts --drafts --tune 1024 --save "$OUT/tiny.pt" &
-      train 1 distilled --drafts --tune 1024 --change drafter.distil=true &
-      sleep 90
-      train 0 distilled_stem --drafts --tune 1024 --change drafter.distil=true drafter.reads_stem=true &
-      train 1 distilled_stem_8192 --drafts --tune 1024 --change drafter.distil=true drafter.reads_stem=true drafter.vocab=8192 &
+      tuned=(--drafts --tune 1024 --change drafter.distil=true)
+      train 0 tuned "${tuned[@]}" --save "$OUT/tiny.pt" &
+      train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 --save "$OUT/large.pt" &
+      wait ;;
+    plain_drafts)
+      train 0 drafts --drafts --tune 1024 &
+      train 1 distilled_stem --drafts --change drafter.distil=true drafter.reads_stem=true &
       wait ;;
     windows)
       train 0 window_256 --brief &
@@ -51,14 +64,13 @@ for part in "$@"; do
       done
       wait ;;
     generate)
-      speed=("$PYTHON" -m benchmarks.generate_speed "${data[@]}" --checkpoint "$OUT/tiny.pt")
-      (CUDA_VISIBLE_DEVICES=0 timeout 280 "${speed[@]}" --cases 1x512/plain 1x512/drafts 1x512/auto 1x512/depth/0 \
-        --rounds 48 --new_tokens 64 --profile 25 --json "$OUT/generate-1.json" > "$OUT/generate-1.txt" 2>&1) &
-      (CUDA_VISIBLE_DEVICES=1 timeout 280 "${speed[@]}" --cases 64x512/plain/0 64x512/drafts/0 64x8192/plain/0 \
-        256x512/plain/0 1024x512/plain/0 --rounds 5 --new_tokens 128 --seconds 240 --json "$OUT/generate-64.json" \
-        > "$OUT/generate-64.txt" 2>&1) &
-      wait
-      grep -hE "^(case|tiny)/? " "$OUT"/generate-*.txt ;;
+      generate 0 tiny one 1x512/plain 1x512/drafts 1x512/auto --rounds 48 --new_tokens 64 --profile 25 &
+      generate 1 large one 1x512/plain 1x512/drafts 1x512/auto --rounds 48 --new_tokens 64 --profile 25 &
+      wait ;;
+    generate_many)
+      generate 0 tiny 64 64x512/plain/0 64x512/drafts/0 64x8192/plain/0 --rounds 5 --new_tokens 128 --seconds 240 &
+      generate 1 tiny 1024 256x512/plain/0 1024x512/plain/0 --rounds 5 --new_tokens 128 --seconds 240 &
+      wait ;;
     depth)
       for weight in 0 0.03 0.1 0.3; do
         gpu=$([ "$weight" = 0 ] || [ "$weight" = 0.1 ] && echo 0 || echo 1)
@@ -68,6 +80,6 @@ for part in "$@"; do
         echo "[$((SECONDS - begun)) s] into_stem=$weight"; grep -v "^{" "$OUT/depth_$weight.txt" | tail -n 14) &
       done
       wait ;;
-    *) echo "unknown part $part: drafts, windows, seeds, generate or depth" >&2; exit 2 ;;
+    *) echo "unknown part $part: see the head of this file" >&2; exit 2 ;;
   esac
 done
