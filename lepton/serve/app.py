@@ -14,6 +14,7 @@ from lepton.serve.conversations import Conversation, Conversations
 from lepton.serve.http import OWNER, Guard, Observer, Receive, Scope, Send, event, read_body, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.metrics import CONTENT_TYPE, Metrics, Sample
+from lepton.serve.openapi import description
 from lepton.serve.replies import Replies
 from lepton.serve.requests import Reader, Task
 
@@ -64,6 +65,7 @@ class Api:
         self.conversations = conversations
         self._keys, self._any_host = keys, any_host
         self._created = int(time.time())
+        self._description: dict[str, Any] = {}
 
     def app(self) -> "Starlette":
         """Return the application."""
@@ -76,6 +78,7 @@ class Api:
             Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            Route("/openapi.json", self.describe),
             Route("/v1/models", self.models),
             Route("/v1/models/{name}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -83,6 +86,7 @@ class Api:
         ]
         routes += ConversationRoutes(self.reader, self.conversations).routes()
         paths = [route.path for route in routes]
+        self._description = description(routes, self.reader, with_keys=bool(self._keys))
         return Starlette(
             routes=routes,
             middleware=[Middleware(Observer, self.metrics, paths), Middleware(Guard, self._keys, self._any_host)],
@@ -118,6 +122,10 @@ class Api:
 
         return Response(self.metrics.text(self._samples()), media_type=CONTENT_TYPE)
 
+    async def describe(self, request: "Request") -> Any:
+        """`/openapi.json`: all routes and what they take, as OpenAPI 3.1 says it."""
+        return reply(self._description)
+
     async def models(self, request: "Request") -> Any:
         """`/v1/models`: the one model."""
         return reply({"object": "list", "data": [self._model()]})
@@ -140,7 +148,7 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         model, limits = self.reader.model, self.limits
-        thoughts = model.idea("thoughts")
+        thoughts, head, router = (model.idea(name) for name in ("thoughts", "uncertainty", "router"))
         known = {"id": self.reader.name, "object": "model", "created": self._created, "owned_by": "lepton"}
         return known | {
             "parameters": model.num_params(),
@@ -150,6 +158,8 @@ class Api:
             "rounds": 0 if thoughts is None else thoughts.rounds,
             "max_tokens": limits.max_tokens,
             "max_think": limits.max_think,
+            "risks": sorted(each.risk for each in head.promises) if head else [],
+            "costs": sorted(each.max_cost for each in router.budgets) if router else [],
         }
 
     async def _answer(self, request: "Request", *, chat: bool) -> Any:

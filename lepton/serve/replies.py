@@ -102,7 +102,7 @@ class Replies:
             scores = token.logprobs
             assert scores is not None, "they were asked for"
             best = [self._scored(i, score) for i, score in self._most_probable(token)]
-            own = {"top_logprobs": best, "text_offset": token.offset} | _own(token)
+            own = {"top_logprobs": best, "text_offset": token.offset} | self._own(token)
             content.append(self._scored(token.id, scores.chosen) | own)
         return {"content": content, "refusal": None}
 
@@ -114,7 +114,8 @@ class Replies:
     def _logprobs(self, tokens: list[Token], begin: int) -> dict[str, Any]:
         """Return lists with an entry a token, as completions have them; `begin` is where the new text begins."""
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        own: dict[str, list[Any]] = {"token_id": [], "uncertainty": [], "depth": [], "drafted": []}
+        abstained: dict[str, list[Any]] = {} if self._task.largest_kept is None else {"abstained": []}
+        own: dict[str, list[Any]] = {"token_id": [], "uncertainty": [], "depth": [], "drafted": []} | abstained
         for token in tokens:
             best: dict[str, float] = {}
             for i, score in self._most_probable(token):
@@ -124,13 +125,19 @@ class Replies:
             found["token_logprobs"].append(None if scores is None else max(scores.chosen, LEAST))
             found["top_logprobs"].append(None if scores is None else best)
             found["text_offset"].append(token.offset + (0 if token.of_prompt else begin))
-            for name, value in ({"token_id": token.id} | _own(token)).items():
+            for name, value in ({"token_id": token.id} | self._own(token)).items():
                 own[name].append(value)
         return found | own
 
     def _most_probable(self, token: Token) -> list[tuple[int, float]]:
         scores = {} if token.logprobs is None else token.logprobs.most_probable
         return [*scores.items()][: self._task.logprobs]
+
+    def _own(self, token: Token) -> dict[str, Any]:
+        """Return what only this server says of a token."""
+        found = {"uncertainty": token.uncertainty, "depth": token.depth, "drafted": token.drafted}
+        limit, unsure = self._task.largest_kept, token.uncertainty  # nothing predicts the first token of a text
+        return found if limit is None else found | {"abstained": None if unsure is None else unsure > limit}
 
     def _plain(self, token: int) -> str:
         """Return a token as a text that tells it from others: the bytes of a part of a character are written out."""
@@ -143,8 +150,3 @@ class Replies:
 def name_of(tokenizer: Tokenizer, token: int) -> str:
     """Return the text of a token, a torn character as U+FFFD; the id that ends a document is called by its name."""
     return EOS if token == tokenizer.eos_id else tokenizer.bytes_of(token).decode("utf-8", "replace")
-
-
-def _own(token: Token) -> dict[str, Any]:
-    """Return what only this server says of a token."""
-    return {"uncertainty": token.uncertainty, "depth": token.depth, "drafted": token.drafted}
