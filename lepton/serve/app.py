@@ -148,7 +148,7 @@ class Api:
 
     def _model(self) -> dict[str, Any]:
         model, limits = self.reader.model, self.limits
-        thoughts, head, router = (model.idea(name) for name in ("thoughts", "uncertainty", "router"))
+        thoughts = model.idea("thoughts")
         known = {"id": self.reader.name, "object": "model", "created": self._created, "owned_by": "lepton"}
         return known | {
             "parameters": model.num_params(),
@@ -158,8 +158,8 @@ class Api:
             "rounds": 0 if thoughts is None else thoughts.rounds,
             "max_tokens": limits.max_tokens,
             "max_think": limits.max_think,
-            "risks": sorted(each.risk for each in head.promises) if head else [],
-            "costs": sorted(each.max_cost for each in router.budgets) if router else [],
+            "risks": self.reader.risks,
+            "costs": self.reader.costs,
         }
 
     async def _answer(self, request: "Request", *, chat: bool) -> Any:

@@ -64,10 +64,23 @@ class Fields:
             self.refuse(name, value, f"must be a whole number in {low}..{high}{note}")
         return value
 
-    def real(self, name: str, default: Real, low: float, high: float, *, above: bool = False) -> float | Real:
-        """Return a finite number in `low`..`high`, with `above` one that is larger than `low`."""
+    def real(
+        self,
+        name: str,
+        default: Real,
+        low: float,
+        high: float,
+        *,
+        above: bool = False,
+        known: Iterable[float] | None = None,
+    ) -> float | Real:
+        """Return a finite number in `low`..`high`, with `above` one that is larger than `low`.
+
+        `known` are the numbers that the caller takes, if they are not all: it refuses the others.
+        """
         bounds = {"exclusiveMinimum" if above else "minimum": low} | ({"maximum": high} if high < FINITE else {})
-        value = self.take(name, schema={"type": "number"} | bounds)
+        schema: Schema = {"type": "number"} | bounds if known is None else {"enum": [*known]}
+        value = self.take(name, schema=schema)
         if value is None:
             return default
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -69,6 +69,18 @@ class Reader:
         """How conversations become tokens."""
         return Form(self.tokenizer, self.template)
 
+    @property
+    def risks(self) -> list[float]:
+        """The risks at which the model may abstain, those that were calibrated; the smallest first."""
+        head = self.model.idea("uncertainty")
+        return [] if head is None else sorted(each.risk for each in head.promises)
+
+    @property
+    def costs(self) -> list[float]:
+        """The costs, in nats a token, for which the model may skip blocks; likewise."""
+        router = self.model.idea("router")
+        return [] if router is None else sorted(each.max_cost for each in router.budgets)
+
     def task(self, body: bytes, *, chat: bool) -> "Task":
         """Return what a request to `/v1/completions`, or with `chat` to `/v1/chat/completions`, asks for.
 
@@ -163,11 +175,11 @@ class Reader:
                 top_k=fields.whole("top_k", None, 1, self.model.config.vocab_size),
                 seed=secrets.randbits(53) if seed is None else seed,
                 depth=fields.real("depth", None, 0, 1),
-                max_cost=fields.real("max_cost", None, 0, FINITE, above=True),
+                max_cost=fields.real("max_cost", None, 0, FINITE, above=True, known=self.costs),
                 think=fields.whole("think", None, 0, self.limits.max_think),
                 use_speculative=fields.flag("use_speculative", True),
             )
-            risk = fields.real("abstain_at", None, 0, 1, above=True)
+            risk = fields.real("abstain_at", None, 0, 1, above=True, known=self.risks)
             kept = None if risk is None else largest_kept(self.model, promise_of(self.model, risk, options))
             options = budgeted(self.model, options)
             checked_call(self.model, 1, options.depth, options.think)
