@@ -1,251 +1,391 @@
-"""Whether `python -m lepton serve` bears requests of every kind: what schemathesis makes of its OpenAPI document.
+"""Does `python -m lepton serve` bear whatever it is sent, and does its memory stay flat?
 
-Starts the server in a process of its own and sends `--requests`, valid ones and damaged ones, to all routes from
-several threads. Each reply must have a status of the document and be what it says; none may be a 5xx, and no
-traceback may stand in the server's log. Meanwhile one client asks for the same text again and again, which must stay
-what it was, and no other reply may hold it. The server's resident memory is read all along: after the first tenth it
-must not grow. Needs schemathesis, which `requirements-dev.txt` leaves out. Example:
+Two loads, each on a server of its own in a process of its own, with a small model of random weights:
+
+fuzz    Schemathesis makes requests from the server's description, `/openapi.json`: half of them as it says, half of
+        them broken. Several clients send them at once. Meanwhile canaries, who have another key, ask for the same
+        texts again and again. Each must be what `Lepton.generate` gives for its seed, and no other answer may hold a
+        part of one. Nothing may get a status of 500 or above, a refusal must be JSON with a message, and the server's
+        log must stay empty.
+
+memory  The same mixed load over and over: completions, streams to their end, streams that are left in the middle,
+        turns of more conversations than are in memory, states saved and loaded, refusals. The memory of the process is
+        read at regular intervals.
 
     python -m benchmarks.serve_fuzz --requests 10000 --json found.json
 
-Prints a line a figure, then all of it as one line of JSON.
+Prints all that was found as a line of JSON, and ends with code 1 if something was wrong. Needs requirements-dev.txt.
 """
 
 import argparse
+import contextlib
 import datetime
 import http.client
 import json
-import math
-import platform
-import subprocess
+import random
+import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from importlib.metadata import version
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import requests
+import schemathesis
 import torch
+from schemathesis import Case, GenerationMode
 
+from benchmarks.serve_load import Server, random_checkpoint
 from lepton import checkpoint
 from lepton.api import Lepton
-from lepton.data.tokenizer import load_tokenizer
-from lepton.model.size_config import size_config
+from lepton.model.budget import Budget
+from lepton.model.promise import Promise
+from lepton.runtime.device import device_name, pick_device
 
-CANARY = {"prompt": "The canary sings", "seed": 5, "temperature": 1.0, "max_tokens": 16}
-BUSY = ("/v1/completions", "/v1/chat/completions")
-"""Routes that get most of the requests."""
-LIMITS = (
-    "--max_tokens",
-    "24",
-    "--max_prompt",
-    "300",
-    "--max_choices",
-    "4",
-    "--max_request",
-    "1200",
-    "--max_think",
-    "4",
-)
-"""Small, so that a request costs little."""
+KEYS = {"fuzz": "key-of-the-fuzz", "canary": "key-of-the-canaries"}
+LIMITS = {
+    "places": 16, "max_tokens": 8, "max_prompt": 128, "max_choices": 3, "max_request": 256, "max_think": 2,
+    "max_body": 1 << 16, "max_conversations": 100, "conversations": 8, "max_seconds": 60,
+}  # fmt: skip
+CANARIES = {f"canary {i} sings of {word}": 100 + i for i, word in enumerate(("quartz", "zephyr", "oxbow", "fjord"))}
+"""Prompts, and the seeds that are asked for with them."""
+CANARY_TOKENS, PART = 8, 12
+"""New tokens of a canary's text, and characters of it that no other answer may hold."""
+NAMES = ("shared", "fuzz-1", "fuzz-2", "fuzz-3")
+"""Ids of conversations for requests about one: those that are drawn hit none."""
+MANY = ("/v1/completions", "/v1/chat/completions")
+"""Paths that most requests go to."""
 
 
-class Server:
-    """`python -m lepton serve` on a free port, inside a `with` block, with its log in a file."""
+def model_file(path: Path, source: str | None) -> None:
+    """Write the model: `source`, or the smallest size with random weights; it may abstain, and skip blocks at a cost.
 
-    def __init__(self, folder: Path) -> None:
-        self.log = folder / "log.txt"
-        path = folder / "model.pt"
-        tokenizer = load_tokenizer(None)
-        torch.manual_seed(0)
-        model = Lepton(size_config("nano", width=64, heads=1, layers=3, ffn=64, window=64, vocab_size=tokenizer.size))
-        content = {"model": model.state_dict(), "config": model.config.to_dict(), "size": None, "step": 0}
-        checkpoint.save(path, content | {"tokenizer": tokenizer.to_json()})
-        words = [sys.executable, "-m", "lepton", "serve", "--checkpoint", str(path), "--dtype", "fp32", "--port", "0"]
-        words += [*LIMITS, "--conversations", "8", "--max_conversations", "40", "--conversation_folder", str(folder)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(words, stderr=log)
-        while "serving" not in (said := self.log.read_text()):
-            if self.process.poll() is not None:
-                raise SystemExit(f"the server did not start:\n{said}")
-            time.sleep(0.1)
-        self.port = int(said.rpartition("127.0.0.1:")[2].partition("/")[0])
+    That is for the requests that ask for it. The records are of no calibration.
+    """
+    if source is None:
+        random_checkpoint("nano", path)
+    content = checkpoint.load(source or path)
+    promise = Promise(risk=0.1, confidence=0.9, threshold=0.0, windows=1, tokens=1)
+    budget = Budget(max_cost=0.02, least=0.0, share=0.5, cost=0.0, error=0.0, tokens=1)
+    checkpoint.save(path, content | {"promises": [promise.to_dict()], "budgets": [budget.to_dict()]})
 
-    def __enter__(self) -> "Server":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+def started(path: Path, folder: Path) -> Server:
+    """Return a server of the model with two keys."""
+    keys = folder / "keys.txt"
+    keys.write_text("\n".join(KEYS.values()), encoding="utf-8")
+    flags = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
+    return Server(path, "--dtype", "fp32", "--api_key_file", str(keys), *flags)
 
-    @property
-    def megabytes(self) -> float:
-        """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
-    def ask(self, value: dict[str, Any]) -> str:
-        """Return the text of a completion."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+class Client:
+    """Sends requests under one of the keys, and keeps what is wrong with the replies."""
+
+    def __init__(self, port: int, key: str, secrets: set[bytes] | None = None) -> None:
+        """`secrets` are what no reply to it may hold."""
+        self.port, self.key, self.secrets = port, KEYS[key], secrets or set()
+        self.statuses: Counter[int] = Counter()
+        self.wrong: list[str] = []
+        self._local = threading.local()
+
+    def send(self, method: str, path: str, body: Any = None, *, raw: bytes | None = None) -> tuple[int, bytes]:
+        """Return the status and the body of a reply; `body` is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        if body is not None:
+            raw = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
         try:
-            connection.request("POST", "/v1/completions", json.dumps(value), {"Content-Type": "application/json"})
-            found = json.loads(connection.getresponse().read())
-            return str(found["choices"][0]["text"])
+            connection.request(method, path, raw, headers)
+            reply = connection.getresponse()
+            content = reply.read()
         finally:
             connection.close()
+        self.statuses[reply.status] += 1
+        return reply.status, content
+
+    def leave(self, body: dict[str, Any]) -> None:
+        """Begin a stream and close the connection after its first bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        connection.request("POST", MANY[0], json.dumps(body | {"stream": True}), headers)
+        reply = connection.getresponse()
+        reply.read(64)
+        self.statuses[reply.status] += 1
+        reply.close()
+        connection.close()
+
+    def send_case(self, case: Case) -> None:
+        """Send what Schemathesis has made, and check the reply."""
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+        given = case.as_transport_kwargs(base_url=f"http://127.0.0.1:{self.port}")
+        given["headers"] = dict(given.get("headers") or {}) | {"Authorization": f"Bearer {self.key}"}
+        name = f"{case.method} {case.formatted_path[:80]}"
+        try:
+            reply = self._local.session.request(**given, timeout=120)
+        except (requests.exceptions.InvalidHeader, UnicodeError):  # what the client cannot send
+            self.statuses[0] += 1
+            return
+        except requests.RequestException as error:
+            self.wrong.append(f"{name}: no reply ({error!r})")
+            return
+        self.statuses[reply.status_code] += 1
+        problem = problem_of(reply.status_code, reply.content, self.secrets)
+        if problem:
+            self.wrong.append(f"{name} {str(case.body)[:200]}: {problem}")
 
 
-class Over(BaseException):
-    """The time is over; no library takes it for a finding."""
+def problem_of(status: int, content: bytes, secrets: set[bytes]) -> str | None:
+    """Return what is wrong with a reply to a request of any kind; None: nothing."""
+    if status >= 500:
+        return f"status {status}: {content[:200]!r}"
+    if b"Traceback" in content:
+        return f"a traceback: {content[:200]!r}"
+    if status >= 400:
+        try:
+            error = json.loads(content)["error"]
+        except (ValueError, KeyError, TypeError):
+            return f"status {status} without an error in JSON: {content[:200]!r}"
+        if not error["message"] or set(error) != {"message", "type", "param", "code"}:
+            return f"an error of another form: {content[:200]!r}"
+    for text in secrets:
+        if text in content:
+            return f"holds a canary's text: {text!r}"
+    return None
 
 
-class Fuzz:
-    """Requests that were sent, and what was wrong."""
+class Canaries:
+    """Ask for their texts again and again, in a thread of their own, until `stop` is set."""
 
-    def __init__(self, server: Server, count: int, seconds: float) -> None:
-        self.server, self.count, self._end = server, count, time.monotonic() + seconds
-        self.statuses: Counter[str] = Counter()
-        self.faults: list[str] = []
-        self.memory: list[tuple[int, float]] = []
-        self.canary = server.ask(CANARY)
-        self.canaries = 0
-        self._lock, self._over = threading.Lock(), threading.Event()
+    def __init__(self, client: Client, wanted: dict[str, str]) -> None:
+        self.client, self.wanted = client, wanted
+        self.asked, self.wrong = 0, list[str]()
+        self.stop = threading.Event()
+        self.turns = self._turns()
+        """What a conversation gives while nobody else asks."""
 
-    @property
-    def sent(self) -> int:
-        return sum(self.statuses.values())
+    def _turns(self) -> list[str]:
+        """Hold a conversation under an id that the fuzz uses, too, and return its answers."""
+        found = []
+        for i, prompt in enumerate(self.wanted):
+            said = {"messages": [{"role": "user", "content": prompt}], "conversation": NAMES[0], "seed": i}
+            status, content = self.client.send("POST", MANY[1], said | {"max_tokens": 8})
+            found.append(json.loads(content)["choices"][0]["message"]["content"] if status == 200 else str(content))
+        self.client.send("DELETE", f"/v1/conversations/{NAMES[0]}")
+        return found
 
-    def run(self, threads: int, seed: int) -> None:
-        """Send all requests."""
-        import schemathesis
+    def check(self) -> None:
+        """Ask for each text once, streamed and whole, and for the conversation."""
+        for prompt, text in self.wanted.items():
+            body = {"prompt": prompt, "seed": CANARIES[prompt], "max_tokens": CANARY_TOKENS}
+            whole = texts_of(self.client.send("POST", MANY[0], body), stream=False)
+            streamed = texts_of(self.client.send("POST", MANY[0], body | {"stream": True}), stream=True)
+            self.asked += 2
+            self.wrong += [f"{prompt!r}: {each!r} is not {text!r}" for each in (whole, streamed) if each != text]
+        self.asked += len(self.turns)
+        if (turns := self._turns()) != self.turns:
+            self.wrong.append(f"a conversation gave {turns!r}, not {self.turns!r}")
 
-        schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{self.server.port}/openapi.json")
-        found = [each.ok() for each in schema.get_all_operations()]
-        weights = [8 if each.path in BUSY else 1 for each in found]
-        shares = [max(1, self.count * weight // sum(weights)) for weight in weights]
-        work = [(operation, share // threads + 1) for operation, share in zip(found, shares, strict=True)]
-        clients = [threading.Thread(target=self._client, args=(work, seed + i)) for i in range(threads)]
-        watch = threading.Thread(target=self._watch)
-        watch.start()
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        self._over.set()
-        watch.join()
-
-    def _client(self, work: list[Any], number: int) -> None:
-        for operation, share in work[number % len(work) :] + work[: number % len(work)]:
-            try:
-                self._operation(operation, share, number)
-            except Over:
-                return
-            except Exception as error:  # what was found, or a fault of this program
-                self._fault(f"{operation.label}: {type(error).__name__}: {str(error)[:600]}")
-
-    def _operation(self, operation: Any, share: int, number: int) -> None:
-        import hypothesis
-        from schemathesis import GenerationMode
-
-        for mode, part in ((GenerationMode.POSITIVE, share // 2 + 1), (GenerationMode.NEGATIVE, share // 2 + 1)):
-            try:
-                strategy = operation.as_strategy(generation_mode=mode)
-            except Exception as error:  # such as: nothing of this route can be wrong
-                print(f"{operation.label}: no {mode.value} requests ({type(error).__name__})", file=sys.stderr)
-                continue
-            settings = hypothesis.settings(
-                max_examples=part,
-                deadline=None,
-                database=None,
-                phases=[hypothesis.Phase.generate],
-                suppress_health_check=[*hypothesis.HealthCheck],
-            )
-            run = hypothesis.seed(number)(settings(hypothesis.given(strategy)(self._send)))
-            try:
-                run()
-            except hypothesis.errors.Unsatisfiable:
-                print(f"{operation.label}: no {mode.value} requests", file=sys.stderr)
-
-    def _send(self, case: Any) -> None:
-        if time.monotonic() > self._end:
-            raise Over
-        response = case.call(base_url=f"http://127.0.0.1:{self.server.port}", timeout=300)
-        what, body = f"{case.method} {case.formatted_path[:100]}", response.content
-        with self._lock:
-            self.statuses[str(response.status_code)] += 1
-        if response.status_code >= 500:
-            self._fault(f"{what}: {response.status_code} {body[:300]!r} for {str(case.body)[:300]}")
-        elif response.status_code >= 400:
-            error = json.loads(body)["error"]
-            if not error["message"]:
-                self._fault(f"{what}: {response.status_code} without a message")
-        elif str(response.status_code) not in case.operation.definition.raw["responses"]:
-            self._fault(f"{what}: status {response.status_code} is not in the document")
-        if self.canary.encode() in body:
-            self._fault(f"{what}: holds the text of another client")
-
-    def _fault(self, text: str) -> None:
-        with self._lock:
-            self.faults.append(text)
-        print(f"FAULT {text}", file=sys.stderr)
-
-    def _watch(self) -> None:
-        """Ask for the same text again and again, and read the memory."""
-        while not self._over.is_set():
-            if self.server.ask(CANARY) != self.canary:
-                self._fault("the same request gave another text")
-            self.canaries += 1
-            self.memory.append((self.sent, round(self.server.megabytes, 1)))
-            self._over.wait(1)
+    def run(self) -> None:
+        """Ask until the end, with a second between."""
+        while not self.stop.wait(1):
+            self.check()
 
 
-def figures(fuzz: Fuzz, seconds: float) -> dict[str, Any]:
-    """Return what was found."""
-    settled = [entry for entry in fuzz.memory if entry[0] >= fuzz.sent / 10]
-    first, last = (sorted(size for _, size in part)[len(part) // 2] for part in (settled[:10], settled[-10:]))
-    log = fuzz.server.log.read_text()
+def texts_of(reply: tuple[int, bytes], *, stream: bool) -> str:
+    """Return the text of a completion; of a refusal what it says."""
+    status, content = reply
+    if status != 200:
+        return content.decode()
+    if not stream:
+        return json.loads(content)["choices"][0]["text"]
+    lines = [line[6:] for line in content.decode().splitlines() if line.startswith("data: {")]
+    return "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+
+
+def cases(described: dict[str, Any], count: int, seed: int) -> Iterator[Case]:
+    """Yield `count` requests that Schemathesis makes of a description: most are about generation, half are broken."""
+    operations = [each.ok() for each in schemathesis.openapi.from_dict(described).get_all_operations()]
+    choose, made = random.Random(seed), 0
+    while made < count:
+        for operation in operations:
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                found = drawn(operation, mode, 40 if operation.path in MANY else 5, seed + made)
+                for case in found[: count - made]:
+                    if case.path_parameters and "id" in case.path_parameters and choose.random() < 0.7:
+                        case.path_parameters["id"] = choose.choice(NAMES)
+                    if isinstance(case.body, dict) and case.body.get("conversation") and choose.random() < 0.7:
+                        case.body["conversation"] = choose.choice(NAMES)
+                    made += 1
+                    yield case
+
+
+def drawn(operation: Any, mode: GenerationMode, count: int, seed: int) -> list[Case]:
+    """Return up to `count` requests of one operation; none if it cannot be broken."""
+    found: list[Case] = []
+    try:
+        strategy = operation.as_strategy(generation_mode=mode)
+    except hypothesis.errors.HypothesisException:
+        return found
+    settings = hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=[*hypothesis.HealthCheck],
+    )
+    with contextlib.suppress(hypothesis.errors.Unsatisfiable):
+        hypothesis.seed(seed)(settings(hypothesis.given(strategy)(lambda case: found.append(case))))()
+    return found
+
+
+def secrets_of(wanted: dict[str, str]) -> set[bytes]:
+    """Return what no answer to others may hold: parts of the canaries' prompts and texts, as they stand in JSON."""
+    found = {prompt[-PART:] for prompt in wanted} | {text[:PART] for text in wanted.values()}
+    return {json.dumps(each)[1:-1].encode() for each in found}
+
+
+def fuzz(path: Path, folder: Path, count: int, clients: int, seed: int) -> dict[str, Any]:
+    """Send `count` requests that Schemathesis makes; return what was seen."""
+    model = Lepton.from_checkpoint(path)
+    wanted = {each: model.generate(each, CANARY_TOKENS, seed=seed)[len(each) :] for each, seed in CANARIES.items()}
+    assert all(len(text) >= PART for text in wanted.values()), "a canary's text is too short to be known again"
+    with started(path, folder) as server:
+        client, own = Client(server.port, "fuzz", secrets_of(wanted)), Client(server.port, "canary")
+        canaries = Canaries(own, wanted)
+        described = json.loads(client.send("GET", "/openapi.json")[1])
+        singing = threading.Thread(target=canaries.run)
+        since = time.perf_counter()
+        singing.start()
+        try:
+            with ThreadPoolExecutor(clients) as pool:
+                room = threading.Semaphore(4 * clients)  # so that few wait in memory
+
+                def send(case: Case) -> None:
+                    try:
+                        client.send_case(case)
+                    finally:
+                        room.release()
+
+                for case in cases(described, count, seed):
+                    room.acquire()
+                    pool.submit(send, case)
+        finally:
+            canaries.stop.set()
+            singing.join()
+        seconds = time.perf_counter() - since
+        canaries.check()
+        health = json.loads(client.send("GET", "/health")[1])
+        log = [*server.log]
     return {
-        "requests": fuzz.sent,
+        "requests": count,
+        "clients": clients,
         "seconds": round(seconds, 1),
-        "statuses": dict(sorted(fuzz.statuses.items())),
-        "same_text": fuzz.canaries,
-        "faults": fuzz.faults[:50],
-        "tracebacks": log.count("Traceback"),
-        "megabytes_after_a_tenth": first,
-        "megabytes_at_the_end": last,
-        "memory": fuzz.memory[:: max(1, len(fuzz.memory) // 100)],
+        "statuses": {str(status): number for status, number in sorted(client.statuses.items())},
+        "canaries": canaries.asked,
+        "wrong": [*client.wrong, *canaries.wrong],
+        "log": log,
+        "afterwards": health,
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="send no more after this time")
-    parser.add_argument("--threads", type=int, default=4, help="clients at once")
+def remembered(path: Path, folder: Path, count: int, clients: int, every: int) -> dict[str, Any]:
+    """Send a mixed load; return the memory of the server's process after each `every` requests, in bytes."""
+    with started(path, folder) as server, ThreadPoolExecutor(clients) as pool:
+        client = Client(server.port, "fuzz")
+        memory = []
+        since = time.perf_counter()
+        for first in range(0, count, every):
+            for _ in pool.map(lambda i: mixed(client, i), range(first, min(first + every, count))):
+                pass
+            memory.append(server.memory())
+        seconds, log = time.perf_counter() - since, [*server.log]
+        lively = {"max_tokens": 4, "prompt": "x"}
+        answers = client.send("POST", MANY[0], lively)[0] == 200
+    kept = memory[max(1, len(memory) // 10) :]
+    steps = [every * i for i in range(len(kept))]
+    slope = statistics.linear_regression(steps, kept).slope if len(kept) > 1 and all(kept) else None
+    return {
+        "requests": count,
+        "clients": clients,
+        "every": every,
+        "seconds": round(seconds, 1),
+        "statuses": {str(status): number for status, number in sorted(client.statuses.items())},
+        "memory": memory,
+        "after_warm_up": kept[0],
+        "last": kept[-1],
+        "bytes_a_request": None if slope is None else round(slope, 1),
+        "wrong": client.wrong + ([] if answers else ["no answer afterwards"]),
+        "log": log,
+    }
+
+
+def mixed(client: Client, i: int) -> None:
+    """Send request `i` of a load of ten kinds. Of its conversations each is deleted after a few turns."""
+    name = f"talk-{(i + i // 10) % 40}"  # not the same one as those that are under way
+    place = f"/v1/conversations/{name}"
+    words = f"The history of the island begins {i} " * (1 + i % 3)
+    body = {"prompt": words, "max_tokens": 1 + i % 4, "seed": i}
+    said = {"messages": [{"role": "user", "content": words}], "max_tokens": 3, "conversation": name}
+    kind = i % 10
+    if kind in (0, 1):
+        status = client.send("POST", MANY[0], body | {"n": 1 + kind})[0]
+    elif kind in (2, 3):
+        status = client.send("POST", MANY[0], body | {"stream": True, "logprobs": 5 * (kind - 2)})[0]
+    elif kind == 4:
+        client.leave(body | {"max_tokens": LIMITS["max_tokens"]})
+        status = 200
+    elif kind in (5, 6):
+        status = client.send("POST", MANY[1], said)[0]
+    elif kind == 7:
+        status, state = client.send("GET", f"{place}/state")
+        if status == 200:
+            status = client.send("PUT", f"/v1/conversations/copy-{i // 10 % 5}/state", raw=state)[0]
+    elif kind == 8:
+        status = client.send("DELETE", place)[0] if i % 30 == 8 else client.send("GET", f"{place}/memory")[0]
+    else:
+        status = client.send("POST", MANY[0], body | {"max_tokens": -i})[0]
+    allowed = (200,) if kind < 5 else (400,) if kind == 9 else (200, 404, 409)  # another client may be at the same one
+    if status not in allowed:
+        client.wrong.append(f"kind {kind}: status {status}")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Measure and print; return 1 if something was wrong, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--checkpoint", help="a model (default: the smallest size with random weights)")
+    parser.add_argument("--requests", type=int, default=10_000, help="of each load (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=6, help="requests at once (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=500, help="requests between readings of the memory")
+    parser.add_argument("--loads", nargs="+", choices=["fuzz", "memory"], default=["fuzz", "memory"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Server(Path(folder)) as server:
-        fuzz, begun = Fuzz(server, args.requests, args.seconds), time.perf_counter()
-        fuzz.run(args.threads, args.seed)
-        found = figures(fuzz, time.perf_counter() - begun)
-        alive = server.process.poll() is None and server.ask(CANARY) == fuzz.canary
-    found |= {
-        "answers_afterwards": alive,
+    parser.add_argument("--json", help="file to write")
+    args = parser.parse_args(words)
+    figures: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "versions": {name: version(name) for name in ("schemathesis", "hypothesis", "starlette", "uvicorn", "torch")}
-        | {"python": platform.python_version()},
-        "command": "python -m benchmarks.serve_fuzz " + " ".join(sys.argv[1:]),
+        "device": device_name(pick_device(None)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "model": args.checkpoint or "nano, random weights",
+        "limits": LIMITS,
     }
-    for name in ("requests", "seconds", "statuses", "tracebacks", "megabytes_after_a_tenth", "megabytes_at_the_end"):
-        print(f"{name:<26} {found[name]}")
-    print(f"{'faults':<26} {len(fuzz.faults)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model_file(folder / "model.pt", args.checkpoint)
+        if "fuzz" in args.loads:
+            figures["fuzz"] = fuzz(folder / "model.pt", folder, args.requests, args.clients, args.seed)
+        if "memory" in args.loads:
+            figures["memory"] = remembered(folder / "model.pt", folder, args.requests, args.clients, args.every)
+    print(json.dumps(figures))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
-    return int(bool(fuzz.faults) or found["tracebacks"] > 0 or not alive)
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return int(any(figures[load]["wrong"] or figures[load]["log"] for load in args.loads))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,26 +59,35 @@ class Stream:
 class Server:
     """`python -m lepton serve` on a free port, inside a `with` block."""
 
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        words = [sys.executable, "-m", "lepton", "serve", "--checkpoint", str(path), "--dtype", args.dtype]
-        words += ["--port", "0"]
-        words += ["--places", str(args.places), "--max_streams", str(args.streams), "--max_seconds", "86400"]
-        words += ["--warm_up", *map(str, args.warm_up)] if args.warm_up else []
+    def __init__(self, path: Path, *flags: str) -> None:
+        words = [sys.executable, "-m", "lepton", "serve", "--checkpoint", str(path), "--port", "0", *flags]
         self._process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        """What the server has said after it was ready."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
             print(line, end="", file=sys.stderr)
             if "serving" in line:
                 self.port = int(line.partition("127.0.0.1:")[2].partition("/")[0])
+                self._follower = threading.Thread(target=self._follow_log)
+                self._follower.start()
                 return
         raise SystemExit("the server did not start")
+
+    def _follow_log(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(line)
 
     def __enter__(self) -> "Server":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._process.terminate()
-        self._process.communicate()
+        self._process.wait()
+        self._follower.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
     def memory(self) -> int | None:
         """Return the bytes that the process holds, where the system says."""
@@ -135,7 +145,9 @@ def different(path: Path, streams: list[Stream], args: argparse.Namespace) -> in
 def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one load."""
     streams = [Stream(PROMPTS[i % len(PROMPTS)], i) for i in range(args.streams)]
-    with Server(path, args) as server:
+    flags = ["--dtype", args.dtype, "--places", str(args.places), "--max_streams", str(args.streams)]
+    flags += ["--warm_up", *map(str, args.warm_up)] if args.warm_up else []
+    with Server(path, *flags, "--max_seconds", "86400") as server:
         asyncio.run(follow_all(server.port, [Stream(PROMPTS[0], 0)], 4))  # its first request makes the pool
         before = server.memory()
         seconds = asyncio.run(follow_all(server.port, streams, args.new_tokens))

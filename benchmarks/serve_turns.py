@@ -56,7 +56,8 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one conversation."""
     history: list[dict[str, str]] = []
     turns = []
-    with Server(path, args) as server:
+    flags = ["--dtype", args.dtype, "--places", "1", "--max_streams", "4", "--max_seconds", "86400"]
+    with Server(path, *flags) as server:
         turn(server.port, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4})  # it makes the pool
         for number in range(args.turns):
             new = {"role": "user", "content": SAID[number % len(SAID)]}
@@ -94,7 +95,6 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if (args.checkpoint is None) == (args.size is None):
         parser.error("give --checkpoint FILE or --size NAME")
-    args.places, args.streams, args.warm_up = 1, 4, []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(args.checkpoint or Path(folder) / "random.pt")
         if args.size:

@@ -10,6 +10,7 @@ turns       what the model has read of a conversation when an answer ends
 worker      the thread of the engine, in which answers join and leave
 replies     the JSON of replies and of streamed chunks
 metrics     counters in Prometheus' text form
+openapi     the description of all this for programs
 conversations, state_files, conversation_routes
             conversations that are kept: in memory, on disk, over HTTP
 app         routes, keys and errors over HTTP

@@ -11,10 +11,10 @@ from lepton.serve.answer import Piece
 from lepton.serve.calls import Call, Calls, ClientLeft, stopping, watched
 from lepton.serve.conversation_routes import ConversationRoutes
 from lepton.serve.conversations import Conversation, Conversations
-from lepton.serve.description import description
 from lepton.serve.http import OWNER, Guard, Observer, Receive, Scope, Send, event, read_body, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.metrics import CONTENT_TYPE, Metrics, Sample
+from lepton.serve.openapi import description
 from lepton.serve.replies import Replies
 from lepton.serve.requests import Reader, Task
 
@@ -65,6 +65,7 @@ class Api:
         self.conversations = conversations
         self._keys, self._any_host = keys, any_host
         self._created = int(time.time())
+        self._description: dict[str, Any] = {}
 
     def app(self) -> "Starlette":
         """Return the application."""
@@ -75,9 +76,9 @@ class Api:
 
         routes = [
             Route("/", self.page),
-            Route("/openapi.json", self.describe),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
+            Route("/openapi.json", self.describe),
             Route("/v1/models", self.models),
             Route("/v1/models/{name}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -85,6 +86,7 @@ class Api:
         ]
         routes += ConversationRoutes(self.reader, self.conversations).routes()
         paths = [route.path for route in routes]
+        self._description = description(routes, self.reader, with_keys=bool(self._keys))
         return Starlette(
             routes=routes,
             middleware=[Middleware(Observer, self.metrics, paths), Middleware(Guard, self._keys, self._any_host)],
@@ -107,10 +109,6 @@ class Api:
         text = resources.files("lepton.serve").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(text, headers=PAGE_HEADERS)
 
-    async def describe(self, request: "Request") -> Any:
-        """`/openapi.json`: what the routes take and give."""
-        return reply(description(self.reader))
-
     async def health(self, request: "Request") -> Any:
         """`/health`: whether the server can answer, and how much it has to do."""
         worker = self.calls.worker
@@ -123,6 +121,10 @@ class Api:
         from starlette.responses import Response
 
         return Response(self.metrics.text(self._samples()), media_type=CONTENT_TYPE)
+
+    async def describe(self, request: "Request") -> Any:
+        """`/openapi.json`: all routes and what they take, as OpenAPI 3.1 says it."""
+        return reply(self._description)
 
     async def models(self, request: "Request") -> Any:
         """`/v1/models`: the one model."""
@@ -156,8 +158,8 @@ class Api:
             "rounds": 0 if thoughts is None else thoughts.rounds,
             "max_tokens": limits.max_tokens,
             "max_think": limits.max_think,
-            "risks": sorted(each.risk for each in getattr(model.idea("uncertainty"), "promises", ())),
-            "costs": sorted(each.max_cost for each in getattr(model.idea("router"), "budgets", ())),
+            "risks": self.reader.risks,
+            "costs": self.reader.costs,
         }
 
     async def _answer(self, request: "Request", *, chat: bool) -> Any:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.errors import InputError
 from lepton.serve.conversations import GIVEN, Conversation, Conversations
-from lepton.serve.fields import Fields, parse_body
+from lepton.serve.fields import Fields, Schema, parse_body, schema_of
 from lepton.serve.http import OWNER, read_body, read_content, reply
 from lepton.serve.limits import Refusal
 from lepton.serve.replies import name_of
-from lepton.serve.requests import CONVERSATION, Reader
+from lepton.serve.requests import CONVERSATION, NAMED, Reader
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+SLOT = "-?[0-9]{1,12}"
+"""What numbers of slots are."""
 SPARE = 1 << 20
 """Bytes of a file beside the numbers of a state, at most."""
 
@@ -49,11 +51,7 @@ class ConversationRoutes:
 
     async def begin(self, request: "Request") -> Any:
         """`POST /v1/conversations`: a new one, under the `id` of the body or one that is drawn."""
-        fields = Fields(parse_body(await read_body(request, self._reader.limits)))
-        name = fields.take("id")
-        fields.finish()
-        if name is not None:
-            _check(name)
+        name = _read_begin(Fields(parse_body(await read_body(request, self._reader.limits))))
         return reply(self._kept.create(request.scope[OWNER], name).to_dict())
 
     async def one(self, request: "Request") -> Any:
@@ -76,7 +74,7 @@ class ConversationRoutes:
         (owner, name), slot = _named(request), request.path_params["slot"]
         async with self._kept.change(owner, name) as found:
             try:
-                if found.state is None or not re.fullmatch("-?[0-9]{1,12}", slot):
+                if found.state is None or not re.fullmatch(SLOT, slot):
                     raise InputError("no such crystal")
                 memory = found.state.memory.without(0, int(slot))
             except InputError:
@@ -137,3 +135,15 @@ def _named(request: "Request") -> tuple[str, str]:
 def _check(name: object) -> None:
     if not isinstance(name, str) or not CONVERSATION.fullmatch(name):
         raise Refusal("id: give 1 to 64 letters, digits, _ and -", param="id")
+
+
+def _read_begin(fields: Fields) -> str | None:
+    name = fields.take("id", schema=NAMED)
+    fields.finish()
+    if name is not None:
+        _check(name)
+    return name
+
+
+BEGIN: Schema = schema_of(_read_begin, {})
+"""What the body of a request that begins a conversation may be."""

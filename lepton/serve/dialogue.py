@@ -11,7 +11,7 @@ from typing import Any
 from lepton.data.chat import ChatTemplate, Message
 from lepton.data.tokenizer import Tokenizer
 from lepton.errors import shown
-from lepton.serve.fields import Fields, clean
+from lepton.serve.fields import Fields, Schema, clean, schema_of
 from lepton.serve.limits import Refusal
 
 SPEAKERS = {"user": "User:", "assistant": "Assistant:"}
@@ -87,19 +87,23 @@ class Form:
 def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict):
         raise Refusal(f"{place}={shown(message)}: give an object with role and content", param=place)
-    fields = Fields(message, f"{place}.")
-    role, content = fields.take("role"), fields.take("content")
+    return _read_message(Fields(message, f"{place}."))
+
+
+def _read_message(fields: Fields) -> Message:
+    role = fields.take("role", schema={"enum": [*SPEAKERS, *TOLD]})
     if not isinstance(role, str) or role not in (*SPEAKERS, *TOLD):
         fields.refuse("role", role, f"choose from {', '.join([*SPEAKERS, *TOLD])}")
-    text = _text(content, fields, place)
+    text = _text(fields)
     fields.take("name")  # of a person: it says nothing that a prompt has
     fields.allow({"refusal": [""], "tool_calls": [[]], "audio": [], "function_call": [], "annotations": [[]]})
     fields.finish()
     return Message("system" if role in TOLD else role, text)
 
 
-def _text(content: Any, fields: Fields, place: str) -> str:
+def _text(fields: Fields) -> str:
     """Return a message's content: a string, or a list of parts that are texts."""
+    content = fields.take("content", schema={"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]})
     if isinstance(content, str):
         return clean(content)
     if not isinstance(content, list):
@@ -108,8 +112,22 @@ def _text(content: Any, fields: Fields, place: str) -> str:
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             fields.refuse(f"content[{i}]", part, 'this model reads text alone: give {"type": "text", "text": ...}')
-        own = Fields(part, f"{place}.content[{i}].")
-        own.take("type")
-        texts.append(own.text("text"))
-        own.finish()
+        texts.append(_read_part(fields.inside(f"content[{i}]", part)))
     return "".join(texts)
+
+
+def _read_part(fields: Fields) -> str:
+    fields.take("type", schema={"enum": ["text"]})
+    text = fields.text("text")
+    fields.finish()
+    return text
+
+
+PART: Schema = schema_of(_read_part, {"type": "text", "text": ""})
+"""What a part of a message's content may be."""
+MESSAGES: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": schema_of(_read_message, {"role": "user", "content": ""}),
+}
+"""What the messages of a request may be."""

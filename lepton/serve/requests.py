@@ -19,8 +19,8 @@ from lepton.model import Network, State
 from lepton.model.arguments import checked_call
 from lepton.ops.choose import stream_words
 from lepton.serve.answer import Answer
-from lepton.serve.dialogue import Form, read_messages
-from lepton.serve.fields import FINITE, Fields, clean, parse_body
+from lepton.serve.dialogue import MESSAGES, Form, read_messages
+from lepton.serve.fields import FINITE, Fields, Schema, clean, parse_body, schema_of
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.scoring import Scoring
 from lepton.values import SEEDS
@@ -33,6 +33,7 @@ NEW_TOKENS, CHAT_TOKENS = 100, 512
 """New tokens where the request gives no number: as `Lepton.generate`, and for an answer in a conversation."""
 CONVERSATION = re.compile("[A-Za-z0-9_-]{1,64}")
 """What ids of conversations are."""
+NAMED: Schema = {"type": "string", "pattern": f"^{CONVERSATION.pattern}$"}
 NEUTRAL: dict[str, Items[Any]] = {
     "frequency_penalty": (0, 0.0),
     "presence_penalty": (0, 0.0),
@@ -70,27 +71,49 @@ class Reader:
         """How conversations become tokens."""
         return Form(self.tokenizer, self.template)
 
+    @property
+    def risks(self) -> list[float]:
+        """The risks at which the model may abstain, those that were calibrated; the smallest first."""
+        head = self.model.idea("uncertainty")
+        return [] if head is None else sorted(each.risk for each in head.promises)
+
+    @property
+    def costs(self) -> list[float]:
+        """The costs, in nats a token, for which the model may skip blocks; likewise."""
+        router = self.model.idea("router")
+        return [] if router is None else sorted(each.max_cost for each in router.budgets)
+
     def task(self, body: bytes, *, chat: bool) -> "Task":
         """Return what a request to `/v1/completions`, or with `chat` to `/v1/chat/completions`, asks for.
 
         Raises:
             Refusal: it cannot be served.
         """
-        fields = Fields(parse_body(body))
-        name = fields.take("model", self.name)
+        task = self._read(Fields(parse_body(body)), chat=chat)
+        self._check_size(task.prompts, task.n, task.options.max_new_tokens)
+        return task
+
+    def schema(self, *, chat: bool) -> Schema:
+        """Return what the body of a request may be."""
+        sample: dict[str, Any] = {"messages": [{"role": "user", "content": ""}]} if chat else {"prompt": ""}
+        return schema_of(lambda fields: self._read(fields, chat=chat), sample)
+
+    def _read(self, fields: Fields, *, chat: bool) -> "Task":
+        """Return what a request asks for, whatever its size."""
+        name = fields.take("model", self.name, {"enum": [self.name]})
         if name != self.name:
             text = f"model={shown(name)}: there is no such model here; choose {self.name!r}"
             raise Refusal(text, param="model", code="model_not_found", status=404)
         opens: list[int] = []
         if chat:
-            ids, opens = self.form.prompt(read_messages(fields.take("messages")))
+            ids, opens = self.form.prompt(read_messages(fields.take("messages", schema=MESSAGES)))
             prompts, texts = [ids], [self.tokenizer.decode(ids)]
         else:
             prompts, texts = self._prompts(fields)
         echo = not chat and fields.flag("echo")
         logprobs = _chat_logprobs(fields) if chat else fields.whole("logprobs", None, 0, MOST_PROBABLE)
         n = fields.whole("n", 1, 1, self.limits.max_choices)
-        options, largest_kept = self._options(fields, CHAT_TOKENS if chat else NEW_TOKENS, chat)
+        options, kept = self._options(fields, CHAT_TOKENS if chat else NEW_TOKENS, chat)
         conversation = _conversation(fields, n, options.max_new_tokens) if chat else None
         stops = _stops(fields)
         stream = fields.flag("stream")
@@ -99,14 +122,20 @@ class Reader:
             fields.take(note)
         fields.allow(NEUTRAL)
         fields.finish()
-        self._check_size(prompts, n, options.max_new_tokens)
         stops = [*stops, *self.form.stops] if chat else stops
         form = stream, include_usage, logprobs, echo
-        return Task(self, chat, prompts, texts, options, n, stops, *form, opens, conversation, largest_kept)
+        return Task(self, chat, prompts, texts, options, n, stops, *form, kept, opens, conversation)
+
+    @property
+    def _prompt_schema(self) -> Schema:
+        text, id_ = {"type": "string"}, {"type": "integer", "minimum": 0, "maximum": self.model.config.vocab_size - 1}
+        ids = {"type": "array", "items": id_, "minItems": 1, "maxItems": self.limits.max_prompt}
+        several = {"type": "array", "minItems": 1, "maxItems": self.limits.max_choices}
+        return {"anyOf": [text, several | {"items": text}, ids, several | {"items": ids}]}
 
     def _prompts(self, fields: Fields) -> tuple[list[list[int]], list[str]]:
         """Return the prompts as ids and as texts."""
-        prompt = fields.take("prompt")
+        prompt = fields.take("prompt", schema=self._prompt_schema)
         if isinstance(prompt, str):
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt:
@@ -124,7 +153,7 @@ class Reader:
         return rows, [self.tokenizer.decode(row) for row in rows]
 
     def _options(self, fields: Fields, new_tokens: int, chat: bool) -> tuple[GenerationOptions, float | None]:
-        """Return how to generate, and the largest uncertainty of tokens that are not abstained from; None: of any.
+        """Return how to generate, and the largest uncertainty that is kept, if the model is to abstain.
 
         What is left out is as in `GenerationOptions`, and a seed is drawn.
         """
@@ -134,24 +163,26 @@ class Reader:
             if count not in (None, newer):
                 fields.refuse("max_completion_tokens", newer, f"max_tokens is {count}; give one of them")
             count = newer
-        seed, risk = fields.whole("seed", None, *SEEDS), fields.take("abstain_at")
+        seed = fields.whole("seed", None, *SEEDS)
         try:
             options = GenerationOptions(
                 max_new_tokens=min(new_tokens, most) if count is None else count,
                 temperature=fields.real("temperature", default.temperature, 0, FINITE),
-                top_p=fields.real("top_p", default.top_p, 0, 1),
+                top_p=fields.real("top_p", default.top_p, 0, 1, above=True),
                 top_k=fields.whole("top_k", None, 1, self.model.config.vocab_size),
                 seed=secrets.randbits(53) if seed is None else seed,
                 depth=fields.real("depth", None, 0, 1),
-                max_cost=fields.real("max_cost", None, 0, FINITE),
+                max_cost=fields.real("max_cost", None, 0, FINITE, above=True, known=self.costs),
                 think=fields.whole("think", None, 0, self.limits.max_think),
                 use_speculative=fields.flag("use_speculative", True),
             )
-            checked_call(self.model, 1, options.depth, options.think)
+            risk = fields.real("abstain_at", None, 0, 1, above=True, known=self.risks)
             kept = None if risk is None else largest_kept(self.model, promise_of(self.model, risk, options))
-            return budgeted(self.model, options), kept
+            options = budgeted(self.model, options)
+            checked_call(self.model, 1, options.depth, options.think)
         except InputError as error:
             raise Refusal(str(error), param=str(error).partition("=")[0]) from None
+        return options, kept
 
     def _check_count(self, count: int) -> None:
         if count > self.limits.max_choices:
@@ -193,12 +224,12 @@ class Task:
     """Alternatives whose log-probabilities are wanted; None: nothing is wanted of single tokens."""
     echo: bool
     """Whether each text begins with its prompt."""
+    largest_kept: float | None = None
+    """From a token of a larger uncertainty the model abstains; None: it is not to abstain."""
     opens: list[int] = field(default_factory=list)
     """Indices of the tokens of a chat's prompt that opened earlier answers."""
     conversation: str | None = None
     """The id of the conversation that a chat goes on with."""
-    largest_kept: float | None = None
-    """Tokens of a larger uncertainty are abstained from; None: it was not asked for."""
 
     @property
     def scores_prompts(self) -> bool:
@@ -253,7 +284,8 @@ class Task:
 
 
 def _stops(fields: Fields) -> list[str]:
-    stop = fields.take("stop", [])
+    one = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+    stop = fields.take("stop", [], {"anyOf": [one, {"type": "array", "items": one, "maxItems": MOST_STOPS}]})
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
         fields.refuse("stop", stop, f"give a string, or a list of at most {MOST_STOPS}")
@@ -264,7 +296,7 @@ def _stops(fields: Fields) -> list[str]:
 
 
 def _conversation(fields: Fields, n: int, new_tokens: int) -> str | None:
-    name = fields.take("conversation")
+    name = fields.take("conversation", schema=NAMED)
     if name is None:
         return None
     if not isinstance(name, str) or not CONVERSATION.fullmatch(name):
@@ -284,13 +316,20 @@ def _chat_logprobs(fields: Fields) -> int | None:
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:
-    given = fields.take("stream_options")
+    given = fields.take("stream_options", schema=STREAM_OPTIONS)
     if given is None:
         return False
     if not stream or not isinstance(given, dict):
         fields.refuse("stream_options", given, "must be an object, and needs stream=true")
-    own = Fields(given, "stream_options.")
-    found = own.flag("include_usage")
-    own.allow({"include_obfuscation": (False,)})  # random padding
-    own.finish()
+    return _read_stream_options(fields.inside("stream_options", given))
+
+
+def _read_stream_options(fields: Fields) -> bool:
+    found = fields.flag("include_usage")
+    fields.allow({"include_obfuscation": (False,)})  # random padding
+    fields.finish()
     return found
+
+
+STREAM_OPTIONS: Schema = schema_of(_read_stream_options, {})
+"""What the options of a stream may be."""
