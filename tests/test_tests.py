@@ -67,6 +67,7 @@ OF_SEVERAL = {
     "test_package",
     "test_readme",
     "test_seed_surface",
+    "test_serve_fuzz",
     "test_serve_load",
     "test_serve_turns",
     "test_side_by_side",
