@@ -54,7 +54,7 @@ LIMITS = {
 }  # fmt: skip
 CANARIES = {f"canary {i} sings of {word}": 100 + i for i, word in enumerate(("quartz", "zephyr", "oxbow", "fjord"))}
 """Prompts, and the seeds that are asked for with them."""
-CANARY_TOKENS, PART = 8, 12
+CANARY_TOKENS, PART = 8, 6
 """New tokens of a canary's text, and characters of it that no other answer may hold."""
 NAMES = ("shared", "fuzz-1", "fuzz-2", "fuzz-3")
 """Ids of conversations for requests about one: those that are drawn hit none."""
@@ -154,10 +154,20 @@ def problem_of(status: int, content: bytes, secrets: set[bytes]) -> str | None:
             return f"status {status} without an error in JSON: {content[:200]!r}"
         if not error["message"] or set(error) != {"message", "type", "param", "code"}:
             return f"an error of another form: {content[:200]!r}"
-    for text in secrets:
-        if text in content:
-            return f"holds a canary's text: {text!r}"
-    return None
+    said = content + joined(content) if content.startswith(b"data: ") else content
+    found = [text for text in secrets if text in said]
+    return f"holds a canary's text: {found[0]!r}" if found else None
+
+
+def joined(stream: bytes) -> bytes:
+    """Return the texts of a stream's answers, each as one in JSON."""
+    texts: dict[int, str] = {}
+    for line in stream.splitlines():
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:]).get("choices", []):
+                text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+                texts[choice["index"]] = texts.get(choice["index"], "") + text
+    return json.dumps([*texts.values()]).encode()
 
 
 class Canaries:
@@ -205,8 +215,7 @@ def texts_of(reply: tuple[int, bytes], *, stream: bool) -> str:
         return content.decode()
     if not stream:
         return json.loads(content)["choices"][0]["text"]
-    lines = [line[6:] for line in content.decode().splitlines() if line.startswith("data: {")]
-    return "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+    return json.loads(joined(content))[0]
 
 
 def cases(described: dict[str, Any], count: int, seed: int) -> Iterator[Case]:
@@ -306,8 +315,7 @@ def remembered(path: Path, folder: Path, count: int, clients: int, every: int) -
                 pass
             memory.append(server.memory())
         seconds, log = time.perf_counter() - since, [*server.log]
-        lively = {"max_tokens": 4, "prompt": "x"}
-        answers = client.send("POST", MANY[0], lively)[0] == 200
+        answers = client.send("POST", MANY[0], {"max_tokens": 4, "prompt": "x"})[0] == 200
     kept = memory[max(1, len(memory) // 10) :]
     steps = [every * i for i in range(len(kept))]
     slope = statistics.linear_regression(steps, kept).slope if len(kept) > 1 and all(kept) else None

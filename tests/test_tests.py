@@ -69,6 +69,7 @@ OF_SEVERAL = {
     "test_readme",
     "test_report",
     "test_seed_surface",
+    "test_serve_fuzz",
     "test_serve_load",
     "test_serve_turns",
     "test_side_by_side",

@@ -90,7 +90,7 @@ class Replies:
         said: dict[str, Any] = {"finish_reason": FINISHED[ended_by] if ended_by else None, "logprobs": logprobs}
         if task.largest_kept is not None:
             before = len(self._echo(index)) if task.echo else 0
-            doubtful = [token for token in tokens if self._abstained(token)]
+            doubtful = [token for token in tokens if self._own(token)["abstained"] and not token.of_prompt]
             said["abstained"] = [[before + token.offset, before + token.end] for token in doubtful]
         if ended_by or not task.stream:
             said["ended_by"] = ended_by
@@ -141,12 +141,8 @@ class Replies:
     def _own(self, token: Token) -> dict[str, Any]:
         """Return what only this server says of a token."""
         found = {"uncertainty": token.uncertainty, "depth": token.depth, "drafted": token.drafted}
-        return found if self._task.largest_kept is None else found | {"abstained": self._abstained(token)}
-
-    def _abstained(self, token: Token) -> bool:
-        """Return whether the model abstains from a new token."""
-        limit = self._task.largest_kept
-        return limit is not None and not token.of_prompt and token.uncertainty is not None and token.uncertainty > limit
+        limit, unsure = self._task.largest_kept, token.uncertainty  # nothing predicts the first token of a text
+        return found if limit is None else found | {"abstained": None if unsure is None else unsure > limit}
 
     def _plain(self, token: int) -> str:
         """Return a token as a text that tells it from others: the bytes of a part of a character are written out."""

@@ -1,11 +1,12 @@
-// Drives the server's page in Chromium: node page.mjs URL. Prints a line of JSON for each thing that was seen.
+// Drives the server's page in Chromium: node page.mjs URL FOLDER PLAIN. FOLDER is for screenshots, or empty. PLAIN is a
+// server whose checkpoint was not calibrated. Prints a line of JSON for each thing that was seen.
 // $LEPTON_PLAYWRIGHT is a folder whose node_modules hold playwright-core, $LEPTON_CHROMIUM the browser's program.
 import { createRequire } from "node:module";
 import { join } from "node:path";
 
 const require = createRequire(join(process.env.LEPTON_PLAYWRIGHT, "index.js"));
 const { chromium } = require("playwright-core");
-const [url, shots] = process.argv.slice(2);
+const [url, shots, plain] = process.argv.slice(2);
 const say = (name, value) => console.log(JSON.stringify([name, value]));
 
 const browser = await chromium.launch({
@@ -21,6 +22,12 @@ const text = (id) => page.locator(`#${id}`).innerText();
 const finished = () => page.waitForFunction(() => !document.getElementById("write").disabled
   && document.getElementById("stop").disabled && document.getElementById("figures").textContent.includes("seed"));
 const written = () => page.evaluate(() => document.getElementById("text").textContent);
+
+// Nothing is calibrated: two sliders are off, and say why.
+const sliders = () => page.evaluate(() => ["depth", "cost", "think", "risk"].map((id) => document.getElementById(id).disabled));
+await page.goto(plain);
+await page.waitForFunction(() => document.getElementById("model").textContent.includes("million"));
+say("not calibrated", [await sliders(), await text("risk-why"), await text("cost-why"), await text("risk-is")]);
 
 await page.goto(url);
 await page.waitForFunction(() => document.getElementById("model").textContent.includes("million"));
@@ -71,6 +78,34 @@ for (const shade of ["uncertainty", "depth", "drafted", "none"]) {
 }
 await page.selectOption("#shade", "uncertainty");
 
+// Abstention and cost, by keyboard.
+const marked = () => page.locator("#text .token").evaluateAll((all) => all.map((each) =>
+  [each.classList.contains("is-abstained"), each.getAttribute("aria-label").includes(": the model abstains"),
+    getComputedStyle(each, "::after").content]));
+const sent = [];
+page.on("request", (each) => each.method() === "POST" && each.url().endsWith("completions") && sent.push(each.postDataJSON()));
+const asked = () => { const { abstain_at, max_cost, depth, think } = sent.at(-1); return [abstain_at, max_cost, depth, think]; };
+const again = async () => { await page.fill("#prompt", "fox"); await page.click("#write"); await finished(); };
+say("calibrated", [await sliders(), await text("risk-why"), await text("cost-why")]);
+await page.focus("#risk");
+await page.keyboard.press("ArrowRight");
+say("risk", [await sliders(), await text("risk-is"), await text("fixed"), await text("cost-why")]);
+await again();
+say("abstained", [await text("abstained"), await marked(), await written(), asked()]);
+await shot("abstained");
+await page.focus("#risk");
+await page.keyboard.press("ArrowRight");
+await again();
+say("abstained from all", [await text("abstained"), (await marked()).every(([mark]) => mark), asked()]);
+await page.locator("#risk").fill("0");
+await page.focus("#cost");
+await page.keyboard.press("ArrowRight");
+say("cost", [await sliders(), await text("cost-is"), await text("fixed")]);
+await again();
+say("at a cost", [await written(), await text("abstained"), (await marked()).some(([mark]) => mark), asked()]);
+await page.locator("#cost").fill("0");
+say("off again", await sliders());
+
 // Narrow, dark, enlarged.
 await page.setViewportSize({ width: 375, height: 700 });
 say("narrow", await page.evaluate(() => document.documentElement.scrollWidth));
@@ -82,31 +117,6 @@ await page.setViewportSize({ width: 550, height: 400 }); // what 200 % leave of 
 say("enlarged", await page.evaluate(() => document.documentElement.scrollWidth));
 await page.emulateMedia({ colorScheme: "light" });
 await page.setViewportSize({ width: 1100, height: 800 });
-
-// A promise and a cost: sliders that switch what was calibrated without them off.
-const usable = () => page.evaluate(() => ["depth", "think", "cost", "risk"].filter((id) => !document.getElementById(id).disabled));
-const asked = () => page.evaluate(() => { const { abstain_at, max_cost, depth, think } = request();
-  return { abstain_at, max_cost, depth, think }; });
-say("range", await page.evaluate(() => [document.getElementById("cost").max, document.getElementById("risk").max]));
-await page.focus("#cost");
-await page.keyboard.press("ArrowRight");
-say("cost", [await text("cost-is"), await usable(), await asked()]);
-await page.focus("#risk");
-await page.keyboard.press("ArrowRight");
-say("risk", [await text("risk-is"), await usable(), await asked()]);
-await page.keyboard.press("Home");
-await page.keyboard.press("End");
-say("stricter", [await text("risk-is"), await usable(), await asked()]);
-await page.fill("#prompt", "fox");
-await page.click("#write");
-await finished();
-say("abstained", await page.evaluate(() => tokens.map((each, i) => [each.uncertainty, Boolean(each.abstained),
-  document.querySelector(`[data-i="${i}"]`).classList.contains("is-abstained"), facts(each).startsWith("the model abstains")])));
-await page.focus("#risk");
-await page.keyboard.press("Home");
-await page.focus("#cost");
-await page.keyboard.press("Home");
-say("off", [await text("risk-is"), await usable(), await asked()]);
 
 // Stop, and a mistake.
 await page.fill("#tokens", "4000");

@@ -2,10 +2,14 @@
 
 import threading
 
+import torch
+
 from lepton.data.tokenizer import Tokenizer
 from lepton.engine.engine import SequenceOutput
 from lepton.engine.options import GenerationOptions
 from lepton.engine.sequence import Sequence
+from lepton.model.budget import Budget
+from lepton.model.promise import Promise
 from lepton.ops.choose import stream_words
 from lepton.serve.answer import Answer
 from lepton.serve.worker import Worker
@@ -23,6 +27,22 @@ def small_tokenizer(size=300):
 def small_model():
     """In fp64, so that neighbours in a batch change no token."""
     return enlivened(build("complete", vocab_size=300)).eval()
+
+
+def calibrated_model():
+    """One that may abstain from about half of its tokens, or from all, and skip blocks at a cost."""
+    model = small_model()
+    of = {"confidence": 0.9, "windows": 100, "tokens": 1000}
+    unsure = model.generate_with_uncertainty([5, 6, 7], 40, seed=1).uncertainties
+    chance = torch.tensor(sorted(unsure)[20], dtype=model.dtype)
+    slope, shift = model.idea("uncertainty").calibration.tolist()
+    half = float((chance.logit() - shift) / slope)
+    model.idea("uncertainty").promises = (
+        Promise(risk=0.2, threshold=half, **of),
+        Promise(risk=0.01, threshold=None, **of),
+    )
+    model.idea("router").budgets = (Budget(max_cost=0.05, least=0.0, share=0.5, cost=0.04, error=0.01, tokens=1000),)
+    return model
 
 
 def answer_of(model, tokenizer, prompt, row=0, stops=(), uncertainty=False, logprobs=None, **options):

@@ -12,8 +12,11 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-import torch
 
+from lepton.api import Lepton
+from lepton.generate.abstention import pieces_of
+from lepton.model.budget import Budget
+from lepton.model.promise import Promise
 from tests.cli.tiny import save_tiny
 from tests.serve.test_server import Command
 
@@ -88,21 +91,30 @@ def shown(message):
     return f"You: {message['content']}\n" if message["role"] == "user" else f"{message['content']}\n\n"
 
 
+def calibrated(tmp_path):
+    """A checkpoint that may abstain from half of a text and from all of it, and skip blocks; and one that may not."""
+    model, tokenizer = save_tiny(tmp_path / "plain.pt")
+    _, unsure = model.generate_with_uncertainty(tokenizer.encode("fox"), 24, seed=5, temperature=1.0)
+    chance = sorted(unsure)[11]
+    slope, shift = model.uncertainty.calibration.tolist()
+    threshold = (math.log(chance / (1 - chance)) - shift) / slope + 1e-4
+    of = {"confidence": 0.9, "windows": 100, "tokens": 1000}
+    promises = [Promise(risk=0.2, threshold=threshold, **of), Promise(risk=0.01, threshold=None, **of)]
+    budget = Budget(max_cost=0.05, least=0.0, share=0.5, cost=0.04, error=0.01, tokens=1000)
+    records = {"promises": [each.to_dict() for each in promises], "budgets": [budget.to_dict()]}
+    save_tiny(tmp_path / "x.pt", **records)
+    return Lepton.from_checkpoint(tmp_path / "x.pt"), tokenizer
+
+
 @pytest.mark.skipif(not HAS_BROWSER, reason=f"needs node, and playwright-core and Chromium: set {' and '.join(NEEDED)}")
 def test_what_people_can_do_with_it(tmp_path):
-    path = tmp_path / "x.pt"
-    model, tokenizer = save_tiny(path)
-    unsure = torch.tensor(model.generate_with_uncertainty(tokenizer.encode("fox"), 24, temperature=0).uncertainties)
-    told = {"confidence": 0.99, "windows": 1000, "tokens": 64000, "data": "some text"}
-    half = unsure.double().median().item()
-    threshold = math.log(half / (1 - half))
-    promises = [{"risk": 0.05, "threshold": threshold, **told}, {"risk": 0.2, "threshold": None, **told}]
-    cost = {"max_cost": 0.02, "least": 0.0, "share": 0.5, "cost": 0.01, "error": 0.001, "tokens": 1000, "data": "text"}
-    save_tiny(path, promises=promises, budgets=[cost])
+    model, tokenizer = calibrated(tmp_path)
+    path, plain_path = tmp_path / "x.pt", tmp_path / "plain.pt"
     script = Path(__file__).with_name("page.mjs")
     seen = {"shade": [], "turn": [], "crystals": []}
-    with Command(path) as command:
-        words = ["node", str(script), f"http://127.0.0.1:{command.port}/", os.environ.get("LEPTON_SCREENSHOTS", "")]
+    with Command(path) as command, Command(plain_path) as plain:
+        urls = [f"http://127.0.0.1:{each.port}/" for each in (command, plain)]
+        words = ["node", str(script), urls[0], os.environ.get("LEPTON_SCREENSHOTS", ""), urls[1]]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as browser:
             for line in browser.stdout:
                 name, value = json.loads(line)
@@ -128,14 +140,7 @@ def test_what_people_can_do_with_it(tmp_path):
     strengths = [float(colour.rpartition(",")[2].rstrip(")")) for colour in shades["uncertainty"]]
     assert strengths == pytest.approx([0.45 * unsure for unsure in seen["unsure"]], abs=0.004)
     assert set(shades["none"]) == {"rgba(0, 0, 0, 0)"}
-    assert seen["range"] == ["1", "2"]
-    assert seen["cost"] == ["0.02 nats a token", ["cost", "risk"], {"max_cost": 0.02}]
-    assert seen["risk"] == ["unmarked: at most 20 % wrong", ["risk"], {"abstain_at": 0.2}]
-    assert seen["stricter"] == ["unmarked: at most 5 % wrong", ["risk"], {"abstain_at": 0.05}]
-    assert {marked for _, marked, *_ in seen["abstained"]} == {True, False}
-    for chance, *marks in seen["abstained"]:
-        assert marks == [chance > half] * 3 or chance == pytest.approx(half, abs=1e-6)
-    assert seen["off"] == ["off", ["depth", "think", "cost", "risk"], {"depth": 1, "think": 2}]
+    check_calibrated(seen, model, tokenizer)
     assert (seen["narrow"], seen["enlarged"]) == (375, 550)
     assert seen["dark"][0] != seen["dark"][1]
     assert "stopped" in seen["stopped"]
@@ -165,3 +170,40 @@ def test_what_people_can_do_with_it(tmp_path):
     assert "stopped" in seen["stopped turn"][1]
     assert seen["kept"] == 0
     assert seen["text again"] == ["", "Write on"]
+
+
+def check_calibrated(seen, model, tokenizer):
+    """The sliders of abstention and cost, and what they do."""
+    run = "Not calibrated for this checkpoint: run python -m lepton calibrate with"
+    assert seen["not calibrated"] == [
+        [False, True, False, True],
+        f"{run} --risk on it.",
+        f"{run} --max_cost on it.",
+        "off",
+    ]
+    assert seen["calibrated"] == [[False] * 4, "", ""]
+    assert seen["off again"] == [False] * 4
+    fixed = "Depth and thinking are set {}, as they were calibrated."
+    while_ = [
+        [True, True, True, False],
+        "at most 20 %",
+        fixed.format("while the model abstains"),
+        "Off while the model abstains.",
+    ]
+    assert seen["risk"] == while_
+    assert seen["cost"] == [[True, False, True, False], "0.05 nats a token", fixed.format("by the cost")]
+    ids, options = tokenizer.encode("fox"), {"seed": 5, "temperature": float(seen["temperature"])}
+    tokens, abstained, _ = model.generate(ids, 24, abstain_at=0.2, **options)
+    text, marks, written, asked = seen["abstained"]
+    assert asked == [0.2, None, None, None]
+    assert written == tokenizer.decode(tokens)
+    wanted = [doubtful for _, doubtful in pieces_of(tokenizer.stream_decoder(), tokens[len(ids) :], abstained)]
+    assert [mark for mark, _, _ in marks] == wanted
+    assert 0 < sum(wanted) < len(wanted)
+    assert all(named == mark and (after == '"?"') == mark for mark, named, after in marks)
+    assert text.startswith(f"The model abstains from {sum(wanted)} of {len(wanted)} pieces of text, marked with")
+    assert "Elsewhere at most 20 % of its best guesses are wrong" in text
+    whole = "The model abstains from this whole answer: it vouches for none of it."
+    assert seen["abstained from all"] == [whole, True, [0.01, None, None, None]]
+    costly = tokenizer.decode(model.generate(ids, 24, max_cost=0.05, **options))
+    assert seen["at a cost"] == [costly, "", False, [None, 0.05, None, None]]

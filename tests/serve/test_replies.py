@@ -1,9 +1,12 @@
 """Replies in OpenAI's form: streamed or whole, conversations, stop texts, log-probabilities, usage."""
 
+import json
+
 import pytest
 import torch
 
-from tests.serve.http import until
+from tests.serve.http import Running, until
+from tests.serve.small import calibrated_model
 from tests.serve.test_app import expected, texts
 
 HELLO = [{"role": "user", "content": "The quick"}]
@@ -151,6 +154,60 @@ def test_logprobs_of_a_conversation(server):
     assert [entry["token_id"] for each in logprobs for entry in each["content"]] == [
         entry["token_id"] for entry in content
     ]
+
+
+@pytest.fixture(scope="module")
+def careful(tokenizer):
+    with Running(calibrated_model(), tokenizer, places=4) as server:
+        yield server
+
+
+@pytest.mark.parametrize("risk", [0.2, 0.01])
+def test_abstentions_are_those_of_generate(careful, tokenizer, risk):
+    model, ids = careful.api.reader.model, tokenizer.encode("fox")
+    wanted = model.generate(ids, 20, abstain_at=risk, **LIVELY)
+    assert set(wanted.abstained) == ({True, False} if risk == 0.2 else {True})
+    fields = {"max_tokens": 20, "logprobs": 0, "abstain_at": risk} | LIVELY
+    (choice,) = careful.complete("fox", **fields)["choices"]
+    assert choice["text"] == tokenizer.decode(wanted.tokens[len(ids) :])
+    assert choice["logprobs"]["abstained"] == wanted.abstained
+    events = careful.events("/v1/completions", {"prompt": "fox"} | fields)
+    chunks = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    assert [each for chunk in chunks for each in chunk["abstained"]] == wanted.abstained
+
+
+def test_abstentions_of_a_prompt_and_of_a_conversation(careful):
+    fields = {"logprobs": 0, "abstain_at": 0.2, "max_tokens": 3} | LIVELY
+    limit = careful.api.reader.task(json.dumps({"prompt": "x"} | fields).encode(), chat=False).largest_kept
+    found = careful.complete("The quick brown fox", echo=True, **fields)["choices"][0]["logprobs"]
+    assert found["abstained"][0] is None
+    assert found["abstained"][1:] == [unsure > limit for unsure in found["uncertainty"][1:]]
+    assert set(found["abstained"][1:]) == {True, False}
+    (choice,) = careful.chat("fox", **fields | {"logprobs": True, "max_tokens": 12})["choices"]
+    entries = choice["logprobs"]["content"]
+    assert [each["abstained"] for each in entries] == [each["uncertainty"] > limit for each in entries]
+    plain = careful.chat("fox", logprobs=True, **LIVELY)["choices"][0]["logprobs"]["content"]
+    assert "abstained" not in plain[0]
+    assert "abstained" not in careful.complete("fox", logprobs=0)["choices"][0]["logprobs"]
+
+
+def test_a_cost_is_kept_to_as_by_generate(careful, tokenizer):
+    model, ids = careful.api.reader.model, tokenizer.encode("fox")
+    wanted = model.generate(ids, 30, max_cost=0.05, **LIVELY)
+    assert texts(careful.complete("fox", max_tokens=30, max_cost=0.05, **LIVELY)) == [
+        tokenizer.decode(wanted[len(ids) :])
+    ]
+    found = careful.complete("fox", max_tokens=30, max_cost=0.05, logprobs=0, **LIVELY)["choices"][0]["logprobs"]
+    assert set(found["depth"]) == {model.config.stem_layers, model.config.layers}
+    said = careful.chat("fox", conversation="cheap", max_cost=0.05, **LIVELY), careful.chat("x", conversation="cheap")
+    assert all(each["choices"][0]["ended_by"] for each in said)
+
+
+def test_the_model_says_what_was_calibrated(careful, server):
+    (model,) = careful.get("/v1/models")[1]["data"]
+    assert (model["risks"], model["costs"]) == ([0.01, 0.2], [0.05])
+    (model,) = server.get("/v1/models")[1]["data"]
+    assert (model["risks"], model["costs"]) == ([], [])
 
 
 def test_single_tokens_stay_out_where_nobody_asked(server):

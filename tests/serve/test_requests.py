@@ -1,8 +1,10 @@
 """A request's JSON becomes prompts and options, or a refusal that names the field."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from lepton.data.chat import ChatTemplate, Message
 from lepton.data.tokenizer import load_tokenizer
@@ -10,7 +12,9 @@ from lepton.engine.options import GenerationOptions
 from lepton.serve.dialogue import read_messages
 from lepton.serve.limits import Limits, Refusal
 from lepton.serve.requests import CHAT_TOKENS, NEW_TOKENS, Reader
+from lepton.values import Least
 from tests.generate.models import lively
+from tests.serve.small import calibrated_model
 
 LIMITS = Limits(max_prompt=50, max_tokens=600, max_choices=6, max_request=1500, max_think=4)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -109,6 +113,12 @@ def test_fields_that_ask_for_nothing_are_accepted(reader):
         ({"prompt": "a", "seed": 0.5}, "seed"),
         ({"prompt": "a", "depth": 2}, "depth"),
         ({"prompt": "a", "think": 5}, "think"),
+        ({"prompt": "a", "max_cost": 0.1}, "max_cost"),
+        ({"prompt": "a", "max_cost": 0}, "max_cost"),
+        ({"prompt": "a", "max_cost": "0.1"}, "max_cost"),
+        ({"prompt": "a", "logprobs": 0, "abstain_at": 0.1}, "abstain_at"),
+        ({"prompt": "a", "logprobs": 0, "abstain_at": 1}, "abstain_at"),
+        ({"prompt": "a", "logprobs": 0, "abstain_at": True}, "abstain_at"),
         ({"prompt": "a", "n": 0}, "n"),
         ({"prompt": "a", "n": 7}, "n"),
         ({"prompt": ["a"] * 4, "n": 2}, "n"),
@@ -167,9 +177,47 @@ def test_the_wrong_model_is_not_found(reader):
         assert (refused.value.status, refused.value.code) == (404, "model_not_found")
 
 
+@pytest.fixture(scope="module")
+def calibrated(tokenizer):
+    return Reader(calibrated_model(), tokenizer, "lepton", LIMITS)
+
+
+def test_a_risk_and_a_cost_that_were_calibrated_are_taken(calibrated):
+    assert (calibrated.risks, calibrated.costs) == ([0.01, 0.2], [0.05])
+    found = task(calibrated, prompt="a", logprobs=0, abstain_at=0.2)
+    head = calibrated.model.idea("uncertainty")
+    assert found.largest_kept == float(head.chance(torch.tensor(head.promises[0].threshold, dtype=torch.float64)))
+    assert task(calibrated, prompt="a", logprobs=0, abstain_at=0.01).largest_kept == -math.inf
+    assert task(calibrated, prompt="a", logprobs=0).largest_kept is None
+    found = task(calibrated, messages=HELLO, max_cost=0.05)
+    assert (found.options.depth, found.options.max_cost) == (Least(0.0), None)
+    properties = calibrated.schema(chat=False)["properties"]
+    assert properties["abstain_at"] == {"enum": [0.01, 0.2, None]}
+    assert properties["max_cost"] == {"enum": [0.05, None]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"abstain_at": 0.1, "logprobs": 0}, r"abstain_at=0.1 was not calibrated .*\(risks that were: 0.01, 0.2\)"),
+        ({"abstain_at": 0.2, "logprobs": 0, "depth": 0.5}, "abstain_at=0.2 with depth=0.5: it was calibrated at full"),
+        ({"abstain_at": 0.2, "logprobs": 0, "think": 1}, "abstain_at=0.2 with think=1"),
+        ({"abstain_at": 0.2, "logprobs": 0, "max_cost": 0.05}, "abstain_at=0.2 with max_cost=0.05"),
+        ({"max_cost": 0.1}, r"max_cost=0.1 was not calibrated .*\(costs that were: 0.05\)"),
+        ({"max_cost": 0.05, "depth": 0.5}, "max_cost=0.05 with depth=0.5: each says which tokens skip"),
+        ({"max_cost": 0.05, "think": 1}, "max_cost=0.05 with think=1"),
+    ],
+)
+def test_a_risk_and_a_cost_that_cannot_be_kept_are_refused(calibrated, fields, message):
+    with pytest.raises(Refusal, match=message) as refused:
+        task(calibrated, prompt="a", **fields)
+    assert refused.value.param == next(iter(fields))
+
+
 def test_a_model_without_ideas_refuses_what_needs_them(tokenizer):
     reader = Reader(lively("dense"), tokenizer, "lepton", LIMITS)
-    for fields in ({"depth": 0.5}, {"think": 2}):
+    assert (reader.risks, reader.costs) == ([], [])
+    for fields in ({"depth": 0.5}, {"think": 2}, {"max_cost": 0.1}, {"abstain_at": 0.1, "logprobs": 1}):
         with pytest.raises(Refusal) as refused:
             task(reader, prompt=[3], **fields)
         assert refused.value.param == next(iter(fields))
