@@ -404,7 +404,7 @@ def main(words: list[str] | None = None) -> int:
             wanted = canary_texts(Lepton.from_checkpoint(folder / "model.pt"))
             with started(folder / "model.pt", folder) as server:
                 found = fuzz(server.port, wanted, args.requests, args.clients, args.seed)
-            figures["fuzz"] = found | {"log": server.log}
+                figures["fuzz"] = found | {"log": [*server.log]}  # "stopped" comes later
         if "memory" in args.loads:
             figures["memory"] = remembered(folder / "model.pt", folder, args.requests, args.clients, args.every)
     print(json.dumps(figures))

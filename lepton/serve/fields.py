@@ -79,8 +79,7 @@ class Fields:
         `known` are the numbers that the caller takes, if they are not all: it refuses the others.
         """
         bounds = {"exclusiveMinimum" if above else "minimum": low} | ({"maximum": high} if high < FINITE else {})
-        schema: Schema = {"type": "number"} | bounds if known is None else {"enum": [*known]}
-        value = self.take(name, schema=schema)
+        value = self.take(name, schema={"type": "number"} | bounds if known is None else {"enum": list(known)})
         if value is None:
             return default
         number = isinstance(value, int | float) and not isinstance(value, bool)
