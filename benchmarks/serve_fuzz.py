@@ -91,7 +91,11 @@ class Client:
         self.port, self.key, self.secrets = port, KEYS[key], secrets or set()
         self.statuses: Counter[int] = Counter()
         self.wrong: list[str] = []
-        self._local = threading.local()
+        self._local, self._lock = threading.local(), threading.Lock()
+
+    def _count(self, status: int) -> None:
+        with self._lock:
+            self.statuses[status] += 1
 
     def send(self, method: str, path: str, body: Any = None, *, raw: bytes | None = None) -> tuple[int, bytes]:
         """Return the status and the body of a reply; `body` is sent as JSON."""
@@ -106,7 +110,7 @@ class Client:
             content = reply.read()
         finally:
             connection.close()
-        self.statuses[reply.status] += 1
+        self._count(reply.status)
         return reply.status, content
 
     def leave(self, body: dict[str, Any]) -> None:
@@ -116,7 +120,7 @@ class Client:
         connection.request("POST", MANY[0], json.dumps(body | {"stream": True}), headers)
         reply = connection.getresponse()
         reply.read(64)
-        self.statuses[reply.status] += 1
+        self._count(reply.status)
         reply.close()
         connection.close()
 
@@ -130,12 +134,12 @@ class Client:
         try:
             reply = self._local.session.request(**given, timeout=120)
         except (requests.exceptions.InvalidHeader, UnicodeError):  # what the client cannot send
-            self.statuses[0] += 1
+            self._count(0)
             return
         except requests.RequestException as error:
             self.wrong.append(f"{name}: no reply ({error!r})")
             return
-        self.statuses[reply.status_code] += 1
+        self._count(reply.status_code)
         problem = problem_of(reply.status_code, reply.content, self.secrets)
         if problem:
             self.wrong.append(f"{name} {str(case.body)[:200]}: {problem}")
@@ -145,7 +149,7 @@ def problem_of(status: int, content: bytes, secrets: set[bytes]) -> str | None:
     """Return what is wrong with a reply to a request of any kind; None: nothing."""
     if status >= 500:
         return f"status {status}: {content[:200]!r}"
-    if b"Traceback" in content:
+    if b"Traceback (most recent call last)" in content:  # the first word alone is a token of the tokenizer
         return f"a traceback: {content[:200]!r}"
     if status >= 400:
         try:
@@ -222,10 +226,11 @@ def cases(described: dict[str, Any], count: int, seed: int) -> Iterator[Case]:
     """Yield `count` requests that Schemathesis makes of a description: most are about generation, half are broken."""
     operations = [each.ok() for each in schemathesis.openapi.from_dict(described).get_all_operations()]
     choose, made = random.Random(seed), 0
+    most, few = min(40, 1 + count // 10), min(5, 1 + count // 50)  # of an operation, in a row
     while made < count:
         for operation in operations:
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-                found = drawn(operation, mode, 40 if operation.path in MANY else 5, seed + made)
+                found = drawn(operation, mode, most if operation.path in MANY else few, seed + made)
                 for case in found[: count - made]:
                     if case.path_parameters and "id" in case.path_parameters and choose.random() < 0.7:
                         case.path_parameters["id"] = choose.choice(NAMES)
@@ -260,38 +265,39 @@ def secrets_of(wanted: dict[str, str]) -> set[bytes]:
     return {json.dumps(each)[1:-1].encode() for each in found}
 
 
-def fuzz(path: Path, folder: Path, count: int, clients: int, seed: int) -> dict[str, Any]:
-    """Send `count` requests that Schemathesis makes; return what was seen."""
-    model = Lepton.from_checkpoint(path)
-    wanted = {each: model.generate(each, CANARY_TOKENS, seed=seed)[len(each) :] for each, seed in CANARIES.items()}
-    assert all(len(text) >= PART for text in wanted.values()), "a canary's text is too short to be known again"
-    with started(path, folder) as server:
-        client, own = Client(server.port, "fuzz", secrets_of(wanted)), Client(server.port, "canary")
-        canaries = Canaries(own, wanted)
-        described = json.loads(client.send("GET", "/openapi.json")[1])
-        singing = threading.Thread(target=canaries.run)
-        since = time.perf_counter()
-        singing.start()
+def canary_texts(model: Lepton) -> dict[str, str]:
+    """Return what the model must give to each canary."""
+    found = {each: model.generate(each, CANARY_TOKENS, seed=seed)[len(each) :] for each, seed in CANARIES.items()}
+    assert all(len(text) >= PART for text in found.values()), "a canary's text is too short to be known again"
+    return found
+
+
+def fuzz(port: int, wanted: dict[str, str], count: int, clients: int, seed: int) -> dict[str, Any]:
+    """Send `count` requests that Schemathesis makes to the server at `port`; return what was seen."""
+    client, own = Client(port, "fuzz", secrets_of(wanted)), Client(port, "canary")
+    canaries = Canaries(own, wanted)
+    described = json.loads(client.send("GET", "/openapi.json")[1])
+    singing = threading.Thread(target=canaries.run)
+    room = threading.Semaphore(4 * clients)  # so that few wait in memory
+
+    def send(case: Case) -> None:
         try:
-            with ThreadPoolExecutor(clients) as pool:
-                room = threading.Semaphore(4 * clients)  # so that few wait in memory
-
-                def send(case: Case) -> None:
-                    try:
-                        client.send_case(case)
-                    finally:
-                        room.release()
-
-                for case in cases(described, count, seed):
-                    room.acquire()
-                    pool.submit(send, case)
+            client.send_case(case)
         finally:
-            canaries.stop.set()
-            singing.join()
-        seconds = time.perf_counter() - since
-        canaries.check()
-        health = json.loads(client.send("GET", "/health")[1])
-        log = [*server.log]
+            room.release()
+
+    since = time.perf_counter()
+    singing.start()
+    try:
+        with ThreadPoolExecutor(clients) as pool:
+            for case in cases(described, count, seed):
+                room.acquire()
+                pool.submit(send, case)
+    finally:
+        canaries.stop.set()
+        singing.join()
+    seconds = time.perf_counter() - since
+    canaries.check()
     return {
         "requests": count,
         "clients": clients,
@@ -299,9 +305,18 @@ def fuzz(path: Path, folder: Path, count: int, clients: int, seed: int) -> dict[
         "statuses": {str(status): number for status, number in sorted(client.statuses.items())},
         "canaries": canaries.asked,
         "wrong": [*client.wrong, *canaries.wrong],
-        "log": log,
-        "afterwards": health,
+        "afterwards": quiet(client),
     }
+
+
+def quiet(client: Client) -> dict[str, Any]:
+    """Return what the server says of itself once nothing runs or waits, or after ten seconds."""
+    for _ in range(100):
+        found = json.loads(client.send("GET", "/health")[1])
+        if not found["running"] + found["waiting"]:
+            break
+        time.sleep(0.1)
+    return found
 
 
 def remembered(path: Path, folder: Path, count: int, clients: int, every: int) -> dict[str, Any]:
@@ -311,8 +326,7 @@ def remembered(path: Path, folder: Path, count: int, clients: int, every: int) -
         memory = []
         since = time.perf_counter()
         for first in range(0, count, every):
-            for _ in pool.map(lambda i: mixed(client, i), range(first, min(first + every, count))):
-                pass
+            [*pool.map(lambda i: mixed(client, i), range(first, min(first + every, count)))]
             memory.append(server.memory())
         seconds, log = time.perf_counter() - since, [*server.log]
         answers = client.send("POST", MANY[0], {"max_tokens": 4, "prompt": "x"})[0] == 200
@@ -387,7 +401,10 @@ def main(words: list[str] | None = None) -> int:
         folder = Path(name)
         model_file(folder / "model.pt", args.checkpoint)
         if "fuzz" in args.loads:
-            figures["fuzz"] = fuzz(folder / "model.pt", folder, args.requests, args.clients, args.seed)
+            wanted = canary_texts(Lepton.from_checkpoint(folder / "model.pt"))
+            with started(folder / "model.pt", folder) as server:
+                found = fuzz(server.port, wanted, args.requests, args.clients, args.seed)
+                figures["fuzz"] = found | {"log": [*server.log]}  # "stopped" comes later
         if "memory" in args.loads:
             figures["memory"] = remembered(folder / "model.pt", folder, args.requests, args.clients, args.every)
     print(json.dumps(figures))

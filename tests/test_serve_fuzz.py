@@ -2,9 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,41 +13,52 @@ pytest.importorskip("uvicorn", reason="needs the extra: pip install 'lepton-lm[s
 
 from benchmarks import serve_fuzz
 from benchmarks.serve_fuzz import MANY, Canaries, Client, mixed, problem_of
+from lepton.serve.limits import Limits
 from tests.serve.http import Running
 from tests.serve.small import small_model, small_tokenizer
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_hundreds_of_requests_from_the_description(tmp_path):
-    """Beside canaries; then the load in which the server's memory is read. In a process of its own, as for people."""
+def test_memory_is_read_under_a_load(tmp_path, capsys):
     save_tiny(tmp_path / "x.pt")
-    words = ["--checkpoint", str(tmp_path / "x.pt"), "--requests", "200", "--every", "50"]
-    command = [sys.executable, "-m", "benchmarks.serve_fuzz", *words, "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert json.loads(done.stdout.splitlines()[-1]) == found
-    fuzz, memory = found["fuzz"], found["memory"]
-    assert (fuzz["wrong"], fuzz["log"], memory["wrong"], memory["log"]) == ([], [], [], [])
-    assert fuzz["afterwards"] == {"status": "ok", "model": "lepton", "running": 0, "waiting": 0}
-    assert sum(fuzz["statuses"].values()) == 200 + 2  # the description, and what is asked afterwards
-    assert min(fuzz["statuses"]["200"], fuzz["statuses"]["400"]) > 40
-    assert fuzz["canaries"] >= 12
-    assert len(memory["memory"]) == 4
-    assert memory["memory"][-1] == memory["last"] > 0
+    words = ["--checkpoint", str(tmp_path / "x.pt"), "--loads", "memory", "--requests", "60", "--every", "20"]
+    assert serve_fuzz.main(words) == 0
+    memory = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]
+    assert (memory["wrong"], memory["log"]) == ([], [])
+    assert len(memory["memory"]) == 3
+    assert memory["memory"][1:] == [memory["after_warm_up"], memory["last"]]
+    assert memory["bytes_a_request"] == pytest.approx((memory["last"] - memory["after_warm_up"]) / 20, abs=0.1)
 
 
 @pytest.fixture(scope="module")
 def keyed():
-    with Running(small_model(), small_tokenizer(), keys=[*serve_fuzz.KEYS.values()]) as server:
+    model, tokenizer = small_model(), small_tokenizer()
+    model._tokenizer_json = tokenizer.to_json()
+    limits = Limits(max_tokens=8, max_prompt=128, max_choices=3, max_request=256, max_think=2)
+    with Running(model, tokenizer, limits=limits, keys=[*serve_fuzz.KEYS.values()], places=8) as server:
         yield server
+
+
+def test_requests_from_the_description(keyed, caplog):
+    """Half of them as it says, half of them broken, beside canaries."""
+    described = json.loads(Client(keyed.port, "fuzz").send("GET", "/openapi.json")[1])
+    made = [*serve_fuzz.cases(described, 30, 0)]  # what the library imports by and by is there before threads run
+    assert {case.operation.path for case in made} >= {*MANY, "/v1/models", "/health"}
+    with caplog.at_level(logging.WARNING):
+        fuzz = serve_fuzz.fuzz(keyed.port, serve_fuzz.canary_texts(keyed.api.reader.model), 120, 4, 1)
+    assert fuzz["wrong"] == []
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert fuzz["afterwards"] == {"status": "ok", "model": "lepton", "running": 0, "waiting": 0}
+    assert sum(fuzz["statuses"].values()) == 120 + 1  # and the description
+    assert min(fuzz["statuses"]["200"], fuzz["statuses"]["400"]) > 20
+    assert fuzz["canaries"] >= 12
+    assert keyed.api.calls.worker.failures == 0
 
 
 @pytest.mark.parametrize(
     ("status", "content", "wrong"),
     [
         (200, b"fine", None),
+        (200, b"the model may write Traceback", None),
         (400, b'{"error": {"message": "m", "type": "t", "param": null, "code": null}}', None),
         (500, b"{}", "status 500"),
         (200, b"Traceback (most recent call last)", "a traceback"),
