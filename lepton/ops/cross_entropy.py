@@ -7,6 +7,7 @@ chunk's two matrix products. `naive_linear_cross_entropy` is the slow reference.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,6 +28,8 @@ ENTRIES_GPU = 1 << 28
 """Logits per chunk on a GPU: 1 GiB in fp32, so that launch costs are negligible."""
 MULTIPLE_GPU = 128
 """Positions per chunk on a GPU are a multiple of this, the tile size of matrix products."""
+LEAST_EXPONENT = 87
+"""``exp(-87)`` is about the smallest number of fp32 with all its digits."""
 Z_WEIGHT = 1e-4
 
 Chunk: TypeAlias = Callable[
@@ -98,7 +101,9 @@ def plain_chunk(
     valid_O = (target_O != IGNORE).to(precise)
     label_O1 = target_O.clamp(min=0)[:, None]
     share_O1 = (4 * valid_O / count)[:, None]  # with the 4 of the derivative below
-    at_once = max(1, ENTRIES_CPU // raw_OV.shape[1]) if raw_OV.device.type == "cpu" else len(raw_OV)
+    on_cpu = raw_OV.device.type == "cpu"
+    at_once = max(1, ENTRIES_CPU // raw_OV.shape[1]) if on_cpu else len(raw_OV)
+    by_label = on_cpu and 2 * cap + math.log(vocab_size) < LEAST_EXPONENT
     log_sums, lead = [], []
     parts = (each.split(at_once) for each in (raw_OV, label_O1, share_O1))
     for some, label, share in zip(*parts, strict=True):
@@ -109,9 +114,15 @@ def plain_chunk(
         capped = w * (-2 * cap)  # the logits minus cap: softmax ignores the constant, `log_sum + cap` adds it again
         capped[:, vocab_size:] = float("-inf")
         p = capped.softmax(-1)
-        log_sum = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        # The log-normaliser is that of any entry whose probability fits: of the target's, which costs nothing to find,
+        # or where that could be 0, of the largest.
+        at_label = capped.gather(1, label)
+        if by_label:
+            log_sum = at_label - p.gather(1, label).log()
+        else:
+            log_sum = capped.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
         log_sums.append(log_sum)
-        lead.append(capped.gather(1, label))
+        lead.append(at_label)
         if grads:
             grad = p.mul_((1 + 2 * z_weight * (log_sum + cap)) * share)
             grad.scatter_add_(1, label, -share)
@@ -162,6 +173,8 @@ def _in_chunks(
             dx[rows] = raw_OV @ matrix_VE
         if weight_grads and accumulates:
             _accumulate(dweight, raw_OV.T, x_OE, fresh=first == 0)
+        elif weight_grads and x_OE.device.type == "cpu" and x_OE.dtype == precise:
+            dweight.addmm_(raw_OV.T, x_OE)  # without storing the product
         elif weight_grads:
             dweight += raw_OV.T @ x_OE
         del raw_OV  # before the next chunk's logits are made

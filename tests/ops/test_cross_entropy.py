@@ -1,5 +1,7 @@
 """The chunked cross-entropy against the naive form, in value and gradients."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,6 +51,18 @@ def test_the_extremes_of_the_cap_stay_finite_in_fp32():
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("cap", [15.0, 30.0, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_least_likely_target_has_its_whole_loss(cap, dtype):
+    x, weight = torch.ones(2, 1, dtype=dtype), torch.full((128, 1), 1e4, dtype=dtype)
+    weight[3] = -1e4
+    x.requires_grad_(), weight.requires_grad_()
+    loss, ce, *_ = linear_cross_entropy(x, weight, torch.tensor([3, 3]), vocab_size=97, cap=cap, z_weight=0.0)
+    loss.backward()
+    assert ce.item() == pytest.approx(2 * cap + math.log(96), rel=1e-6)
+    assert weight.grad.isfinite().all()
 
 
 def test_a_frozen_weight_costs_no_gradient():
