@@ -174,7 +174,7 @@ def _in_chunks(
         if weight_grads and accumulates:
             _accumulate(dweight, raw_OV.T, x_OE, fresh=first == 0)
         elif weight_grads and x_OE.device.type == "cpu" and x_OE.dtype == precise:
-            dweight.addmm_(raw_OV.T, x_OE)  # without storing the product
+            torch.addmm(dweight, raw_OV.T, x_OE, out=dweight)  # without storing the product
         elif weight_grads:
             dweight += raw_OV.T @ x_OE
         del raw_OV  # before the next chunk's logits are made
