@@ -39,7 +39,7 @@ class Refusal(Exception):
     """A request that is not served; over HTTP an error in OpenAI's form."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
-        """`message` names the value and the mend; `param` is the field of the request that is wrong."""
+        """`message` names the value and says what to do; `param` is the field of the request that is wrong."""
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
 

@@ -132,7 +132,7 @@ def description(routes: Iterable[Any], reader: Reader, *, with_keys: bool) -> di
             "schemas": {"Error": ERROR},
             "responses": {
                 "Refused": {
-                    "description": "A request that is not served: an error that names the value and the mend.",
+                    "description": "A request that is not served: an error that names the value and says what to do.",
                     "content": {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}},
                 }
             },

@@ -1,4 +1,4 @@
-"""A request: its JSON becomes prompts and options, or a refusal that names the field and the mend."""
+"""A request: its JSON becomes prompts and options, or a refusal that names the field and says what to do."""
 
 import re
 import secrets

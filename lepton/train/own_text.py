@@ -6,6 +6,7 @@ learns better from text of the models than from given text: DistillSpec, Zhou et
 as it is, so predictions and losses of the model do too, bit for bit.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -101,8 +102,8 @@ def learn(
             optimizers.step(lr_scale(step, max_steps=how.steps, warmup_steps=10, cooldown=1.0, min_lr_ratio=0.0), 1.0)
             if step % 20 == 0 or step == how.steps - 1:
                 nats = loss.item()
-                if nats != nats:
-                    raise InputError(f"the loss of step {step} is not a number: the checkpoint's weights have diverged")
+                if not math.isfinite(nats):
+                    raise InputError(f"the loss of step {step} is {nats}: the checkpoint's weights have diverged")
                 say(step + 1, how.steps, nats)
     finally:
         for parameter in model.parameters():
