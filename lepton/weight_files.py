@@ -71,9 +71,9 @@ def write(
         weights: by name.
         about: plain values that stand in every file.
         tokenizer: its JSON, which stands in the first one; None: there is none.
-        most: bytes of tensors in a file; a larger tensor has a file of its own. None: all are in one.
+        most: bytes of tensors and tokenizer in a file; a larger tensor has a file of its own. None: all are in one.
     """
-    parts, paths = list(_parts(weights, most)), [path]
+    parts, paths = list(_parts(weights, most, len(json.dumps(tokenizer or "")))), [path]
     if len(parts) > 1:
         about = {**about, "all_parts": tensors.digest({name: each.cpu() for name, each in weights.items()}, {})}
         paths = [path.with_name(f"{path.stem}-{i:05}-of-{len(parts):05}{SUFFIX}") for i in range(1, len(parts) + 1)]
@@ -113,12 +113,11 @@ def read(path: Path) -> dict[str, Any]:
         return {**(about if isinstance(about, dict) else {}), "model": from_int8(weights), "tokenizer": tokenizer}
 
 
-def _parts(weights: Mapping[str, Tensor], most: int | None) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights in parts of at most `most` bytes, in their order."""
+def _parts(weights: Mapping[str, Tensor], most: int | None, size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the weights in parts of at most `most` bytes, in their order; `size` bytes of the first one are taken."""
     part: dict[str, Tensor] = {}
-    size = 0
     for name, value in weights.items():
-        if part and most is not None and size + value.nbytes > most:
+        if most is not None and size + value.nbytes > most and (part or value.nbytes <= most):
             yield part
             part, size = {}, 0
         part[name] = value

@@ -20,8 +20,8 @@ def weights():
     }
 
 
-def save(path, most=None, step=1, **changes):
-    payload = {"model": weights() | changes, "config": {"width": 3}, "step": step, "tokenizer": '{"a": 1}'}
+def save(path, most=None, step=1, tokenizer='{"a": 1}', **changes):
+    payload = {"model": weights() | changes, "config": {"width": 3}, "step": step, "tokenizer": tokenizer}
     return checkpoint.save_weights(path, payload, most)
 
 
@@ -71,6 +71,13 @@ def test_several_files_are_one_set_of_weights(tmp_path):
         assert (content["step"], content["config"], content["tokenizer"]) == (1, {"width": 3}, '{"a": 1}')
         assert all(torch.equal(value, content["model"][name]) for name, value in weights().items())
     assert list(tensors.read(files[0], "checkpoint")[0]) == ["a"], "a larger tensor has a file of its own"
+
+
+def test_the_tokenizer_counts_where_it_stands(tmp_path):
+    """Quotes in it take two bytes each."""
+    files = save(tmp_path / "m.safetensors", most=2000, tokenizer='"' * 500)
+    assert [sorted(tensors.read(file, "checkpoint")[0]) for file in files] == [[], ["a", "b", "c", "ids"]]
+    assert len(save(tmp_path / "n.safetensors", most=2000)) == 1
 
 
 def test_few_bytes_are_one_file(tmp_path):

@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "%(default)s)",
     )
     parser.add_argument(
-        "--max_file_mb", type=int, metavar="N", help="write several files of at most N MiB of weights (default: one)"
+        "--max_file_mb",
+        type=int,
+        metavar="N",
+        help="write several files of at most N MiB of weights and tokenizer (default: one)",
     )
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     add_json(parser)
