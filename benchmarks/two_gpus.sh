@@ -35,7 +35,7 @@ generate() {
   shift 3
   CUDA_VISIBLE_DEVICES=$gpu timeout 280 "$PYTHON" -m benchmarks.generate_speed "${data[@]}" \
     --checkpoint "$OUT/$model.pt" --json "$file.json" --cases "$@" > "$file.txt" 2>&1
-  grep -hE "^(case|tiny)/? " "$file.txt"
+  grep -hE "^(case|tiny/[^ ]+) " "$file.txt"
 }
 
 for part in "$@"; do

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ideas import Run, read_arguments, values_of
+from benchmarks.ideas import Run, alone, read_arguments, values_of
 from benchmarks.training import nats_of
 from lepton.api import Lepton
 from lepton.config import LeptonConfig
@@ -202,7 +202,10 @@ def trained(arguments: argparse.Namespace, kind: type[Run] = Run) -> Lepton:
     """Train a model as `benchmarks.ideas` does; return it in eval mode, without what training needed."""
     run = kind(arguments)
     run.prepare()
-    run.train()
+    with alone(arguments.lock):
+        run.train()
+    if arguments.save and kind is Run:
+        run.save(arguments.save)
     model = run.model.eval()
     model.zero_grad(set_to_none=True)
     del run
@@ -285,7 +288,7 @@ def main(words: Sequence[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"task": "Depth", **vars(chosen), "options": vars(arguments), "tables": tables, "dense": dense,
                       "params": model.num_params(), "seconds": round(time.perf_counter() - begun, 1),
-                      "torch": torch.__version__, "device": device}), flush=True)  # fmt: skip
+                      "torch": torch.__version__, "device": device}, default=str), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
