@@ -1,9 +1,10 @@
 """Path-star: from a start some arms of equal length lead away; which first step leads to the goal?
 
 A row lists the edges of the graph G(arms, length) in random order, then start and goal, and asks for the path. The ids
-of the nodes are fresh in each row. The first step must be planned: a guess is right once in `arms` times. Later steps
-follow from the step before, so answers are free-running: after a wrong step the rest is wrong (Bachmann and Nagarajan
-2024). A level is a step: the last one is the share of whole paths.
+of the nodes are fresh in each row. Training begins with arms of one step, unless told otherwise, since a choice among
+arms can then be learnt before a long way back from the goal. The first step must be planned: a guess is right once in
+`arms` times. Later steps follow from the step before, so answers are free-running: after a wrong step the rest is wrong
+(Bachmann and Nagarajan 2024). A level is a step: the last one is the share of whole paths.
 
     python -m benchmarks.proving_ground.path_star --models reversed
 """
@@ -34,6 +35,8 @@ class PathStar(Task):
     """From which a row takes its nodes."""
     reversed: bool = False
     """Whether the path is asked for from the goal back, which needs no plan: each step is one look at the edges."""
+    whole_arms: bool = False
+    """Whether training has arms of the full length from the start."""
     first_only: bool = False
     """Whether only the first step is asked for, so that no step can be copied from the one before."""
 
@@ -67,7 +70,8 @@ class PathStar(Task):
         return -(-(3 * self.arms * (self.length - 1) + 3) // SEGMENT) * SEGMENT
 
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
-        edges, steps = self.arms * (self.length - 1), self.length - 1
+        steps = self.length - 1 if test else self.steps_in_training(generator, share)
+        edges = self.arms * steps
         nodes_BN = different(generator, rows, 1 + edges, self.ids) + EOS + 1
         start_B, arms_BAS = nodes_BN[:, 0], nodes_BN[:, 1:].view(rows, self.arms, steps)
         from_BAS = torch.cat([start_B[:, None, None].expand(-1, self.arms, 1), arms_BAS[..., :-1]], 2)
@@ -81,10 +85,23 @@ class PathStar(Task):
         padding_BX = torch.full((rows, self.place - 3 - listed_BX.shape[1]), mark + 2)
         answer_BS = path_BS.flip(1) if self.reversed else path_BS
         answer_BS = answer_BS[:, :1] if self.first_only else answer_BS
-        tokens_BX = torch.cat([padding_BX, listed_BX, asked_BX, answer_BS], 1)
+        missing = 0 if self.first_only else self.length - 1 - steps
+        after_BX = torch.full((rows, missing), mark + 2)
+        tokens_BX = torch.cat([padding_BX, listed_BX, asked_BX, answer_BS, after_BX], 1)
         level_BT = torch.zeros(rows, tokens_BX.shape[1] - 1, dtype=torch.int64)
-        level_BT[:, self.place :] = 1 + torch.arange(answer_BS.shape[1])
+        level_BT[:, self.place : self.place + answer_BS.shape[1]] = 1 + torch.arange(answer_BS.shape[1])
         return Questions(tokens_BX, torch.full((rows,), tokens_BX.shape[1]), level_BT > 0, level_BT)
+
+    def steps_in_training(self, generator: torch.Generator, share: float) -> int:
+        """Return the edges of an arm in a batch: one at first, one more in each part of the first half of training.
+
+        Half of the batches have as many as there are by then, the others fewer or as many.
+        """
+        if self.whole_arms:
+            return self.length - 1
+        most = min(self.length - 1, 1 + int(2 * share * (self.length - 1)))
+        longest, fewer = torch.rand(2, generator=generator).tolist()
+        return most if longest < 0.5 else 1 + int(fewer * most)
 
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
         """The arm whose first edge is listed first, to its end; and the one whose first edge is listed last."""

@@ -1,5 +1,7 @@
 """Path-star: every path by a search of the graph."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,8 +10,11 @@ from benchmarks.proving_ground.task import rules
 from tests.proving_ground.smoke import smoke
 
 
-def by_hand(task, row):
-    """Return the path from the start to the goal that a row's edges allow, after a check that there is one star."""
+def by_hand(task, row, steps):
+    """Return the path from the start to the goal that a row's edges allow, after a check that there is one star.
+
+    Its arms have so many steps.
+    """
     words = [token for token in row[: task.place] if token != task.between + 3]
     *listed, mark, start, goal = words
     assert mark == task.between + 1
@@ -20,7 +25,7 @@ def by_hand(task, row):
         edges.setdefault(listed[i], []).append(listed[i + 1])
     assert len(edges.pop(start)) == task.arms
     heads = {target: source for i in range(0, len(listed), 3) for source, target in [listed[i : i + 2]]}
-    assert len(heads) == task.arms * (task.length - 1)
+    assert len(heads) == task.arms * steps
     assert goal not in edges
     path = [goal]
     while heads[path[-1]] != start:
@@ -39,14 +44,37 @@ def by_hand(task, row):
     ],
 )
 def test_paths_by_hand(task):
-    questions = task.training(3, 10, 50)
-    for row, level in zip(questions.tokens.tolist(), questions.level.tolist(), strict=True):
-        path = by_hand(task, row)
-        assert len(path) == task.length - 1
+    steps = task.length - 1
+    for questions in (task.held_out(3, 20), dataclasses.replace(task, whole_arms=True).training(3, 10, 50)):
+        for row, level in zip(questions.tokens.tolist(), questions.level.tolist(), strict=True):
+            path = by_hand(task, row, steps)
+            assert len(path) == steps
+            expected = path[::-1] if task.reversed else path
+            expected = expected[:1] if task.first_only else expected
+            assert row[task.place + 1 :] == expected
+            assert level == [0] * task.place + [*range(1, 1 + len(expected))]
+
+
+@pytest.mark.parametrize("task", [PathStar(), PathStar(first_only=True), PathStar(reversed=True)])
+def test_training_begins_with_short_arms(task):
+    seen = []
+    generator = torch.Generator().manual_seed(0)
+    for share in torch.linspace(0, 1, 81).tolist():
+        questions = task.draw(generator, 2, share, test=False)
+        row, level = questions.tokens[0].tolist(), questions.level[0].tolist()
+        steps = (len([word for word in row[: task.place] if word == task.between])) // task.arms
+        path = by_hand(task, row, steps)
         expected = path[::-1] if task.reversed else path
         expected = expected[:1] if task.first_only else expected
-        assert row[task.place + 1 :] == expected
-        assert level == [0] * task.place + [*range(1, 1 + len(expected))]
+        assert row[task.place + 1 : task.place + 1 + len(expected)] == expected
+        assert set(row[task.place + 1 + len(expected) :]) <= {task.between + 3}, "then nothing"
+        assert [place for place in level if place] == [*range(1, 1 + len(expected))]
+        assert len(row) == task.held_out(0, 1).tokens.shape[1]
+        seen.append(steps)
+    assert set(seen[:10]) == {1}
+    assert max(seen[:40]) < task.length
+    assert set(seen[40:]) == {1, 2, 3, 4}
+    assert seen[40:].count(4) > 20
 
 
 def test_the_goal_does_not_lie_on_an_arm_more_often():
