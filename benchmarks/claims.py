@@ -172,15 +172,51 @@ def small(task: str, setting: str, column: str) -> Found:
     return newest("proving-ground-small", lambda content: f"{content[task][setting][-1][column][-1]}%")
 
 
-def two_step_recall() -> Found:
-    """Return the share of right answers of the only long recall, and how far its training came."""
+def task(name: str, model: str, form: str = "{right:.1%}") -> Found:
+    """Return the share of right answers of a model in a task of the proving ground, on a GPU."""
+    return newest("tasks", lambda content: form.format(**the(content["found"][name]["rows_of_table"], name=model)))
+
+
+def shallow(key: str, depth: float, rule: str, into_stem: float, served: float = 0) -> Found:
+    """Return a figure of a MICRO whose exit's loss trains the stem, at a depth under a rule."""
 
     def find(content: Any) -> str:
-        task = content["found"]["two steps"]
-        row = the(task["rows_of_table"], name="memory")
-        return f"{row['right']:.0%} after {row['steps']:,} of {task['steps']:,} steps"
+        run = the(content["runs"], into_stem=into_stem, served=served)
+        return f"{the(run['depths'], depth=depth, rule=rule)[key]:+.3f}"
 
-    return newest("recall-h100", find)
+    return newest("depth", find)
+
+
+def drafted(drafter: str, temperature: int) -> Found:
+    """Return the tokens per pass of a TINY before it learnt its own text and after."""
+
+    def find(content: Any) -> str:
+        run = content["training"][drafter]
+        before, after = (run[f"speculation{when}"][f"T={temperature}"]["tokens_per_step"] for when in ("_before", ""))
+        return f"{before:.2f} -> {after:.2f}"
+
+    return newest("drafts", find)
+
+
+def faster(drafter: str, temperature: str) -> Found:
+    """Return the speed with drafts of a TINY that learnt its own text, as a multiple of that without."""
+
+    def find(content: Any) -> str:
+        return (
+            f"{the(content['generation'][drafter]['cases'], case=f'tiny/1x512/drafts/{temperature}')['vs_plain']:.2f}"
+        )
+
+    return newest("drafts", find)
+
+
+def rounded_nats() -> Found:
+    """Return what int8 adds to the loss of a MICRO."""
+
+    def find(content: Any) -> str:
+        whole, rounded = (content["eval"][name]["nats_per_token"] for name in ("fp32", "int8"))
+        return f"{rounded - whole:+.4f}"
+
+    return newest("micro-int8", find)
 
 
 def state_mb() -> Found:

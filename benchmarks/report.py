@@ -48,6 +48,7 @@ def whole() -> Rows:
         ("the same, fp32", claims.on_cpu("fp32")),
         ("generation of one text, TINY, one H100, bf16: tokens/s", claims.case("1x512/plain/0", "tokens_per_s")),
         ("the same, Llama of equal size in `transformers`, static cache", claims.llama()),
+        ("loss that int8 weights add to a MICRO (target 0.01)", claims.rounded_nats()),
     ]
 
 
@@ -61,7 +62,11 @@ def thoughts() -> Rows:
         ("16 rounds, but training asks at every 32nd position only", claims.chain("loop16-sup32", 16)),
         ("16 rounds, but training does not begin with short chains", claims.chain("loop16-nocurr", 16)),
         ("chains of 6 steps, small LEPTON with `over_tokens`: right", claims.small("hops", asked, "right_by_hops")),
-        ("chains of 16 steps, LEPTON, on a GPU", NOT_YET),
+        (
+            "16 hops, LEPTON with 16 rounds over all tokens, 2 + 2 blocks: right (target 95%)",
+            claims.task("hops", "thoughts"),
+        ),
+        ("chains of 16 operations on a GPU", NOT_YET),
         ("loss of TINY with a thinking block over all tokens in place of a deep block", claims.over_tokens()),
     ]
 
@@ -76,7 +81,12 @@ def memory() -> Rows:
         ("recall of 16 pairs, small model, feeds at the full rate: right", small_recall(one.format("the full"))),
         ("the same, feeds at a tenth of the rate", small_recall(one.format("a tenth of the"))),
         ("the same in two steps, feeds at the full rate", small_recall(two)),
-        ("recall of 256 pairs in two steps, H100, training cut off: right", claims.two_step_recall()),
+        (
+            "recall of 256 pairs, LEPTON with a window of 64: right (target 95%)",
+            claims.task("recall, one step", "memory"),
+        ),
+        ("the same in two steps (target 90%)", claims.task("recall, two steps", "memory")),
+        ("needles in 64,000 tokens, bAbI", NOT_YET),
         ("first text of turn 20 of a conversation, MICRO, one CPU thread", claims.turn_20()),
     ]
 
@@ -96,14 +106,24 @@ def depth() -> Rows:
         ("time of a token at depth 0.5, TINY, random weights, H100; 1 is no router", claims.time_at_half("tiny")),
         ("the same, MEDIUM", claims.time_at_half("medium")),
         (STEP, claims.step_ms("router")),
-        ("gain of the router's choice over a random one, TINY", NOT_YET),
-        ("depth below 1 after training for it (`router.distil`, `.into_stem`, `.served`)", NOT_YET),
+        *(
+            (
+                f"loss added at depth {depth:g}, MICRO with `router.into_stem={weight:g}`",
+                claims.shallow("change", depth, "router", weight),
+            )
+            for weight in (0, 0.3)
+            for depth in (0.75, 0.5)
+        ),
+        ("the same at depth 0.5 if chance chooses the tokens", claims.shallow("change", 0.5, "lot", 0.3)),
+        ("the same if the tokens that gain most are known", claims.shallow("change", 0.5, "oracle", 0.3)),
+        ("TINY after training for depth below 1", NOT_YET),
     ]
 
 
 def peek() -> Rows:
     """Return the rows of peek."""
-    return [*on_text("peek", "peek", "peek"), ("planning tasks (path-star) on a GPU", NOT_YET)]
+    planned = claims.task("path-star", "complete")
+    return [*on_text("peek", "peek", "peek"), ("path-star, 5 arms: first step right (chance 20%, target 95%)", planned)]
 
 
 def speculation() -> Rows:
@@ -132,7 +152,19 @@ def speculation() -> Rows:
         ("tokens per pass before and after `lepton tune`, NANO, temperature 0", claims.tuned(0)),
         ("the same, temperature 1", claims.tuned(1)),
         (STEP, claims.step_ms("drafts")),
-        ("`lepton tune` and `drafter.distil`, TINY on a GPU", NOT_YET),
+        *(
+            (
+                f"{what}, TINY, {'`drafter.distil`' if name == 'distil' else 'the larger drafter'}, temperature {heat}",
+                given,
+            )
+            for name in ("distil", "distil, reads_stem, vocab 8192")
+            for what, heat, given in (
+                ("tokens per pass before and after own text", 0, claims.drafted(name, 0)),
+                ("tokens per pass before and after own text", 1, claims.drafted(name, 1)),
+                ("times the speed without drafts", 0, claims.faster(name, "0")),
+                ("times the speed without drafts", 0.8, claims.faster(name, "0.8")),
+            )
+        ),
     ]
 
 
@@ -187,9 +219,21 @@ def gains() -> dict[str, tuple[Found, Found]]:
     drafted = claims.case("1x512/drafts/0", "tokens_a_cycle", "{:.2f}"), claims.ratio("tokens_per_s", "1x512/{}/0")
     trusted = claims.score("uncertainty", "ece", "{:.2%}"), claims.broken("broken")
     return {
-        "thoughts": (joined(f"{text}; chains of steps in small models", *lower("thoughts")), ms("thoughts")),
+        "thoughts": (
+            joined(
+                f"{text}; small model: {{}} right in 16 hops",
+                *lower("thoughts"),
+                claims.task("hops", "thoughts", "{right:.0%}"),
+            ),
+            ms("thoughts"),
+        ),
         "memory": (
-            joined(f"{text}; a stream takes {{}}", *lower("memory"), claims.state_mb()),
+            joined(
+                f"{text}; small model: {{}} of 256 pairs found; a stream takes {{}}",
+                *lower("memory"),
+                claims.task("recall, one step", "memory", "{right:.0%}"),
+                claims.state_mb(),
+            ),
             ms("memory", "crystals"),
         ),
         "depth": (
