@@ -80,6 +80,7 @@ OF_SEVERAL = {
     "test_trunk_optimizer",
     "test_trunk_switches",
     "test_trunk_trials",
+    "test_weights",
     "train/test_chat",
     "train/test_leaving",
     "train/test_several_processes",
