@@ -65,6 +65,7 @@ OF_SEVERAL = {
     "test_docs",
     "test_examples",
     "test_generate_speed",
+    "test_model_card",
     "test_package",
     "test_readme",
     "test_report",
