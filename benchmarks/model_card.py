@@ -24,6 +24,8 @@ PLACES = {"checkpoint", "out", "data_dir", "checkpoint_dir"}
 """Keys that name files and folders of the machine, which are left out."""
 SETTINGS = ("seq_len", "batch_size", "grad_accum", "max_steps", "seed", "lr", "muon_lr", "weight_decay", "cooldown")
 """What is said of the training."""
+SAME_TEXT = Path(__file__).parents[1] / "lepton" / "data" / "TOKENIZER.md"
+"""The tokenizer was trained on the same text."""
 STEPS = ("run", "train", "tune", "calibrate", "export")
 """JSON files that each run of the script writes."""
 
@@ -50,29 +52,9 @@ LIMITS = """\
   text, and of what people do with the output, nothing is promised.
 """
 
-DATA = """\
-| Text | Bytes | Source | Licence |
-|---|--:|---|---|
-| 238 books by 200 authors | 105 M | Project Gutenberg texts, from mlschmitt/classic-books-markdown | public domain |
-| textbooks | 53 M | OpenStax, listed below, at their last state under this licence | CC BY 4.0 |
-| documentation | 44 M | MicrosoftDocs/cpp-docs, MicrosoftDocs/PowerShell-Docs | CC BY 4.0 |
-| | | ethereum/EIPs | CC0 1.0 |
-| | | python/peps | public domain or CC0 1.0 |
-| | | rust-lang/rfcs, rust-lang/book | MIT or Apache 2.0 |
-| Python code | 8.5 M | standard library of CPython 3.11 | PSF-2.0 |
-| World Factbook | 4.0 M | factbook/factbook.json | public domain (US government) |
-
-Attribution under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/): the textbooks are by OpenStax, Rice
-University, https://openstax.org, and were changed by taking the plain text of their modules: American Government,
-Anatomy & Physiology, Astronomy, Business Ethics, Chemistry, College Physics, College Success, Entrepreneurship,
-Introduction to Anthropology, Introduction to Intellectual Property, Introduction to Philosophy, Introduction to
-Political Science, Introduction to Sociology, Introductory Statistics, Microbiology, Physics, Prealgebra, Principles of
-Economics, Principles of Finance, Principles of Marketing, Psychology, University Physics, U.S. History, World History,
-Writing Guide. The C++ and PowerShell documentation is by Microsoft and its contributors,
-https://github.com/MicrosoftDocs, and was changed by taking its plain text.
-
-The held-out text is of other documents of the same sources, and for books of other authors. Of its runs of 13 tokens,
-none of books and code stand in the training text too, 2.2 % of documentation, 2.4 % of textbooks and 9 % of the World
+HELD_OUT = """\
+The held-out text is of other documents of the same sources, and for books of other authors. Of its 13-grams, none of
+books and code stand in the training text as well; 2.2 % of documentation do, 2.4 % of textbooks, and 9 % of the World
 Factbook, whose entries have one form.
 """
 
@@ -135,7 +117,8 @@ def card(found: dict[str, Any]) -> str:
         "## What to expect\n",
         LIMITS,
         "## What it was trained on\n",
-        DATA,
+        corpus(),
+        HELD_OUT,
         "## Licence\n",
         LICENCE,
         "## How well it predicts\n",
@@ -162,6 +145,12 @@ def summary(found: dict[str, Any]) -> str:
         f"{len(found['files'])} files have {size:.1f} MB: matrices in int8 with a scale for each row.\n"
         + (f"Tokens per pass of the model when it drafts: {speed}.\n" if speed else "")
     )
+
+
+def corpus() -> str:
+    """Return the table of texts with their licences, and the attribution, which the tokenizer's own page has."""
+    text = SAME_TEXT.read_text(encoding="utf-8")
+    return text[text.index("| text | bytes |") :]
 
 
 def tokens_read(found: dict[str, Any]) -> int:
