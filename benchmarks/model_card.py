@@ -141,8 +141,8 @@ def summary(found: dict[str, Any]) -> str:
     )
     return (
         f"A language model of {found['export']['params'] / 1e6:.1f} M parameters, made on {found['date']}. It has read "
-        f"{seen / 1e6:,.0f} M tokens, a corpus of\n{corpus / 1e6:,.0f} M tokens {seen / corpus:.1f} times. Its "
-        f"{len(found['files'])} files have {size:.1f} MB: matrices in int8 with a scale for each row.\n"
+        f"{seen / 1e6:,.0f} M tokens: a corpus of\n{corpus / 1e6:,.0f} M tokens, {seen / corpus:.1f} times. Its "
+        f"weights take {size:.1f} MB: matrices in int8 with a scale for each row.\n"
         + (f"Tokens per pass of the model when it drafts: {speed}.\n" if speed else "")
     )
 
@@ -193,7 +193,7 @@ def sureness(found: dict[str, Any]) -> str:
         (
             f"`--abstain_at {each['risk']:g}`",
             f"of the tokens that are not marked at most {each['risk']:.0%} are wrong",
-            "-" if each["measured_risk"] is None else f"{each['measured_risk']:.2%} wrong",
+            "none is left" if each["measured_risk"] is None else f"{each['measured_risk']:.2%} wrong",
             f"{1 - each['kept']:.1%} marked",
         )
         for report, each in risks

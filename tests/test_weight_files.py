@@ -48,6 +48,14 @@ def test_int8_is_within_half_a_step_of_each_row():
     assert all(torch.equal(found[name], given[name]) for name in ("c", "ids"))
 
 
+def test_int8_that_is_rounded_again_stays():
+    """What was read from int8 and calibrated is written as int8 again."""
+    once = to_int8(weights(), {"a"})
+    again = to_int8(from_int8(once), {"a"})
+    assert torch.equal(once["a"], again["a"])
+    assert torch.allclose(once[f"a{SCALE}"], again[f"a{SCALE}"], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

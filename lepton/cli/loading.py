@@ -60,7 +60,7 @@ def target(args: argparse.Namespace) -> str:
     from lepton.weights import FOLDER
 
     out: str = args.out or args.checkpoint
-    if args.out is None and Path(out).absolute().parent == FOLDER:
+    if args.out is None and Path(out).resolve().parent == FOLDER.resolve():
         raise InputError(KEPT)
     if PART.fullmatch(Path(out).name):
         raise InputError(f"{out} is one of several files: name another checkpoint to write, --out PATH")
