@@ -36,6 +36,7 @@ from lepton.model.promise import Promise
 from lepton.model.size_config import size_config
 from lepton.model.weights import on_meta_device
 from lepton.values import whole
+from lepton.weights import packaged
 
 __all__ = [
     "GenerationOptions",
@@ -64,12 +65,15 @@ class Lepton(Network):
     _tokenizer_json: str | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> Self:
+    def from_checkpoint(cls, path: str | Path | None = None) -> Self:
         """Build the model that the checkpoint `path` holds, on the CPU, in eval mode, in the precision of the file.
 
+        Without a path it is the model that comes with LEPTON.
+
         Raises:
-            InputError: the file is missing, torn, or no checkpoint.
+            InputError: the file is missing, torn, or no checkpoint; or no model comes with this copy of LEPTON.
         """
+        path = packaged() if path is None else path
         return cls.restored(checkpoint.load(path), path)
 
     @classmethod

@@ -13,10 +13,11 @@ anywhere with its safe default. `lepton.train` and `Lepton.from_checkpoint` agre
 | `step`       | optimizer steps done                                                     |
 | `promises`   | what `lepton calibrate --risk` found, a dict each; missing where it was not run |
 | `budgets`    | what `lepton calibrate --max_cost` found, likewise                       |
+| `data`       | what it was trained on; `chat` is among its keys if that was conversations |
 | `optimizer`, `rng`, `training`, `validation`, `best` | what resuming needs; see `lepton.train`          |
 
-A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs; see
-`lepton.weight_files`.
+A file whose name ends in .safetensors holds only the weights, in that format: all above but what resuming needs, and of
+`data` only `chat`; see `lepton.weight_files`.
 """
 
 import os
@@ -220,6 +221,8 @@ def save_weights(path: Path, payload: dict[str, Any], most: int | None = None) -
     """
     about = {"format": FORMAT, **{name: payload.get(name) for name in ("config", "size", "step")}}
     about |= {name: payload[name] for name in LATER_KINDS if name in payload}
+    if isinstance(origin := payload.get("data"), dict):  # the rest of it names folders of the machine
+        about["data"] = {name: value for name, value in origin.items() if name == "chat"}
     try:
         return weight_files.write(path, payload["model"], about, payload.get("tokenizer"), most)
     except InputError as error:
@@ -230,7 +233,7 @@ def save_weights(path: Path, payload: dict[str, Any], most: int | None = None) -
 
 def _check_content(payload: dict[str, Any]) -> None:
     """Raise InputError for a value of another type than `KINDS` says, or one that no checkpoint has."""
-    for name, kinds in (KINDS | LATER_KINDS).items():
+    for name, kinds in (KINDS | LATER_KINDS | {"data": (dict, NoneType)}).items():
         value = payload.get(name)
         if name in payload and (not isinstance(value, kinds) or isinstance(value, bool)):
             raise InputError(f"'{name}' is of type {type(value).__name__}, which no checkpoint has")

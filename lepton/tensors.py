@@ -71,6 +71,20 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         save_file(plain, unfinished, {**metadata, HASH: digest(plain, metadata)})
 
 
+def metadata(path: str | Path, what: str) -> dict[str, str]:
+    """Return the metadata of a safetensors file, of which nothing else is read; `what` names the file in messages.
+
+    Raises:
+        InputError: no such file, or its beginning is torn or damaged.
+    """
+    path = readable(path, what)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:  # as in `read`
+        raise InputError(f"{path}: not a whole safetensors file ({reason(error)})") from None
+
+
 def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file, on the CPU, and its metadata; `what` names the file in messages.
 
@@ -99,4 +113,4 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
-__all__ = ["SafetensorError", "check_finite", "compare", "digest", "read", "write"]
+__all__ = ["SafetensorError", "check_finite", "compare", "digest", "metadata", "read", "write"]

@@ -89,6 +89,16 @@ def parts_beside(path: Path) -> list[Path]:
     return sorted(file for file, match in names if match and match[1] == path.stem)
 
 
+def about(path: Path) -> dict[str, Any]:
+    """Return the plain values that `write` put beside weights, such as their size; no weights are read.
+
+    Raises:
+        InputError: no such file, or its beginning is torn or damaged.
+    """
+    found = parse_json(tensors.metadata(path, "checkpoint").get("lepton", "{}"), str(path))
+    return found if isinstance(found, dict) else {}
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint that holds weights alone.
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # training; generation and training meet in `cli` alone.
 FLOORS = (
     ("errors", "requirements", "shapes"),
-    ("files", "values", "distributed"),
+    ("files", "values", "distributed", "weights"),
     ("config", "archive", "tensors", "ops"),
     ("presets", "weight_files", "runtime"),
     ("checkpoint", "data"),

@@ -7,7 +7,7 @@ import torch
 
 from lepton import checkpoint, tensors
 from lepton.errors import InputError
-from lepton.weight_files import SCALE, from_int8, parts_beside, read, to_int8, write
+from lepton.weight_files import SCALE, about, from_int8, parts_beside, read, to_int8, write
 
 
 def weights():
@@ -46,6 +46,14 @@ def test_int8_is_within_half_a_step_of_each_row():
         assert torch.allclose(found[name].abs().amax(1, keepdim=True), largest), "the largest value is exact"
     assert (found["a"][3] == 0).all()
     assert all(torch.equal(found[name], given[name]) for name in ("c", "ids"))
+
+
+def test_int8_that_is_rounded_again_stays():
+    """What was read from int8 and calibrated is written as int8 again."""
+    once = to_int8(weights(), {"a"})
+    again = to_int8(from_int8(once), {"a"})
+    assert torch.equal(once["a"], again["a"])
+    assert torch.allclose(once[f"a{SCALE}"], again[f"a{SCALE}"], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +116,22 @@ def test_what_is_said_beside_the_weights_comes_back(tmp_path):
     (path,) = write(tmp_path / "m.safetensors", weights(), {"format": 1, "step": 3}, None)
     found = read(path)
     assert (found["format"], found["step"], found["tokenizer"]) == (1, 3, None)
+
+
+def test_what_stands_beside_the_weights_is_read_without_them(tmp_path):
+    path = save(tmp_path / "w.safetensors")[0]
+    assert about(path) == {"format": 1, "config": {"width": 3}, "size": None, "step": 1}
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        about(path)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        about(tmp_path / "none.safetensors")
+
+
+def test_of_the_data_only_that_they_were_conversations_is_kept(tmp_path):
+    """`serve` and `chat` ask for it; the folder is nobody's business."""
+    payload = {"model": weights(), "config": {}, "step": 1}
+    origin = {"folder": "/home/me/data", "train": "x", "chat": {"version": 1}}
+    for data, kept in ((origin, {"chat": {"version": 1}}), ({"folder": "/home/me"}, {}), (None, None)):
+        path = checkpoint.save_weights(tmp_path / "w.safetensors", payload | {"data": data})[0]
+        assert checkpoint.load(path).get("data") == kept

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, check_counts, open_data_set
-from lepton.cli.loading import load, rewrite
+from lepton.cli.loading import load, rewrite, target
 from lepton.errors import InputError
 from lepton.values import positive_nats
 
@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     costs = sorted({positive_nats(cost, "--max_cost") for cost in args.max_cost})
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
     limit = TOKENS if args.max_tokens is None else args.max_tokens
+    out = target(args)
     model, tokenizer, step = load(args)
     if model.idea("router") is None:
         raise InputError(f"{args.checkpoint} has no router: its tokens go through all blocks")
@@ -42,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
     measured = [cost_of(whole, read(model, second, limit, each.least)) for each in made]
     broken = [each for each, found in zip(made, measured, strict=True) if found.cost > each.max_cost]
     written = args.force or not broken
-    out = args.out or args.checkpoint
     if written:
         rewrite(args.checkpoint, out, step, lambda content: add(content, made))
     report = {

@@ -8,7 +8,7 @@ from lepton.cli import budgets, promises
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set
 from lepton.cli.figures import SCORES, legend
-from lepton.cli.loading import add_loading, load, rewrite
+from lepton.cli.loading import add_loading, choose, load, rewrite, target
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add_loading(parser)
     add_data_set(parser)
-    parser.add_argument("--out", metavar="PATH", help="checkpoint to write (default: the one that is read)")
+    parser.add_argument("--out", metavar="PATH", help="checkpoint to write (default: the one that --checkpoint names)")
     parser.add_argument(
         "--max_tokens",
         type=int,
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     Nothing is written where the second half got worse.
     """
     share_the_cores()
+    choose(args)
     if args.risk or args.max_cost:
         return _with_threshold(args)
     from lepton.evals.calibration import MIN_TOKENS, calibrate
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
     limit = TOKENS if args.max_tokens is None else args.max_tokens
+    out = target(args)
     model, tokenizer, step = load(args)
     if model.idea("uncertainty") is None and model.idea("router") is None:
         raise InputError(f"{args.checkpoint} has neither uncertainty nor router: there is nothing to calibrate")
@@ -96,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
         )
     after = figures(model, outcomes)
     faults = worse(before, after)
-    out = args.out or args.checkpoint
     written = args.force or not faults
     if written:
         write(args.checkpoint, out, fitted, step)

@@ -18,7 +18,7 @@ from lepton.cli.generate import (
     read_options,
     read_stops,
 )
-from lepton.cli.loading import add_loading, load_with_record
+from lepton.cli.loading import add_loading, choose, load_with_record
 from lepton.cli.shading import MARK, has_colours
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from lepton.generate.conversation import Conversation
 
     stops, options, memory = read_stops(args), read_options(args), memory_to_read(args.memory)
+    choose(args)
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lepton.cli import figures
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, add_data_set, check_counts, open_data_set, spread
-from lepton.cli.loading import add_loading, load
+from lepton.cli.loading import add_loading, choose, load
 from lepton.cli.tasks import add_tasks, run_tasks
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--text {args.text[0]} and --data_dir {args.data_dir}: give one of them")
     # Missing files are reported before the model is loaded.
     open_files = _files(args)
+    choose(args)
     model, tokenizer, step = load(args)
     source = open_files(tokenizer) if open_files else _data_set(args, model, tokenizer)
     pass_options = {"depth": args.depth, "think": args.think}

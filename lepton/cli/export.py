@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from lepton.cli.arguments import add_json, print_json
+from lepton.cli.loading import add_checkpoint, choose
 from lepton.errors import InputError, naming
 from lepton.requirements import need
 
@@ -16,7 +17,7 @@ SMALL = 1 << 14
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint to read")
+    add_checkpoint(parser)
     parser.add_argument(
         "--to",
         choices=FORMS,
@@ -76,6 +77,7 @@ def _file(args: argparse.Namespace) -> int:
     if there and not args.force:
         raise InputError(f"{there[0]} exists: give another --out, or --force to replace it")
 
+    choose(args)
     content = checkpoint.load(args.checkpoint)
     model = Lepton.restored(content, args.checkpoint)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -102,6 +104,7 @@ def _folder(args: argparse.Namespace) -> int:
     from lepton.api import Lepton
     from lepton.hf.folder import write_folder
 
+    choose(args)
     logging.disable_progress_bar()
     content = checkpoint.load(args.checkpoint)
     model = Lepton.restored(content, args.checkpoint)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lepton.cli.arguments import add_json, print_json
-from lepton.cli.loading import add_loading, load
+from lepton.cli.loading import add_loading, choose, load
 from lepton.cli.shading import DOUBTFUL, MARK, Piece, has_colours, legend, marked, shaded, visible
 from lepton.engine.options import GenerationOptions
 from lepton.errors import InputError
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.memory is not None and not prompt:
         raise InputError("--memory needs a --prompt: a new document would begin by forgetting everything")
     remembered = memory_to_read(args.memory)
+    choose(args)
     if sys.stderr.isatty():
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     model, tokenizer, step = load(args)

@@ -1,6 +1,7 @@
 """A trained model with its tokenizer, as the commands that use one need it."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,63 @@ if TYPE_CHECKING:
     from lepton.data.tokenizer import Tokenizer
 
 DTYPES = ("auto", "bf16", "fp32")
+KEPT = "the model that comes with LEPTON stays as it is: name the checkpoint to write, --out PATH"
+SEEN = (
+    "note: without --data_dir this reads Python's standard library, which that model was trained on, so its "
+    "figures are better than those of new text"
+)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `choose` reads."""
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="checkpoint to load (default: the model that comes with LEPTON)"
+    )
+
+
+def choose(args: argparse.Namespace) -> None:
+    """Put the model that comes with LEPTON in the place of a checkpoint that was not named, and say so on stderr.
+
+    Raises:
+        InputError: no model comes with this copy of LEPTON; or the command would write what it reads.
+    """
+    if args.checkpoint is not None:
+        return
+    if "out" in vars(args) and args.out is None:
+        raise InputError(KEPT)
+    from lepton.weight_files import about
+    from lepton.weights import CARD, packaged
+
+    path = packaged()
+    known, card = about(path), path.with_name(CARD)
+    size = str(known["size"]).upper() if known.get("size") else "a model"
+    more = f"; {card} describes it" if card.exists() else ""
+    print(f"no --checkpoint: {size} of step {known.get('step')}, which comes with LEPTON{more}", file=sys.stderr)
+    args.checkpoint = str(path)
+    if "data_dir" in vars(args) and not any(vars(args).get(name) for name in ("data_dir", "text", "tasks")):
+        print(SEEN, file=sys.stderr)
+
+
+def target(args: argparse.Namespace) -> str:
+    """Return the checkpoint that a command writes: `--out`, or the one that it reads.
+
+    Raises:
+        InputError: that is the model that comes with LEPTON, or one of several files.
+    """
+    from lepton.weight_files import PART
+    from lepton.weights import FOLDER
+
+    out: str = args.out or args.checkpoint
+    if args.out is None and Path(out).resolve().parent == FOLDER.resolve():
+        raise InputError(KEPT)
+    if PART.fullmatch(Path(out).name):
+        raise InputError(f"{out} is one of several files: name another checkpoint to write, --out PATH")
+    return out
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `load` reads."""
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint to load")
+    add_checkpoint(parser)
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer (default: the one that the checkpoint carries)")
     parser.add_argument("--device", metavar="NAME", help="such as cuda:1 (default: a GPU where there is one, else cpu)")
     parser.add_argument(

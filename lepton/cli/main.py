@@ -147,7 +147,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "A first run is train, then generate; with text of your own, prepare comes before.",
+            "generate, chat, serve and eval take the model that comes with LEPTON, or --checkpoint FILE.",
+            "For a model of your own run train; with text of your own, prepare comes before.",
             "python -m lepton COMMAND --help lists its flags.",
         ]
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import print_json
 from lepton.cli.data_set import MAX_ROWS, MAX_TOKENS, check_counts, open_data_set
-from lepton.cli.loading import load, rewrite
+from lepton.cli.loading import load, rewrite, target
 from lepton.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     risks = sorted({checked_risk(risk, "--risk") for risk in args.risk})
     check_counts(args, max_tokens=MAX_TOKENS, batch_size=MAX_ROWS)
+    out = target(args)
     model, tokenizer, step = load(args)
     if model.idea("uncertainty") is None:
         raise InputError(f"{args.checkpoint} has no uncertainty: there is nothing to abstain by")
@@ -45,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
         each for each, found in zip(made, measured, strict=True) if found.risk is not None and found.risk > each.risk
     ]
     written = args.force or not broken
-    out = args.out or args.checkpoint
     if written:
         rewrite(args.checkpoint, out, step, lambda content: add(content, made))
     report = {

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from lepton.cli.loading import add_loading, load_with_record
+from lepton.cli.loading import add_loading, choose, load_with_record
 from lepton.errors import InputError
 from lepton.requirements import need
 from lepton.serve.limits import Limits
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from lepton.serve.requests import Reader
     from lepton.serve.server import listening, serve
 
+    choose(args)
     listener = listening(args.host, args.port)
     with listener:
         say(f"loading {args.checkpoint}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lepton.cli import figures
 from lepton.cli.arguments import print_json
-from lepton.cli.loading import load
+from lepton.cli.loading import choose, load
 from lepton.errors import InputError, nearest, reason
 from lepton.requirements import need
 
@@ -53,6 +53,7 @@ def run_tasks(args: argparse.Namespace) -> int:
         raise InputError(f"--tasks {args.tasks!r}: name tasks, separated by commas")
     folder = None if args.task_dir is None else Path(args.task_dir).absolute()
     need("lm_eval", "eval --tasks")
+    choose(args)
     model, tokenizer, step = load(args)
     start = time.perf_counter()
     with _quiet():

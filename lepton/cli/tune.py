@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lepton.cli.arguments import add_json, print_json
 from lepton.cli.data_set import add_data_set, check_counts, open_data_set
-from lepton.cli.loading import add_loading, load, rewrite
+from lepton.cli.loading import add_loading, choose, load, rewrite, target
 from lepton.cli.threads import share_the_cores
 from lepton.errors import InputError
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     add_loading(parser)
     add_data_set(parser)
-    parser.add_argument("--out", metavar="PATH", help="checkpoint to write (default: the one that is read)")
+    parser.add_argument("--out", metavar="PATH", help="checkpoint to write (default: the one that --checkpoint names)")
     parser.add_argument(
         "--prompts",
         type=int,
@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     from lepton.train.own_text import OwnText, learn, learners, write
 
     share_the_cores()
+    choose(args)
     check_counts(args, prompts=MOST, new_tokens=MOST, steps=MOST)
     wanted, args.dtype = args.dtype, "fp32"  # weights are learnt at the checkpoint's precision
+    out = target(args)
     model, tokenizer, step = load(args)
     model.compute_dtype = pick_dtype(wanted, model.device)
     tuned = learners(model)
@@ -76,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
     after = _tokens_per_pass(model, held_out)
     faults = worse(before, after)
     written = args.force or not faults
-    out = args.out or args.checkpoint
     if written:
         values = {f"{idea.name}.{name}": each.cpu() for idea in tuned for name, each in idea.state_dict().items()}
 

@@ -52,7 +52,7 @@ def test_version():
         (["sizes", "extra"], "unexpected argument 'extra'"),
         (["generate", "--checkpont=x"], "unknown flag '--checkpont'; did you mean '--checkpoint'?"),
         (["generate", "--max-new-token", "1", "--prompt", "a"], "'--max-new-token'; did you mean '--max_new_tokens'?"),
-        (["generate", "--prompt", "a"], "required: --checkpoint"),
+        (["generate", "--checkpoint", "x"], "required: --prompt"),
         (["generate", "--checkpoint", "x", "--prompt", "a", "--top_k", "many"], "invalid int value: 'many'"),
         (["eval", "--checkpoint", "x", "--split", "vall"], "unknown value 'vall'; did you mean 'val'?"),
     ],
