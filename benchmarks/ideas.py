@@ -33,6 +33,7 @@ from lepton.evals.calibration import calibrate, fit_temperature
 from lepton.evals.positions import calibration_batches, evaluation_batches
 from lepton.evals.reliability import measure_uncertainty
 from lepton.evals.speculation import measure_speculation, prompts_of
+from lepton.generate.generation import MOST_AT_ONCE
 from lepton.model.parameters import FEED
 from lepton.model.size_config import count_params, size_config, widened
 from lepton.train.assembly import token_counts
@@ -193,8 +194,11 @@ class Run:
         self.model.eval()
         self.drafts("speculation_before")
         begun = time.perf_counter()
-        how = OwnText(steps=3) if self.arguments.smoke else OwnText()
+        how = OwnText(steps=3 if self.arguments.smoke else self.arguments.tune_steps, share=self.arguments.tune_share)
         prompts = prompts_of(self.split("train", 512).batches(1, self.arguments.tune), self.arguments.tune)
+        if self.device == "cuda":
+            self.model.warm_up(min(len(prompts), MOST_AT_ONCE), speculative=False)
+            self.tell(warm_up_s=round(time.perf_counter() - begun, 1))
         texts = write(self.model, prompts, how)
         self.tell(
             own_tokens=sum(len(row.tokens) - row.prompt for row in texts), write_s=round(time.perf_counter() - begun, 1)
@@ -257,6 +261,8 @@ def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--brief", action="store_true", help="measure the loss alone")
     add("--drafts", action="store_true", help="measure the loss and tokens a pass alone")
     add("--tune", type=int, metavar="N", help="train the drafter on the model's continuations of N training prompts")
+    add("--tune_steps", type=int, default=OwnText.steps, help="steps of that")
+    add("--tune_share", type=float, default=OwnText.share, help="share of training's rates that they begin with")
     add("--save", type=Path, metavar="FILE", help="write the trained model as a checkpoint")
     add("--lock", type=Path, metavar="FILE", help="train and measure while no other run with this file does")
     add("--canary", type=int, default=0, help="steps of the leak canary")

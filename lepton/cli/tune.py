@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     The predictions stay as they are; so the text of a seed does, and the loss.
     """
+    from lepton.generate.generation import MOST_AT_ONCE
     from lepton.runtime.device import pick_dtype
     from lepton.train.own_text import OwnText, learn, learners, write
 
@@ -72,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args, model, tokenizer, "train", count)
     held_out = _prompts(args, model, tokenizer, "val", MEASURED)
     before = _tokens_per_pass(model, held_out)
-    print(f"writing {len(how.temperatures) * len(prompts):,} texts of {how.new_tokens} tokens", file=sys.stderr)
+    if on_gpu:
+        model.warm_up(min(len(prompts), MOST_AT_ONCE), speculative=False, say=_note)
+    _note(f"writing {len(how.temperatures) * len(prompts):,} texts of {how.new_tokens} tokens")
     texts = write(model, prompts, how)
     learn(model, texts, how, _say)
     after = _tokens_per_pass(model, held_out)
@@ -141,4 +144,8 @@ def _tokens_per_pass(model: "Network", prompts: list[list[int]]) -> dict[str, fl
 
 
 def _say(step: int, steps: int, nats: float) -> None:
-    print(f"step {step}/{steps}  loss {nats:.4f}", file=sys.stderr)
+    _note(f"step {step}/{steps}  loss {nats:.4f}")
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

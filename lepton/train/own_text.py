@@ -65,10 +65,14 @@ def learners(model: Network) -> list[Idea]:
 
 
 def write(model: Network, prompts: Sequence[Sequence[int]], how: OwnText) -> list[Row]:
-    """Return `prompts` with what the model writes after them, at each temperature."""
+    """Return `prompts` with what the model writes after them, at each temperature.
+
+    With many at once drafts would save no time, so there are none. What `Lepton.warm_up(..., speculative=False)` has
+    compiled is used.
+    """
     rows = []
     for temperature in how.temperatures:
-        options = GenerationOptions(temperature=temperature, top_p=1.0, seed=0)
+        options = GenerationOptions(temperature=temperature, top_p=1.0, seed=0, use_speculative=False)
         texts = complete(model, prompts, how.new_tokens, options=options).rows
         rows += [Row(text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
     return rows
