@@ -99,7 +99,7 @@ class PathStar(Task):
         """
         if self.whole_arms:
             return self.length - 1
-        most = min(self.length - 1, 1 + int(2 * share * (self.length - 1)))
+        most = min(self.length - 1, 1 + int(share * (self.length - 1)))
         longest, fewer = torch.rand(2, generator=generator).tolist()
         return most if longest < 0.5 else 1 + int(fewer * most)
 

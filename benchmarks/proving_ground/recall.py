@@ -37,7 +37,7 @@ class Recall(Task):
     two_step: bool = False
 
     small = {"pairs": 32, "window": 16, "keys": 128, "values": 16}
-    columns = ((1, 1), (2, 3), (4, 7), (8, 15), (1, 15))
+    columns = ((1, 1), (2, 3), (4, 7), (8, 17), (1, 17))
 
     def __post_init__(self) -> None:
         if self.pairs < 16 or self.pairs % 16 or self.pairs > self.keys:
@@ -45,7 +45,7 @@ class Recall(Task):
 
     @property
     def vocab_size(self) -> int:
-        return self.value + self.values
+        return self.ask + 2
 
     @property
     def chance(self) -> float:
@@ -61,32 +61,38 @@ class Recall(Task):
         """First of the values."""
         return self.begin + 1 + self.keys
 
+    @property
+    def ask(self) -> int:
+        """Begins a question for one step, the next id one for two, where there are both."""
+        return self.value + self.values
+
     def draw(self, generator: torch.Generator, rows: int, share: float, *, test: bool) -> Questions:
         pairs = self.pairs >> min(HALVINGS, int((1 - share) * (HALVINGS + 1)))
         episodes = self.pairs // pairs
         keys_BEK = different(generator, rows, self.pairs, self.keys) + self.begin + 1
         keys_BEK = keys_BEK.view(rows, episodes, pairs)
-        values_BEK = torch.randint(self.value, self.vocab_size, keys_BEK.shape, generator=generator)
-        if self.two_step:  # a -> b, b -> c
-            a_BEQ, b_BEQ = keys_BEK.chunk(2, 2)
-            asked_BEQ, answer_BEQ = a_BEQ, values_BEK[..., : pairs // 2]
-            values_BEK = torch.cat([b_BEQ, answer_BEQ], 2)
-        else:
-            asked_BEQ, answer_BEQ = keys_BEK, values_BEK
+        values_BEK = torch.randint(self.value, self.value + self.values, keys_BEK.shape, generator=generator)
         order_BEK, place_BEK = shuffled(generator, keys_BEK.shape)
+        if self.two_step:
+            values_BEK, question, nearest_BEQ = self._two_steps(generator, keys_BEK, values_BEK, place_BEK, test)
+        else:
+            turn_BEK, _ = shuffled(generator, keys_BEK.shape)
+            question = [keys_BEK.gather(2, turn_BEK), values_BEK.gather(2, turn_BEK)]
+            nearest_BEQ = place_BEK.gather(2, turn_BEK)
         stated = [keys_BEK.gather(2, order_BEK), values_BEK.gather(2, order_BEK)]
         if self.two_step:  # without the mark, b as a value could only be told from b as a key by counting
             stated.insert(0, torch.full_like(keys_BEK, self.begin))
-        stated_BEX = torch.stack(stated, 3).flatten(2)
-        turn_BEQ, _ = shuffled(generator, asked_BEQ.shape)
-        questions_BEX = torch.stack([asked_BEQ.gather(2, turn_BEQ), answer_BEQ.gather(2, turn_BEQ)], 3).flatten(2)
-        nearest_BEQ = place_BEK.unflatten(2, (-1, asked_BEQ.shape[2])).amax(2).gather(2, turn_BEQ)
+        stated_BEX, questions_BEX = (torch.stack(each, 3).flatten(2) for each in (stated, question))
         # From the key that is asked for, back to the value that was stated after the key.
-        size = len(stated)
-        distance_BEQ = size * pairs + 2 * torch.arange(asked_BEQ.shape[2]) - (size * nearest_BEQ + size - 1)
+        size, tokens = len(stated), len(question)
+        asked_Q = size * pairs + tokens * torch.arange(nearest_BEQ.shape[2]) + tokens - 2
+        distance_BEQ = asked_Q - (size * nearest_BEQ + size - 1)
         none_BEX = torch.zeros_like(stated_BEX)
-        level_BEX = torch.stack([distance_BEQ // self.window, torch.zeros_like(distance_BEQ)], 3).flatten(2)
-        targets_BEX = torch.stack([torch.ones_like(distance_BEQ), torch.zeros_like(distance_BEQ)], 3).flatten(2)
+        none_BEQ = torch.zeros_like(distance_BEQ)
+        level_BEX, targets_BEX = (
+            torch.stack([*[none_BEQ] * (tokens - 2), each, none_BEQ], 3).flatten(2)
+            for each in (distance_BEQ // self.window, torch.ones_like(distance_BEQ))
+        )
         tokens_BX = torch.cat([stated_BEX, questions_BEX], 2).flatten(1)
         tokens_BX = torch.cat([torch.full((rows, 1), self.begin), tokens_BX], 1)
         level_BT, targets_BT = (
@@ -95,11 +101,30 @@ class Recall(Task):
         )
         return Questions(tokens_BX, torch.full((rows,), tokens_BX.shape[1]), targets_BT > 0, level_BT)
 
+    def _two_steps(
+        self, generator: torch.Generator, keys_BEK: Tensor, values_BEK: Tensor, place_BEK: Tensor, test: bool
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the values of all keys, the tokens of each question, and the place of its nearest pair.
+
+        The first half of the keys are the a, the second the b. The test asks for c; half of the questions in training
+        ask for one step alone, from a or from b.
+        """
+        half = keys_BEK.shape[2] // 2
+        values_BEK = torch.cat([keys_BEK[..., half:], values_BEK[..., half:]], 2)
+        a_BEQ, _ = shuffled(generator, keys_BEK[..., :half].shape)
+        draws_BEQ = torch.rand(a_BEQ.shape, generator=generator)
+        two_BEQ = torch.ones_like(a_BEQ, dtype=torch.bool) if test else draws_BEQ < 0.5
+        first_BEQ = torch.where(~two_BEQ & (draws_BEQ > 0.75), a_BEQ + half, a_BEQ)
+        last_BEQ = torch.where(two_BEQ, a_BEQ + half, first_BEQ)
+        question = [self.ask + two_BEQ.long(), keys_BEK.gather(2, first_BEQ), values_BEK.gather(2, last_BEQ)]
+        return values_BEK, question, torch.maximum(*(place_BEK.gather(2, each) for each in (first_BEQ, last_BEQ)))
+
     def shortcuts(self, questions: Questions) -> dict[str, Tensor]:
         """The value before, and of one step, by exclusion, the first that was stated and has not been asked for."""
         tokens_BX = questions.tokens
         index_X = torch.arange(tokens_BX.shape[1])
-        latest_BX = torch.where(tokens_BX >= self.value, index_X, 0).cummax(1).values
+        are_values_BX = (tokens_BX >= self.value) & (tokens_BX < self.ask)
+        latest_BX = torch.where(are_values_BX, index_X, 0).cummax(1).values
         found = {"the value before": tokens_BX.gather(1, latest_BX)[:, :-1]}
         if not self.two_step:
             stated_BKX, asked_BKX = tokens_BX[:, 1:].view(len(tokens_BX), 2, -1, 2).unbind(1)

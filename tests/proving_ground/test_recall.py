@@ -9,8 +9,8 @@ from tests.proving_ground.smoke import smoke
 
 
 def by_hand(task, row, pairs):
-    """Return the level of each question by the index of its key, after a check of its answer."""
-    found, at = {}, 1
+    """Return the level of each question by the index of its key, and its steps, after a check of its answer."""
+    found, asked, at = {}, [], 1
     questions = pairs // 2 if task.two_step else pairs
     while at < len(row):
         stated = {}
@@ -22,28 +22,36 @@ def by_hand(task, row, pairs):
             at += 2
         assert len(stated) == pairs
         for _ in range(questions):
+            steps = 1
+            if task.two_step:
+                steps = row[at] - task.ask + 1
+                at += 1
+            asked.append(steps)
             key, nearest = row[at], 0
-            for _ in range(2 if task.two_step else 1):
+            for _ in range(steps):
                 key, place = stated[key]
                 nearest = max(nearest, place)
-            assert row[at + 1] == key >= task.value
+            assert row[at + 1] == key
+            assert key >= task.value or (task.two_step and steps == 1)
             found[at] = (at - nearest) // task.window
             at += 2
-    return found
+    return found, asked
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("share", "test"), [(0.1, False), (0.5, False), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("two_step", [False, True])
-def test_answers_by_hand(two_step, share):
-    task = Recall(two_step=two_step)
-    questions = task.draw(torch.Generator().manual_seed(1), 8, share, test=False)
+def test_answers_by_hand(two_step, share, test):
+    task, seen = Recall(two_step=two_step), []
+    questions = task.draw(torch.Generator().manual_seed(1), 8, share, test=test)
     pairs = {0.1: 32, 0.5: 64, 1.0: 256}[share]
     lists = (each.tolist() for each in (questions.tokens, questions.level, questions.targets))
     for row, level, targets in zip(*lists, strict=True):
-        expected = by_hand(task, row, pairs)
+        expected, steps = by_hand(task, row, pairs)
+        seen += steps
         assert {place for place, counts in enumerate(targets) if counts} == set(expected)
         assert level == [expected.get(place, 0) for place in range(len(level))]
-    assert questions.tokens.shape[1] == 1 + 1024
+    assert questions.tokens.shape[1] == 1 + (3 * 256 + 3 * 128 if two_step else 1024)
+    assert sum(seen) / len(seen) == pytest.approx(1 + two_step * (1 if test else 0.5), abs=0.1)
 
 
 @pytest.mark.parametrize("two_step", [False, True])
