@@ -21,6 +21,22 @@ from lepton.files import readable, replacing
 HASH = "sha256"
 """Key of the content's hash in a file's metadata. A file that has metadata but no hash is damaged."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""The names that the format gives to dtypes."""
 
 
 def compare(found: Mapping[str, Any], wanted: Mapping[str, Tensor], *, casts: bool = False) -> None:
@@ -95,13 +111,34 @@ def read(path: str | Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # of its own kind, and torch's for a dtype that is not known here
+        tensors = _mapped(path)
+    except Exception as error:  # of its own kind, and a KeyError for a dtype that is not known here
         raise InputError(f"{path}: not a whole safetensors file ({reason(error)})") from None
     known = metadata.pop(HASH, None)
     if (metadata or known) and known != digest(tensors, metadata):
         raise InputError(f"{path} is damaged: its content does not have the hash that was written with it")
     return tensors, metadata
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a whole file, which lie in a private mapping of it.
+
+    `safe_open.get_tensor` does the same, but keeps two objects a tensor for good (safetensors 0.8.0): a server that
+    reads states again and again would grow.
+    """
+    with path.open("rb") as file:
+        start = 8 + (size := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(size))
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype, (first, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+            part = whole[start + first : start + end]
+            if part.storage_offset() % dtype.itemsize:  # of another writer, who does not align
+                part = part.clone()
+            found[name] = part.view(dtype).reshape(entry["shape"])
+    return found
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -34,3 +34,11 @@ def test_a_model_from_a_checkpoint_has_its_tokenizer(tmp_path):
     save_tiny(tmp_path / "without.pt", tokenizer=None)
     assert Lepton.from_checkpoint(tmp_path / "without.pt").tokenizer is None
     assert model.tokenizer is None, "made by hand"
+
+
+def test_no_text_names_a_package_that_cannot_be_had():
+    """LEPTON is installed from its repository; no index of packages has it."""
+    paths = [path for folder in ("lepton", "docs", "examples") for path in (ROOT / folder).rglob("*.*")]
+    texts = [path for path in [*paths, *ROOT.glob("*.md")] if path.suffix in (".py", ".md", ".html")]
+    assert len(texts) > 200
+    assert [path for path in texts if "lepton-lm" in path.read_text(encoding="utf-8")] == []

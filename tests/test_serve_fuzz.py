@@ -8,8 +8,8 @@ import pytest
 from tests.cli.tiny import save_tiny
 
 pytest.importorskip("schemathesis", reason="comes with requirements-dev.txt")
-pytest.importorskip("starlette", reason="needs the extra: pip install 'lepton-lm[serve]'")
-pytest.importorskip("uvicorn", reason="needs the extra: pip install 'lepton-lm[serve]'")
+pytest.importorskip("starlette", reason="needs: pip install starlette uvicorn")
+pytest.importorskip("uvicorn", reason="needs: pip install starlette uvicorn")
 
 from benchmarks import serve_fuzz
 from benchmarks.serve_fuzz import MANY, Canaries, Client, mixed, problem_of

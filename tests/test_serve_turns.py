@@ -6,8 +6,8 @@ import pytest
 
 from tests.cli.tiny import save_tiny
 
-pytest.importorskip("starlette", reason="needs the extra: pip install 'lepton-lm[serve]'")
-pytest.importorskip("uvicorn", reason="needs the extra: pip install 'lepton-lm[serve]'")
+pytest.importorskip("starlette", reason="needs: pip install starlette uvicorn")
+pytest.importorskip("uvicorn", reason="needs: pip install starlette uvicorn")
 
 from benchmarks import serve_turns
 

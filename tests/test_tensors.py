@@ -1,8 +1,10 @@
+import gc
 import random
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from lepton import tensors
 from lepton.errors import InputError
@@ -63,3 +65,28 @@ def test_a_file_without_metadata_has_no_hash(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", {"kind": "test"})
     with pytest.raises(InputError, match="damaged"):
         tensors.read(tmp_path / "a.safetensors", "file")
+
+
+def test_what_another_writer_did_not_align(tmp_path):
+    path, values = tmp_path / "a.safetensors", {"a": torch.tensor([1.5, -2.0]), "b": torch.arange(3)}
+    content = save(values)
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip() + b" "
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    found = tensors.read(path, "file")[0]
+    assert len(header) % 4, "the tensors begin at odd places"
+    assert all(torch.equal(value, found[name]) for name, value in values.items())
+
+
+def test_reading_again_and_again_keeps_nothing(tmp_path):
+    """A server that reads states must not grow; safetensors' own reader keeps two objects a tensor."""
+    path = tmp_path / "a.safetensors"
+    tensors.write(path, {f"w{i}": torch.ones(300) for i in range(20)}, {"kind": "test"})
+
+    def blocks(times):
+        for _ in range(times):
+            tensors.read(path, "file")
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    assert blocks(50) + 500 > blocks(50), "of 1,000 tensors"

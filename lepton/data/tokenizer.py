@@ -116,6 +116,15 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(_encodable(text), add_special_tokens=False).ids
         return ids
 
+    def limit_cache(self, words: int) -> None:
+        """Let the library remember the ids of at most so many words for each thread that encodes.
+
+        By itself it remembers 10,000, about 340 bytes each: what a server with many threads need not do.
+        """
+        model = self._backend.model
+        if isinstance(model, models.BPE | models.Unigram):  # the others remember none
+            model._resize_cache(words)
+
     def special_id(self, token: str) -> int | None:
         """Return the id of a special token, which no text encodes to; None: there is none of that name."""
         specials = {each.content: i for i, each in self._backend.get_added_tokens_decoder().items() if each.special}

@@ -58,16 +58,19 @@ class Held:
 def renewed(part: Part, tensors: Callable[[Tensor], Tensor], caches: Callable[[Any], Any]) -> Part:
     """Return nested dataclasses in which kv caches and other tensors are replaced by what the functions return."""
 
-    def change(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return tensors(value)
-        if isinstance(value, KVCache | KVRing):
-            return caches(value)
-        if isinstance(value, dict):
-            return {key: change(item) for key, item in value.items()}
-        return renewed(value, tensors, caches) if is_dataclass(value) else value
+    changed = {each.name: _renewed(getattr(part, each.name), tensors, caches) for each in fields(part)}  # type: ignore
+    return replace(part, **changed)  # type: ignore
 
-    return replace(part, **{each.name: change(getattr(part, each.name)) for each in fields(part)})  # type: ignore
+
+def _renewed(value: Any, tensors: Callable[[Tensor], Tensor], caches: Callable[[Any], Any]) -> Any:
+    """Return a field for `renewed`; not a function inside it, which would be in a cycle with the tensors."""
+    if isinstance(value, Tensor):
+        return tensors(value)
+    if isinstance(value, KVCache | KVRing):
+        return caches(value)
+    if isinstance(value, dict):
+        return {key: _renewed(item, tensors, caches) for key, item in value.items()}
+    return renewed(value, tensors, caches) if is_dataclass(value) else value
 
 
 def leaves(part: Any) -> list[Any]:

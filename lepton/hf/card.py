@@ -29,7 +29,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```
 
 `trust_remote_code=True` runs the Python files of this folder, a copy of LEPTON's model. It is not needed after
-`pip install "lepton-lm[hf]"` and `import lepton.hf`. LEPTON itself also drafts tokens, and generates faster.
+`import lepton.hf`, where LEPTON is installed: `pip install ".[hf]"` in the folder of a clone of its repository. LEPTON
+itself also drafts tokens, and generates faster.
 
 ## What to know
 

@@ -27,8 +27,8 @@ AUTO_MAP = {
 MAIN = '''\
 """The code of this model for transformers, which runs it where `trust_remote_code=True` is given.
 
-A LEPTON that is installed is used: pip install "lepton-lm[hf]". Else it is the copy of LEPTON {version} in the files
-lepton_*.py beside this one (MIT license).
+A LEPTON that is installed is used: pip install ".[hf]" in the folder of a clone of its repository. Else it is the copy
+of LEPTON {version} in the files lepton_*.py beside this one (MIT license).
 """
 
 import transformers

@@ -162,15 +162,21 @@ def flatten(part: Any, prefix: str = "") -> dict[str, Tensor]:
 def rebuild(part: Part, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> Part:
     """Return nested dataclasses in which each tensor is replaced by `change(dotted name, tensor)`."""
 
-    def renewed(name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return change(prefix + name, value)
-        if isinstance(value, dict):
-            return {key: renewed(key, item) for key, item in value.items()}
-        return rebuild(value, change, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else value
-
     fields = dataclasses.fields(part)  # type: ignore[arg-type]
-    return type(part)(**{each.name: renewed(each.name, getattr(part, each.name)) for each in fields})
+    return type(part)(**{each.name: _rebuilt(each.name, getattr(part, each.name), change, prefix) for each in fields})
+
+
+def _rebuilt(name: str, value: Any, change: Callable[[str, Tensor], Tensor], prefix: str) -> Any:
+    """Return a field for `rebuild`.
+
+    Not a function inside it: one that calls itself is in a cycle with all that it sees, so that the tensors of old
+    states would stay until Python looks for cycles.
+    """
+    if isinstance(value, Tensor):
+        return change(prefix + name, value)
+    if isinstance(value, dict):
+        return {key: _rebuilt(key, item, change, prefix) for key, item in value.items()}
+    return rebuild(value, change, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else value
 
 
 def _write(

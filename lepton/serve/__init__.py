@@ -16,5 +16,5 @@ conversations, state_files, conversation_routes
 app         routes, keys and errors over HTTP
 server      the process: port, signals, draining
 
-Starlette and uvicorn come with the extra `serve`: ``pip install "lepton-lm[serve]"``.
+It needs Starlette and uvicorn: ``pip install starlette uvicorn``.
 """

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Collection
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+THREADS = 4
+"""Threads that read requests, and read and write conversations. Each has an arena of the allocator for itself."""
+CACHED_WORDS = 1000
+"""Words whose tokens each of them remembers."""
 LAST_SECONDS = 5.0
 """Seconds for the error that ends a stream to be taken."""
 
@@ -63,6 +68,7 @@ class Api:
         if conversations is None:
             conversations = Conversations(reader.model, in_memory=places, most=most)
         self.conversations = conversations
+        reader.tokenizer.limit_cache(CACHED_WORDS)
         self._keys, self._any_host = keys, any_host
         self._created = int(time.time())
         self._description: dict[str, Any] = {}
@@ -96,6 +102,7 @@ class Api:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _app: "Starlette") -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "requests"))
         await self.conversations.open()
         self.calls.start()
         yield

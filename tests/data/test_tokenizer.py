@@ -1,7 +1,9 @@
 """What text becomes, and that it comes back."""
 
+import ctypes
 import json
 import lzma
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from lepton.data.tokenizer import EOS, MAX_IDS, Tokenizer, load_tokenizer, train
 from lepton.errors import InputError
 from tests.data.small import small
 
+LIBC = ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 TEXTS = [
     "",
     " ",
@@ -185,3 +188,32 @@ def test_a_text_that_is_none_is_named(text):
     for encode in (load_tokenizer().encode, lambda text: load_tokenizer().encode_batch([text])):
         with pytest.raises(InputError, match=f"text={text!r}: must be a string"):
             encode(text)
+
+
+class Counts(ctypes.Structure):
+    """What glibc counts of its heap (`struct mallinfo2`)."""
+
+    _fields_ = [
+        *((f"other{i}", ctypes.c_size_t) for i in range(7)),
+        ("used", ctypes.c_size_t),
+        *((f"other{i}", ctypes.c_size_t) for i in (7, 8)),
+    ]
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="counts what glibc (2.33) has given out")
+def test_a_limited_cache_stops_growing(shipped: Tokenizer) -> None:
+    """It is the library's, out of Python's sight."""
+    assert LIBC is not None
+    LIBC.mallinfo2.restype = Counts
+
+    def grown(tokenizer: Tokenizer) -> int:
+        before = LIBC.mallinfo2().used
+        for i in range(3000):
+            tokenizer.encode(f"{i}th{i}word{i}")
+        return LIBC.mallinfo2().used - before
+
+    free, limited = (Tokenizer.from_json(shipped.to_json()) for _ in range(2))
+    limited.limit_cache(100)
+    assert limited.encode("The quick brown fox 東京") == shipped.encode("The quick brown fox 東京")
+    assert grown(limited) < 100_000
+    assert grown(free) > 400_000

@@ -1,5 +1,8 @@
 """The pool: rows in, rows out, and keys and values of slots that are kept."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -82,3 +85,15 @@ def test_kept_slots_are_those_that_the_blocks_would_compute():
 def test_a_model_without_slots_keeps_none():
     assert not Pool(lively("dense"), 1, 12).keeps_slots
     assert Pool(lively("no thoughts"), 1, 12).keeps_slots
+
+
+def test_rows_that_were_taken_are_gone_with_their_last_name():
+    """Not when Python next looks for cycles."""
+    pool, place_B, _ = loaded(lively("complete"), 6)
+    gc.disable()
+    try:
+        old = [weakref.ref(value) for value in leaves(pool.take(place_B, read_slots=True, whole=False))]
+        assert len(old) > 10
+        assert [each() for each in old if each() is not None] == []
+    finally:
+        gc.enable()

@@ -1,5 +1,8 @@
 """A state as a value: its tensors by name, some of its rows, several states as one."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -77,3 +80,17 @@ def test_a_state_goes_to_a_device():
         name: value.shape for name, value in flatten(state).items()
     }
     assert all(value.is_meta for value in moved.values())
+
+
+def test_an_old_state_is_gone_with_its_last_name():
+    """Not when Python next looks for cycles: on a GPU that may be too late."""
+    state = state_of("complete")
+    gc.disable()
+    try:
+        parts = [state.rows(torch.tensor([row])) for row in range(3)]
+        joined = State.join(parts).to("cpu")
+        old = [weakref.ref(value) for each in (*parts, joined) for value in flatten(each).values()]
+        del parts, joined
+        assert [each() for each in old if each() is not None] == []
+    finally:
+        gc.enable()

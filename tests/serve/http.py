@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-pytest.importorskip("starlette", reason="needs the extra: pip install 'lepton-lm[serve]'")
-pytest.importorskip("uvicorn", reason="needs the extra: pip install 'lepton-lm[serve]'")
+pytest.importorskip("starlette", reason="needs: pip install starlette uvicorn")
+pytest.importorskip("uvicorn", reason="needs: pip install starlette uvicorn")
 
 from lepton.serve.app import Api
 from lepton.serve.limits import Limits

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lepton.serve import app
 from lepton.serve.app import Api
-from lepton.serve.limits import Limits
+from lepton.serve.limits import Limits, Refusal
 from lepton.serve.requests import Reader
 from tests.serve.http import Running, until
 from tests.serve.small import WORDS
@@ -128,6 +130,24 @@ def test_a_client_that_does_not_read_is_not_waited_for(model, tokenizer, monkeyp
     finally:
         api.calls.worker.close()
     assert b'"code": "timeout"' in sent[-1]["body"]
+
+
+def test_few_threads_read_requests_and_cache_few_words(model, tokenizer, monkeypatch):
+    """Each thread takes memory for as long as the server runs, also where there are many cores."""
+    names, words = set(), []
+
+    def task(*_, **__):
+        names.add(threading.current_thread().name)
+        time.sleep(0.2)  # the others come meanwhile
+        raise Refusal("read", status=400)
+
+    monkeypatch.setattr(Reader, "task", task)
+    monkeypatch.setattr(type(tokenizer), "limit_cache", lambda _, most: words.append(most))
+    with Running(model, tokenizer) as server, ThreadPoolExecutor(12) as clients:
+        found = [*clients.map(lambda _: server.post("/v1/completions", {"prompt": "fox"})[0], range(12))]
+    assert found == [400] * 12
+    assert len(names) == app.THREADS
+    assert words == [app.CACHED_WORDS]
 
 
 def test_the_name_of_the_model_is_the_servers(model, tokenizer):
