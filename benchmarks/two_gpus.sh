@@ -2,13 +2,15 @@
 # Questions about TINY that one call on a host with two GPUs can answer: models are trained side by side and one after
 # the other, and compile while another one trains. Each line says what was found as soon as it is known.
 #   DATA=folder of shard_*.npy with val/   TOKENIZER=the file that it was made with   OUT=folder (default: two-gpus-out)
-#   bash benchmarks/two_gpus.sh drafts       two drafters, before and after learning from the models' own text, 6 minutes
+#   bash benchmarks/two_gpus.sh drafts       two drafters, before and after learning from the models' own text, 8 minutes
 #   bash benchmarks/two_gpus.sh plain_drafts the same for the default drafter, and one that reads the stem
 #   bash benchmarks/two_gpus.sh windows      narrower windows beside wide blocks; four models, about 6 minutes
 #   bash benchmarks/two_gpus.sh seeds        complete and dense, three seeds each, about 7 minutes
 #   bash benchmarks/two_gpus.sh generate     speed of one text with the models that `drafts` leaves, 3 minutes
 #   bash benchmarks/two_gpus.sh generate_many  of 64 to 1,024 texts with $OUT/tiny.pt, which `drafts` and `seeds` leave
 #   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
+#   bash benchmarks/two_gpus.sh routes       routing at TINY: the defaults, and a stem that learns for the exit; two seeds
+#   bash benchmarks/two_gpus.sh tasks        hops, chains, recall of two steps, needles, path-star, 9 minutes
 set -u
 OUT=${OUT:-two-gpus-out}
 PYTHON=${PYTHON:-python3}
@@ -24,7 +26,8 @@ train() {
   shift 2
   CUDA_VISIBLE_DEVICES=$gpu timeout 560 "$PYTHON" -m benchmarks.ideas "${data[@]}" --size tiny --tokens "$TOKENS" \
     --lock "$OUT/gpu$gpu.lock" "$@" > "$file" 2>&1
-  echo "[$((SECONDS - begun)) s] $name: $(grep -oE '"(val_loss|tokens_per_s|prepare_s|tune_s|tokens_per_step)": [0-9.]+' "$file" |
+  local keys='"(val_loss|tokens_per_s|prepare_s|tune_s|warm_up_s|tokens_per_step)": [0-9.]+'
+  echo "[$((SECONDS - begun)) s] $name: $(grep -oE "$keys" "$file" |
     awk '!seen[$0]++' | tr '\n' ' ')"
   grep -E "Error" "$file" | tail -n 1
 }
@@ -38,10 +41,20 @@ generate() {
   grep -hE "^(case|tiny/[^ ]+) " "$file.txt"
 }
 
+# prove GPU NAME SECONDS TASK OPTIONS...: a task of the proving ground at the usual rate, so long for each contender.
+prove() {
+  local gpu=$1 file="$OUT/$2.txt" seconds=$3
+  shift 3
+  CUDA_VISIBLE_DEVICES=$gpu timeout 570 "$PYTHON" -m benchmarks.proving_ground."$@" --rates 1 \
+    --seconds "$seconds" > "$file" 2>&1
+  echo "[$((SECONDS - begun)) s] $*"
+  grep -vE "^\{|step|: \{" "$file" | tail -n 12
+}
+
 for part in "$@"; do
   case $part in
     drafts)
-      tuned=(--drafts --tune 1024 --change drafter.distil=true)
+      tuned=(--drafts --tune 8192 --tune_steps 1000 --tune_share 0.3 --change drafter.distil=true)
       train 0 tuned "${tuned[@]}" --save "$OUT/tiny.pt" &
       train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 --save "$OUT/large.pt" &
       wait ;;
@@ -79,6 +92,27 @@ for part in "$@"; do
           router.reads_exit=true router.into_stem=$weight > "$OUT/depth_$weight.txt" 2>&1
         echo "[$((SECONDS - begun)) s] into_stem=$weight"; grep -v "^{" "$OUT/depth_$weight.txt" | tail -n 14) &
       done
+      wait ;;
+    routes)
+      for seed in 0 1; do
+        for weight in 0 0.3; do
+          gpu=$([ "$weight" = 0 ] && echo 0 || echo 1)
+          learned=(router.exit_stride=8 router.distil=true router.expected=true router.reads_exit=true)
+          [ "$weight" = 0 ] && learned=()
+          (CUDA_VISIBLE_DEVICES=$gpu timeout 560 "$PYTHON" -m benchmarks.proving_ground.depth "${data[@]}" --size tiny \
+            --tokens "$TOKENS" --seed $seed --dense_layers --lock "$OUT/gpu$gpu.lock" \
+            --change "${learned[@]}" router.into_stem="$weight" > "$OUT/routes_${weight}_$seed.txt" 2>&1
+          echo "[$((SECONDS - begun)) s] into_stem=$weight, seed $seed"
+          grep -E '"tokens_per_s"' "$OUT/routes_${weight}_$seed.txt" | grep -oE '"tokens_per_s": [0-9]+' | head -n 1
+          grep -vE "^\{|step" "$OUT/routes_${weight}_$seed.txt" | tail -n 12) &
+        done
+      done
+      wait ;;
+    tasks)
+      (prove 0 two_steps 240 recall --two_step --models dense memory) &
+      (prove 0 hops_without 120 hops --models no_thoughts pauses; prove 0 path_star 200 path_star --models complete) &
+      (prove 1 chains 120 chains --models no_thoughts thoughts; prove 1 window_only 100 recall --models window_only) &
+      (prove 1 needle 440 needle --filler_dir "$DATA" --tokenizer "$TOKENIZER" --models memory) &
       wait ;;
     *) echo "unknown part $part: see the head of this file" >&2; exit 2 ;;
   esac
