@@ -2,14 +2,14 @@
 # Questions about TINY that one call on a host with two GPUs can answer: models are trained side by side and one after
 # the other, and compile while another one trains. Each line says what was found as soon as it is known.
 #   DATA=folder of shard_*.npy with val/   TOKENIZER=the file that it was made with   OUT=folder (default: two-gpus-out)
-#   bash benchmarks/two_gpus.sh drafts       two drafters, before and after learning from the models' own text, 8 minutes
+#   bash benchmarks/two_gpus.sh drafts       two drafters, before and after they learn from the models' own text
 #   bash benchmarks/two_gpus.sh plain_drafts the same for the default drafter, and one that reads the stem
 #   bash benchmarks/two_gpus.sh windows      narrower windows beside wide blocks; four models, about 6 minutes
 #   bash benchmarks/two_gpus.sh seeds        complete and dense, three seeds each, about 7 minutes
 #   bash benchmarks/two_gpus.sh generate     speed of one text with the models that `drafts` leaves, 3 minutes
 #   bash benchmarks/two_gpus.sh generate_many  of 64 to 1,024 texts with $OUT/tiny.pt, which `drafts` and `seeds` leave
 #   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
-#   bash benchmarks/two_gpus.sh routes       routing at TINY: the defaults, and a stem that learns for the exit; two seeds
+#   bash benchmarks/two_gpus.sh routes       routing at TINY: the defaults, and a stem that learns for the exit
 #   bash benchmarks/two_gpus.sh tasks        hops, chains, recall of two steps, needles, path-star, 9 minutes
 set -u
 OUT=${OUT:-two-gpus-out}
