@@ -22,6 +22,11 @@ BOTH = slice(None)
 
 
 def check_perturbation(variant: str, training: bool = False, **options) -> None:
+    with torch.set_grad_enabled(training):  # as generation and training compute
+        check_each_change(variant, training, **options)
+
+
+def check_each_change(variant: str, training: bool, **options) -> None:
     model = build(variant).train(training)
     tokens, opens = text(1), torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.06
     before = views(model(tokens, opens=opens, **options))

@@ -17,13 +17,13 @@ ROWS = slice(None)
 
 
 def plans(seed: int, length: int) -> list[list[int]]:
-    """Where to cut: everywhere, at random, around the window's edges, prefill and then single tokens."""
+    """Where to cut: everywhere, at random, around the window's edges, prefill and then single tokens and the rest."""
     draw = random.Random(seed)
     return [
         list(range(1, length + 1)),
         [*sorted(draw.sample(range(1, length), 6)), length],
         [7, 8, 9, 16, 17, 40, length],
-        [length // 2, *range(length // 2 + 1, length + 1)],
+        [length // 2, *range(length // 2 + 1, length // 2 + 13), length],
         [1, length],
     ]
 
@@ -91,7 +91,7 @@ def test_long_chunks_are_banded_without_a_seam():
     assert_states(full.state, state, "bands")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @torch.no_grad()
 def test_fp32_agrees_within_its_tolerance(seed):
     model, tokens = build("complete", seed, dtype=torch.float32), text(6)
@@ -108,6 +108,9 @@ def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
     """commit(n) of a chunk whose rest is junk equals reading only its first n tokens, row by row."""
     model, tokens = build(variant), text(7, rows=3)
     before = model(tokens[:, :37]).state
+    read = [before]  # after each number of tokens, one by one
+    for t in range(37, 42):
+        read.append(model(tokens[:, t : t + 1], read[-1]).state)
     for length in (5, 20):
         for counts in ([0, 1, 2], [3, 0, 5], [5, 4, 1], [4, 4, 4]):
             junk = text(sum(counts), rows=3, length=length)
@@ -118,10 +121,7 @@ def test_rollback_restores_the_state_that_never_saw_the_drafts(variant):
             rolled = model(junk, before, opens=opens).commit(torch.tensor(counts))
             for row, count in enumerate(counts):
                 one = torch.tensor([row])
-                state = before.rows(one)
-                for t in range(37, 37 + count):
-                    state = model(tokens[row : row + 1, t : t + 1], state).state
-                assert_states(state, rolled.rows(one), f"row {row} of {counts}")
+                assert_states(read[count].rows(one), rolled.rows(one), f"row {row} of {counts}")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

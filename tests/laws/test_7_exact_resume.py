@@ -18,7 +18,7 @@ from lepton import checkpoint
 from lepton.cli.train import main
 from tests.train.small import SHAPE, metrics_of, write_data
 
-STEPS = 40
+STEPS = 24
 KILLED = 9
 
 # Each process is forked from one that has imported torch already, where the system can: that is most of its time.

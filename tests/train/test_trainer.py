@@ -124,8 +124,9 @@ def test_bad_lines_in_the_metrics_are_said_once_and_kept(data, finished, tmp_pat
 
 
 def test_accumulated_micro_batches_equal_one_batch(data, tmp_path):
+    changes = {"seq_len": 50, "optimizer": "adamw", "max_steps": 4}
     for name, batch_size, grad_accum in (("one", 8, 1), ("four", 2, 4)):
-        small_run(data, tmp_path / name, batch_size=batch_size, grad_accum=grad_accum, seq_len=50, optimizer="adamw")
+        small_run(data, tmp_path / name, batch_size=batch_size, grad_accum=grad_accum, **changes)
     ours, theirs = losses_of(tmp_path / "one"), losses_of(tmp_path / "four")
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
     assert ours[0][1] == pytest.approx(theirs[0][1], rel=1e-6), "windows of 50, 50 and 28 targets weigh what they hold"
@@ -136,9 +137,12 @@ def test_accumulated_micro_batches_equal_one_batch(data, tmp_path):
     [{}, {"optimizer": "adamw"}, {"dtype": "bf16"}, {"grad_accum": 2}, {"overrides": SHAPE | ROUTED}],
     ids=lambda changes: "routed" if "overrides" in changes else str(changes),
 )
-def test_resuming_repeats_the_undisturbed_run(data, tmp_path, changes):
-    small_run(data, tmp_path / "whole", **changes)
-    small_run(data, tmp_path / "parts", **changes)
+def test_resuming_repeats_the_undisturbed_run(data, finished, tmp_path, changes):
+    if changes:
+        small_run(data, tmp_path / "whole", **changes)
+    else:
+        shutil.copytree(finished[0], tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     for name in ("final.pt", "step_8.pt"):
         (tmp_path / "parts" / name).unlink()
     _, text = small_run(data, tmp_path / "parts", resume="auto", **changes)
@@ -176,8 +180,8 @@ def test_a_run_goes_on_with_more_steps(data, tmp_path):
     assert not (tmp_path / "previous-1").exists()
 
 
-def test_resuming_a_finished_run_only_ends_it_again(data, tmp_path):
-    small_run(data, tmp_path)
+def test_resuming_a_finished_run_only_ends_it_again(data, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     before = metrics_of(tmp_path)
     (tmp_path / "final.pt").unlink()
     _, text = small_run(data, tmp_path, resume="auto")
@@ -201,8 +205,8 @@ def test_a_fresh_run_in_a_used_folder_moves_the_old_one_aside(data, tmp_path):
     assert [step for step, _ in losses_of(tmp_path)] == [1, 2]
 
 
-def test_going_back_keeps_what_came_after(data, tmp_path):
-    small_run(data, tmp_path)
+def test_going_back_keeps_what_came_after(data, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     small_run(data, tmp_path, resume=str(tmp_path / "step_4.pt"), lr=1e-3, max_steps=6)
     assert checkpoint.load(tmp_path / "previous-1" / "step_8.pt")["step"] == 8
     assert [step for step, _ in losses_of(tmp_path / "previous-1")] == list(range(1, 9))

@@ -47,7 +47,12 @@ assert len(list(ablate(model, lambda **options: model(tokens, **options).logits.
 # The libraries are loaded once, before the process divides: that takes longer than all else.
 PROCESS = """
 import os, sys, traceback
+import contextlib
 import numpy, platformdirs, safetensors.torch, tokenizers, torch, torch._dynamo, tqdm
+with contextlib.suppress(ImportError):
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedTokenizerFast
+with contextlib.suppress(ImportError):
+    import lm_eval.api.model, lm_eval.models.utils
 code = sys.stdin.read()
 for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     if child := os.fork():
