@@ -3,7 +3,7 @@
 # the other, and compile while another one trains. Each line says what was found as soon as it is known.
 #   DATA=folder of shard_*.npy with val/   TOKENIZER=the file that it was made with   OUT=folder (default: two-gpus-out)
 #   bash benchmarks/two_gpus.sh drafts       two drafters, before and after they learn from the models' own text
-#   bash benchmarks/two_gpus.sh plain_drafts the same for the default drafter, and one that reads the stem
+#   bash benchmarks/two_gpus.sh drafters     drafters that learn from every token, that are wider, or do not distil
 #   bash benchmarks/two_gpus.sh windows      narrower windows beside wide blocks; four models, about 6 minutes
 #   bash benchmarks/two_gpus.sh seeds        complete and dense, three seeds each, about 7 minutes
 #   bash benchmarks/two_gpus.sh generate     speed of one text with the models that `drafts` leaves, 3 minutes
@@ -58,9 +58,13 @@ for part in "$@"; do
       train 0 tuned "${tuned[@]}" --save "$OUT/tiny.pt" &
       train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 --save "$OUT/large.pt" &
       wait ;;
-    plain_drafts)
-      train 0 drafts --drafts --tune 1024 &
-      train 1 distilled_stem --drafts --change drafter.distil=true drafter.reads_stem=true &
+    drafters)
+      large=(drafter.distil=true drafter.reads_stem=true drafter.vocab=8192)
+      train 0 stride_1 --drafts --change "${large[@]}" drafter.stride=1 &
+      train 1 width_512 --drafts --change "${large[@]}" drafter.width=512 &
+      sleep 90
+      train 0 both --drafts --change "${large[@]}" drafter.stride=1 drafter.width=512 &
+      train 1 no_distil --drafts --change drafter.vocab=8192 drafter.reads_stem=true &
       wait ;;
     windows)
       train 0 window_256 --brief &
