@@ -1,7 +1,8 @@
 """Recall: 256 pairs of key and value in 1,024 tokens, then each key in another order, and its value is asked for.
 
 A model with a window of 64 does not see the pair any more: only answers whose pair lies that far back are scored. With
-`--two_step` the pairs are a -> b and b -> c in mixed order, and c is asked of a: what is read must be asked with again.
+`--two_step` the pairs are a -> b and b -> c in mixed order, each after a mark, and c is asked of a: what is read must
+be asked with again.
 A level is the distance to the value that was to be read, in windows; of two steps that of the nearer one.
 
     python -m benchmarks.proving_ground.recall --models dense
@@ -52,7 +53,7 @@ class Recall(Task):
 
     @property
     def begin(self) -> int:
-        """The first token of a row; keys are the ids after it."""
+        """The first token of a row, and the mark of a pair; keys are the ids after it."""
         return EOS + 1
 
     @property
@@ -73,12 +74,16 @@ class Recall(Task):
         else:
             asked_BEQ, answer_BEQ = keys_BEK, values_BEK
         order_BEK, place_BEK = shuffled(generator, keys_BEK.shape)
-        stated_BEX = torch.stack([keys_BEK.gather(2, order_BEK), values_BEK.gather(2, order_BEK)], 3).flatten(2)
+        stated = [keys_BEK.gather(2, order_BEK), values_BEK.gather(2, order_BEK)]
+        if self.two_step:  # without the mark, b as a value could only be told from b as a key by counting
+            stated.insert(0, torch.full_like(keys_BEK, self.begin))
+        stated_BEX = torch.stack(stated, 3).flatten(2)
         turn_BEQ, _ = shuffled(generator, asked_BEQ.shape)
         questions_BEX = torch.stack([asked_BEQ.gather(2, turn_BEQ), answer_BEQ.gather(2, turn_BEQ)], 3).flatten(2)
         nearest_BEQ = place_BEK.unflatten(2, (-1, asked_BEQ.shape[2])).amax(2).gather(2, turn_BEQ)
-        # From the key that is asked for, at 2 (pairs + q), back to the value that was stated after the key.
-        distance_BEQ = 2 * (pairs + torch.arange(asked_BEQ.shape[2])) - (2 * nearest_BEQ + 1)
+        # From the key that is asked for, back to the value that was stated after the key.
+        size = len(stated)
+        distance_BEQ = size * pairs + 2 * torch.arange(asked_BEQ.shape[2]) - (size * nearest_BEQ + size - 1)
         none_BEX = torch.zeros_like(stated_BEX)
         level_BEX = torch.stack([distance_BEQ // self.window, torch.zeros_like(distance_BEQ)], 3).flatten(2)
         targets_BEX = torch.stack([torch.ones_like(distance_BEQ), torch.zeros_like(distance_BEQ)], 3).flatten(2)

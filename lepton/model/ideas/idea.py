@@ -100,6 +100,8 @@ class Contribution:
     """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
     stream_BTD: Tensor | None = None
     """A residual stream in place of the flow's: later ideas and the deep blocks read it."""
+    seen: Any = None
+    """What `before_block` reads; not kept after the pass."""
     update: Any = None
     """How the idea's state changes with this chunk: an object with `after(count_B, timeline)`, which returns the state
     after the first `count_B` tokens of each row. None: the idea has no state."""
@@ -151,9 +153,9 @@ class Flow(ChunkInputs):
         kept = replace(given, stream_BTD=None, added_BTD=None, update=None)
         return replace(flow, contributions={**self.contributions, name: kept})
 
-    def without_slots(self) -> "Flow":
-        """Return the flow without slots, which only the deep blocks need."""
-        kept = {name: replace(each, slots=None) for name, each in self.contributions.items()}
+    def after_blocks(self) -> "Flow":
+        """Return the flow without what only the deep blocks need."""
+        kept = {name: replace(each, slots=None, seen=None) for name, each in self.contributions.items()}
         return replace(self, contributions=kept)
 
     def features(self, *names: str) -> list[Tensor]:
@@ -298,6 +300,13 @@ class Idea(nn.Module):
         may depend on later tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} reads the top states")
+
+    def before_block(self, block: int, x_BTD: Tensor, flow: Flow) -> Tensor | None:
+        """Return what is added to the residual stream [B, T, D] before a deep block, counted from 0; None: nothing.
+
+        It is added to the tokens that go through the deep blocks.
+        """
+        return None
 
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Return the residual stream after the deep blocks; it may change the tokens that skipped them."""
