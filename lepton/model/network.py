@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from lepton.config import LeptonConfig
 from lepton.model import ideas as _ideas  # noqa: F401  (registers them)
 from lepton.model.arguments import checked, checked_for_loss
-from lepton.model.attention import Rotary, Slots
+from lepton.model.attention import Rotary
 from lepton.model.block import Served
 from lepton.model.flops import flops_per_token
 from lepton.model.fresh_state import MAX_ROWS, fresh_state, state_bytes, with_memory
@@ -171,9 +171,7 @@ class Network(Modules):
             flow = flow.plus(idea.name, contribution)
             if contribution.update is not None:
                 updates[idea.name] = contribution.update
-        x_BTD, middle_BTD, deep = self._run(
-            self.blocks, flow.x_BTD, self._deep_views(flow, past), flow.rotary, flow.slots, _served(flow)
-        )
+        x_BTD, middle_BTD, deep = self._run(self.blocks, flow.x_BTD, self._deep_views(flow, past), flow.rotary, flow)
         x_BTD = self.backed_out(x_BTD, middle_BTD, flow)
         for idea in self._in_flow():
             x_BTD = idea.after_blocks(x_BTD, flow.deep_BT, inputs.call)
@@ -187,7 +185,7 @@ class Network(Modules):
             logits=None,
             uncertainty=None,
             depth=blocks_BT,
-            flow=flow.without_slots(),
+            flow=flow.without_inputs(),
             lengths=lengths,
             chunk=chunk,
         )
@@ -281,18 +279,20 @@ class Network(Modules):
         x_BTD: Tensor,
         views: Iterable[View],
         rotary: Rotary,
-        slots: Slots | None = None,
-        served: Served | None = None,
+        flow: Flow | None = None,
     ) -> tuple[Tensor, Tensor, list[KeysValues]]:
-        """Run the stem or the deep blocks. Of each, `views` has what it remembers and its attention mask.
+        """Run the stem or, with a `flow`, the deep blocks. `views` has what each remembers and its attention mask.
 
         Returns:
             The residual stream after them, that after the middle block (or before the first one, if they are above
             it), and the chunk's keys and values in each.
         """
-        first = 0 if blocks is self.stem else self.config.stem_layers
+        first = 0 if flow is None else self.config.stem_layers
+        slots, served = (None, None) if flow is None else (flow.slots, _served(flow))
         middle_BTD, keys_values = x_BTD, []
         for layer, (block, (past, plan)) in enumerate(zip(blocks, views, strict=True)):
+            if flow is not None:
+                x_BTD = self._before_block(layer, x_BTD, flow)
             arguments = (x_BTD, past, rotary, plan, slots, served)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random, and reading the GPU's RNG state would abort a CUDA graph capture.
@@ -303,6 +303,14 @@ class Network(Modules):
             if first + layer == self.config.middle:
                 middle_BTD = x_BTD
         return x_BTD, middle_BTD, keys_values
+
+    def _before_block(self, block: int, x_BTD: Tensor, flow: Flow) -> Tensor:
+        """Return the stream with what ideas add before a deep block to the tokens that go through it."""
+        for idea in self._in_flow():
+            added_BTD = idea.before_block(block, x_BTD, flow)
+            if added_BTD is not None:
+                x_BTD = x_BTD + (added_BTD * flow.deep_BT[..., None] if flow.call.routed else added_BTD)
+        return x_BTD
 
     def _deep_views(self, flow: Flow, past: State) -> Iterator[View]:
         """Yield the views of the deep blocks; wide ones have a kv cache and a mask of their own."""

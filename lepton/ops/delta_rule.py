@@ -36,26 +36,43 @@ class Writes(NamedTuple):
     """Ordinal of the token's document. Each document starts with an empty memory."""
 
 
-def delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Memories(NamedTuple):
+    """What the memory was and gave in P chunks."""
+
+    reads: Tensor
+    """The reads o [B, P, N, O, U]."""
+    entry_BPNHU: Tensor
+    """The state before each chunk."""
+    end_BNHU: Tensor
+    """The state after the last one."""
+    written: Tensor
+    """What each token added to the values of its key, [B, P, N, O, U]."""
+
+
+def delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> Memories:
     """Run the memory over P chunks.
 
     Args:
         writes: the tokens' inputs.
         state_BNHU: the memory before the first chunk, fp32 or better.
         entry_document_BP: the document of the token before each chunk, whose memory the chunk starts with.
-
-    Returns:
-        The reads o [B, P, N, O, U], the state before each chunk [B, P, N, H, U], and the state after the last.
     """
     if writes.k.shape[-2] == CHUNK and DELTA_RULE.works(state_BNHU.device, state_BNHU.dtype, *state_BNHU.shape[2:]):
         return delta_rule_in_kernels(writes, state_BNHU, entry_document_BP)
     return chunked_delta_rule(writes, state_BNHU, entry_document_BP)
 
 
-def naive_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def read_again(writes: Writes, memories: Memories, entry_document_BP: Tensor) -> Tensor:
+    """Return what other queries, `writes.q`, read from memories [B, P, N, O, U]: each token's own, after its write."""
+    _, ratio, g = _decays(writes, entry_document_BP)
+    inside = (writes.q @ writes.k.mT) * ratio
+    return (g[..., None] * writes.q) @ memories.entry_BPNHU + inside @ memories.written
+
+
+def naive_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> Memories:
     """As `delta_rule`, token by token; a slow reference."""
     chunks, size = writes.k.shape[1], writes.k.shape[3]
-    reads, entries, document_B = [], [], entry_document_BP[:, 0]
+    reads, entries, written, document_B = [], [], [], entry_document_BP[:, 0]
     for p in range(chunks):
         entries.append(state_BNHU)
         for c in range(size):
@@ -65,13 +82,16 @@ def naive_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tens
             state_BNHU = torch.where(fresh_B[:, None, None, None], 0, state_BNHU)
             state_BNHU = log_decay.exp()[..., None, None] * state_BNHU
             known = torch.einsum("bhkv,bhk->bhv", state_BNHU, k)
-            state_BNHU = state_BNHU + torch.einsum("bhk,bhv->bhkv", k, rate[..., None] * (v - known))
+            written.append(rate[..., None] * (v - known))
+            state_BNHU = state_BNHU + torch.einsum("bhk,bhv->bhkv", k, written[-1])
             reads.append(torch.einsum("bhkv,bhk->bhv", state_BNHU, q))
-    reads_BPNOU = torch.stack(reads, 2).unflatten(2, (chunks, size)).transpose(1, 2)
-    return reads_BPNOU, torch.stack(entries, 1), state_BNHU
+    reads_BPNOU, written_BPNOU = (
+        torch.stack(each, 2).unflatten(2, (chunks, size)).transpose(1, 2) for each in (reads, written)
+    )
+    return Memories(reads_BPNOU, torch.stack(entries, 1), state_BNHU, written_BPNOU)
 
 
-def chunked_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> Memories:
     """As `delta_rule`, in PyTorch.
 
     The part of a chunk that does not depend on the state is a triangular system, solved for all chunks at once by
@@ -81,18 +101,16 @@ def chunked_delta_rule(writes: Writes, state_BNHU: Tensor, entry_document_BP: Te
     one = torch.eye(mix.shape[-1], dtype=mix.dtype, device=mix.device)
     solved = torch.linalg.solve_triangular(mix + one, given, upper=False, unitriangular=True)
     u, w = solved.split([writes.v.shape[-1], writes.k.shape[-1]], -1)
-    reads, states = [], [state_BNHU]
+    reads, written, states = [], [], [state_BNHU]
     for p in range(mix.shape[1]):
         state = states[-1]
-        written = u[:, p] - w[:, p] @ state
-        reads.append(g[:, p, :, :, None] * (writes.q[:, p] @ state) + inside[:, p] @ written)
-        states.append(g[:, p, :, -1, None, None] * state + into[:, p].mT @ written)
-    return torch.stack(reads, 1), torch.stack(states[:-1], 1), states[-1]
+        written.append(u[:, p] - w[:, p] @ state)
+        reads.append(g[:, p, :, :, None] * (writes.q[:, p] @ state) + inside[:, p] @ written[p])
+        states.append(g[:, p, :, -1, None, None] * state + into[:, p].mT @ written[p])
+    return Memories(torch.stack(reads, 1), torch.stack(states[:-1], 1), states[-1], torch.stack(written, 1))
 
 
-def delta_rule_in_kernels(
-    writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def delta_rule_in_kernels(writes: Writes, state_BNHU: Tensor, entry_document_BP: Tensor) -> Memories:
     """As `delta_rule`, with the kernels: fp32, chunks of `CHUNK`."""
     q, k, v = (part.contiguous() for part in writes[:3])  # as batched matrix products need them
     mix, given, inside, g, into = _prepare(writes._replace(q=q, k=k, v=v), entry_document_BP)
@@ -100,7 +118,7 @@ def delta_rule_in_kernels(
     written, entry, end = _carry(solved, into, g[..., -1], state_BNHU)
     before = (g[..., None] * q) @ entry
     reads = torch.baddbmm(*(part.flatten(0, 2) for part in (before, inside, written)))
-    return reads.view_as(v), entry, end
+    return Memories(reads.view_as(v), entry, end, written)
 
 
 def _trial(device: torch.device, dtype: torch.dtype, keys: int, values: int) -> None:
@@ -132,14 +150,20 @@ class _Chunks(NamedTuple):
     """Decayed keys with which writes enter the state after the chunk."""
 
 
-def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
-    q, k, v, log_decay, rate, document_BPO = writes
-    low = torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
+def _decays(writes: Writes, entry_document_BP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log g, the decays between the tokens of a chunk [B, P, N, O, O], and g; 0 across documents."""
+    document_BPO, size = writes.document_BPO, writes.k.shape[-2]
+    low = torch.ones(size, size, dtype=torch.bool, device=document_BPO.device).tril()
     same_BPOO = (document_BPO[:, :, :, None] == document_BPO[:, :, None, :]) & low
-    log_g = log_decay.cumsum(-1)
+    log_g = writes.log_decay.cumsum(-1)
     ratio = (log_g[..., :, None] - log_g[..., None, :]).masked_fill(~same_BPOO[:, :, None], float("-inf")).exp()
     enters_BPO = document_BPO == entry_document_BP[:, :, None]
-    g = log_g.exp() * enters_BPO[:, :, None]
+    return log_g, ratio, log_g.exp() * enters_BPO[:, :, None]
+
+
+def _prepare(writes: Writes, entry_document_BP: Tensor) -> _Chunks:
+    q, k, v, _, rate, document_BPO = writes
+    log_g, ratio, g = _decays(writes, entry_document_BP)
     mix = (rate[..., None] * (k @ k.mT) * ratio).tril(-1)
     given = torch.cat([rate[..., None] * v, (rate * g)[..., None] * k], -1)
     inside = (q @ k.mT) * ratio

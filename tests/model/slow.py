@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +116,8 @@ def think(thoughts, seen, u, t, rounds, config) -> torch.Tensor:
     return torch.stack(slots)
 
 
-def remember(memory, u) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What the working memory reads first at each token, normed per head, and what all its reads add."""
+def remember(memory, u) -> tuple[list[torch.Tensor], Callable]:
+    """What each token reads from the working memory, normed per head, and what other queries [1, 1, N, T, H] read."""
     raw, tokens = [memory.qkv.weight @ state for state in u], []
     for t in range(len(u)):
         mixed = sum(raw[t - i] * memory.conv[:, i] for i in range(4) if i <= t)
@@ -140,14 +141,14 @@ def remember(memory, u) -> list[tuple[torch.Tensor, torch.Tensor]]:
         normed = reads / (reads.square().mean(-1, keepdim=True) + READ_EPS).sqrt()
         return list(normed.transpose(0, 1).flatten(1))
 
-    first = read(parts[0])
-    added = [memory.out.weight @ each for each in first]
-    for _ in range(memory.more_reads):
-        asking = [memory.again.weight @ norm(state + more) for state, more in zip(u, added, strict=True)]
-        queries = [F.normalize(F.silu(each).view(memory.heads, -1), dim=-1) for each in asking]
-        found = read(torch.stack(queries, 1)[None, None])
-        added = [more + memory.out_again.weight @ each for more, each in zip(added, found, strict=True)]
-    return list(zip(first, added, strict=True))
+    return read(parts[0]), read
+
+
+def ask_again(again, x, read) -> list[torch.Tensor]:
+    """The stream before a deep block after another read of the memory."""
+    queries = [F.normalize(F.silu(again.ask.weight @ norm(state)).view(again.heads, -1), dim=-1) for state in x]
+    found = read(torch.stack(queries, 1)[None, None])
+    return [state + again.out.weight @ each for state, each in zip(x, found, strict=True)]
 
 
 def visible_crystals(crystals, u, config) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -184,14 +185,13 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
             seen, u = [[norm(state) for state in each] for each in inputs], [norm(state) for state in h]
         opened = {t: think(model.thoughts, seen, stem, t, rounds, config) for t in range(0, len(u), config.segment)}
         groups = [opened[t - t % config.segment] for t in range(len(u))]
-    reads = remember(model.memory, u) if model.memory is not None else None
+    reads, read = remember(model.memory, u) if model.memory is not None else (None, None)
     x = list(h)
     for t in range(len(u)):
         parts = [u[t]]
         if reads is not None:
-            first, added = reads[t]
-            x[t] = x[t] + added
-            parts.append(first)
+            x[t] = x[t] + model.memory.out.weight @ reads[t]
+            parts.append(reads[t])
         if groups[t] is not None:
             parts.append(norm(groups[t].mean(0)))
         if model.peek is not None:
@@ -201,7 +201,9 @@ def slow_logits(model, document: list[int]) -> torch.Tensor:
     if model.crystals is not None:
         seen, log_score = visible_crystals(model.crystals, u, config)
     streams = []
-    for block, wide in zip(model.blocks, config.wide_layers, strict=True):
+    for index, (block, wide) in enumerate(zip(model.blocks, config.wide_layers, strict=True)):
+        if read is not None and str(index) in model.memory.again:
+            x = ask_again(model.memory.again[str(index)], x, read)
         extra = [[slot_column(block.attention, u[s], log_score[s], config) for s in seen[t]] for t in range(len(u))]
         for t, group in enumerate(groups):
             extra[t] += [] if group is None else [slot_column(block.attention, norm(z), 0.0, config) for z in group]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lepton.ops.delta_rule import Writes, delta_rule, naive_delta_rule
+from lepton.ops.delta_rule import Writes, delta_rule, naive_delta_rule, read_again
 
 ROWS, CHUNKS, HEADS, CHUNK, KEYS, VALUES = 2, 3, 2, 16, 8, 6
 
@@ -33,10 +33,20 @@ def entry_documents(made: Writes) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["random", "constant"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_the_chunked_form_equals_the_naive_one(kind, dtype, tolerance):
-    """Reads, the state on entry to each chunk, and the last one."""
+    """Reads, the state on entry to each chunk, the last one, and what was written."""
     made, state = writes(kind, dtype)
     found, expected = (form(made, state, entry_documents(made)) for form in (delta_rule, naive_delta_rule))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["random", "constant"])
+def test_other_queries_read_the_same_memories(kind):
+    made, state = writes(kind)
+    asked = made._replace(q=made.q.flip(3))
+    found = read_again(asked, delta_rule(made, state, entry_documents(made)), entry_documents(made))
+    expected = naive_delta_rule(asked, state, entry_documents(made)).reads
+    assert (expected != naive_delta_rule(made, state, entry_documents(made)).reads).any()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_the_gradients_agree():

@@ -40,7 +40,7 @@ def naive(writes, state, length):
     qk, v, log_decay, rate = (each[:, None, :length].transpose(2, 3) for each in writes)
     document = torch.zeros(len(state), 1, length, dtype=torch.int64, device=state.device)
     given = Writes(qk[..., 0, :], qk[..., 1, :], v, log_decay, rate, document)
-    reads, _, after = naive_delta_rule(given, state, document[:, :, 0])
+    reads, _, after, _ = naive_delta_rule(given, state, document[:, :, 0])
     return reads[:, 0].transpose(1, 2), after
 
 

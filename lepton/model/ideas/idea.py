@@ -4,9 +4,8 @@ There are two kinds. An idea *in the pass* runs once per chunk, between the stem
 reads the stem's states and what earlier ideas contributed, and returns a `Contribution`. It may change the residual
 stream, give the deep blocks extra keys and values (slots), or decide which tokens go through them. It may keep state.
 An idea *on the top states* (`reads_top` in its configuration) has no `contribute`; it learns from losses on the last
-hidden states, and generation calls it by name. Everything else that concerns ideas is a loop over `Modules.ideas`. So a
-new idea is one file with a configuration and a module, and two lines in `lepton/model/ideas/__init__.py`:
-docs/add_an_idea.md is the guide. `Idea` is what to implement; its methods receive and return the other classes:
+hidden states, and generation calls it by name. All else that concerns ideas is a loop over `Modules.ideas`. A new idea
+is one file, and two lines in `__init__.py` (docs/add_an_idea.md). Methods of `Idea` receive and return the others:
 
     ChunkInputs   a chunk before the first block
     Flow          the same after the stem, with what the ideas have contributed so far
@@ -100,6 +99,8 @@ class Contribution:
     """Bool: the tokens that go through the deep blocks. Those of several ideas are combined with `and`."""
     stream_BTD: Tensor | None = None
     """A residual stream in place of the flow's: later ideas and the deep blocks read it."""
+    seen: Any = None
+    """What `before_block` reads; not kept after the pass."""
     update: Any = None
     """How the idea's state changes with this chunk: an object with `after(count_B, timeline)`, which returns the state
     after the first `count_B` tokens of each row. None: the idea has no state."""
@@ -151,9 +152,9 @@ class Flow(ChunkInputs):
         kept = replace(given, stream_BTD=None, added_BTD=None, update=None)
         return replace(flow, contributions={**self.contributions, name: kept})
 
-    def without_slots(self) -> "Flow":
-        """Return the flow without slots, which only the deep blocks need."""
-        kept = {name: replace(each, slots=None) for name, each in self.contributions.items()}
+    def without_inputs(self) -> "Flow":
+        """Return the flow without what only the deep blocks need."""
+        kept = {name: replace(each, slots=None, seen=None) for name, each in self.contributions.items()}
         return replace(self, contributions=kept)
 
     def features(self, *names: str) -> list[Tensor]:
@@ -299,13 +300,16 @@ class Idea(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} reads the top states")
 
+    def before_block(self, block: int, x_BTD: Tensor, flow: Flow) -> Tensor | None:
+        """Return what tokens that go deep add to the stream before a deep block, counted from 0; None: nothing."""
+        return None
+
     def after_blocks(self, x_BTD: Tensor, deep_BT: Tensor, call: Call) -> Tensor:
         """Return the residual stream after the deep blocks; it may change the tokens that skipped them."""
         return x_BTD
 
-    # Its state: a dataclass of tensors with one row per sequence.
-    # If the dataclass has a true class attribute `outlives_window`, it is part of `state.memory`; it then also has a
-    # method `cleared()`, which returns it empty.
+    # Its state: a dataclass of tensors, one row per sequence. With a true class attribute `outlives_window` it is part
+    # of `state.memory`, and has a method `cleared()`, which returns it empty.
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> Any:
         """Return the state of `rows` sequences that have read nothing; None: it has no state.
@@ -383,8 +387,6 @@ class Idea(nn.Module):
     def think_in_training(self, rows: int) -> float | None:
         """Return the mean rounds of thinking that are computed per row in a training batch; None: it does not think."""
         return None
-
-    # How it is switched off at run time.
 
     def switches(self) -> dict[str, Switch]:
         """Return ways to switch it off, by their names in tables. By default the model runs as if built without it."""

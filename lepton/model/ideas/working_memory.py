@@ -2,12 +2,13 @@
 
     S_t = a_t (I - b_t k_t k_t') S_(t-1) + b_t k_t v_t'        o_t = S_t' q_t        |k| = |q| = 1
 
-A token reads after it has written. With `reads` above 1 it then asks the same memory with what it has read: a chain of
-n associations takes n reads. At the end of a document the state is set to exactly 0; decay would never get there.
+A token reads after it has written. With `reads` above 1 deep blocks ask the same memory again, with the states of their
+own: a chain of n associations takes n reads, and what a read has found is noisy before a block has seen it. At the end
+of a document the state is set to exactly 0; decay would never get there.
 `lepton/ops/delta_rule.py` computes the rule, in fp32 or better, because the state is a sum over the whole past.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
+from lepton.errors import InputError
 from lepton.model.ideas.idea import Contribution, Flow, Idea, Switch, Work, matrices
 from lepton.model.layers import Linear, at_indices, norm
 from lepton.model.parameters import BIAS, FEED, MATRIX, SCORE, replaced, scaled
 from lepton.model.timeline import Timeline
-from lepton.ops.delta_rule import CHUNK, Writes, chunked_delta_rule, delta_rule
+from lepton.ops.delta_rule import CHUNK, Memories, Writes, chunked_delta_rule, delta_rule, read_again
 from lepton.ops.few_writes import FEW, FewWrites, read_few, write_few
 
 CONV = 4
@@ -51,7 +53,7 @@ class WorkingMemoryConfig(IdeaConfig):
     """Whether a token forgets only as far as it writes, a_t = sigmoid(..) ** b_t: a memory then outlasts any number of
     tokens that do not write. Heads begin with write rates of 0.05 to 0.5."""
     reads: int = 1
-    """Reads of a token, one after the other: each query is made of what the reads before it have added."""
+    """Reads of a token: one after the stem, the others before deep blocks, spread evenly over them."""
 
     name = "memory"
     most = {"heads": 1024, "key_dim": 4096, "value_dim": 4096, "reads": 64}
@@ -60,6 +62,8 @@ class WorkingMemoryConfig(IdeaConfig):
 
     def check(self, config: LeptonConfig) -> None:
         self.at_least(1, "heads", "key_dim", "value_dim", "reads")
+        if self.reads - 1 > (deep := config.layers - config.stem_layers):
+            raise InputError(f"memory.reads={self.reads}: must be at most {deep + 1}, one more than deep blocks")
 
     def build(self, config: LeptonConfig) -> "WorkingMemory":
         return WorkingMemory(config, self)
@@ -105,12 +109,29 @@ def spread_rate(bias_N: Tensor) -> None:
     bias_N.copy_(torch.linspace(0, -3, len(bias_N)))
 
 
+class AnotherRead(nn.Module):
+    """A read of a deep block: a query from its state, and what it adds to the stream."""
+
+    declares = {"ask.weight": MATRIX, "out.weight": FEED}
+
+    def __init__(self, memory: "WorkingMemory", width: int) -> None:
+        super().__init__()
+        self.heads = memory.heads
+        self.ask = Linear(width, memory.heads * memory.key_dim)
+        self.out = Linear(memory.heads * memory.value_dim, width)
+
+    def forward(self, x_BTD: Tensor, seen: "Seen | FewSeen") -> Tensor:
+        """Return what is added to the stream `x_BTD`."""
+        q_BTNH = F.silu(self.ask(norm(x_BTD))).to(seen.dtype).unflatten(-1, (self.heads, -1))
+        return self.out(_normed(seen.read(F.normalize(q_BTNH, dim=-1, eps=UNIT_EPS)), x_BTD.dtype))
+
+
 class WorkingMemory(Idea):
     """Projections, causal convolution and gates around the delta rule."""
 
     name = "memory"
     title = "working memory"
-    compiled = ("forward",)
+    compiled: tuple[str, ...] = ("forward",)
     old_names = {
         f"{prefix}{name}": f"{prefix}memory.{name}" for prefix in ("memory.", "") for name in ("matrix_", "tail_")
     }
@@ -121,8 +142,6 @@ class WorkingMemory(Idea):
         "decay_bias": BIAS.but(initial=spread_decay),
         "rate_bias": BIAS.but(initial=spread_rate),
         "out.weight": FEED,
-        "again.weight": MATRIX,
-        "out_again.weight": FEED,
     }
 
     def __init__(self, config: LeptonConfig, own: WorkingMemoryConfig) -> None:
@@ -135,10 +154,11 @@ class WorkingMemory(Idea):
         self.decay_bias = nn.Parameter(torch.empty(self.heads))
         self.rate_bias = nn.Parameter(torch.empty(self.heads)) if own.tied_decay else None
         self.out = Linear(self.heads * self.value_dim, config.width)
-        self.more_reads = own.reads - 1
-        if self.more_reads:
-            self.again = Linear(config.width, self.heads * self.key_dim)
-            self.out_again = Linear(self.heads * self.value_dim, config.width)
+        deep = config.layers - config.stem_layers
+        self.again = nn.ModuleDict(
+            {str(read * deep // own.reads): AnotherRead(self, config.width) for read in range(1, own.reads)}
+        )
+        self.compiled = ("forward", *(f"again.{block}.forward" for block in self.again))
 
     def fresh(self, rows: int, dtype: torch.dtype, device: torch.device, *, allocate: bool) -> WorkingMemoryState:
         precise = torch.promote_types(dtype, torch.float32)
@@ -150,10 +170,16 @@ class WorkingMemory(Idea):
         return replace(past, tail_BRI=fresh.tail_BRI)
 
     def contribute(self, flow: Flow, past: WorkingMemoryState) -> Contribution:
-        """Read and write the memory, and add projections of the reads to the stream."""
-        read_BTF, again_BTD, strength_BT, update = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
-        added_BTD = self.out(read_BTF) if again_BTD is None else again_BTD
-        return Contribution(added_BTD, feature_BTF=read_BTF, signal_BT=strength_BT, update=update)
+        """Read and write the memory, and add a projection of the reads to the stream."""
+        read_BTF, strength_BT, update, seen = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
+        given = {"added_BTD": self.out(read_BTF), "feature_BTF": read_BTF, "signal_BT": strength_BT}
+        return Contribution(**given, update=update, seen=seen if self.again else None)
+
+    def before_block(self, block: int, x_BTD: Tensor, flow: Flow) -> Tensor | None:
+        """Read the memory again, with the stream before a deep block."""
+        if str(block) not in self.again:
+            return None
+        return self.again[str(block)](x_BTD, flow.contributions[self.name].seen)
 
     def flops(self, work: Work) -> float:
         """Projections, and the matrix products of the delta rule in chunks."""
@@ -162,10 +188,8 @@ class WorkingMemory(Idea):
         inside = 2 * chunk * self.key_dim + chunk * self.value_dim
         across = 3 * self.key_dim * self.value_dim
         total = work.length * matrices(self) + padded * self.heads * (inside + across)
-        if self.more_reads:  # each takes the scan once more
-            repeated = matrices(self.again, self.out_again)
-            total += (self.more_reads - 1) * work.length * repeated
-            total += self.more_reads * padded * self.heads * (inside + across)
+        again = 2 * chunk * self.key_dim + chunk * self.value_dim + self.key_dim * self.value_dim
+        total += len(self.again) * padded * self.heads * again
         return total
 
     def kept_bytes(self, work: Work) -> float:
@@ -175,7 +199,7 @@ class WorkingMemory(Idea):
         squares, states = (4, 2) if work.half else (10, 4)
         precise = (2 * keys + values) + (keys + values) + 2 * values + 2 * keys
         precise += squares * chunk + states * keys * values // chunk
-        more = self.more_reads * (4 * (squares * chunk + keys + 2 * values) + 2 * work.itemsize * values)
+        more = len(self.again) * (4 * (2 * chunk + 2 * keys + 2 * values) + 2 * work.itemsize * values)
         return self.heads * work.length * (4 * precise + work.itemsize * (2 * keys + values) + more)
 
     def switches(self) -> dict[str, Switch]:
@@ -192,12 +216,11 @@ class WorkingMemory(Idea):
 
     def forward(
         self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
-    ) -> tuple[Tensor, Tensor | None, Tensor, "MemoryUpdate | FewUpdate"]:
+    ) -> "tuple[Tensor, Tensor, MemoryUpdate | FewUpdate, Seen | FewSeen]":
         """Read and write the memory with the normed stem states `u_BTD`.
 
-        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed first reads [B, T, N x U], what
-        several reads add to the stream [B, T, D] (None: there is one), the root mean square of the raw first reads
-        [B, T], and the update of the state.
+        `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
+        mean square of the raw reads [B, T], the update of the state, and what deep blocks can ask.
         """
         if timeline.one_document and u_BTD.shape[1] <= FEW and not torch.is_grad_enabled():
             return self._few(u_BTD, tail_BRI, state_BNHU)
@@ -225,33 +248,11 @@ class WorkingMemory(Idea):
             _pad_chunks(timeline.document_BT, chunk),
         )
         entry_BP = F.pad(writes.document_BPO[:, :-1, -1], (1, 0))
-        reads, entry_BPNHU, end_BNHU = delta_rule(writes, state_BNHU, entry_BP)
-        read_BTNU = reads.transpose(2, 3).flatten(1, 2)[:, :length]
-        update = MemoryUpdate(writes, entry_BPNHU, end_BNHU, joined_BJI)
+        found = delta_rule(writes, state_BNHU, entry_BP)
+        read_BTNU = found.reads.transpose(2, 3).flatten(1, 2)[:, :length]
+        update = MemoryUpdate(writes, found.entry_BPNHU, found.end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
-
-        def ask(q_BTNH: Tensor) -> Tensor:
-            asked = writes._replace(q=_chunks(q_BTNH, chunk))
-            return delta_rule(asked, state_BNHU, entry_BP)[0].transpose(2, 3).flatten(1, 2)[:, :length]
-
-        return *self._read_on(u_BTD, read_BTNU, ask), strength_BT, update
-
-    def _read_on(
-        self, u_BTD: Tensor, read_BTNU: Tensor, ask: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the normed first reads [B, T, N x U], and what all reads add to the stream; None: there is one read.
-
-        `ask` reads the memory with queries [B, T, N, H].
-        """
-        first_BTF = _normed(read_BTNU, u_BTD.dtype)
-        if not self.more_reads:
-            return first_BTF, None
-        added_BTD = self.out(first_BTF)
-        for _ in range(self.more_reads):
-            q_BTNH = F.silu(self.again(norm(u_BTD + added_BTD))).to(read_BTNU.dtype).unflatten(-1, (self.heads, -1))
-            read_BTNU = ask(F.normalize(q_BTNH, dim=-1, eps=UNIT_EPS))
-            added_BTD = added_BTD + self.out_again(_normed(read_BTNU, u_BTD.dtype))
-        return first_BTF, added_BTD
+        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, Seen(writes, found, entry_BP)
 
     def _gates(self, u_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the logarithm of the decay, and the write rate, of each head [B, T, N]."""
@@ -262,9 +263,7 @@ class WorkingMemory(Idea):
         rate_BTN = (rate_BTN + self.rate_bias.to(dtype)).sigmoid()
         return rate_BTN * log_decay_BTN, rate_BTN
 
-    def _few(
-        self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor, "FewUpdate"]:
+    def _few(self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor) -> "tuple[Tensor, Tensor, FewUpdate, FewSeen]":
         """`forward` for a few tokens of one document, without gradients, in few operators.
 
         What the convolution sees of before the document is 0 in the tail.
@@ -281,12 +280,7 @@ class WorkingMemory(Idea):
         read_BTNU, added_BTNU = read_few(writes, state_BNHU)
         update = FewUpdate(writes, added_BTNU, state_BNHU, joined_BJI)
         strength_BT = torch.linalg.vector_norm(read_BTNU, dim=(2, 3)) * (self.heads * self.value_dim) ** -0.5
-
-        def ask(q_BTNH: Tensor) -> Tensor:
-            asked = writes._replace(qk_BTN2H=torch.stack([q_BTNH, writes.qk_BTN2H[:, :, :, 1]], 3))
-            return read_few(asked, state_BNHU)[0]
-
-        return *self._read_on(u_BTD, read_BTNU, ask), strength_BT, update
+        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, FewSeen(writes, state_BNHU)
 
 
 def _normed(read_BTNU: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,6 +299,44 @@ def _pad_chunks(document_BT: Tensor, chunk: int) -> Tensor:
     missing = -document_BT.shape[1] % chunk
     padded = torch.cat([document_BT, document_BT[:, -1:].expand(-1, missing)], 1)
     return padded.unflatten(1, (-1, chunk))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The memory as each token of a chunk sees it, after its own write."""
+
+    writes: Writes
+    memories: Memories
+    entry_BP: Tensor
+    """The document of the token before each chunk of the delta rule."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.writes.k.dtype
+
+    def read(self, q_BTNH: Tensor) -> Tensor:
+        """Return what queries of norm 1 read, [B, T, N, U]."""
+        asked = self.writes._replace(q=_chunks(q_BTNH, self.writes.k.shape[-2]))
+        reads = read_again(asked, self.memories, self.entry_BP)
+        return reads.transpose(2, 3).flatten(1, 2)[:, : q_BTNH.shape[1]]
+
+
+@dataclass(frozen=True)
+class FewSeen:
+    """As `Seen`, for a few tokens of one document."""
+
+    writes: FewWrites
+    state_BNHU: Tensor
+    """The memory before the chunk."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.state_BNHU.dtype
+
+    def read(self, q_BTNH: Tensor) -> Tensor:
+        """Return what queries of norm 1 read, [B, T, N, U]."""
+        asked = self.writes._replace(qk_BTN2H=torch.stack([q_BTNH, self.writes.qk_BTN2H[:, :, :, 1]], 3))
+        return read_few(asked, self.state_BNHU)[0]
 
 
 @dataclass(frozen=True)
@@ -336,7 +368,7 @@ class MemoryUpdate:
         )
         entry_B = torch.where(last_B > 0, self.writes.document_BPO[rows, (last_B - 1).clamp(min=0), -1], 0)
         # A single chunk of which only the state is needed: the Triton kernels would save little.
-        _, _, replayed_BNHU = chunked_delta_rule(replay, state_BNHU, entry_B[:, None])
+        replayed_BNHU = chunked_delta_rule(replay, state_BNHU, entry_B[:, None]).end_BNHU
         state_BNHU = torch.where((rest_B > 0)[:, None, None, None], replayed_BNHU, state_BNHU)
         state_BNHU = state_BNHU.masked_fill(timeline.ended(count_B)[:, None, None, None], 0)
         index_BR = count_B[:, None] + torch.arange(CONV - 1, device=count_B.device)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from lepton.errors import InputError
 from lepton.model.ideas import working_memory as module
 from lepton.model.ideas.working_memory import FewUpdate, MemoryUpdate
+from lepton.model.parameters import replaced
 from lepton.model.timeline import Timeline
 from lepton.ops.delta_rule import DELTA_RULE
 from lepton.ops.few_writes import FEW, FEW_WRITES
@@ -56,11 +58,12 @@ def remember(model, device, length):
     counts = torch.tensor([length, length - 1, length // 3], device=device)
 
     def run(forward):
-        reads, strength, record = forward(states, tail, state, timeline)
+        reads, strength, record, seen = forward(states, tail, state, timeline)
         assert isinstance(record, MemoryUpdate)
+        asked = memory.again["1"](states, seen)
         after = record.after(counts, timeline)
         whole = record.after(torch.full_like(counts, 64), timeline)
-        outputs = [reads, after.tail_BRI, after.matrix_BNHU, whole.tail_BRI, whole.matrix_BNHU]
+        outputs = [reads, asked, after.tail_BRI, after.matrix_BNHU, whole.tail_BRI, whole.matrix_BNHU]
         leaves = [states, tail, state, *(each for name, each in memory.named_parameters() if "out" not in name)]
         return [*outputs, strength], gradients(outputs, leaves)
 
@@ -71,7 +74,7 @@ def remember(model, device, length):
 @pytest.mark.parametrize("length", [64, 128, 150])
 def test_working_memory_is_the_same_with_kernels(length, device, monkeypatch):
     """Also the states that follow from its record, at a chunk's end, within a chunk, and at the end."""
-    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32, **{"memory.reads": 2}).to(device)
     run = remember(model, device, length)
     expected, expected_gradients = run(model.memory.forward)
     force(monkeypatch, DELTA_RULE)
@@ -82,7 +85,7 @@ def test_working_memory_is_the_same_with_kernels(length, device, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_graph_of_working_memory_holds_the_operators(device, monkeypatch):
-    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32).to(device)
+    model = build("complete", dtype=torch.float32, key_dim=16, value_dim=32, **{"memory.reads": 2}).to(device)
     run = remember(model, device, 150)
     compiled = torch.compile(model.memory.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     force(monkeypatch, DELTA_RULE)
@@ -126,14 +129,15 @@ def few(model, length, device="cpu"):
 
 
 def outcome(model, inputs):
-    """Reads, what several add, strengths, and the states after all numbers of tokens."""
-    reads, added, strength, update = model.memory(*inputs)
+    """Reads, what deep blocks read, strengths, and the states after all numbers of tokens."""
+    reads, strength, update, seen = model.memory(*inputs)
+    asked = [again(inputs[0].flip(0), seen) for again in model.memory.again.values()]
     length = reads.shape[1]
     states = []
     for first in range(length + 1):
         after = update.after((first + torch.arange(3, device=reads.device)) % (length + 1), inputs[3])
         states += [after.matrix_BNHU, after.tail_BRI]
-    return [reads, *([] if added is None else [added]), strength, *states], type(update)
+    return [reads, *asked, strength, *states], type(update)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -194,26 +198,53 @@ def test_with_tied_decay_what_does_not_write_forgets_nothing():
     assert left[True] > 0.99
 
 
+@pytest.mark.parametrize(("reads", "layers", "places"), [(1, 6, []), (2, 4, [1]), (3, 8, [2, 4]), (4, 5, [0, 1, 2])])
+def test_reads_are_spread_over_the_deep_blocks(reads, layers, places):
+    memory = build("complete", layers=layers, **{"memory.reads": reads}).memory
+    assert [int(block) for block in memory.again] == places
+
+
+def test_more_reads_than_deep_blocks_have_a_place_for():
+    with pytest.raises(InputError, match=r"memory\.reads=4: must be at most 3, one more than deep blocks"):
+        build("complete", layers=4, **{"memory.reads": 4})
+
+
 @torch.no_grad()
-def test_a_second_read_asks_with_what_the_first_has_found():
-    """The memory holds a -> b and b -> c; a token that asks for a finds b, then c."""
+def test_a_deep_block_asks_with_what_the_first_read_has_found():
+    """The memory holds a -> b and b -> c; a token that asks for a finds b, and before the second deep block c."""
     model = build("complete", memory_heads=1, key_dim=4, value_dim=8, **{"memory.reads": 2})
     memory = model.memory
     u, tail, state, timeline = few(model, 1)
     for parameter in memory.parameters():
         parameter.zero_()
     memory.conv[:, 0] = 1
-    memory.gates.weight.zero_()
     memory.decay_bias.fill_(20)  # nothing is forgotten
     memory.qkv.weight[:4, :4] = 30 * torch.eye(4)  # the query is the token's first four numbers
     memory.out.weight[:8, :8] = 30 * torch.eye(8)  # what is found is added to the first eight
-    memory.out_again.weight[8:16, :8] = torch.eye(8)
-    memory.again.weight[:, 4:8] = 30 * torch.eye(4)  # and its second half is asked for
+    again = memory.again["1"]
+    again.ask.weight[:, 4:8] = 30 * torch.eye(4)  # its second half is asked for
+    again.out.weight[8:16, :8] = torch.eye(8)
     state.zero_()
     state[:, 0, 0, 4 + 2] = 1  # key 0 -> a value that names key 2
     state[:, 0, 2, 1] = 1  # key 2 -> value 1
     u.zero_()
     u[..., 0] = 1
-    reads, added, *_ = memory(u, tail.zero_(), state, timeline)
+    reads, _, _, seen = memory(u, tail.zero_(), state, timeline)
     assert (reads[:, 0].argmax(-1) == 6).all()
-    assert (added[:, 0, 8:16].argmax(-1) == 1).all()
+    assert (again(u + memory.out(reads), seen)[:, 0, 8:16].argmax(-1) == 1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+def test_only_tokens_that_go_deep_get_what_is_read_again(depth):
+    """Then a token that stops after the stem is as without a second read."""
+    model = build("complete", **{"memory.reads": 2})
+    tokens = text(5, rows=2, length=40)
+    out = model(tokens, depth=depth)
+    with replaced(model.memory.again["1"].out.weight, torch.zeros_like(model.memory.again["1"].out.weight)):
+        without = model(tokens, depth=depth)
+    changed = (out.hidden != without.hidden).any(-1)
+    deep = out.depth == model.config.layers
+    assert deep.all() == (depth == 1)
+    assert changed[deep].any()
+    assert not changed[~deep].any()
