@@ -177,6 +177,15 @@ def task(name: str, model: str, form: str = "{right:.1%}") -> Found:
     return newest("tasks", lambda content: form.format(**the(content["found"][name]["rows_of_table"], name=model)))
 
 
+def two_steps(reads: str) -> Found:
+    """Return the % of right answers of a small model's two-step recall, by where its second read is."""
+
+    def find(content: Any) -> str:
+        return f"{the(content['runs'], reads=reads, heads=4)['right_by_windows_1_2_4_8_all'][-1]}%"
+
+    return newest("two-steps-small", find)
+
+
 def shallow(key: str, depth: float, rule: str, into_stem: float, served: float = 0) -> Found:
     """Return a figure of a MICRO whose exit's loss trains the stem, at a depth under a rule."""
 
