@@ -16,14 +16,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lepton import checkpoint
 from lepton.weight_files import about
 from lepton.weights import CARD, FILES, FOLDER, packaged
 
 PLACES = {"checkpoint", "out", "data_dir", "checkpoint_dir"}
 """Keys that name files and folders of the machine, which are left out."""
-SETTINGS = ("seq_len", "batch_size", "grad_accum", "max_steps", "seed", "lr", "muon_lr", "weight_decay", "cooldown")
-"""What is said of the training."""
 SAME_TEXT = Path(__file__).parents[1] / "lepton" / "data" / "TOKENIZER.md"
 """The tokenizer was trained on the same text."""
 STEPS = ("run", "train", "tune", "calibrate", "export")
@@ -70,7 +67,6 @@ def gather(folder: Path) -> dict[str, Any]:
         OSError: a step of the script has left no file.
     """
     first = packaged(folder)
-    whole = checkpoint.load(folder / "model.pt")
     found: dict[str, Any] = {"date": datetime.date.today().isoformat()}
     found |= {name: read_json(folder / f"{name}.json") for name in STEPS}
     for name in ("risks", "costs"):
@@ -81,8 +77,6 @@ def gather(folder: Path) -> dict[str, Any]:
     }
     sources = sorted(folder.glob("source-*.json"))
     found["sources"] = {path.stem.removeprefix("source-"): read_json(path) for path in sources}
-    found["training"] = {name: whole["training"].get(name) for name in SETTINGS}
-    found["corpus_tokens"] = whole["data"]["train"]["tokens"]
     found["model"] = about(first)
     found["files"] = files_in(folder)
     return found
@@ -133,7 +127,7 @@ def card(found: dict[str, Any]) -> str:
 
 def summary(found: dict[str, Any]) -> str:
     """Return the first paragraph: what the model is."""
-    seen, corpus = tokens_read(found), found["corpus_tokens"]
+    seen, corpus = tokens_read(found), found["run"]["corpus_tokens"]
     size = sum(file["bytes"] for file in found["files"]) / 1e6
     speed = "; ".join(
         f"{row['tokens_per_step']:.2f} at temperature {row['temperature']:g}"
@@ -155,7 +149,7 @@ def corpus() -> str:
 
 def tokens_read(found: dict[str, Any]) -> int:
     """Return the tokens of all steps of the training, those of repeated text included."""
-    settings = found["training"]
+    settings = found["run"]["training"]
     rows = settings["batch_size"] * settings["grad_accum"]
     return int(found["model"]["step"] * rows * settings["seq_len"])
 
@@ -220,16 +214,17 @@ def sureness(found: dict[str, Any]) -> str:
 
 def making(found: dict[str, Any]) -> str:
     """Return how the weights were made: command, settings, hardware, files."""
-    run, settings = found["run"], found["training"]
-    given = ", ".join(f"{name} {value:g}" for name, value in settings.items() if isinstance(value, int | float))
+    run = found["run"]
+    given = ", ".join(f"{name} {value:g}" for name, value in run["training"].items() if isinstance(value, int | float))
     flags = [("tune", run["tune_flags"]), ("eval", run["eval_flags"])]
-    also = "".join(f" {name} had `{words}`." for name, words in flags if words)
+    also = "".join(f" {name} had `{words}`." for name, words in flags if words not in ("", "no"))
+    also += " The drafter was not tuned." if found["tune"] is None else ""
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     files = [(file["name"], f"{file['bytes']:,}", f"`{file['sha256']}`") for file in found["files"]]
     return "\n".join(
         [
             f"```\n{run['command']}\n```\n",
-            f"This took {run['seconds'] / 60:.0f} minutes in all on {run['hardware']} ({versions}).{also}\n",
+            f"Training took {run['seconds'] / 60:.0f} minutes on {run['hardware']} ({versions}).{also}\n",
             f"Settings of the training: {given}.\n",
             *table(("File", "Bytes", "SHA-256"), files),
             f"\nAll figures: `benchmarks/results/` of {found['date']}, shipped-weights. Made by "

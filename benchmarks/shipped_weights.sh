@@ -28,6 +28,7 @@ train() {
     > "$OUT/train.json" 2> "$OUT/train.txt"
   say "trained: $(grep -E 'validation loss' "$OUT/train.txt" | tail -n 1)"
   cp "$OUT/run/final.pt" "$OUT/model.pt"
+  : > "$OUT/tune.json" # empty: its drafter stays as it was
   if [ "${TUNE:-}" != no ]; then
     lepton tune --checkpoint "$OUT/model.pt" --data_dir "$DATA" ${TUNE:-} --json > "$OUT/tune.json" \
       || say "tune: its drafter stays as it was"
@@ -35,17 +36,21 @@ train() {
   fi
   lepton export --checkpoint "$OUT/model.pt" --dtype int8 --max_file_mb 15 --out "$OUT/rounded.safetensors" --force \
     --json > /dev/null
-  COMMAND="$command" SECONDS_TAKEN=$((SECONDS - begun)) "$PYTHON" - > "$OUT/run.json" <<'END'
+  COMMAND="$command" MODEL="$OUT/model.pt" SECONDS_TAKEN=$((SECONDS - begun)) "$PYTHON" - > "$OUT/run.json" <<'END'
 import json
 import os
 import platform
 
 import torch
 
-from lepton import __version__
+from lepton import __version__, checkpoint
 
+model = checkpoint.load(os.environ["MODEL"])
+settings = "seq_len", "batch_size", "grad_accum", "max_steps", "seed", "lr", "muon_lr", "weight_decay", "cooldown"
 print(json.dumps({
     "command": os.environ["COMMAND"],
+    "training": {name: model["training"][name] for name in settings},
+    "corpus_tokens": model["data"]["train"]["tokens"],
     "tune_flags": os.environ.get("TUNE", ""),
     "eval_flags": os.environ.get("EVAL", "--speculation 128"),
     "seconds": int(os.environ["SECONDS_TAKEN"]),

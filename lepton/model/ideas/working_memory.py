@@ -122,7 +122,8 @@ class AnotherRead(nn.Module):
 
     def forward(self, x_BTD: Tensor, seen: "Seen | FewSeen") -> Tensor:
         """Return what is added to the stream `x_BTD`."""
-        q_BTNH = F.silu(self.ask(norm(x_BTD))).to(seen.dtype).unflatten(-1, (self.heads, -1))
+        precise = torch.promote_types(x_BTD.dtype, torch.float32)
+        q_BTNH = F.silu(self.ask(norm(x_BTD))).to(precise).unflatten(-1, (self.heads, -1))
         return self.out(_normed(seen.read(F.normalize(q_BTNH, dim=-1, eps=UNIT_EPS)), x_BTD.dtype))
 
 
@@ -173,7 +174,7 @@ class WorkingMemory(Idea):
         """Read and write the memory, and add a projection of the reads to the stream."""
         read_BTF, strength_BT, update, seen = self(flow.u_BTD, past.tail_BRI, past.matrix_BNHU, flow.timeline)
         given = {"added_BTD": self.out(read_BTF), "feature_BTF": read_BTF, "signal_BT": strength_BT}
-        return Contribution(**given, update=update, seen=seen if self.again else None)
+        return Contribution(**given, update=update, seen=seen)
 
     def before_block(self, block: int, x_BTD: Tensor, flow: Flow) -> Tensor | None:
         """Read the memory again, with the stream before a deep block."""
@@ -216,11 +217,11 @@ class WorkingMemory(Idea):
 
     def forward(
         self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor, timeline: Timeline
-    ) -> "tuple[Tensor, Tensor, MemoryUpdate | FewUpdate, Seen | FewSeen]":
+    ) -> "tuple[Tensor, Tensor, MemoryUpdate | FewUpdate, Seen | FewSeen | None]":
         """Read and write the memory with the normed stem states `u_BTD`.
 
         `tail_BRI` and `state_BNHU` are the state before the chunk. Returns the normed reads [B, T, N x U], the root
-        mean square of the raw reads [B, T], the update of the state, and what deep blocks can ask.
+        mean square of the raw reads [B, T], the update of the state, and what deep blocks ask (None: none does).
         """
         if timeline.one_document and u_BTD.shape[1] <= FEW and not torch.is_grad_enabled():
             return self._few(u_BTD, tail_BRI, state_BNHU)
@@ -252,7 +253,8 @@ class WorkingMemory(Idea):
         read_BTNU = found.reads.transpose(2, 3).flatten(1, 2)[:, :length]
         update = MemoryUpdate(writes, found.entry_BPNHU, found.end_BNHU, joined_BJI)
         strength_BT = read_BTNU.detach().square().mean((-1, -2)).sqrt()
-        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, Seen(writes, found, entry_BP)
+        seen = Seen(writes, found, entry_BP) if self.again else None
+        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, seen
 
     def _gates(self, u_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the logarithm of the decay, and the write rate, of each head [B, T, N]."""
@@ -263,7 +265,9 @@ class WorkingMemory(Idea):
         rate_BTN = (rate_BTN + self.rate_bias.to(dtype)).sigmoid()
         return rate_BTN * log_decay_BTN, rate_BTN
 
-    def _few(self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor) -> "tuple[Tensor, Tensor, FewUpdate, FewSeen]":
+    def _few(
+        self, u_BTD: Tensor, tail_BRI: Tensor, state_BNHU: Tensor
+    ) -> "tuple[Tensor, Tensor, FewUpdate, FewSeen | None]":
         """`forward` for a few tokens of one document, without gradients, in few operators.
 
         What the convolution sees of before the document is 0 in the tail.
@@ -280,7 +284,8 @@ class WorkingMemory(Idea):
         read_BTNU, added_BTNU = read_few(writes, state_BNHU)
         update = FewUpdate(writes, added_BTNU, state_BNHU, joined_BJI)
         strength_BT = torch.linalg.vector_norm(read_BTNU, dim=(2, 3)) * (self.heads * self.value_dim) ** -0.5
-        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, FewSeen(writes, state_BNHU)
+        seen = FewSeen(writes, state_BNHU) if self.again else None
+        return _normed(read_BTNU, u_BTD.dtype), strength_BT, update, seen
 
 
 def _normed(read_BTNU: Tensor, dtype: torch.dtype) -> Tensor:
@@ -310,10 +315,6 @@ class Seen:
     entry_BP: Tensor
     """The document of the token before each chunk of the delta rule."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.writes.k.dtype
-
     def read(self, q_BTNH: Tensor) -> Tensor:
         """Return what queries of norm 1 read, [B, T, N, U]."""
         asked = self.writes._replace(q=_chunks(q_BTNH, self.writes.k.shape[-2]))
@@ -328,10 +329,6 @@ class FewSeen:
     writes: FewWrites
     state_BNHU: Tensor
     """The memory before the chunk."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.state_BNHU.dtype
 
     def read(self, q_BTNH: Tensor) -> Tensor:
         """Return what queries of norm 1 read, [B, T, N, U]."""
