@@ -41,17 +41,33 @@ def by_hand(task, row, pairs):
 @pytest.mark.parametrize(("share", "test"), [(0.1, False), (0.5, False), (1.0, False), (1.0, True)])
 @pytest.mark.parametrize("two_step", [False, True])
 def test_answers_by_hand(two_step, share, test):
-    task, seen = Recall(two_step=two_step), []
+    task, seen = Recall(two_step=two_step), set()
     questions = task.draw(torch.Generator().manual_seed(1), 8, share, test=test)
     pairs = {0.1: 32, 0.5: 64, 1.0: 256}[share]
     lists = (each.tolist() for each in (questions.tokens, questions.level, questions.targets))
     for row, level, targets in zip(*lists, strict=True):
         expected, steps = by_hand(task, row, pairs)
-        seen += steps
+        seen.update(steps)
         assert {place for place, counts in enumerate(targets) if counts} == set(expected)
         assert level == [expected.get(place, 0) for place in range(len(level))]
     assert questions.tokens.shape[1] == 1 + (3 * 256 + 3 * 128 if two_step else 1024)
-    assert sum(seen) / len(seen) == pytest.approx(1 + two_step * (1 if test else 0.5), abs=0.1)
+    assert seen == ({1} if not two_step else {2} if test else {1, 2})
+
+
+def test_half_of_the_rows_in_training_ask_as_the_test_does():
+    task = Recall(two_step=True)
+
+    def of_two(test):
+        tokens_BX = task.draw(torch.Generator().manual_seed(0), 256, 1.0, test=test).tokens
+        one_B, two_B = ((tokens_BX == mark).sum(1) for mark in (task.ask, task.ask + 1))
+        assert ((one_B + two_B) == task.pairs // 2).all()
+        return two_B / (one_B + two_B)
+
+    assert (of_two(True) == 1).all()
+    share_B = of_two(False)
+    assert (share_B == 1).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert share_B[share_B < 1].mean() == pytest.approx(0.5, abs=0.02)
+    assert share_B[share_B < 1].max() < 0.7
 
 
 @pytest.mark.parametrize("two_step", [False, True])
