@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -177,6 +177,15 @@ def task(name: str, model: str, form: str = "{right:.1%}") -> Found:
     return newest("tasks", lambda content: form.format(**the(content["found"][name]["rows_of_table"], name=model)))
 
 
+def task_at(name: str, model: str, level: int) -> Found:
+    """Return the share of right answers of a model at one level of a task of the proving ground, on a GPU."""
+
+    def find(content: Any) -> str:
+        return f"{the(content['found'][name]['rows_of_table'], name=model)['right_at_level'][str(level)]:.1%}"
+
+    return newest("tasks", find)
+
+
 def two_steps(reads: str) -> Found:
     """Return the % of right answers of a small model's two-step recall, by where its second read is."""
 
@@ -194,6 +203,55 @@ def shallow(key: str, depth: float, rule: str, into_stem: float, served: float =
         return f"{the(run['depths'], depth=depth, rule=rule)[key]:+.3f}"
 
     return newest("depth", find)
+
+
+def routed(depth: float, rule: str, into_stem: float) -> Found:
+    """Return the nats that a TINY loses at a depth under a rule, mean of the seeds."""
+
+    def find(content: Any) -> str:
+        runs = [run for run in content["runs"] if run["into_stem"] == into_stem]
+        return f"{fmean(the(run['tables'][0]['depths'], depth=depth, rule=rule)['change'] for run in runs):+.3f}"
+
+    return newest("routes", find)
+
+
+def routed_less_unrouted() -> Found:
+    """Return the nats at full depth that a stem which learns for the exit adds, with the error of the seeds' mean."""
+
+    def find(content: Any) -> str:
+        seeds = sorted({run["seed"] for run in content["runs"]})
+        with_, without = (
+            [the(content["runs"], seed=seed, into_stem=weight)["tables"][0]["loss"] for seed in seeds]
+            for weight in (0.3, 0)
+        )
+        more = [one - other for one, other in zip(with_, without, strict=True)]
+        return f"{fmean(more):+.3f} ± {stdev(more) / len(more) ** 0.5:.3f}"
+
+    return newest("routes", find)
+
+
+def drafter(name: str, temperature: int) -> Found:
+    """Return the tokens per pass of a TINY whose drafter has not learnt own text."""
+
+    def find(content: Any) -> str:
+        return f"{content['training'][name]['speculation'][f'T={temperature}']['tokens_per_step']:.2f}"
+
+    return newest("drafters", find)
+
+
+def drafter_bytes(width: int) -> Found:
+    """Return the bytes that 4 drafts read as a share of those of a verification, for a width of the drafter."""
+    return newest("drafters", lambda content: f"{the(content['bytes']['rows'], width=width, vocab=8192)['share']:.0%}")
+
+
+def many(texts: int, key: str, way: str = "plain", form: str = "{:,.0f}") -> Found:
+    """Return a figure of decoding so many texts at once, for a TINY with a drafter of width 512 on an H200."""
+
+    def find(content: Any) -> str:
+        cases = [row for call in content["calls"] for row in call["cases"]]
+        return form.format(the(cases, case=f"tiny/{texts}x512/{way}/0")[key])
+
+    return newest("generate-many", find)
 
 
 def drafted(drafter: str, temperature: int) -> Found:

@@ -105,7 +105,15 @@ def memory() -> str:
 
 def depth() -> str:
     """Draw what depths below 1 cost in nats, and the time that they save."""
-    nats = [(each, mean(switched_off(f"depth {each:g}"))) for each in (0, 0.5, 0.75)]
+    added: dict[float, dict[float, list[float]]] = {0: {}, 0.3: {}}
+    for run in results("2026-11-28-routes")["runs"]:
+        for row in run["tables"][0]["depths"]:
+            if row["rule"] in ("router", "exit"):
+                added[run["into_stem"]].setdefault(row["depth"], []).append(row["change"])
+    nats = [
+        Line(label, [*sorted((each, mean(seeds)) for each, seeds in added[weight].items()), (1.0, 0.0)])
+        for weight, label in ((0, "before"), (0.3, "now"))
+    ]
     cases = results("2026-11-27-drafts-and-depth")["call 4: depth, random weights, batch 1, us of a cycle"]
     us = {(row["size"], row["what"]): row["us"] for row in cases if "size" in row}
     shares = {"all easy": 0.0, "half": 0.5, "quarter easy": 0.75, "all deep": 1.0}
@@ -115,7 +123,7 @@ def depth() -> str:
     ]
     return line_chart(
         "What a depth below 1 costs and saves",
-        [Panel("Nats per token added, by depth", [Line("TINY", [*nats, (1.0, 0.0)])]), Panel("Time, by depth", times)],
+        [Panel("TINY: nats per token added, by depth", nats), Panel("Time, by depth", times)],
     )
 
 

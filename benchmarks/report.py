@@ -66,7 +66,10 @@ def thoughts() -> Rows:
             "16 hops, LEPTON with 16 rounds over all tokens, 2 + 2 blocks: right (target 95%)",
             claims.task("hops", "thoughts"),
         ),
-        ("chains of 16 operations on a GPU", NOT_YET),
+        ("the same without thoughts (target at most 40%)", claims.task_at("hops", "no_thoughts", 16)),
+        ("the same with pauses in place of thoughts (target at most 40%)", claims.task_at("hops", "pauses", 16)),
+        ("chains of 8 operations without thoughts (target at most 50%)", claims.task_at("chains", "no_thoughts", 8)),
+        ("the same with thoughts, trained to the end", NOT_YET),
         ("loss of TINY with a thinking block over all tokens in place of a deep block", claims.over_tokens()),
     ]
 
@@ -86,8 +89,9 @@ def memory() -> Rows:
             "recall of 256 pairs, LEPTON with a window of 64: right (target 95%)",
             claims.task("recall, one step", "memory"),
         ),
+        ("the same without a memory (target at most 5%)", claims.task("recall, one step", "window_only")),
         (
-            "the same in two steps, before deep blocks read again (target 90%)",
+            "the same in two steps, 16 heads, deep blocks read again (target 90%)",
             claims.task("recall, two steps", "memory"),
         ),
         ("needles in 64,000 tokens, bAbI", NOT_YET),
@@ -102,25 +106,34 @@ def small_recall(setting: str) -> Found:
 
 def depth() -> Rows:
     """Return the rows of depth routing."""
+    stem = "`router.into_stem="
     return [
-        *(
-            (f"loss added at depth {each}, TINY, 3 seeds", claims.ablated(f"depth {each}"))
-            for each in ("0.75", "0.5", "0")
+        (
+            "loss added at full depth by `router.into_stem=0.3`, TINY, 2 seeds (target at most 0.005)",
+            claims.routed_less_unrouted(),
         ),
+        *(
+            (
+                f"loss added at depth {depth:g}, TINY, 2 seeds, {stem}{weight:g}`{target}",
+                claims.routed(depth, rule, weight),
+            )
+            for weight in (0, 0.3)
+            for depth, rule, target in (
+                (0.75, "router", " (target 0.02)"),
+                (0.5, "router", " (target 0.05)"),
+                (0.25, "router", ""),
+                (0, "exit", ""),
+            )
+        ),
+        (f"the same at depth 0.5, {stem}0.3`, if chance chooses the tokens", claims.routed(0.5, "lot", 0.3)),
+        ("the same if the tokens that gain most are known", claims.routed(0.5, "oracle", 0.3)),
         ("time of a token at depth 0.5, TINY, random weights, H100; 1 is no router", claims.time_at_half("tiny")),
         ("the same, MEDIUM", claims.time_at_half("medium")),
         (STEP, claims.step_ms("router")),
         *(
-            (
-                f"loss added at depth {depth:g}, MICRO with `router.into_stem={weight:g}`",
-                claims.shallow("change", depth, "router", weight),
-            )
-            for weight in (0, 0.3)
+            (f"loss added at depth {depth:g}, MICRO, {stem}0.3`", claims.shallow("change", depth, "router", 0.3))
             for depth in (0.75, 0.5)
         ),
-        ("the same at depth 0.5 if chance chooses the tokens", claims.shallow("change", 0.5, "lot", 0.3)),
-        ("the same if the tokens that gain most are known", claims.shallow("change", 0.5, "oracle", 0.3)),
-        ("TINY after training for depth below 1", NOT_YET),
     ]
 
 
@@ -150,6 +163,18 @@ def speculation() -> Rows:
             "64 texts, temperature 0: times the speed without drafts",
             claims.ratio("tokens_per_s", "64x512/{}/0", "larger"),
         ),
+        *(
+            (f"{texts:,} texts, TINY, H200, without drafts: tokens/s{target}", claims.many(texts, "tokens_per_s"))
+            for texts, target in (
+                (64, " (target on an H100: 60,000)"),
+                (256, " (target on an H100: 120,000)"),
+                (1024, " (target on an H100: 200,000)"),
+            )
+        ),
+        (
+            "64 texts, TINY with a drafter of width 512, H200: times the speed without drafts",
+            claims.many(64, "vs_plain", "drafts", "{:.2f}"),
+        ),
         (f"{rule}LEPTON's rule", claims.rule("shared noise")),
         (f"{rule}rejection sampling", claims.rule("token by token")),
         (f"{rule}block verification", claims.rule("by blocks")),
@@ -168,6 +193,23 @@ def speculation() -> Rows:
                 ("times the speed without drafts", 0, claims.faster(name, "0")),
                 ("times the speed without drafts", 0.8, claims.faster(name, "0.8")),
             )
+        ),
+        *(
+            (f"tokens per pass, TINY, the larger drafter {what}, temperature {heat} (target 2.4)", given)
+            for name, what in (
+                ("no_distil", "without `distil`"),
+                ("stride_1", "that learns from every token"),
+                ("width_512", "of width 512"),
+                ("width_1024", "of width 1,024"),
+            )
+            for heat, given in ((heat, claims.drafter(name, heat)) for heat in (0, 1))
+        ),
+        *(
+            (
+                f"what 4 drafts read, of a verification's bytes, width {width:,} (target 10%)",
+                claims.drafter_bytes(width),
+            )
+            for width in (256, 512, 1024)
         ),
     ]
 
@@ -242,7 +284,7 @@ def gains() -> dict[str, tuple[Found, Found]]:
         ),
         "depth": (
             joined("{} of the time at half depth (MEDIUM)", claims.time_at_half("medium")),
-            joined("loss {} at half depth (TINY)", claims.ablated("depth 0.5")),
+            joined("loss {} at half depth (TINY)", claims.routed(0.5, "router", 0.3)),
         ),
         "peek": (joined(text, *lower("peek")), ms("peek")),
         "speculation": (joined("{} tokens per pass, {} times as fast", *drafted), ms("drafts")),
