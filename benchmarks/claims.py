@@ -177,11 +177,12 @@ def task(name: str, model: str, form: str = "{right:.1%}") -> Found:
     return newest("tasks", lambda content: form.format(**the(content["found"][name]["rows_of_table"], name=model)))
 
 
-def task_at(name: str, model: str, level: int) -> Found:
+def task_at(name: str, model: str, level: int, form: str = "{:.1%}") -> Found:
     """Return the share of right answers of a model at one level of a task of the proving ground, on a GPU."""
 
     def find(content: Any) -> str:
-        return f"{the(content['found'][name]['rows_of_table'], name=model)['right_at_level'][str(level)]:.1%}"
+        row = the(content["found"][name]["rows_of_table"], name=model)
+        return form.format(row["right_at_level"][str(level)])
 
     return newest("tasks", find)
 

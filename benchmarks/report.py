@@ -267,17 +267,19 @@ def gains() -> dict[str, tuple[Found, Found]]:
     return {
         "thoughts": (
             joined(
-                f"{text}; small model: {{}} right in 16 hops",
+                f"{text}; small model: {{}} right in 16 hops, {{}} without",
                 *lower("thoughts"),
-                claims.task("hops", "thoughts", "{right:.0%}"),
+                claims.task_at("hops", "thoughts", 16, "{:.0%}"),
+                claims.task_at("hops", "no_thoughts", 16, "{:.0%}"),
             ),
             ms("thoughts"),
         ),
         "memory": (
             joined(
-                f"{text}; small model: {{}} of 256 pairs found; a stream takes {{}}",
+                f"{text}; small model: {{}} of 256 pairs found, {{}} of 128 in two steps; a stream takes {{}}",
                 *lower("memory"),
                 claims.task("recall, one step", "memory", "{right:.0%}"),
+                claims.task("recall, two steps", "memory", "{right:.0%}"),
                 claims.state_mb(),
             ),
             ms("memory", "crystals"),
