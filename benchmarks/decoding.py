@@ -227,6 +227,8 @@ class Decoding:
         if self.options.use_speculative:
             acceptance = [round(each, 3) for each in self.stats.acceptance]
             found |= {"drafted_cycles": round(drafted, 3), "acceptance": acceptance}
+            verified = weight_bytes(self.model, drafted=0.0, deep=1.0) + row
+            found["draft_bytes_share"] = round(draft_bytes(self.model, self.runner.drafts) / verified, 4)
         if self.mode == "auto":
             found["speculation"] = self.speculation.figures()
         return found
@@ -273,6 +275,15 @@ def weight_bytes(model: Network, *, drafted: float, deep: float) -> float:
     parts = {"uncertainty": 0.0, "drafter": drafted}
     unread = sum((1 - share) * nbytes(model.idea(name)) for name, share in parts.items() if model.idea(name))
     return nbytes(model) - unread - (1 - deep) * nbytes(model.blocks)
+
+
+def draft_bytes(model: Network, drafts: int) -> int:
+    """Bytes that so many drafts of one text read, at least one: the cell and its proposals once for each, uncached."""
+    cell = model.idea("drafter").prepared(model.embed, model.dtype, model.config.eos_id)
+    once = (cell.enter, cell.token, cell.up_token)
+    each = (cell.up_cell, cell.down, cell.propose_ZW)
+    rows = (drafts - 1) * cell.read[:1].nbytes  # the newest token has no row in the table
+    return sum(part.nbytes for part in once) + drafts * sum(part.nbytes for part in each) + rows
 
 
 def nbytes(module: torch.nn.Module) -> int:

@@ -199,6 +199,15 @@ def test_the_floor_follows_what_a_cycle_reads(model):
     assert everything - decoding.weight_bytes(model, drafted=1.0, deep=0.5) == 0.5 * blocks
 
 
+def test_each_draft_reads_the_cell_and_its_proposals(model):
+    drafter = model.idea("drafter")
+    width, size = drafter.down.out_features, model.dtype.itemsize
+    each = size * width * (2 * width + 2 * width + drafter.vocab_size)
+    once = size * width * (drafter.enter.in_features + drafter.token.in_features + 2 * width)
+    assert decoding.draft_bytes(model, 1) == once + each
+    assert decoding.draft_bytes(model, 4) == once + 4 * each + 3 * 2 * width * size
+
+
 def test_of_a_lone_row_at_half_depth_fewer_bytes_count(model):
     floors = {}
     for mode in ("plain", "depth"):
