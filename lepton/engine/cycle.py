@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lepton.engine.lookup import appended, looked_up
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.model import Network
 from lepton.model.ideas.idea import SIGNALS, Call
@@ -84,6 +85,7 @@ def cycle(model: Network, pool: Pool, place_B: Tensor, shape: Shape, prepared: "
         held.rows,
         token_B=chosen_BT.gather(1, last_B1)[:, 0],
         seen_BF=seen_BTF.gather(1, last_B1[..., None].expand(-1, -1, seen_BTF.shape[2]))[:, 0],
+        text_BL=appended(held.rows.text_BL, chosen_BT, 1 + accepted_B),
         index_B=held.rows.index_B + 1 + accepted_B,
     )
     pool.put(place_B, held, Held(state, rows))
@@ -101,9 +103,9 @@ def allowed_drafts(model: Network, phase_B: Tensor, drafts: int) -> Tensor:
 
 
 def drafted(model: Network, rows: Rows, drafts: int, prepared: "Prepared | None") -> Tensor:
-    """Return the newest token of each row and drafts of those after it, [B, T].
+    """Return the newest token of each row and drafts of those after it, [B, T]: by lookup, or from the cell.
 
-    The id that ends a document is never drafted (`Drafter.prepared`): no later token of a chunk may begin another one.
+    The id that ends a document is never drafted: no later token of a chunk may begin another one.
     """
     if not drafts:
         return rows.token_B[:, None]
@@ -116,7 +118,8 @@ def drafted(model: Network, rows: Rows, drafts: int, prepared: "Prepared | None"
             cell_BW = prepared.step(cell_BW, columns[-1])
         noise = Noise(rows.stream_B2, rows.index_B + i)
         columns.append(choose(prepared.logits(cell_BW), noise, rows.sampling, prepared.ids_Z, model.config.logit_cap))
-    return torch.cat([rows.token_B[:, None], prepared.ids_Z[torch.stack(columns, 1)]], 1)
+    drafts_BY = looked_up(rows.text_BL, prepared.ids_Z[torch.stack(columns, 1)], model.config.eos_id)
+    return torch.cat([rows.token_B[:, None], drafts_BY], 1)
 
 
 def choices(

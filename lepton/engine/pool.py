@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lepton.engine.lookup import remembered
 from lepton.model import Network, State
 from lepton.model.block import Block
 from lepton.model.fresh_state import fresh_state
@@ -26,6 +27,8 @@ class Rows:
     """The newest token, which no pass has read."""
     seen_BF: Tensor
     """What drafts after it are made from."""
+    text_BL: Tensor
+    """The newest tokens of the text, that one included, in which drafts are looked up."""
     index_B: Tensor
     """Number of new tokens."""
     stream_B2: Tensor
@@ -115,9 +118,10 @@ class Pool:
         real = torch.zeros(places, dtype=torch.float32, device=device)
         drafter, width = model.idea("drafter"), model.config.width
         seen = torch.zeros(places, drafter.seen_width if drafter else width, dtype=model.dtype, device=device)
+        text = remembered([[]], device).expand(places, -1).clone()
         index, top_k, rounds = whole.clone(), whole.clone(), whole.clone()
         stream, depth = whole.new_zeros(places, 2), real.double()
-        rows = Rows(whole, seen, index, stream, real, real.clone(), top_k, rounds, depth, depth.clone())
+        rows = Rows(whole, seen, text, index, stream, real, real.clone(), top_k, rounds, depth, depth.clone())
         self.held = Held(state, rows)
 
     @property

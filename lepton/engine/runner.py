@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lepton.engine.cycle import Outcome, Shape, choices
 from lepton.engine.cycles import TOGETHER, Cycles
+from lepton.engine.lookup import appended, remembered
 from lepton.engine.pool import Held, Pool, Rows
 from lepton.engine.prefill import read_prompts
 from lepton.engine.prepared_drafter import PreparedDrafter
@@ -168,7 +169,9 @@ class Runner:
             shape = replace(wanted_shape(sequences), rows=len(sequences))
             signals = read.signals_B3[:, None] if shape.uncertainty else None
             chosen_BT, finite_B, *wanted = choices(self.model, rows, read.hidden_BD[:, None], signals, shape)
-            rows = replace(rows, token_B=chosen_BT[:, 0], index_B=rows.index_B + 1)
+            one_B = torch.ones_like(place_B)
+            text_BL = appended(rows.text_BL, chosen_BT, one_B)
+            rows = replace(rows, token_B=chosen_BT[:, 0], text_BL=text_BL, index_B=rows.index_B + 1)
             self.pool.load(place_B, Held(read.state, rows))
             if self.pool.keeps_slots:
                 self.pool.keep_slots(self.model, place_B, read.state)
@@ -230,7 +233,9 @@ class Runner:
             (1.0, each.depth.nats) if isinstance(each.depth, Least) else (each.depth, math.inf) for each in sequences
         ]
         depth_B, least_B = torch.tensor(rules, dtype=torch.float64, device=device).unbind(1)
-        return Rows(zero_B, seen_BF, zero_B, stream_B2, *sampling_of(settings, device), rounds_B, depth_B, least_B)
+        text_BL = remembered([each.prompt for each in sequences], device)
+        sampling = sampling_of(settings, device)
+        return Rows(zero_B, seen_BF, text_BL, zero_B, stream_B2, *sampling, rounds_B, depth_B, least_B)
 
 
 def wanted_shape(sequences: Items[Sequence]) -> Shape:

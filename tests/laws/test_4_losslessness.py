@@ -7,12 +7,14 @@ import itertools
 import pytest
 import torch
 
+from lepton.engine import cycle
 from lepton.engine.engine import Engine
 from lepton.engine.options import GenerationOptions
 from lepton.engine.prefill import read_prompts
 from lepton.engine.runner import Runner
 from lepton.engine.sequence import Sequence
 from lepton.model.ideas.drafter import DrafterConfig
+from tests.engine.repeats import found_by_loop
 from tests.generate.models import always_drafting, lively, oracle
 from tests.laws.lab import CANARIES, VARIANTS, VOCAB, assert_states, half_depth, once_a_device, text
 
@@ -198,7 +200,8 @@ def chunks(new, segment):
 
 @pytest.mark.parametrize("right", [1.0, 0.0, 0.5])
 @pytest.mark.parametrize("variant", ["complete", "dense"])
-def test_tokens_per_step_follow_the_drafter(variant, right):
+def test_tokens_per_step_follow_the_drafter(variant, right, monkeypatch):
+    monkeypatch.setattr(cycle, "looked_up", lambda _text, drafts_BY, _never: drafts_BY)
     model, new = model_of(variant), 1 + 8 * (DRAFTS + 1)
     candidates = prompts_of(12, seed=7)
     plain = model.generate(candidates, new, **GREEDY, **PLAIN)
@@ -219,6 +222,26 @@ def test_tokens_per_step_follow_the_drafter(variant, right):
         assert stats.tokens_per_step == 1
     else:
         assert 1.5 < stats.tokens_per_step < 2.4
+
+
+def test_text_that_repeats_itself_is_drafted_from_itself():
+    """Its drafter is always wrong: each pass accepts what a loop finds by lookup, and no more."""
+    model, new = model_of("dense"), 200
+    prompts = prompts_of(12, seed=7)
+    plain = model.generate(prompts, new, **GREEDY, **PLAIN)
+    drafter = oracle(model, prompts, new, right=0)
+    tokens, stats = with_drafter(model, drafter, lambda: model.generate_with_stats(prompts, new, **GREEDY))
+    assert tokens == plain
+    steps, written = 0, 0
+    for prompt, row in zip(prompts, plain, strict=True):
+        known = len(prompt) + 1  # the pass over the prompt gave one
+        written += len(row) - known
+        while known < len(row):
+            pairs = zip(found_by_loop(row[:known], DRAFTS, model.config.eos_id), row[known:], strict=False)
+            known += 1 + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            steps += 1
+    assert stats.tokens_per_step == pytest.approx(written / steps, rel=0.02)  # the last pass of a text writes less
+    assert stats.tokens_per_step > 1.5
 
 
 def test_a_model_without_a_drafter_decodes_plainly():
