@@ -191,8 +191,7 @@ def _loss(model: Network, positions: int) -> int:
     config, size = model.config, model.dtype.itemsize
     entries = min(positions * config.padded_vocab_size, ENTRIES_GPU)
     a_chunk = entries * (size if size < FP32 else 2 * size)  # in fp32 the exponentials stand beside the logits
-    strides = [stride for idea in model.ideas.values() if (stride := idea.logits_stride())]
-    sampled = 4 * FP32 * config.vocab_size * -(-positions // min(strides)) if strides else 0
+    sampled = max((each.logits_bytes(positions, config.vocab_size, size) for each in model.ideas.values()), default=0)
     # The head's gradient in fp32, and the head in the activations' dtype; without the kernel also a chunk's gradient.
     head = FP32 + size if size < FP32 else FP32 + 2 * size
     return model.embed.weight.numel() * head + max(a_chunk, sampled)

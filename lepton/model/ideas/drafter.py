@@ -63,7 +63,9 @@ class DrafterConfig(IdeaConfig):
 
     @classmethod
     def preset(cls, size: str, width: int) -> "DrafterConfig":
-        return cls(width=WIDTHS.get(size, cls.width))
+        """With what won at TINY (docs/log.md, 2026-11-28); NANO's training would be slowed most by it."""
+        width = WIDTHS.get(size, cls.width)
+        return cls(width=width) if size == "nano" else cls(width=width, vocab=8192, reads_stem=True)
 
 
 class Prepared(NamedTuple):

@@ -35,6 +35,8 @@ from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many, by default."""
+LOGITS = 16
+"""Bytes of a logit in such a loss, all its copies and gradients included."""
 SIGNALS = ("router", "thoughts", "memory")
 """Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1
@@ -349,8 +351,8 @@ class Idea(nn.Module):
         """Return its losses on text that the trained model wrote (`lepton.train.own_text`); `nats_M` is not known."""
         raise NotImplementedError(f"{type(self).__name__} does not learn from such text")
 
-    def logits_stride(self) -> int:
-        """Return n if its losses compute logits at one position in n; 0: at none."""
+    def logits_bytes(self, positions: int, vocab_size: int, itemsize: int) -> int:
+        """Return the bytes of the logits that its losses hold at one time, of so many positions."""
         return 0
 
     def learn_frequencies(self, counts_V: Callable[[], Tensor]) -> None:

@@ -7,7 +7,8 @@ window the count may run ahead or fall back by a quarter of it, or by 2 if that 
 compute for every text. With a least saving in place of a depth, a token goes deep if its score is above it, and a text
 of which little is to be saved takes less compute. The choice is causal: there is no top-k over a sequence, and no
 statistic of a batch. Router and exit learn from stopped gradients, so they do not change the trunk, unless `into_stem`
-or `served` says so: then the stem learns to predict, and the deep blocks to attend to tokens that did not go deep.
+or `served` says so: then the stem learns to predict, and the deep blocks to attend to tokens that did not go deep. In
+the eight sizes the stem does; the deep blocks do not.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.block import few_mlp
 from lepton.model.budget import Budget
 from lepton.model.ideas.idea import (
+    LOGITS,
     OUTCOME_STRIDE,
     Call,
     Contribution,
@@ -38,6 +40,7 @@ from lepton.model.ideas.idea import (
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX, replaced
 from lepton.model.timeline import Timeline
+from lepton.ops.cross_entropy import ENTRIES_GPU
 from lepton.ops.divergence import divergence_chunk, linear_divergence
 
 SLACK = 1 / 4
@@ -86,7 +89,10 @@ class RouterConfig(IdeaConfig):
 
     @classmethod
     def preset(cls, size: str, width: int) -> "RouterConfig":
-        return cls(exit_width=width // 2)
+        """With the options that won at MICRO and TINY (docs/log.md, 2026-11-28). NANO's head is most of its cost."""
+        stride = cls.exit_stride if size == "nano" else 8
+        learns = {"exit_stride": stride, "into_stem": 0.3, "distil": True, "expected": True, "reads_exit": True}
+        return cls(exit_width=width // 2, **learns)
 
 
 @dataclass(frozen=True)
@@ -245,8 +251,11 @@ class Router(Idea):
         """What the keys and values of each deep block are made of, if it is not what queries are made of."""
         return work.itemsize * work.length * self.deep_layers * self.width if self.own.served else 0
 
-    def logits_stride(self) -> int:
-        return self.own.exit_stride
+    def logits_bytes(self, positions: int, vocab_size: int, itemsize: int) -> int:
+        entries = vocab_size * -(-positions // self.own.exit_stride)
+        if not (self.own.distil and self.own.expected) or itemsize == torch.float32.itemsize:
+            return LOGITS * entries
+        return 3 * itemsize * min(entries, ENTRIES_GPU)  # a chunk of student, teacher and gradient
 
     def switches(self) -> dict[str, Switch]:
         """Some depths, and half depth with random tokens, which shows what the router's choice is worth."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
+from lepton.model.ideas.idea import LOGITS, OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 from lepton.model.promise import Promise
@@ -299,8 +299,8 @@ class Uncertainty(Idea):
             sampled += (2 * inner + 3 * matrices(self.pairs.out) + head) / self.own.pairs
         return sampled - 3 * 2 * once
 
-    def logits_stride(self) -> int:
-        return min(OUTCOME_STRIDE, 2 * self.own.pairs or OUTCOME_STRIDE)
+    def logits_bytes(self, positions: int, vocab_size: int, itemsize: int) -> int:
+        return LOGITS * vocab_size * -(-positions // min(OUTCOME_STRIDE, 2 * self.own.pairs or OUTCOME_STRIDE))
 
     def switches(self) -> dict[str, Switch]:
         """No switches: the predictions do not depend on it."""
