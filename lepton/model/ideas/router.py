@@ -91,8 +91,8 @@ class RouterConfig(IdeaConfig):
     def preset(cls, size: str, width: int) -> "RouterConfig":
         """With the options that won at MICRO and TINY (docs/log.md, 2026-11-28). NANO's head is most of its cost."""
         stride = cls.exit_stride if size == "nano" else 8
-        learns = {"exit_stride": stride, "into_stem": 0.3, "distil": True, "expected": True, "reads_exit": True}
-        return cls(exit_width=width // 2, **learns)
+        learns: dict[str, Any] = {"into_stem": 0.3, "distil": True, "expected": True, "reads_exit": True}
+        return cls(exit_width=width // 2, exit_stride=stride, **learns)
 
 
 @dataclass(frozen=True)
