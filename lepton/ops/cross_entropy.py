@@ -26,6 +26,8 @@ ENTRIES_CPU = 1 << 20
 """Logits that a CPU processes at once between the matrix products: two fp32 tensors of them fit into its caches."""
 ENTRIES_GPU = 1 << 28
 """Logits per chunk on a GPU: 1 GiB in fp32, so that launch costs are negligible."""
+LOGIT_BYTES = 16
+"""Bytes of a logit in a loss that is not computed in chunks, all its copies and gradients included."""
 MULTIPLE_GPU = 128
 """Positions per chunk on a GPU are a multiple of this, the tile size of matrix products."""
 LEAST_EXPONENT = 87

@@ -35,8 +35,6 @@ from lepton.values import MAX_ROUNDS
 
 OUTCOME_STRIDE = 32
 """Losses that need logits look at one position in this many, by default."""
-LOGITS = 16
-"""Bytes of a logit in such a loss, all its copies and gradients included."""
 SIGNALS = ("router", "thoughts", "memory")
 """Ideas whose signals the uncertainty reads: benefit of depth, last change of the thoughts, size of memory's read."""
 LONGEST = (1 << 31) - 1

@@ -25,7 +25,6 @@ from lepton.config import IdeaConfig, LeptonConfig
 from lepton.model.block import few_mlp
 from lepton.model.budget import Budget
 from lepton.model.ideas.idea import (
-    LOGITS,
     OUTCOME_STRIDE,
     Call,
     Contribution,
@@ -40,7 +39,7 @@ from lepton.model.ideas.idea import (
 from lepton.model.layers import Linear, norm
 from lepton.model.parameters import BIAS, MATRIX, SCORE, ZERO_MATRIX, replaced
 from lepton.model.timeline import Timeline
-from lepton.ops.cross_entropy import ENTRIES_GPU
+from lepton.ops.cross_entropy import ENTRIES_GPU, LOGIT_BYTES
 from lepton.ops.divergence import divergence_chunk, linear_divergence
 
 SLACK = 1 / 4
@@ -254,7 +253,7 @@ class Router(Idea):
     def logits_bytes(self, positions: int, vocab_size: int, itemsize: int) -> int:
         entries = vocab_size * -(-positions // self.own.exit_stride)
         if not (self.own.distil and self.own.expected) or itemsize == torch.float32.itemsize:
-            return LOGITS * entries
+            return LOGIT_BYTES * entries
         return 3 * itemsize * min(entries, ENTRIES_GPU)  # a chunk of student, teacher and gradient
 
     def switches(self) -> dict[str, Switch]:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from lepton.config import IdeaConfig, LeptonConfig
 from lepton.errors import InputError
-from lepton.model.ideas.idea import LOGITS, OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
+from lepton.model.ideas.idea import OUTCOME_STRIDE, SIGNALS, Idea, Outcome, Switch, Work, matrices, picks
 from lepton.model.layers import Linear
 from lepton.model.parameters import BIAS, MATRIX, ZERO_MATRIX
 from lepton.model.promise import Promise
-from lepton.ops.cross_entropy import soft_cap
+from lepton.ops.cross_entropy import LOGIT_BYTES, soft_cap
 
 FEATURES = 3 + len(SIGNALS)
 HIDDEN = 64
@@ -300,7 +300,7 @@ class Uncertainty(Idea):
         return sampled - 3 * 2 * once
 
     def logits_bytes(self, positions: int, vocab_size: int, itemsize: int) -> int:
-        return LOGITS * vocab_size * -(-positions // min(OUTCOME_STRIDE, 2 * self.own.pairs or OUTCOME_STRIDE))
+        return LOGIT_BYTES * vocab_size * -(-positions // min(OUTCOME_STRIDE, 2 * self.own.pairs or OUTCOME_STRIDE))
 
     def switches(self) -> dict[str, Switch]:
         """No switches: the predictions do not depend on it."""
