@@ -9,7 +9,7 @@
 #   bash benchmarks/two_gpus.sh generate     speed of one text with the models that `drafts` leaves, 3 minutes
 #   bash benchmarks/two_gpus.sh generate_many  of 64 to 1,024 texts with $OUT/tiny.pt, which `drafts` and `seeds` leave
 #   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
-#   bash benchmarks/two_gpus.sh routes       routing at TINY: the defaults, and a stem that learns for the exit
+#   bash benchmarks/two_gpus.sh routes       routing at TINY: an exit that leaves the stem alone, and the sizes' options
 #   bash benchmarks/two_gpus.sh tasks        hops, chains, recall of two steps, needles, path-star, 9 minutes
 set -u
 OUT=${OUT:-two-gpus-out}
@@ -55,7 +55,8 @@ for part in "$@"; do
   case $part in
     drafts)
       tuned=(--drafts --tune 8192 --tune_steps 1000 --tune_share 0.3 --change drafter.distil=true)
-      train 0 tuned "${tuned[@]}" --save "$OUT/tiny.pt" &
+      small=(drafter.reads_stem=false drafter.vocab=4096)
+      train 0 tuned "${tuned[@]}" "${small[@]}" --save "$OUT/tiny.pt" &
       train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 --save "$OUT/large.pt" &
       wait ;;
     drafters)
@@ -64,7 +65,7 @@ for part in "$@"; do
       train 1 width_512 --drafts --change "${large[@]}" drafter.width=512 &
       sleep 90
       train 0 both --drafts --change "${large[@]}" drafter.stride=1 drafter.width=512 &
-      train 1 no_distil --drafts --change drafter.vocab=8192 drafter.reads_stem=true &
+      train 1 no_distil --drafts --change "${large[@]}" drafter.distil=false &
       wait ;;
     windows)
       train 0 window_256 --brief &
@@ -102,7 +103,8 @@ for part in "$@"; do
         for weight in 0 0.3; do
           gpu=$([ "$weight" = 0 ] && echo 0 || echo 1)
           learned=(router.exit_stride=8 router.distil=true router.expected=true router.reads_exit=true)
-          [ "$weight" = 0 ] && learned=()
+          [ "$weight" = 0 ] && learned=(router.exit_stride=32 router.distil=false router.expected=false \
+            router.reads_exit=false)
           (CUDA_VISIBLE_DEVICES=$gpu timeout 560 "$PYTHON" -m benchmarks.proving_ground.depth "${data[@]}" --size tiny \
             --tokens "$TOKENS" --seed $seed --dense_layers --lock "$OUT/gpu$gpu.lock" \
             --change "${learned[@]}" router.into_stem="$weight" > "$OUT/routes_${weight}_$seed.txt" 2>&1
