@@ -5,6 +5,7 @@ import pytest
 
 import model as seed_entry_point
 from lepton.api import create_lepton, create_lepton_nano
+from lepton.config import LeptonConfig
 from lepton.errors import InputError
 from lepton.model.size_config import count_params, size_config
 from lepton.presets import SIZES
@@ -52,3 +53,29 @@ def test_counting_allocates_nothing_and_agrees_with_the_built_model():
 def test_a_window_that_is_none_is_named(window):
     with pytest.raises(InputError, match=f"^window={window}"):
         size_config("nano", window=window)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_trains_the_exit_and_the_drafter_as_won(name):
+    config, nano = size_config(name), name == "nano"
+    router, drafter = config.idea("router"), config.idea("drafter")
+    assert (router.into_stem, router.distil, router.expected, router.reads_exit) == (0.3, True, True, True)
+    assert (router.exit_stride, router.served) == (32 if nano else 8, 0)
+    assert (drafter.vocab, drafter.reads_stem) == ((4096, False) if nano else (8192, True))
+    assert not drafter.distil
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_configuration_stored_before_these_options_is_what_was_trained(name):
+    now = size_config(name)
+    stored = now.to_dict()
+    for field in ("exit_stride", "into_stem", "distil", "expected", "reads_exit", "served"):
+        del stored["ideas"]["router"][field]
+    for field in ("vocab", "stride", "reads_stem", "distil"):
+        del stored["ideas"]["drafter"][field]
+    router, drafter = (LeptonConfig.from_dict(stored).idea(idea) for idea in ("router", "drafter"))
+    assert (router.exit_width, router.window) == (now.idea("router").exit_width, 64)
+    assert (router.exit_stride, router.into_stem, router.served) == (32, 0, 0)
+    assert (router.distil, router.expected, router.reads_exit) == (False, False, False)
+    assert (drafter.width, drafter.count) == (now.idea("drafter").width, 4)
+    assert (drafter.vocab, drafter.stride, drafter.reads_stem, drafter.distil) == (4096, 4, False, False)
