@@ -68,7 +68,7 @@ finish() {
   of=(--checkpoint "$OUT/whole.safetensors" --data_dir "$DATA" --json)
   lepton calibrate "${of[@]}" > "$OUT/calibrate.json" || say "calibrate: what training fitted stays"
   # A promise that the other half of the text breaks is not kept; the others then stand.
-  for risk in 0.05 0.1 0.2; do
+  for risk in 0.05 0.1 0.2 0.3 0.4; do
     lepton calibrate "${of[@]}" --risk $risk >> "$OUT/risks.jsonl" || say "no risk $risk"
   done
   for cost in 0.01 0.02 0.05; do

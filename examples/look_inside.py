@@ -2,7 +2,7 @@
 
     python -m examples.look_inside --checkpoint checkpoints/final.pt --text my_notes.txt --depth 0.5
 
-Without --text it reads its own source.
+Without --text it reads its own source, and without --checkpoint it looks into the model that comes with LEPTON.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 from lepton import Lepton
 
 parser = argparse.ArgumentParser(description="Show what a model does with each token of a text.")
-parser.add_argument("--checkpoint", default="checkpoints/final.pt", help="(default: checkpoints/final.pt)")
+parser.add_argument("--checkpoint", metavar="FILE", help="(default: the model that comes with LEPTON)")
 parser.add_argument("--text", default=__file__, help="text file to read (default: this script)")
 parser.add_argument("--depth", type=float, default=0.5, help="share of tokens that may pass all blocks (default: 0.5)")
 parser.add_argument("--tokens", type=int, default=16, help="tokens to show (default: 16)")

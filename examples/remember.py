@@ -12,7 +12,7 @@ import torch
 from lepton import Lepton
 
 parser = argparse.ArgumentParser(description="Save what a model has read, and use it in another process.")
-parser.add_argument("--checkpoint", default="checkpoints/final.pt", help="(default: checkpoints/final.pt)")
+parser.add_argument("--checkpoint", metavar="FILE", help="(default: the model that comes with LEPTON)")
 parser.add_argument("--read", metavar="FILE", help="text file to read and save; without it, go on from what was saved")
 parser.add_argument("--folder", default=".", help="folder of the two files (default: this one)")
 parser.add_argument("--prompt", default="The model", help="beginning of the new texts")
