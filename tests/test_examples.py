@@ -1,7 +1,9 @@
 """The examples run as their docstrings say, each in a process of its own, and print what is true of the model."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +82,33 @@ def test_each_example_is_tested_and_linked_from_the_documents(path):
     assert f"test_{path.stem}" in globals()
     assert f"(examples/{path.name})" in README
     assert f"(../examples/{path.name})" in TUTORIAL
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    """With the model that comes with LEPTON. Texts may differ between machines; that drafts change none may not."""
+    book = tmp_path / "tour.ipynb"
+    shutil.copy(ROOT / "examples" / "tour.ipynb", book)
+    before = printed(book)
+    assert all(before), "a reader of the file sees what each cell prints"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "JUPYTER_PLATFORM_DIRS": "1"}
+    command = [sys.executable, "-m", "jupyter", "execute", "--inplace", "--timeout=300", str(book)]
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    after = printed(book)
+    assert all(after)
+    assert after[0] == before[0] == "24928646"
+    passes = dict(re.findall(r"(with drafts|without) (\d+) passes", after[3]))
+    assert int(passes["with drafts"]) <= int(passes["without"]) == 200
+    assert after[3].endswith("True"), "drafts change no text"
+
+
+def printed(book):
+    """Return what each cell of a notebook has printed."""
+    cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
+    outputs = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    return [
+        "".join(
+            "".join(each.get("text") or each["data"]["text/plain"]) for each in parts if each.get("name") != "stderr"
+        )
+        for parts in outputs
+    ]
