@@ -8,6 +8,7 @@ lookup decoding, Saxena 2023.)
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 REMEMBERED = 1024
@@ -21,8 +22,10 @@ NOTHING = -1
 def remembered(texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Return the newest tokens of some texts, int32 [B, REMEMBERED]."""
     newest = [list(text[-REMEMBERED:]) for text in texts]
-    rows = [[NOTHING] * (REMEMBERED - len(text)) + text for text in newest]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    longest = max(map(len, newest))  # what is before all texts is filled on the device
+    rows = [[NOTHING] * (longest - len(text)) + text for text in newest]
+    text_BT = torch.tensor(rows, dtype=torch.int32, device=device)
+    return F.pad(text_BT, (REMEMBERED - longest, 0), value=NOTHING)
 
 
 def appended(text_BL: Tensor, tokens_BT: Tensor, count_B: Tensor) -> Tensor:
