@@ -276,7 +276,7 @@ def gains() -> dict[str, tuple[Found, Found]]:
         ),
         "memory": (
             joined(
-                f"{text}; small model: {{}} of 256 pairs found, {{}} of 128 in two steps; a stream takes {{}}",
+                f"{text}; small model: {{}} of 256 pairs found, {{}} of 128 in two steps; a stream of TINY takes {{}}",
                 *lower("memory"),
                 claims.task("recall, one step", "memory", "{right:.0%}"),
                 claims.task("recall, two steps", "memory", "{right:.0%}"),

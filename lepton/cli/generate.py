@@ -244,10 +244,11 @@ def meaning(terminal: bool, coloured: bool) -> str:
 
 def _promised(terminal: bool, promise: "Promise") -> str:
     """What the text shows of the abstentions."""
+    if promise.threshold is None:
+        every = f"{MARK} marks every word" if terminal else "the model abstains from every token"
+        return f"{every}: no threshold was found for risk {promise.risk:g} ({promise.data})"
     if not terminal:
         return "stdout is not a terminal, so nothing is marked; --json says from which tokens the model abstains"
-    if promise.threshold is None:
-        return f"{MARK} marks every word: no threshold was found for risk {promise.risk:g} ({promise.data})"
     return (
         f"{MARK} marks words that the model abstains from. Of its other best guesses at most {promise.risk:.0%} are "
         f"wrong, on text like that of the calibration ({promise.data}); of other text nothing is promised"

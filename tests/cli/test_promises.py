@@ -180,6 +180,8 @@ def test_without_a_threshold_every_word_is_marked(tmp_path):
     words = out.removeprefix("fox").split()
     assert all(word.endswith(MARK) for word in words)
     assert "marks every word: no threshold was found for risk 0.1 (some text)" in err
+    err = run(*command_of(path), *FLAGS, "--abstain_at", 0.1)[2]
+    assert "the model abstains from every token: no threshold was found for risk 0.1 (some text)" in err
 
 
 def test_generate_names_the_command_that_calibrates(saved):
