@@ -169,8 +169,7 @@ class Runner:
             shape = replace(wanted_shape(sequences), rows=len(sequences))
             signals = read.signals_B3[:, None] if shape.uncertainty else None
             chosen_BT, finite_B, *wanted = choices(self.model, rows, read.hidden_BD[:, None], signals, shape)
-            one_B = torch.ones_like(place_B)
-            text_BL = appended(rows.text_BL, chosen_BT, one_B)
+            text_BL = appended(rows.text_BL, chosen_BT, torch.ones_like(place_B))
             rows = replace(rows, token_B=chosen_BT[:, 0], text_BL=text_BL, index_B=rows.index_B + 1)
             self.pool.load(place_B, Held(read.state, rows))
             if self.pool.keeps_slots:
