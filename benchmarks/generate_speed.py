@@ -249,10 +249,13 @@ class Bench:
         lane.timed = lane.runner = None
 
     def stream(self, subject: Subject, tokens: int) -> Found:
-        """One stream of so many tokens."""
-        (prompt, *_) = subject.prompts(512)
+        """One stream of so many tokens, compiled as cases are."""
+        text = [token for prompt in subject.prompts(512) for token in prompt]
         try:
-            return {"model": subject.name, **measure_stream(Watched(subject.model, 1, 1 << 12), prompt, tokens)}
+            runner = Watched(subject.model, 1, 1 << 12)
+            if not self.chosen.no_compile:
+                runner.warm_up(1, drafts=[0])
+            return {"model": subject.name, **measure_stream(runner, text, tokens)}
         except Exception as error:
             return {"model": subject.name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -323,7 +326,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=float("inf"), help="after so many seconds no other case is begun")
     add("--peer_seconds", type=float, default=300, help="limit of each case of the peer (default: 300)")
     add("--profile", type=int, default=0, metavar="N", help="count kernels, and list the N that take longest")
-    add("--stream", type=int, default=0, metavar="N", help="also decode one plain stream of N tokens")
+    add("--stream", type=int, default=0, metavar="N", help="also go on with texts of up to N tokens")
     add("--no_compile", action="store_true", help="run cycles without compiling them")
     add("--threads", type=int, help="CPU threads")
     add("--json", type=Path, help="write what was found to this file, too")

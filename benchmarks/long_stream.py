@@ -1,5 +1,6 @@
 """One stream of many tokens: is a token as fast, and the memory as large, after a million as after a thousand?"""
 
+import itertools
 import resource
 import statistics
 import sys
@@ -14,7 +15,7 @@ from lepton.engine.options import GenerationOptions
 
 MARKS = (1_000, 10_000, 100_000, 1_000_000)
 TIMED = 500
-"""Tokens before a mark whose median time is that of a token there."""
+"""Tokens that are decoded after a text; their median time is that of a token there."""
 NOISE = 0.1
 """Time and bytes that differ by no more are constant."""
 
@@ -26,38 +27,44 @@ def resident_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure_stream(runner: Watched, prompt: list[int], tokens: int, marks: Sequence[int] = MARKS) -> Found:
-    """Decode so many tokens, plain and greedy; return the milliseconds of a token and the bytes at each mark, and
-    whether they are constant.
+def measure_stream(
+    runner: Watched, text: Sequence[int], tokens: int, marks: Sequence[int] = MARKS, timed: int = TIMED
+) -> Found:
+    """Read a text of each length up to `tokens`, and go on with it, plain and greedy.
 
-    On a CPU the lists of tokens themselves grow, by some bytes a token; the bytes of the state do not.
+    `text` is repeated until it is long enough. Returned are for each length the milliseconds of a new token, the tokens
+    read in a second, and the bytes, and whether milliseconds and bytes are constant. On a CPU the lists of tokens grow,
+    by some bytes a token; the bytes of the state do not.
     """
     options = GenerationOptions(max_new_tokens=MOST_TOKENS, temperature=0.0, use_speculative=False)
-    engine = Engine(runner)
-    engine.add(endless(runner.model, prompt, options, 0))
     rows: list[Found] = []
-    recent: list[float] = []
-    begun, done = time.perf_counter(), 0
+    begun = time.perf_counter()
     for mark in sorted({*(mark for mark in marks if mark < tokens), tokens}):
-        while done < mark:
+        engine = Engine(runner)
+        prompt = list(itertools.islice(itertools.cycle(text), mark))
+        engine.add(endless(runner.model, prompt, options, 0))
+        before, new = time.perf_counter(), 0
+        while not new:
+            new = sum(len(output.tokens) for output in engine.step())
+        read = time.perf_counter() - before
+        seconds: list[float] = []
+        while len(seconds) < timed:
             before = time.perf_counter()
             new = sum(len(output.tokens) for output in engine.step())
             if new:
-                recent.append((time.perf_counter() - before) / new)
-            done += new
+                seconds.append((time.perf_counter() - before) / new)
         found = {
-            "tokens": done,
-            "token_ms": round(statistics.median(recent[-TIMED:]) * 1e3, 4),
+            "tokens": mark,
+            "token_ms": round(statistics.median(seconds) * 1e3, 4),
+            "read_tokens_per_s": round(mark / read),
             "state_bytes": runner.pool.nbytes,
             "bytes": resident_bytes(runner.model.device),
         }
+        engine.close()
         print(found, flush=True)
         rows.append(found)
-        del recent[:-TIMED]
-    engine.close()
     constant = all(is_constant([row[name] for row in rows]) for name in ("token_ms", "state_bytes", "bytes"))
-    seconds = round(time.perf_counter() - begun, 1)
-    return {"marks": rows, "constant": constant, "seconds": seconds}
+    return {"marks": rows, "constant": constant, "seconds": round(time.perf_counter() - begun, 1)}
 
 
 def is_constant(values: list[float]) -> bool:

@@ -224,10 +224,11 @@ def test_a_profile_names_the_operators_that_take_longest():
 
 
 def test_a_stream_is_measured_at_its_marks(model):
-    found = long_stream.measure_stream(Watched(model, 1, 1000), prompts()[0], 30, marks=(20, 40))
+    found = long_stream.measure_stream(Watched(model, 1, 1000), prompts()[0], 30, marks=(20, 40), timed=3)
     assert [row["tokens"] for row in found["marks"]] == [20, 30]
     first, last = found["marks"]
     assert first["state_bytes"] == last["state_bytes"]
+    assert min(first["token_ms"], first["read_tokens_per_s"]) > 0
     assert long_stream.is_constant([10, 11, 9])
     assert not long_stream.is_constant([10, 11.5, 9])
 

@@ -69,6 +69,7 @@ def plan_batch(
     groups = usual_groups(tokens_BT.shape[1] - 1, config.segment)
     while groups < timeline.opening_BG.shape[1]:
         groups *= 2
+    groups = min(groups, tokens_BT.shape[1] - 1)  # each token opens at most one
     generator = _generator(seed, step, micro)
     rounds = [idea.rounds_in_training(rows, generator) for idea in model.ideas.values()]
     return next((each for each in rounds if each is not None), None), groups

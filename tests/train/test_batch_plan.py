@@ -46,6 +46,15 @@ def test_a_plan_counts_the_segments_that_a_batch_marks():
     assert usual < opens.sum(1).max() <= marked
 
 
+def test_a_bound_on_segments_is_at_most_the_tokens_of_a_row():
+    model = build("complete")
+    tokens = torch.full((1, 49), model.config.eos_id)  # each of 48 begins a document, and so a segment
+    groups = plan_step(model, tokens, 0, 0, 0).groups
+    assert groups == 48
+    with torch.no_grad():
+        assert model.loss(tokens, groups=groups).loss.isfinite()
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_rows_think_as_long_as_they_want_to(place):
     """Together as each alone, the one that thinks for long in any place."""
