@@ -42,6 +42,8 @@ class Hops(Task):
     """Letters from one that has a place for an answer in training to the next; the last one has one."""
     pauses: int = 0
     """Tokens without meaning between a letter and the place for its answer."""
+    body: int = 4
+    """Blocks of a model, half of them before its ideas."""
 
     small = {"length": 32, "trained": 4}
     columns = ((1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (9, 16), (16, 16), (17, 32), (32, 32))
@@ -51,6 +53,8 @@ class Hops(Task):
             raise InputError(f"trained={self.trained}: must lie in 1..{DEEPEST}")
         if self.every < 1 or self.pauses < 0:
             raise InputError(f"every={self.every}, pauses={self.pauses}: must be at least 1 and 0")
+        if self.body < 2:
+            raise InputError(f"body={self.body}: give at least 2 blocks")
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +154,8 @@ def shape(task: Hops) -> LeptonConfig:
 
     A segment opens at the last letter. More of them would cost time in each round, and the tokens think anyway.
     """
-    config = LeptonConfig(**SHAPE, window=2 * task.place, segment=task.place, vocab_size=task.vocab_size)
+    body = {**SHAPE, "layers": task.body, "stem_layers": task.body // 2}
+    config = LeptonConfig(**body, window=2 * task.place, segment=task.place, vocab_size=task.vocab_size)
     thoughts = {"rounds": task.trained, "most_rounds": max(DEEPEST, task.trained), "over_tokens": True}
     return config.replace(thoughts={"count": 4, "ffn": 512, **thoughts})
 
