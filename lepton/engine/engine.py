@@ -126,41 +126,37 @@ class Engine:
         now = time.perf_counter()
         seconds, self._read_at = now - max(work.since, self._read_at), now
         sequences = [work.plan.sequences[i] for i in work.indices]
-        ended = [each.ended for each in sequences]
-        if not all(result.finite or over for result, over in zip(results, ended, strict=True)):
+        running = [each.reason is None for each in sequences]
+        if not all(result.finite or not on for result, on in zip(results, running, strict=True)):
             raise NotFiniteError("the model's logits are not finite: its training diverged")
         counted = self._scheduler.finish(sequences, [each.tokens for each in results])
-        outputs = []
-        self.stats.forward_calls += work.running.passes
-        for sequence, result, tokens in zip(sequences, results, counted, strict=True):
-            self._count(sequence, result, len(tokens), work)
-            if tokens:
-                outputs.append(self._output(sequence, tokens, result))
+        self._count(work, sequences, results, counted)
         if isinstance(work.plan, Launch):
-            running = [not each for each in ended]
             tokens_read = sum(len(each.tokens) for each, on in zip(results, running, strict=True) if on)
             bucket = bucket_of(len(sequences))
             self._speculations[work.plan.routed].record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
-        return outputs
+        rows = zip(sequences, results, counted, strict=True)
+        return [self._output(sequence, tokens, result) for sequence, result, tokens in rows if tokens]
 
     def _output(self, sequence: Sequence, tokens: list[int], result: RowResult) -> SequenceOutput:
-        count = len(tokens)
-        return SequenceOutput(
-            sequence,
-            tokens,
-            result.uncertainties[:count],
-            result.logprobs[:count],
-            result.depths[:count],
-            drafted=result.allowed,
-            accepted=min(result.accepted, count),
-        )
+        uncertainties, logprobs, depths = result.uncertainties, result.logprobs, result.depths
+        count, accepted = len(tokens), result.accepted
+        if count <= accepted:  # it has ended within the drafts that were right
+            uncertainties, logprobs, depths = uncertainties[:count], logprobs[:count], depths[:count]
+            accepted = count
+        return SequenceOutput(sequence, tokens, uncertainties, logprobs, depths, result.allowed, accepted)
 
-    def _count(self, sequence: Sequence, result: RowResult, tokens: int, work: Work) -> None:
-        self.stats.positions += work.running.positions or len(sequence.prompt)
-        self.stats.blocks += result.blocks
-        self.stats.new_tokens += tokens
-        if isinstance(work.plan, Launch) and tokens:
-            self.stats.add_step(tokens, drafted=result.allowed, accepted=result.accepted)
+    def _count(self, work: Work, sequences: list[Sequence], results: list[RowResult], counted: list[list[int]]) -> None:
+        stats = self.stats
+        stats.forward_calls += work.running.passes
+        stats.blocks += sum(each.blocks for each in results)
+        stats.new_tokens += sum(map(len, counted))
+        if isinstance(work.plan, Launch):
+            stats.positions += work.running.positions * len(sequences)
+            rows = zip(results, counted, strict=True)
+            stats.add_steps((len(tokens), row.allowed, row.accepted) for row, tokens in rows if tokens)
+        else:
+            stats.positions += sum(len(each.prompt) for each in sequences)
 
     def _choose_drafts(self, rows: int, routed: bool) -> int:
         return self._speculations[routed].choose(bucket_of(rows)) if self.runner.drafts else 0

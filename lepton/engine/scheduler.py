@@ -117,23 +117,27 @@ class Scheduler:
         for sequence in self._running:
             if not sequence.exhausted:
                 groups.setdefault(sequence.routed, []).append(sequence)
-        return [self._launch(routed, part) for routed, sequences in groups.items() for part in self._apart(sequences)]
+        return [
+            self._launch(routed, part, opening)
+            for routed, sequences in groups.items()
+            for part, opening in self._apart(sequences)
+        ]
 
-    def _apart(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+    def _apart(self, sequences: list[Sequence]) -> list[tuple[list[Sequence], bool]]:
         """Split the sequences of a pass into those that open no segment and those that may, if they are many.
 
-        The latter wait for others, at most `PATIENCE` cycles.
+        The latter wait for others, at most `PATIENCE` cycles. With each part it says whether one may open a segment.
         """
-        if self._together is None or len(sequences) <= self._together:
-            return [sequences]
         openers = [each for each in sequences if possible_phases(each, self._segment) & 1]
+        if self._together is None or len(sequences) <= self._together:
+            return [(sequences, bool(openers))]
         held = {each: self._held.get(each, 0) + 1 for each in openers}
-        others = [each for each in sequences if each not in held]
+        others = [each for each in sequences if each not in held] if held else sequences
         if openers and (len(openers) * ENOUGH >= len(sequences) or max(held.values()) > PATIENCE):
             self._held = {}
-            return [part for part in (others, openers) if part]
+            return [(part, part is openers) for part in (others, openers) if part]
         self._held = held
-        return [others] if others else []
+        return [(others, False)] if others else []
 
     def finish(self, sequences: Iterable[Sequence], ids: Iterable[list[int]]) -> list[list[int]]:
         """Take in the outcome of a prefill or a launch, or a part of it; free the places of those that have ended.
@@ -151,7 +155,7 @@ class Scheduler:
             if sequence.unread.popleft():
                 sequence.phase = (sequence.phase + len(new)) % self._segment
             counted.append(sequence.take(new))
-            if sequence.ended:
+            if sequence.reason is not None:
                 self._free_ended(sequence)
         return counted
 
@@ -163,10 +167,9 @@ class Scheduler:
         self._running[sequence] = None
         return sequence
 
-    def _launch(self, routed: bool, sequences: list[Sequence]) -> Launch:
+    def _launch(self, routed: bool, sequences: list[Sequence], opening: bool) -> Launch:
         speculative = any(each.options.use_speculative for each in sequences)
         drafts = self._drafts(len(sequences), routed) if speculative else 0
-        opening = any(possible_phases(each, self._segment) & 1 for each in sequences)
         thinks = {each.options.think for each in sequences}
         rounds = max(self._rounds if think is None else think for think in thinks)
         for sequence in sequences:

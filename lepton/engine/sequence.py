@@ -58,6 +58,8 @@ class Sequence:
         """The state after the prompt, one row, once the prompt has been read."""
         self.depth = depth_rule(options.depth)
         """Share of tokens allowed past the stem, in 0..1, or the least saving in nats that lets one pass."""
+        self.routed = isinstance(self.depth, Least) or self.depth < 1
+        """Whether tokens may skip the deep blocks."""
         self.new: list[int] = []
         """The new tokens; what ended the text is kept."""
         self.status: Status = "waiting"
@@ -77,11 +79,6 @@ class Sequence:
     def eos_id(self) -> int:
         """The end-of-document id."""
         return self.stops[0][0]
-
-    @property
-    def routed(self) -> bool:
-        """Whether tokens may skip the deep blocks."""
-        return isinstance(self.depth, Least) or self.depth < 1
 
     @property
     def ended(self) -> bool:

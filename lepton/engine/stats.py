@@ -1,5 +1,7 @@
 """What generation did: figures about speculation and depth."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,16 +45,17 @@ class Stats:
         """Mean blocks that a computed token went through, 0 if there was none."""
         return self.blocks / self.positions if self.positions else 0.0
 
-    def add_step(self, tokens: int, *, drafted: int, accepted: int) -> None:
-        """Count a step that gave `tokens`, with `drafted` drafts of which the first `accepted` were accepted."""
-        self.steps += 1
-        self.step_tokens += tokens
-        missing = drafted - len(self.drafted)
-        self.drafted += [0] * missing
-        self.accepted += [0] * missing
-        for i in range(drafted):
-            self.drafted[i] += 1
-            self.accepted[i] += i < accepted
+    def add_steps(self, steps: Iterable[tuple[int, int, int]]) -> None:
+        """Count steps, each of so many new tokens, of so many drafts of which the first ones were accepted."""
+        for (tokens, drafted, accepted), times in Counter(steps).items():
+            self.steps += times
+            self.step_tokens += times * tokens
+            missing = drafted - len(self.drafted)
+            self.drafted += [0] * missing
+            self.accepted += [0] * missing
+            for i in range(drafted):
+                self.drafted[i] += times
+                self.accepted[i] += times * (i < accepted)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures that people compare, rounded."""

@@ -10,17 +10,17 @@ def test_nothing_counted_is_zero():
 
 def test_shares_of_the_first_second_and_later_drafts():
     stats = Stats()
-    for tokens, drafted, accepted in ((3, 4, 2), (1, 4, 0), (1, 0, 0), (2, 1, 1)):
-        stats.add_step(tokens, drafted=drafted, accepted=accepted)
-    assert stats.drafted == [3, 2, 2, 2]
+    stats.add_steps([(3, 4, 2), (1, 4, 0), (1, 4, 0), (1, 0, 0)])
+    stats.add_steps([(2, 1, 1)])
+    assert stats.drafted == [4, 3, 3, 3]
     assert stats.accepted == [2, 1, 0, 0]
-    assert stats.acceptance == [2 / 3, 1 / 2, 0, 0]
-    assert stats.tokens_per_step == 7 / 4
+    assert stats.acceptance == [2 / 4, 1 / 3, 0, 0]
+    assert stats.tokens_per_step == 8 / 5
 
 
 def test_the_figures_for_people_are_rounded():
     stats = Stats(forward_calls=5, new_tokens=7, positions=3, blocks=10)
-    stats.add_step(2, drafted=3, accepted=1)
+    stats.add_steps([(2, 3, 1)])
     assert stats.to_dict() == {
         "new_tokens": 7,
         "forward_calls": 5,
