@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from lepton.model.ideas.drafter import Prepared
 
 
+COOLER = 0.8
+"""Temperature of drafts, relative to that of their text."""
+NUCLEUS = 0.85
+"""Drafts are sampled from all that can be proposed if `top_p` is at least this: to search a nucleus takes time."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """What is constant in a cycle."""
@@ -113,13 +119,23 @@ def drafted(model: Network, rows: Rows, drafts: int, prepared: "Prepared | None"
     embedded_BE = F.embedding(rows.token_B, model.embed.weight).to(rows.seen_BF.dtype)
     cell_BW = prepared.begin(rows.seen_BF, embedded_BE)
     columns: list[Tensor] = []
+    sampling = sampling_of_drafts(rows.sampling)
     for i in range(drafts):
         if columns:
             cell_BW = prepared.step(cell_BW, columns[-1])
         noise = Noise(rows.stream_B2, rows.index_B + i)
-        columns.append(choose(prepared.logits(cell_BW), noise, rows.sampling, prepared.ids_Z, model.config.logit_cap))
+        columns.append(choose(prepared.logits(cell_BW), noise, sampling, prepared.ids_Z, model.config.logit_cap))
     drafts_BY = looked_up(rows.text_BL, prepared.ids_Z[torch.stack(columns, 1)], model.config.eos_id)
     return torch.cat([rows.token_B[:, None], drafts_BY], 1)
+
+
+def sampling_of_drafts(sampling: Sampling) -> Sampling:
+    """Return how drafts are sampled. As many are right as with the sampling of the text, and it takes less time.
+
+    A cooler distribution has less in its tail, as has a nucleus.
+    """
+    temperature_B, top_p_B, top_k_B = sampling
+    return Sampling(COOLER * temperature_B, torch.where(top_p_B < NUCLEUS, top_p_B, 1.0), top_k_B)
 
 
 def choices(

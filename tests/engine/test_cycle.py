@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from lepton.engine.cycle import Shape, allowed_drafts, cycle, drafted
+from lepton.engine.cycle import Shape, allowed_drafts, cycle, drafted, sampling_of_drafts
 from lepton.engine.engine import Engine
 from lepton.engine.options import GenerationOptions
 from lepton.engine.runner import Runner
 from lepton.engine.sequence import Sequence
+from lepton.ops.choose import sampling_of
 from tests.generate.models import BATCH, lively
 from tests.laws.lab import assert_close
 
@@ -67,3 +68,10 @@ def test_an_outcome_is_what_the_model_says():
     assert (accepted_B <= allowed_B).all()
     assert blocks_B.tolist() == [3 * model.config.layers] * 4
     assert finite_B.all()
+
+
+def test_drafts_are_cooler_and_search_no_wide_nucleus():
+    found = sampling_of_drafts(sampling_of([(1.0, 1.0, None), (0.5, 0.9, 7), (0.5, 0.3, None), (0.0, 0.9, None)]))
+    assert found.temperature_A.tolist() == pytest.approx([0.8, 0.4, 0.4, 0.0])
+    assert found.top_p_A.tolist() == pytest.approx([1.0, 1.0, 0.3, 1.0])
+    assert found.top_k_A.tolist() == [0, 7, 0, 0]
