@@ -216,6 +216,13 @@ def routed(depth: float, rule: str, into_stem: float) -> Found:
     return newest("routes", find)
 
 
+def last_block(depth: float) -> Found:
+    """Return the nats that a TINY loses at a depth whose last block takes all tokens."""
+    return newest(
+        "last-block-tiny", lambda content: f"{the(content['depths'], depth=depth, rule='router')['change']:+.3f}"
+    )
+
+
 def routed_less_unrouted() -> Found:
     """Return the nats at full depth that a stem which learns for the exit adds, with the error of the seeds' mean."""
 
@@ -246,7 +253,7 @@ def drafter_bytes(width: int) -> Found:
 
 
 def many(texts: int, key: str, way: str = "plain", form: str = "{:,.0f}") -> Found:
-    """Return a figure of decoding so many texts at once, for a TINY with a drafter of width 512 on an H200."""
+    """Return a figure of decoding so many texts at once, for a TINY on an H200."""
 
     def find(content: Any) -> str:
         cases = [row for call in content["calls"] for row in call["cases"]]
@@ -314,7 +321,7 @@ def time_at_half(size: str) -> Found:
 
 
 def case(name: str, key: str, form: str = "{:,.0f}") -> Found:
-    """Return a figure of a case of generation of one text, for TINY on an H100 in bf16."""
+    """Return a figure of a case of generation of one text, for TINY in bf16."""
     return newest("generation", lambda content: form.format(the(content["batch_1"]["cases"], case=f"tiny/{name}")[key]))
 
 

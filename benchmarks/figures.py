@@ -138,7 +138,7 @@ def peek() -> str:
 
 def speculation() -> str:
     """Draw speeds with drafts and without, and how many drafts are accepted."""
-    found = results("2026-11-28-generation")
+    found = results("2026-11-28-generation-2")
     cases = {row["case"].removeprefix("tiny/"): row for part in ("batch_1", "larger") for row in found[part]["cases"]}
     names = {
         "1x512/plain/0": "plain, T = 0",
@@ -155,7 +155,7 @@ def speculation() -> str:
     accepted = enumerate(cases["1x512/drafts/0"]["acceptance"], 1)
     shares = [Bar(f"draft {i}", 100 * share, True) for i, share in accepted]
     return bar_chart(
-        "Generation of TINY with drafts and without, one H100, bf16",
+        "Generation of TINY with drafts and without, one H200, bf16",
         [
             ("Tokens per second, one text", speeds(names)),
             ("Tokens per second, 64 texts at once (median of three rounds)", speeds(many)),

@@ -46,8 +46,8 @@ def whole() -> Rows:
         ("the same, four micro-batches", claims.two_gpus(4)),
         ("training of NANO on two CPU cores, bf16: times the speed of a Llama of equal size", claims.on_cpu("bf16")),
         ("the same, fp32", claims.on_cpu("fp32")),
-        ("generation of one text, TINY, one H100, bf16: tokens/s", claims.case("1x512/plain/0", "tokens_per_s")),
-        ("the same, Llama of equal size in `transformers`, static cache", claims.llama()),
+        ("generation of one text, TINY, one H200, bf16: tokens/s", claims.case("1x512/plain/0", "tokens_per_s")),
+        ("the same, one H100: Llama of equal size in `transformers`, static cache", claims.llama()),
         ("loss that int8 weights add to a MICRO (target 0.01)", claims.rounded_nats()),
     ]
 
@@ -94,9 +94,20 @@ def memory() -> Rows:
             "the same in two steps, 16 heads, deep blocks read again (target 90%)",
             claims.task("recall, two steps", "memory"),
         ),
-        ("needles in 64,000 tokens, bAbI", NOT_YET),
+        (
+            "one needle in 64,000 tokens of prose, small model: right (target 90%)",
+            claims.task_at("needle", "memory", 20),
+        ),
+        ("the same in 64,000 tokens of noise (target 99%)", claims.task_at("needle", "memory", 4)),
+        ("bAbI, task 1, behind 16,000 tokens, small model: right (chance 17%, target 95%)", babi(49)),
+        ("the same, task 15 (chance 25%, target 95%)", babi(63)),
         ("first text of turn 20 of a conversation, MICRO, one CPU thread", claims.turn_20()),
     ]
+
+
+def babi(level: int) -> Found:
+    """Return the share of right answers in bAbI at a level: a task, and the tokens between story and question."""
+    return claims.task_at("babi", "complete", level)
 
 
 def small_recall(setting: str) -> Found:
@@ -124,6 +135,10 @@ def depth() -> Rows:
                 (0.25, "router", ""),
                 (0, "exit", ""),
             )
+        ),
+        *(
+            (f"the same at depth {depth:g}, if the last block takes all tokens, one seed", claims.last_block(depth))
+            for depth in (0.75, 0.5)
         ),
         (f"the same at depth 0.5, {stem}0.3`, if chance chooses the tokens", claims.routed(0.5, "lot", 0.3)),
         ("the same if the tokens that gain most are known", claims.routed(0.5, "oracle", 0.3)),
@@ -170,10 +185,6 @@ def speculation() -> Rows:
                 (256, " (target on an H100: 120,000)"),
                 (1024, " (target on an H100: 200,000)"),
             )
-        ),
-        (
-            "64 texts, TINY with a drafter of width 512, H200: times the speed without drafts",
-            claims.many(64, "vs_plain", "drafts", "{:.2f}"),
         ),
         (f"{rule}LEPTON's rule", claims.rule("shared noise")),
         (f"{rule}rejection sampling", claims.rule("token by token")),

@@ -172,8 +172,8 @@ def cpu_choose(logits_AV: Tensor, noise: Noise, sampling: Sampling, ids_V: Tenso
         weights_V = ((logits_V - logits_V[chosen_A[row]]) * sampling.temperature_A[row].reciprocal()).exp_()
         columns_M = kept_columns(logits_V, weights_V, float(sampling.top_p_A[row]), int(sampling.top_k_A[row]))
         if columns_M is None:
-            ids_AV = (torch.arange(len(logits_V)) if ids_V is None else ids_V)[None]
-            chosen_A[row] = int((weights_V / exponentials(keys_A2[row : row + 1], ids_AV)[0]).argmax())
+            ids_1V = (torch.arange(len(logits_V)) if ids_V is None else ids_V)[None]
+            chosen_A[row] = int((weights_V / exponentials(keys_A2[row : row + 1], ids_1V)[0]).argmax())
         elif len(columns_M):  # none only if logits are not finite
             ids_1M = (columns_M if ids_V is None else ids_V[columns_M])[None]
             scores_1M = weights_V[columns_M] / exponentials(keys_A2[row : row + 1], ids_1M)

@@ -24,7 +24,7 @@ from lepton.ops.products import Added, products
 
 FADE = 0.8
 """Weight of a draft's loss, relative to the draft before it."""
-WIDTHS = {"nano": 128, "micro": 192, "tiny": 256, "small": 256, "medium": 256, "large": 384, "xl": 512, "xxl": 512}
+WIDTHS = {"nano": 128, "micro": 192, "tiny": 512, "small": 512, "medium": 512, "large": 512, "xl": 512, "xxl": 512}
 """Width of the cell of each size."""
 
 
@@ -72,7 +72,7 @@ class Prepared(NamedTuple):
     """The cell for decoding, in which what does not depend on the text is multiplied out.
 
     A draft reads its row of a table instead of a token's embedding, and its logits are one product. The tables hold
-    3 W numbers for each token that can be proposed, from "tiny" on at most 3 % of a model.
+    3 W numbers for each token that can be proposed: 12.6 M from "tiny" on.
     """
 
     ids_Z: Tensor
