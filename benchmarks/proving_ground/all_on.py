@@ -2,7 +2,7 @@
 
 A step is 64 rows of 512 tokens: first text of a prepared data set, then rows of tasks (`--share` of the rows), of which
 the answers alone are targets. The step's loss is the mean over text and the mean over answers, weighted by the rows of
-each: one mean over all targets would leave the answers 3.5 %. `mixture.py` says how tasks are written.
+each: one mean over all targets would leave the answers about 3 %. `mixture.py` says how tasks are written.
 
 A size is changed as the tasks need it (`CHANGES`): all tokens think, for 8 rounds, so 16 hops cannot take a round each;
 the memory has 16 heads and is read twice. The MLPs are narrowed until the parameters are again those of the size.
@@ -13,7 +13,8 @@ At the usual windows of 256 and 512 a row of training fits into a wide block's w
 for in the test alone: 256 pairs in 1,025 tokens, and needles in 2,048. `--change window=64 wide_window=128` makes the
 rows of training need the memory too; `dense` does not take such changes.
 
-`--tokens` counts text; tasks come in addition. Other options are those of `benchmarks.ideas`. `--smoke` runs on a CPU.
+`--tokens` and the speed count text; tasks come in addition. Other options are those of `benchmarks.ideas`; `--brief`
+leaves out the uncertainty, depths and drafts. `--smoke` runs on a CPU.
 
     python -m benchmarks.proving_ground.all_on --data_dir D --tokenizer F --babi_dir B --variant complete
 """
@@ -152,12 +153,14 @@ class AllOn(Run):
         self.tell(val_loss=round(loss, 4), loss_of_quarters=[round(quarter, 4) for quarter in self.quarters])
         scores = dict[str, Score]()
         for name, part in {**self.parts, **self.longer}.items():
-            if self.has_time(0):
+            if not self.has_time(0):
+                print(f"{name}: not judged, the time is up", flush=True)
+            else:
                 batches = (part.held_out(index, self.chosen.test_rows) for index in range(self.chosen.test_batches))
                 answer = answers_of(self.model, free_running=part.task.free_running)
                 scores[name] = score(answer, batches, part.task.whole)
                 self.tell(**{name: {"chance": part.task.chance, **scores[name].to_dict()}})
-        if self.model.idea("router") is not None and self.has_time(0):
+        if self.model.idea("router") is not None and not self.arguments.brief and self.has_time(0):
             self.ideas()
         show({**self.parts, **self.longer}, scores, self.findings)
 

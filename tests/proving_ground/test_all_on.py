@@ -147,3 +147,12 @@ def test_smoke(data_dir, capsys, variant):
     else:
         assert found["steps_ratio"] > 1
         assert "speculation" not in found
+
+
+def test_what_there_is_no_time_for_is_said(data_dir, capsys):
+    main(["--smoke", "--data_dir", data_dir, "--variant", "dense", "--deadline", "0"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert "hops: not judged, the time is up" in lines
+    found = json.loads(last)
+    assert found["val_loss"] > 0
+    assert "hops" not in found
