@@ -10,6 +10,7 @@
 #   bash benchmarks/two_gpus.sh generate_many  of 64 to 1,024 texts with $OUT/tiny.pt, which `drafts` and `seeds` leave
 #   bash benchmarks/two_gpus.sh depth        routing at MICRO: four weights of the exit's gradient into the stem
 #   bash benchmarks/two_gpus.sh routes       routing at TINY: an exit that leaves the stem alone, and the sizes' options
+#   bash benchmarks/two_gpus.sh all_on       text and all tasks in one model, beside dense ones; BABI=folder of bAbI
 #   bash benchmarks/two_gpus.sh tasks        hops, chains, recall of two steps, needles, path-star, 9 minutes
 set -u
 OUT=${OUT:-two-gpus-out}
@@ -49,6 +50,17 @@ prove() {
     --seconds "$seconds" > "$file" 2>&1
   echo "[$((SECONDS - begun)) s] $*"
   grep -vE "^\{|step|: \{" "$file" | tail -n 12
+}
+
+# all_on GPU VARIANT: one model that learns text and tasks; all that it says goes to all_on_VARIANT.txt.
+all_on() {
+  local gpu=$1 variant=$2 file="$OUT/all_on_$2.txt" left=$((590 - SECONDS + begun))
+  CUDA_VISIBLE_DEVICES=$gpu timeout "$left" "$PYTHON" -m benchmarks.proving_ground.all_on "${data[@]}" --size tiny \
+    --tokens "$TOKENS" --babi_dir "${BABI:-}" --variant "$variant" --lock "$OUT/gpu$gpu.lock" \
+    --save "$OUT/all_on_$variant.pt" --deadline $((left - 60)) > "$file" 2>&1
+  echo "[$((SECONDS - begun)) s] $variant: $(grep -oE '"(tokens_per_s|val_loss)": [0-9.]+' "$file" |
+    awk '!seen[$0]++' | tr '\n' ' ')"
+  grep -vE "^\{|step" "$file" | tail -n 12
 }
 
 for part in "$@"; do
@@ -113,6 +125,12 @@ for part in "$@"; do
           grep -vE "^\{|step" "$OUT/routes_${weight}_$seed.txt" | tail -n 12) &
         done
       done
+      wait ;;
+    all_on)
+      all_on 0 complete &
+      all_on 1 dense &
+      sleep 60
+      all_on 1 dense_flops &
       wait ;;
     tasks)
       (prove 0 two_steps 240 recall --two_step --models dense memory) &

@@ -41,6 +41,7 @@ OF_SEVERAL = {
     "model/test_add_an_idea",
     "model/test_before",
     "model/test_trunk",
+    "proving_ground/test_all_on",
     "proving_ground/test_babi",
     "proving_ground/test_capacity",
     "proving_ground/test_chains",
