@@ -3,8 +3,10 @@
 A row is a story, filler, and the question with its answer, one token. Filler is prose of a prepared data set, its
 validation split in the test, or noise where none is given. Training begins without filler in between and comes to
 `filler` tokens; the test has the lengths `filler`, twice that, and so on up to `tested`. In training the names, places,
-things and animals of a story change places, since there are only a thousand questions a task. A level is a task, and
-its column says how much filler there is. Without `--data_dir` there are simple stories of our own, tasks 1 and 15.
+things and animals of a story change places, since there are only a thousand questions a task. There each row has filler
+of its own length, and before its story others with their questions: one question in 2 k tokens would teach slowly. A
+level is a task, and its column says how much filler there is. Without `--data_dir` there are simple stories of our own,
+tasks 1 and 15.
 
     python -m benchmarks.proving_ground.babi --data_dir BABI --filler_dir D --tokenizer pile_tokenizer.json
 """
@@ -54,6 +56,8 @@ class Babi(Task):
     """Most tokens of a story; longer ones are left out. 0: as many as the longest has."""
     unchanged: bool = False
     """Whether training keeps the names of the stories."""
+    alone: bool = False
+    """Whether a row of training has one story, and all rows as much filler."""
 
     small = {"filler": 64, "tested": 128}
     columns = tuple((STEP * i + number,) * 2 for i in range(4) for number in NUMBERS)
@@ -138,25 +142,40 @@ class Babi(Task):
         return index % len(self.lengths) > 0
 
     def behind(self, generator: torch.Generator, rows: int, filler: int, share: float, *, test: bool) -> Questions:
-        """Return questions behind `share` of so many tokens of filler; the rest stands before the story."""
-        tasks = self._sorted["test" if test else "train"]
+        """Return questions behind `share` of so many tokens of filler, in training at most; the rest is before the
+        story, where training has more stories.
+        """
+        many = not test and not self.alone
         story, asked = self.room
         width = story + filler + asked + 1
         tokens_BX = self.fill(generator, rows, width, test=test)
         level_BT = torch.zeros(rows, width - 1, dtype=torch.int64)
-        between = 0 if self.before else round(filler * share)
+        longer = STEP * self.lengths.index(filler)
         for row in range(rows):
-            same = tasks[row % len(tasks)]
-            question = same[int(torch.randint(len(same), (1,), generator=generator))]
-            if not test and not self.unchanged:
-                question = renamed(question, generator)
-            facts, words = ([self.ids[word] for word in each] for each in (question.facts, question.asked))
-            question_at = width - 1 - len(words)
-            facts_at = question_at - between - len(facts)
-            tokens_BX[row, facts_at : facts_at + len(facts)] = torch.tensor(facts)
-            tokens_BX[row, question_at:] = torch.tensor([*words, self.ids[question.answer]])
-            level_BT[row, -1] = question.number + STEP * self.lengths.index(filler)
+            part = float(torch.rand((), generator=generator)) if many else 1.0
+            between = 0 if self.before else round(filler * share * part)
+            end, first = width, True
+            while first or many:
+                question = self.one(generator, row if first else None, test=test)
+                facts, words = ([self.ids[word] for word in each] for each in (question.facts, question.asked))
+                question_at = end - 1 - len(words)
+                facts_at = question_at - between * first - len(facts)
+                if facts_at < 0:
+                    break
+                tokens_BX[row, facts_at : facts_at + len(facts)] = torch.tensor(facts)
+                tokens_BX[row, question_at:end] = torch.tensor([*words, self.ids[question.answer]])
+                level_BT[row, end - 2] = question.number + longer
+                end, first = facts_at, False
         return Questions(tokens_BX, torch.full((rows,), width), level_BT > 0, level_BT)
+
+    def one(self, generator: torch.Generator, index: int | None, *, test: bool) -> Question:
+        """Return a question of the task of an index, or of any task."""
+        tasks = self._sorted["test" if test else "train"]
+        same = tasks[
+            (int(torch.randint(len(tasks), (1,), generator=generator)) if index is None else index) % len(tasks)
+        ]
+        question = same[int(torch.randint(len(same), (1,), generator=generator))]
+        return question if test or self.unchanged else renamed(question, generator)
 
     def fill(self, generator: torch.Generator, rows: int, length: int, *, test: bool) -> Tensor:
         """Return filler [rows, length]."""

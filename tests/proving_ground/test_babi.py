@@ -100,11 +100,34 @@ def test_other_names_change_the_answer_with_the_story(number):
     assert len(answers) == len(KINDS[4] if number == 15 else KINDS[1])
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_row_of_training_has_many_stories(folder, given):
+    task = Babi(data_dir=folder if given else "", filler=64, tested=64)
+    questions, fillers = task.training(9, 10, 12), set()
+    names = {token: word for word, token in task.ids.items()}
+    assert torch.equal(questions.targets, questions.level > 0)
+    for row, level in zip(questions.tokens.tolist(), questions.level, strict=True):
+        ends, start = [place + 2 for place in level.nonzero()[:, 0].tolist()], 0
+        assert ends[-1] == len(row)
+        for end in ends:
+            words = [names.get(token) for token in row[start:end]]
+            known = [word for word in words if word is not None]
+            asked = next(i for i in range(len(known) - 1, -1, -1) if known[i] in ("where", "what"))
+            assert answer_by_hand(known[:asked], known[asked:-1]) == known[-1]
+            if start:  # only the last question may have filler before it, and the first story what is left of the row
+                assert end == len(row) or None not in words
+            start = end
+        last = [names.get(token) for token in row[ends[-2] if len(ends) > 1 else 0 :]]
+        fillers.add(last.count(None))
+    assert max(map(len, (level.nonzero() for level in questions.level))) > 1
+    assert len(fillers) > 3
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("test", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 def test_answers_by_hand(folder, test, given, before):
-    task = Babi(data_dir=folder if given else "", filler=64, tested=256, before=before)
+    task = Babi(data_dir=folder if given else "", filler=64, tested=256, before=before, alone=True)
     drawn = [task.held_out(index, 12) for index in range(3)] if test else [task.training(9, 10, 12)]
     for index, questions in enumerate(drawn):
         between = 0 if before else 64 << index
@@ -119,7 +142,7 @@ def test_answers_by_hand(folder, test, given, before):
 
 
 def test_training_begins_with_the_question_right_behind_the_story():
-    task = Babi(filler=64, tested=64)
+    task = Babi(filler=64, tested=64, alone=True)
     for row in task.training(0, 100_000, 8).tokens.tolist():
         facts, asked, answer = read_row(task, row, 0)
         assert answer_by_hand(facts, asked) == answer
@@ -142,7 +165,7 @@ def test_prose_between_story_and_question(folder, tmp_path):
         (tmp_path / "shards" / split).mkdir(parents=True, exist_ok=True)
         rows = rng.integers(low, low + 500, (8, 2048), dtype=np.uint16)
         np.save(tmp_path / "shards" / split / "shard_00000.npy", rows)
-    task = Babi(data_dir=folder, filler_dir=str(tmp_path / "shards"), filler=1024, tested=1024)
+    task = Babi(data_dir=folder, filler_dir=str(tmp_path / "shards"), filler=1024, tested=1024, alone=True)
     assert task.ids["office"] == tokenizer.encode(" office")[0]
     assert len({*task.ids.values()}) == len(task.ids)
     for questions, low in ((task.training(9, 10, 4), 300), (task.held_out(0, 4), 900)):
