@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lepton.engine.runner import RowResult, Runner, Running, TokenLogprobs
+from lepton.engine.runner import Results, Runner, Running, TokenLogprobs
 from lepton.engine.scheduler import Launch, Prefill, Scheduler
 from lepton.engine.sequence import Sequence
 from lepton.engine.speculation import Speculation, bucket_of
@@ -127,34 +127,34 @@ class Engine:
         seconds, self._read_at = now - max(work.since, self._read_at), now
         sequences = [work.plan.sequences[i] for i in work.indices]
         running = [each.reason is None for each in sequences]
-        if not all(result.finite or not on for result, on in zip(results, running, strict=True)):
+        if not all(results.finite) and any(on and not row for on, row in zip(running, results.finite, strict=True)):
             raise NotFiniteError("the model's logits are not finite: its training diverged")
-        counted = self._scheduler.finish(sequences, [each.tokens for each in results])
+        counted = self._scheduler.finish(sequences, results.tokens)
         self._count(work, sequences, results, counted)
         if isinstance(work.plan, Launch):
-            tokens_read = sum(len(each.tokens) for each, on in zip(results, running, strict=True) if on)
+            tokens_read = sum(len(new) for new, on in zip(results.tokens, running, strict=True) if on)
             bucket = bucket_of(len(sequences))
             self._speculations[work.plan.routed].record(bucket, work.plan.drafts, seconds, tokens_read, sum(running))
-        rows = zip(sequences, results, counted, strict=True)
-        return [self._output(sequence, tokens, result) for sequence, result, tokens in rows if tokens]
+        outputs = []
+        rows = zip(sequences, counted, results.allowed, results.accepted, strict=True)
+        for i, (sequence, tokens, drafted, accepted) in enumerate(rows):
+            if not (count := len(tokens)):
+                continue
+            accepted = min(accepted, count)  # the text may have ended within the drafts that were right
+            if results.details is None:
+                outputs.append(SequenceOutput(sequence, tokens, [], [], [], drafted, accepted))
+            else:
+                outputs.append(SequenceOutput(sequence, tokens, *results.details[i].first(count), drafted, accepted))
+        return outputs
 
-    def _output(self, sequence: Sequence, tokens: list[int], result: RowResult) -> SequenceOutput:
-        uncertainties, logprobs, depths = result.uncertainties, result.logprobs, result.depths
-        count, accepted = len(tokens), result.accepted
-        if count <= accepted:  # it has ended within the drafts that were right
-            uncertainties, logprobs, depths = uncertainties[:count], logprobs[:count], depths[:count]
-            accepted = count
-        return SequenceOutput(sequence, tokens, uncertainties, logprobs, depths, result.allowed, accepted)
-
-    def _count(self, work: Work, sequences: list[Sequence], results: list[RowResult], counted: list[list[int]]) -> None:
-        stats = self.stats
+    def _count(self, work: Work, sequences: list[Sequence], results: Results, counted: list[list[int]]) -> None:
+        stats, lengths = self.stats, [*map(len, counted)]
         stats.forward_calls += work.running.passes
-        stats.blocks += sum(each.blocks for each in results)
-        stats.new_tokens += sum(map(len, counted))
+        stats.blocks += sum(results.blocks)
+        stats.new_tokens += sum(lengths)
         if isinstance(work.plan, Launch):
             stats.positions += work.running.positions * len(sequences)
-            rows = zip(results, counted, strict=True)
-            stats.add_steps((len(tokens), row.allowed, row.accepted) for row, tokens in rows if tokens)
+            stats.add_steps(zip(lengths, results.allowed, results.accepted, strict=True))
         else:
             stats.positions += sum(len(each.prompt) for each in sequences)
 

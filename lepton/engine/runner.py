@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -36,20 +36,33 @@ class TokenLogprobs(NamedTuple):
     """Those of the most probable tokens by id, the most probable first."""
 
 
-class RowResult(NamedTuple):
-    """What a pass gave one row."""
+class Details(NamedTuple):
+    """What was asked for beside the new tokens of a row, an entry for each; lists that nobody asked for are empty."""
 
-    tokens: list[int]
-    """New tokens: the accepted drafts and one more."""
-    accepted: int
-    allowed: int
-    """Drafts that could have been accepted."""
-    blocks: int
-    finite: bool
     uncertainties: list[float]
     logprobs: list[TokenLogprobs]
     depths: list[int]
-    """Blocks that were passed where each new token was chosen, if log-probabilities were asked for."""
+    """Blocks that were passed where each new token was chosen."""
+
+    def first(self, count: int) -> "Details":
+        """Return those of the first so many tokens."""
+        return Details(self.uncertainties[:count], self.logprobs[:count], self.depths[:count])
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a pass gave its rows, an entry for each. Lists, since of a thousand rows each microsecond counts."""
+
+    tokens: list[list[int]]
+    """New tokens: the accepted drafts and one more."""
+    accepted: list[int]
+    allowed: list[int]
+    """Drafts that could have been accepted."""
+    blocks: list[int]
+    finite: list[int]
+    """1, or 0 where the logits are not finite."""
+    details: list[Details] | None
+    """None: no row asked for any."""
 
 
 class Running:
@@ -69,29 +82,26 @@ class Running:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return host.copy_(value, non_blocking=True)
 
-    def read(self) -> list[RowResult]:
-        """Wait for the pass; return its results, a row for each sequence, in the order in which they were given."""
+    def read(self) -> Results:
+        """Wait for the pass; return its results, for the sequences in the order in which they were given."""
         if self._done is not None:
             self._done.synchronize()
-        more = self._more() if any(each is not None for each in self._parts[1:]) else None
-        none: tuple[list[float], list[TokenLogprobs], list[int]] = ([], [], [])
-        counts, results = self._parts.counts.tolist(), []
-        for i in self._order:  # of a thousand rows each microsecond here counts
-            *tokens, accepted, allowed, blocks, finite = counts[i]
-            del tokens[1 + accepted :]
-            found = none if more is None else more(i, 1 + accepted)
-            results.append(RowResult(tokens, accepted, allowed, blocks, finite == 1, *found))
-        return results
+        counts = self._parts.counts.tolist()
+        rows = [counts[i] for i in self._order]
+        accepted, allowed, blocks, finite = ([row[column] for row in rows] for column in range(-4, 0))
+        tokens = [row[: 1 + kept] for row, kept in zip(rows, accepted, strict=True)]
+        asked = any(each is not None for each in self._parts[1:])
+        return Results(tokens, accepted, allowed, blocks, finite, self._details(accepted) if asked else None)
 
-    def _more(self) -> Callable[[int, int], tuple[list[float], list[TokenLogprobs], list[int]]]:
-        """Return what gives the uncertainties, log-probabilities and depths of the first tokens of a row."""
-        doubts, scores, ids, depths = ([] if each is None else each.tolist() for each in self._parts[1:])
-
-        def found(i: int, kept: int) -> tuple[list[float], list[TokenLogprobs], list[int]]:
-            rows = zip(scores[i][:kept], ids[i][:kept], strict=True) if scores else ()
+    def _details(self, accepted: list[int]) -> list[Details]:
+        """Return the details of the accepted drafts and of one more token of each row."""
+        doubts, scores, ids, depths = ([] if each is None else each[self._order].tolist() for each in self._parts[1:])
+        found = []
+        for i, kept in enumerate(accepted):
+            end = 1 + kept
+            rows = zip(scores[i][:end], ids[i][:end], strict=True) if scores else ()
             probable = [TokenLogprobs(own, dict(zip(best, others, strict=True))) for (own, *others), best in rows]
-            return doubts[i][:kept] if doubts else [], probable, depths[i][:kept] if depths else []
-
+            found.append(Details(doubts[i][:end] if doubts else [], probable, depths[i][:end] if depths else []))
         return found
 
 

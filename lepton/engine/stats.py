@@ -46,8 +46,13 @@ class Stats:
         return self.blocks / self.positions if self.positions else 0.0
 
     def add_steps(self, steps: Iterable[tuple[int, int, int]]) -> None:
-        """Count steps, each of so many new tokens, of so many drafts of which the first ones were accepted."""
+        """Count steps, each of so many new tokens, of so many drafts of which the first ones were accepted.
+
+        Those without a new token, of a text that had ended before, do not count.
+        """
         for (tokens, drafted, accepted), times in Counter(steps).items():
+            if not tokens:
+                continue
             self.steps += times
             self.step_tokens += times * tokens
             missing = drafted - len(self.drafted)

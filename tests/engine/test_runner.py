@@ -51,11 +51,11 @@ def test_results_come_in_the_order_of_the_sequences():
     places = [2, 0, 3, 1]
     first = {}
     for indices, running in runner.prefill(Prefill(sequences, places)):
-        first |= {i: result.tokens for i, result in zip(indices, running.read(), strict=True)}
+        first |= dict(zip(indices, running.read().tokens, strict=True))
     work = Launch(sequences, places, False, 2, True, 0)
     results = runner.launch(work).read()
     for i, prompt in enumerate(BATCH):
-        assert prompt + first[i] + results[i].tokens == model.generate(prompt, 2, temperature=0)
+        assert prompt + first[i] + results.tokens[i] == model.generate(prompt, 2, temperature=0)
 
 
 def test_what_any_sequence_wants_is_computed():

@@ -10,7 +10,7 @@ def test_nothing_counted_is_zero():
 
 def test_shares_of_the_first_second_and_later_drafts():
     stats = Stats()
-    stats.add_steps([(3, 4, 2), (1, 4, 0), (1, 4, 0), (1, 0, 0)])
+    stats.add_steps([(3, 4, 2), (1, 4, 0), (1, 4, 0), (1, 0, 0), (0, 4, 4)])
     stats.add_steps([(2, 1, 1)])
     assert stats.drafted == [4, 3, 3, 3]
     assert stats.accepted == [2, 1, 0, 0]
