@@ -67,12 +67,12 @@ for part in "$@"; do
   case $part in
     drafts)
       tuned=(--drafts --tune 8192 --tune_steps 1000 --tune_share 0.3 --change drafter.distil=true)
-      small=(drafter.reads_stem=false drafter.vocab=4096)
+      small=(drafter.reads_stem=false drafter.vocab=4096 drafter.width=256)
       train 0 tuned "${tuned[@]}" "${small[@]}" --save "$OUT/tiny.pt" &
-      train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 --save "$OUT/large.pt" &
+      train 1 tuned_large "${tuned[@]}" drafter.reads_stem=true drafter.vocab=8192 drafter.width=256 --save "$OUT/large.pt" &
       wait ;;
     drafters)
-      large=(drafter.distil=true drafter.reads_stem=true drafter.vocab=8192)
+      large=(drafter.distil=true drafter.reads_stem=true drafter.vocab=8192 drafter.width=256)
       train 0 stride_1 --drafts --change "${large[@]}" drafter.stride=1 &
       train 1 width_512 --drafts --change "${large[@]}" drafter.width=512 &
       sleep 90

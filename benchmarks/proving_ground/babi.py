@@ -171,9 +171,9 @@ class Babi(Task):
     def one(self, generator: torch.Generator, index: int | None, *, test: bool) -> Question:
         """Return a question of the task of an index, or of any task."""
         tasks = self._sorted["test" if test else "train"]
-        same = tasks[
-            (int(torch.randint(len(tasks), (1,), generator=generator)) if index is None else index) % len(tasks)
-        ]
+        if index is None:
+            index = int(torch.randint(len(tasks), (1,), generator=generator))
+        same = tasks[index % len(tasks)]
         question = same[int(torch.randint(len(same), (1,), generator=generator))]
         return question if test or self.unchanged else renamed(question, generator)
 

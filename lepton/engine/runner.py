@@ -197,7 +197,7 @@ class Runner:
     def launch(self, work: Launch) -> Running:
         """Start a cycle."""
         order = sorted(range(len(work.places)), key=work.places.__getitem__)
-        places = sorted(work.places)
+        places = [work.places[i] for i in order]
         shape = replace(
             wanted_shape(work.sequences),
             rows=len(places),
